@@ -1,0 +1,69 @@
+"""moeglot: reads, writes, converts and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.
+
+Importing it does not import torch: that waits for the first number that is read.
+"""
+
+from moeglot.errors import (
+    AmbiguousFormat,
+    BadNumbers,
+    BrokenFile,
+    CheckpointError,
+    Contradiction,
+    FormatError,
+    LossRefused,
+    MoeglotError,
+    NoSpace,
+    NotVerified,
+    OutputError,
+    OutputExists,
+    PickleRefused,
+    TensorMismatch,
+    UnknownFormat,
+    UsageError,
+)
+
+
+# isort: split
+from moeglot.checkpoint import Checkpoint, open
+from moeglot.convert import Certificate, convert
+from moeglot.fingerprint import Fingerprint, fingerprint
+from moeglot.formats import formats
+from moeglot.identify import Identification, identify
+from moeglot.plan import Plan, plan
+from moeglot.verify import Report, compare, verify
+from moeglot.version import __version__
+
+
+__all__ = [
+    "AmbiguousFormat",
+    "BadNumbers",
+    "BrokenFile",
+    "Certificate",
+    "CheckpointError",
+    "Checkpoint",
+    "Contradiction",
+    "Fingerprint",
+    "FormatError",
+    "Identification",
+    "LossRefused",
+    "MoeglotError",
+    "NoSpace",
+    "NotVerified",
+    "OutputError",
+    "OutputExists",
+    "PickleRefused",
+    "Plan",
+    "Report",
+    "TensorMismatch",
+    "UnknownFormat",
+    "UsageError",
+    "__version__",
+    "compare",
+    "convert",
+    "fingerprint",
+    "formats",
+    "identify",
+    "open",
+    "plan",
+    "verify",
+]

@@ -1,0 +1,186 @@
+"""Checkpoint: the shards of a model seen through its format, so that a role of a layer is one lazy tensor [e, out, in]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeglot.config import hub_config
+from moeglot.encoding import Encoded, Encoding, LazyEncoded
+from moeglot.encodings.plain import Plain
+from moeglot.errors import BadNumbers, TensorMismatch
+from moeglot.format import Dense, Format
+from moeglot.identify import Identification, identify
+from moeglot.layout import Stored, values
+from moeglot.shards import Entry
+from moeglot.source import Source, read_source
+from moeglot.structure import structure_problems
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class HubTensor:
+    """A tensor that is no expert, under its name on the Hub: rows `first` to `first + rows` of a stored one."""
+
+    name: str
+    entry: Entry
+    first: int
+    rows: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape if self.rows is None else (self.rows, *self.entry.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.dtype
+
+    def read(self) -> torch.Tensor:
+        return self.entry.read(self.first, self.rows)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose format is settled and whose tensors are what the format says."""
+
+    source: Source
+    format: Format
+    identification: Identification
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        return self.identification.evidence
+
+    @property
+    def known(self) -> str:
+        """Second line of an error: what we know and from where."""
+        return f"the format is {self.format.name}, because {', and '.join(self.evidence)}"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json under the Hub's keys."""
+        return hub_config(self.source.config, self.format)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Letter -> size: e experts, h hidden, i intermediate, and what else the family needs."""
+        return self.format.family.read_sizes(self.config)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return self.format.family.sparse.layers(self.config)
+
+    def encoding(self, line: Stored, layer: int) -> Encoding:
+        """How this layer's tensor is coded; for plain floats, the type that the file holds."""
+        if isinstance(line.encoding, Plain):
+            return Plain(self.source.entries[line.keys(layer, 0)["value"]].dtype)
+        return line.encoding
+
+    def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
+        """One expert's slice of a stored tensor, its axes as they lie on disk."""
+        rows, parts = line.rows(self.sizes), {}
+        for part, key in line.keys(layer, expert).items():
+            entry = self.source.entries[key]
+            if line.per_expert:
+                parts[part] = entry.read()
+            elif rows:
+                parts[part] = entry.read(expert * rows, rows)
+            else:
+                parts[part] = entry.read(expert, 1)[0]
+        return Encoded(self.encoding(line, layer), parts, line.expert_shape(self.sizes))
+
+    def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
+        """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""
+        stored = self.stored(line, layer, expert)
+        if problem := stored.encoding.check(stored.parts):
+            key = line.keys(layer, expert)
+            raise BadNumbers(
+                f"{next(iter(key.values()))}, expert {expert}: {problem}", self.known, "fetch the file again from its producer; a model with it computes nothing"
+            )
+        if not line.movable(stored.encoding, self.sizes):
+            import torch
+
+            stored = values(stored.decode(torch.float32))
+        return line.split(stored)
+
+    def experts(self, layer: int) -> dict[str, LazyEncoded]:
+        """role -> [e, out, in] of a layer, lazily: indexing by expert reads that expert's bytes and no others."""
+        if layer not in self.layers:
+            raise TensorMismatch(f"layer {layer} has no experts", f"experts are in layers {self.layers}; {self.known}", "choose one of these")
+        found = {}
+        for line in self.format.stored:
+            encoding = self.encoding(line, layer)
+            for role in line.roles:
+                shape = tuple({**self.sizes}[letter] for letter in ["e", *line.role_axes.split()])
+                found[role] = LazyEncoded(encoding, shape, lambda expert, line=line, role=role: self.expert(line, layer, expert)[role])  # type: ignore[misc]
+        return {role: found[role] for role in self.format.family.roles}
+
+    @cached_property
+    def dense(self) -> dict[str, HubTensor]:
+        """Hub name -> tensor, for every tensor that is no expert; raises `TensorMismatch` for one that the format cannot name."""
+        found: dict[str, HubTensor] = {}
+        for key, entry in self.source.entries.items():
+            if self.format.match(key):
+                continue
+            for tensor in self._hub_tensors(key, entry):
+                if tensor.name in found:
+                    raise TensorMismatch(f"{tensor.name}: stored twice", f"as {found[tensor.name].entry.name} and as {key}", "remove the stale one")
+                found[tensor.name] = tensor
+        return found
+
+    def _hub_tensors(self, key: str, entry: Entry) -> Iterator[HubTensor]:
+        named = self.format.dense_line(key)
+        if not named and self.format.config.only:
+            raise TensorMismatch(
+                f"{key}: {self.format.name} has no such tensor", f"its names are listed by {self.format.source}", "pass --format if the format is another"
+            )
+        if not named:
+            yield HubTensor(key, entry, 0, None)
+            return
+        line, numbers = named
+        yield from self._cut(line, numbers, entry)
+
+    def _cut(self, line: Dense, numbers: Mapping[str, int], entry: Entry) -> Iterator[HubTensor]:
+        if len(line.hub) == 1:
+            yield HubTensor(line.hub[0].format(**numbers), entry, 0, None)
+            return
+        counts = line.row_counts(self.sizes)
+        if entry.shape[:1] != (sum(counts),):
+            raise TensorMismatch(
+                f"{entry.name}: {list(entry.shape)}, its rows should be {' + '.join(map(str, counts))}", self.known, "check config.json against the producer's"
+            )
+        first = 0
+        for name, rows in zip(line.hub, counts, strict=True):
+            yield HubTensor(name.format(**numbers), entry, first, rows)
+            first += rows
+
+
+def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
+    """Every structural problem of a checkpoint."""
+    c = checkpoint
+    return structure_problems(c.source, c.format, c.sizes, c.layers, c.known)
+
+
+def open(path: str | Path, format: str | None = None) -> Checkpoint:
+    """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for.
+
+    Raises `FormatError` where the format cannot be told and `CheckpointError` where the tensors are not what it says.
+    """
+    source = path if isinstance(path, Source) else read_source(path)
+    identification = identify(source, format)
+    checkpoint = Checkpoint(source, identification.settled(source.name), identification)
+    found = list(islice(problems(checkpoint), 100))
+    if found:
+        first = found[0]
+        if len(found) > 1 and isinstance(first, TensorMismatch):
+            more = f"{len(found) - 1}{'+' if len(found) == 100 else ''} more"
+            raise TensorMismatch(f"{first.wrong} ({more})", first.known, first.do)
+        raise first
+    return checkpoint

@@ -1,0 +1,74 @@
+"""config.json is part of a format: the same facts under the Hub's keys, which every transformers reads, and under the producer's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeglot.errors import Contradiction
+from moeglot.format import Config, ConfigForm, Family, Format, dig
+
+
+def hub_config(config: Config, form: Format) -> dict[str, Any]:
+    """config.json of this format -> the same facts under the keys of the family's Hub release (transformers 4 reads them, and so does 5)."""
+    spec, hub = form.config, dict(config)
+    if spec.only:
+        hub = {}
+        for path, value in spec.hub_constants.items():
+            _put(hub, path, value)
+        for path, key in spec.names.items():
+            if key in config:
+                _put(hub, path, config[key])
+    hub.pop("quantization_config", None)
+    _rename_rope(hub)
+    return _rename_sizes(hub, form.family)
+
+
+def _rename_rope(hub: dict[str, Any]) -> None:
+    """transformers 5 keeps `rope_parameters`; 4 reads `rope_theta` and `rope_scaling`, and 5 reads those too."""
+    rope = hub.pop("rope_parameters", None)
+    if isinstance(rope, Mapping):
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if "rope_theta" in rope:
+            hub["rope_theta"] = rope["rope_theta"]
+        hub["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+
+
+def _rename_sizes(hub: dict[str, Any], family: Family) -> dict[str, Any]:
+    for first, *others in family.sizes.values():
+        found = [hub.pop(key) for key in others if hub.get(key) is not None and hub.get(first) in (None, hub[key])]
+        if found and hub.get(first) is None:
+            hub[first] = found[0]
+    return hub
+
+
+def write_config(hub: Config, form: Format) -> dict[str, Any]:
+    """A config in the Hub's form -> config.json of this format; raises `Contradiction` where the format has no place for a fact."""
+    spec = form.config
+    if not spec.only:
+        return {**hub, **spec.constants, **({"quantization_config": dict(spec.quantization)} if spec.quantization else {})}
+    _check_constants(hub, spec, form)
+    return {key: value for path, key in spec.names.items() if (value := dig(hub, path)) is not None}
+
+
+def _check_constants(hub: Config, spec: ConfigForm, form: Format) -> None:
+    for path, value in spec.hub_constants.items():
+        said = dig(hub, path)
+        if said is not None and said != value:
+            raise Contradiction(
+                f"config.json says {path} = {said!r}; {form.name} has no place for it",
+                f"its reader takes {value!r} for granted ({form.source})",
+                "choose another target format",
+            )
+
+
+def _put(target: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    target[last] = value
+
+
+def declared_dtype(config: Config) -> str | None:
+    """config.json's own word on its float type."""
+    return config.get("dtype") or config.get("torch_dtype")

@@ -1,0 +1,127 @@
+"""Encoding and Encoded: how numbers are coded, and nothing of names, experts or orientation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from moeglot.errors import TensorMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+Parts = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of an encoding. A matrix [..., out, in] has it as [..., out / block[0], in / block[1], *trailing]."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    block: tuple[int, int] = (1, 1)
+    trailing: tuple[int, ...] = ()
+
+    def blocks(self, rank: int) -> tuple[int, ...]:
+        """Values for one stored entry, along each of `rank` axes; only the last two are ever blocked."""
+        return ((1,) * rank + self.block)[-rank:]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this part, for values of a shape [..., out, in]; a size that is no whole number of blocks is an error."""
+        blocks = self.blocks(len(shape))
+        if any(n % b for n, b in zip(shape, blocks, strict=True)):
+            raise TensorMismatch(
+                f"a tensor of shape {list(shape)} has no {self.name}: its blocks are {list(self.block)} values",
+                f"the encoding codes [out, in] in blocks of {self.block[0]} × {self.block[1]}, whole ones only",
+                "choose an encoding without blocks, for example --encode bfloat16",
+            )
+        return (*(n // b for n, b in zip(shape, blocks, strict=True)), *self.trailing)
+
+
+class Encoding(ABC):
+    """How a matrix [..., out, in] is coded in parts. Law: decode∘encode∘decode = decode.
+
+    `name` says how to decode. Two encodings of one name decode each other's parts; what else they hold (rounding rules) matters to `encode` alone.
+    """
+
+    name: ClassVar[str] | str
+    parts: ClassVar[tuple[Part, ...]] | tuple[Part, ...]
+
+    @abstractmethod
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        """parts of a matrix -> values [..., out, in] in `dtype`."""
+
+    @abstractmethod
+    def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """values [..., out, in] of any float dtype -> parts; raises `BadNumbers` for values that are not finite."""
+
+    @abstractmethod
+    def check(self, parts: Parts) -> str | None:
+        """What makes these parts impossible (a NaN, zero or placeholder scale), or None."""
+
+    @abstractmethod
+    def fits_in(self, other: Encoding) -> bool:
+        """Every value that this encoding can hold, the other holds too, so that the step loses nothing whatever the numbers."""
+
+    def undetermined(self, parts: Parts) -> int:
+        """How many blocks have values that other parts could code as well, so that decode∘encode need not return these bytes."""
+        return 0
+
+    def inverted(self, parts: Parts) -> Parts:
+        """The parts with every scale turned into its reciprocal, as a reader would see them who divides where he should multiply."""
+        raise NotImplementedError(f"{self.name} has no scales")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor [..., out, in] as the parts of its encoding, all with the same leading axes."""
+
+    encoding: Encoding
+    parts: Parts
+    shape: tuple[int, ...]
+
+    def __getitem__(self, expert: int) -> Encoded:
+        return Encoded(self.encoding, {name: part[expert] for name, part in self.parts.items()}, self.shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """Values [..., out, in]."""
+        return self.encoding.decode(self.parts, dtype)
+
+
+@dataclass(frozen=True)
+class LazyEncoded:
+    """A tensor [e, out, in] on disk: indexing it by expert reads that expert's bytes and no others."""
+
+    encoding: Encoding
+    shape: tuple[int, ...]
+    load: Callable[[int], Encoded] = field(repr=False)
+
+    def __getitem__(self, expert: int) -> Encoded:
+        if not -len(self) <= expert < len(self):
+            raise IndexError(f"expert {expert} of {len(self)}")
+        return self.load(expert % len(self))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The parts of all experts at once, each [e, ...]; reads everything."""
+        import torch
+
+        experts = [self[expert].parts for expert in range(len(self))]
+        return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """Values [e, out, in]; reads everything."""
+        import torch
+
+        return torch.stack([self[expert].decode(dtype) for expert in range(len(self))])

@@ -1,0 +1,55 @@
+"""Float types as they are: one number, one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
+from moeglot.encoding import Encoding, Part, Parts
+from moeglot.errors import BadNumbers
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Plain(Encoding):
+    """value [..., out, in] of one float type. `dtype` None stands, in a spec, for whichever float type the file uses."""
+
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # a value here, a constant in the encodings that have no parameter
+        return DTYPES[self.dtype].torch_name if self.dtype else "plain"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:  # type: ignore[override]
+        return (Part("value", (self.dtype,) if self.dtype else WEIGHT_DTYPES),)
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return parts["value"].to(dtype)
+
+    def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert self.dtype, "a spec's 'any float' is no encoding to write"
+        coded = values.to(DTYPES[self.dtype].torch)
+        if coded.dtype != values.dtype and not bool(coded.isfinite().all()):
+            raise BadNumbers(
+                f"a value is not finite as {self.name}",
+                f"the largest magnitude here is {values.abs().max().item():g}, the largest {self.name} is smaller",
+                "pass --encode bfloat16 or --encode float32",
+            )
+        return {"value": coded}
+
+    def check(self, parts: Parts) -> str | None:
+        value = parts["value"]
+        if value.is_meta:
+            return "is a placeholder without numbers (meta device)"
+        return None if bool(value.isfinite().all()) else "holds NaN or infinite numbers"
+
+    def fits_in(self, other: Encoding) -> bool:
+        return bool(isinstance(other, Plain) and self.dtype and other.dtype and DTYPES[self.dtype].fits_in(DTYPES[other.dtype]))
+
+
+FLOATS = Plain()
+"""Any float type: what a spec says of a tensor that is stored as it is."""

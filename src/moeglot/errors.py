@@ -1,0 +1,90 @@
+"""The ways to refuse. Each message has three lines: what is wrong, what we know and from where, what to type next.
+
+MoeglotError
+├── CheckpointError           the files cannot be trusted
+│   ├── BrokenFile            a safetensors header or an index that is damaged or hostile
+│   ├── PickleRefused         only pickle files are there; they are never loaded
+│   ├── TensorMismatch        missing, extra, duplicate, wrong dtype or wrong shape
+│   └── BadNumbers            NaN, infinite, zero or placeholder scales; non-finite weights
+├── FormatError               nobody may say what the tensors mean
+│   ├── UnknownFormat         no registered format fits
+│   ├── AmbiguousFormat       several do
+│   └── Contradiction         two declarations disagree
+├── OutputError               the result cannot be written as asked
+│   ├── OutputExists          something is there that this run did not write
+│   ├── NoSpace               the disk is full, or would be
+│   └── LossRefused           numbers would change and nobody allowed it
+├── NotVerified               the output was written and does not hold
+└── UsageError                a name or value that we do not know
+"""
+
+
+class MoeglotError(Exception):
+    """`wrong`: what is wrong. `known`: what we know and from where. `do`: what to type next."""
+
+    def __init__(self, wrong: str, known: str, do: str) -> None:
+        super().__init__(wrong, known, do)
+        self.wrong, self.known, self.do = wrong, known, do
+
+    def __str__(self) -> str:
+        return f"{self.wrong}\n  {self.known}\n  {self.do}"
+
+
+class CheckpointError(MoeglotError):
+    """The files cannot be trusted."""
+
+
+class BrokenFile(CheckpointError):
+    """A safetensors header or an index that is damaged or hostile."""
+
+
+class PickleRefused(CheckpointError):
+    """Only pickle files are there; loading one runs the code in it."""
+
+
+class TensorMismatch(CheckpointError):
+    """A tensor is missing, extra, stored twice, or of another dtype or shape than its format says."""
+
+
+class BadNumbers(CheckpointError):
+    """Scales that are NaN, infinite, zero or placeholders, or weights that are not finite."""
+
+
+class FormatError(MoeglotError):
+    """Nobody may say what the tensors mean."""
+
+
+class UnknownFormat(FormatError):
+    """No registered format fits."""
+
+
+class AmbiguousFormat(FormatError):
+    """Several formats fit."""
+
+
+class Contradiction(FormatError):
+    """Two declarations disagree, for example config.json and the tensors."""
+
+
+class OutputError(MoeglotError):
+    """The result cannot be written as asked."""
+
+
+class OutputExists(OutputError):
+    """Something is there that this run did not write."""
+
+
+class NoSpace(OutputError):
+    """The disk is full, or would be."""
+
+
+class LossRefused(OutputError):
+    """Numbers would change and nobody allowed it."""
+
+
+class NotVerified(MoeglotError):
+    """The output was written and does not hold; it keeps its temporary name."""
+
+
+class UsageError(MoeglotError):
+    """A name or a value that we do not know."""

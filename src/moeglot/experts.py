@@ -1,0 +1,106 @@
+"""The reference: what one expert computes, in plain float32, from its canonical matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moeglot.encoding import Encoded
+from moeglot.errors import UsageError
+from moeglot.format import Config, Family
+
+if TYPE_CHECKING:
+    import torch
+
+LOUD = 3.0
+"""Standard deviation of the gate's pre-activations; with quiet ones, swapped gate and up give nearly the same output."""
+
+Matrix = Callable[[str], "torch.Tensor"]
+"""role -> its float32 tensor; called once for each role, so that one matrix is in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert of a family with the numbers of one config: `forward(x [t, h]) -> [t, h]`."""
+
+    kind: str
+    function: str
+    numbers: Mapping[str, float]
+    roles: tuple[str, ...]
+
+    @classmethod
+    def of(cls, family: Family, config: Config) -> Expert:
+        """The expert that `config` (the Hub's keys) describes."""
+        activation = family.activation
+        key, default = activation.function
+        numbers = {name: float(config.get(key, value)) for name, (key, value) in activation.numbers.items()}
+        return cls(activation.kind, str(config.get(key) or default), numbers, family.roles)
+
+    def forward(self, tokens: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """tokens [t, h] -> [t, h] in float32."""
+        return self._down(self._inner(self.linear(tokens, matrix, "gate"), self.linear(tokens, matrix, "up")), matrix)
+
+    def linear(self, x: torch.Tensor, matrix: Matrix, role: str) -> torch.Tensor:
+        """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
+        import torch
+
+        bias = matrix(f"{role}_bias") if f"{role}_bias" in self.roles else None
+        return torch.nn.functional.linear(x, matrix(role), bias)
+
+    def _down(self, inner: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        return self.linear(inner, matrix, "down")
+
+    def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.kind == "clamped-swiglu":
+            gate, up = gate.clamp(max=self.numbers["limit"]), up.clamp(-self.numbers["limit"], self.numbers["limit"])
+            return gate * (gate * self.numbers["alpha"]).sigmoid() * (up + 1)
+        return _function(self.function)(gate) * up
+
+
+def _function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    from torch.nn import functional
+
+    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu,
+    }
+    if name not in known:
+        raise UsageError(f"the activation {name!r} is not known", f"config.json names it in hidden_act; known are {', '.join(known)}", "check config.json")
+    return known[name]
+
+
+def decoded(roles: Mapping[str, Encoded]) -> Matrix:
+    """Canonical tensors, decoded to float32 one at a time."""
+    import torch
+
+    return lambda role: roles[role].decode(torch.float32)
+
+
+def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
+    """float32 [rows, columns], standard normal; the same numbers on every machine and with every version of torch."""
+    import numpy
+    import torch
+
+    numbers = numpy.random.Generator(numpy.random.PCG64(seed)).standard_normal((rows, columns))
+    return torch.from_numpy(numbers).to(torch.float32)
+
+
+def loudness(expert: Expert, tokens: torch.Tensor, matrix: Matrix) -> float:
+    """The factor that gives the gate's pre-activations on these tokens a standard deviation of about 3."""
+    spread = float(tokens.matmul(matrix("gate").mT).std())
+    return LOUD / spread if spread > 0 else 1.0
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖; infinite where either is not finite."""
+    import torch
+
+    difference = torch.linalg.vector_norm((found - expected).double()).item()
+    size = torch.linalg.vector_norm(expected.double()).item()
+    if difference == 0:
+        return 0.0
+    ratio = difference / size if size else float("inf")
+    return ratio if ratio == ratio else float("inf")

@@ -1,0 +1,97 @@
+"""Fingerprint: the forward level frozen in a small JSON file, so that a checkpoint can be verified where its source is not.
+
+For each layer and expert: the scale of the probe tokens and the response to them, projected to eight numbers. Neither layout nor
+encoding shows in it; only what the experts compute does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeglot.checkpoint import Checkpoint, open
+from moeglot.errors import Contradiction, UsageError
+from moeglot.experts import Expert, Matrix, loudness, probe, relative_error
+from moeglot.misreadings import right
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = "moeglot/fingerprint/1"
+TOKENS = 4
+NUMBERS = 2
+DIGITS = 9
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`experts`: "layer.expert" -> [scale of the tokens, 8 numbers]."""
+
+    name: str
+    family: str
+    sizes: Mapping[str, int]
+    experts: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fingerprint:
+        """Read a file that `moeglot fingerprint` wrote; raises `UsageError` for any other."""
+        try:
+            told = json.loads(Path(path).read_text(encoding="utf-8"))
+            if told["schema"] != SCHEMA:
+                raise ValueError(f"its schema is {told['schema']}")
+            experts = {place: tuple(map(float, row)) for place, row in told["experts"].items()}
+            return cls(str(path), told["family"], told["sizes"], experts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path}: not a fingerprint", f"{type(error).__name__}: {error}", "write one with `moeglot fingerprint PATH -o FILE`") from error
+
+    def as_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "family": self.family, "sizes": dict(self.sizes), "experts": {place: list(row) for place, row in self.experts.items()}}
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")).replace('],"', '],\n"') + "\n", encoding="utf-8")
+
+    def matches(self, checkpoint: Checkpoint) -> None:
+        """Raises `Contradiction` unless the checkpoint has this family, these sizes and these experts."""
+        sizes = {letter: checkpoint.sizes[letter] for letter in self.sizes}
+        places = {f"{layer}.{expert}" for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])}
+        if checkpoint.format.family.name != self.family or sizes != self.sizes or places != set(self.experts):
+            raise Contradiction(
+                f"{self.name} is the fingerprint of another model",
+                f"it is of {self.family} {dict(self.sizes)} with {len(self.experts)} experts; this is {checkpoint.format.family.name} {sizes} with {len(places)}",
+                "pass the fingerprint of this model's source",
+            )
+
+    # --- a side of `verify` ----------------------------------------------------------------------------------------------------------
+
+    def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
+        return probe((layer, expert), TOKENS, h) * self.experts[f"{layer}.{expert}"][0]
+
+    def distance(self, layer: int, expert: int, tokens: torch.Tensor, response: torch.Tensor) -> float:
+        import torch
+
+        expected = torch.tensor(self.experts[f"{layer}.{expert}"][1:], dtype=torch.float64)
+        return relative_error(project(layer, expert, response), expected)
+
+
+def project(layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
+    """response [t, h] -> float64 [t × 2], by fixed pseudo-random directions."""
+    directions = probe((layer, expert, 1), NUMBERS, response.shape[-1])
+    return (response.double() @ directions.double().mT).flatten()
+
+
+def fingerprint(checkpoint: Checkpoint | str | Path) -> Fingerprint:
+    """The fingerprint of a checkpoint in any format; reads every expert once."""
+    subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
+    model, h = Expert.of(subject.format.family, subject.config), subject.sizes["h"]
+    found = {}
+    for layer in subject.layers:
+        for expert in range(subject.sizes["e"]):
+            matrix = right(subject, layer, expert)
+            tokens = probe((layer, expert), TOKENS, h)
+            scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}") if "gate" in model.roles else 1.0
+            numbers = project(layer, expert, model.forward(tokens * scale, matrix))
+            found[f"{layer}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in numbers.tolist()))
+    return Fingerprint(subject.source.name, subject.format.family.name, {letter: subject.sizes[letter] for letter in "ehi"}, found)

@@ -1,0 +1,186 @@
+"""Format and Family: a producer's complete way to store a model's experts, and what an expert computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from moeglot.errors import Contradiction
+from moeglot.layout import ROLES, Sizes, Stored
+
+Config = Mapping[str, Any]
+
+
+def dig(config: Config, path: str) -> Any:
+    """`dig(config, "rope_scaling.factor")`, or None."""
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What stands between the first and the second matrix of an expert; `experts.py` computes each kind.
+
+    swiglu: act(gate) * up. clamped-swiglu: gate <= limit, |up| <= limit, then gate * sigmoid(alpha * gate) * (up + 1).
+    `function`: config key of the activation's name and its default; `numbers`: name -> (config key, default).
+    """
+
+    kind: str
+    function: tuple[str, str] = ("hidden_act", "silu")
+    numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SparseLayers:
+    """Which layers have experts: config keys of how many layers there are, every how many one is sparse, and which are dense."""
+
+    count: str = "num_hidden_layers"
+    every: str | None = None
+    dense: str | None = None
+
+    def layers(self, config: Config) -> tuple[int, ...]:
+        every = (config.get(self.every) if self.every else None) or 1
+        dense = (config.get(self.dense) if self.dense else None) or ()
+        return tuple(n for n in range(int(config[self.count])) if (n + 1) % every == 0 and n not in dense)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an expert computes, and where config.json says how large it is.
+
+    `sizes`: letter -> the config keys that may hold it, the Hub's own first. Letters beyond e, h and i size what is no expert.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    roles: tuple[str, ...]
+    activation: Activation
+    sizes: Mapping[str, tuple[str, ...]]
+    sparse: SparseLayers = SparseLayers()
+    source: str = ""
+
+    def read_sizes(self, config: Config) -> dict[str, int]:
+        """letter -> size; raises `Contradiction` if a size is missing or if two keys for one size disagree."""
+        sizes = {}
+        for letter, keys in self.sizes.items():
+            found = {key: config[key] for key in keys if config.get(key) is not None}
+            if not found or any(not isinstance(n, int) or n < 1 for n in found.values()):
+                raise Contradiction(
+                    f"config.json does not say how large axis {letter} is",
+                    f"{self.name} keeps it in {' or '.join(keys)}; found: {found or 'nothing'}",
+                    "add the key from the producer's config.json; moeglot takes no size from a shape",
+                )
+            if len(set(found.values())) > 1:
+                raise Contradiction(
+                    f"config.json gives axis {letter} two sizes",
+                    f"it says {found}",
+                    "remove the wrong key; moeglot takes no size from a shape",
+                )
+            sizes[letter] = next(iter(found.values()))
+        return sizes
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A tensor that is no expert and that this format names, or packs, unlike the family's Hub format.
+
+    `hub`: the Hub's keys whose rows it holds in turn; `rows`: for each, the letters whose product is its number of rows.
+    """
+
+    key: str
+    hub: tuple[str, ...]
+    rows: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.hub) > 1 and len(self.rows) != len(self.hub):
+            raise ValueError(f"{self.key}: {len(self.hub)} tensors need as many row counts, not {self.rows}")
+
+    def row_counts(self, sizes: Sizes) -> tuple[int, ...]:
+        counts = []
+        for letters in self.rows:
+            n = 1
+            for letter in letters.split():
+                n *= sizes[letter]
+            counts.append(n)
+        return tuple(counts)
+
+
+@dataclass(frozen=True)
+class ConfigForm:
+    """How this format's config.json differs from the Hub's: keys by other names, constants, and keys that must not be there.
+
+    `names`: the Hub's key (dotted for nested ones) -> the key here. `only`: nothing but the named keys exists here.
+    `constants` are written here; `hub_constants` are written on the way to the Hub's form.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    only: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    hub_constants: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
+
+    Law: write∘read is the identity on bytes.
+    """
+
+    name: str
+    family: Family
+    stored: tuple[Stored, ...]
+    source: str
+    about: str
+    dense: tuple[Dense, ...] = ()
+    config: ConfigForm = ConfigForm()
+    reads: str = "any transformers"
+
+    def __post_init__(self) -> None:
+        held = sorted(role for line in self.stored for role in line.roles)
+        if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
+            raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[Stored, str, re.Pattern[str]], ...]:
+        return tuple((line, part, _pattern(line.key + suffix)) for line in self.stored for part, suffix in line.names.items())
+
+    def match(self, key: str) -> tuple[Stored, str, int, int | None] | None:
+        """key -> (line, part, layer, expert), or None for a tensor that is no expert."""
+        for line, part, pattern in self._patterns:
+            if found := pattern.fullmatch(key):
+                groups = found.groupdict()
+                return line, part, int(groups["layer"]), int(groups["expert"]) if "expert" in groups else None
+        return None
+
+    def dense_line(self, key: str) -> tuple[Dense, dict[str, int]] | None:
+        """The `Dense` line of a key of this format, and the numbers in it."""
+        for line in self.dense:
+            if found := _pattern(line.key).fullmatch(key):
+                return line, {name: int(n) for name, n in found.groupdict().items()}
+        return None
+
+    def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, Stored, str, int, int | None]]:
+        """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
+        for layer in layers:
+            for line in self.stored:
+                for expert in range(sizes["e"]) if line.per_expert else (None,):
+                    for part, key in line.keys(layer, expert).items():
+                        yield key, line, part, layer, expert
+
+    def line_of(self, role: str) -> Stored:
+        return next(line for line in self.stored if role in line.roles)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    pattern = re.escape(template)
+    for name in ("layer", "expert"):
+        pattern = pattern.replace(re.escape("{" + name + "}"), f"(?P<{name}>0|[1-9][0-9]*)")
+    return re.compile(pattern)

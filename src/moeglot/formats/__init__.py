@@ -1,0 +1,29 @@
+"""The formats that we know, as one tuple; a new family is one file here and its name in `FORMATS`."""
+
+from __future__ import annotations
+
+from moeglot.errors import UsageError
+from moeglot.format import Family, Format
+from moeglot.formats import gpt_oss, mixtral, qwen3_moe
+
+FORMATS: tuple[Format, ...] = (*gpt_oss.FORMATS, *qwen3_moe.FORMATS, *mixtral.FORMATS)
+
+FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
+
+
+def formats() -> tuple[Format, ...]:
+    """Every format that moeglot knows."""
+    return FORMATS
+
+
+def by_name(name: str) -> Format:
+    """`"gpt-oss/openai"` -> its Format; raises `UsageError` with the names that are known."""
+    for form in FORMATS:
+        if form.name == name:
+            return form
+    raise UsageError(f"{name!r} is not a format", "known: " + ", ".join(form.name for form in FORMATS), "run `moeglot formats` for what each one is")
+
+
+def of_family(family: Family) -> tuple[Format, ...]:
+    """The formats in which this family is stored."""
+    return tuple(form for form in FORMATS if form.family == family)

@@ -1,0 +1,126 @@
+"""Which format is this, and how do we know: the user, our own mark, config.json, key names and dtypes, in this order; never a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from moeglot.config import hub_config
+from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
+from moeglot.format import Format, dig
+from moeglot.formats import FORMATS, by_name
+from moeglot.shards import Entry
+from moeglot.source import Source
+
+MARK = "moeglot.format"
+"""Key of our mark in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class Identification:
+    """`format`, or None with the `candidates` that remain; `evidence` for it and what was `ruled_out`, each with its reason."""
+
+    format: Format | None
+    evidence: tuple[str, ...]
+    candidates: tuple[Format, ...]
+    ruled_out: Mapping[str, str]
+
+    def settled(self, name: str) -> Format:
+        """The format; raises `AmbiguousFormat` or `UnknownFormat` with what to type."""
+        if self.format:
+            return self.format
+        if self.candidates:
+            names = [form.name for form in self.candidates]
+            raise AmbiguousFormat(
+                f"{name}: the format is {' or '.join(names)}",
+                "neither config.json, key names nor dtypes decide; " + "; ".join(self.evidence),
+                f"ask its producer, then pass --format {names[0]} (or another of these)",
+            )
+        reasons = "; ".join(f"not {form}: {why}" for form, why in self.ruled_out.items()) or "no format is known"
+        raise UnknownFormat(
+            f"{name}: the experts are stored in no format that moeglot knows",
+            "; ".join((*self.evidence, reasons)),
+            "run `moeglot formats` for what is known; docs/add-a-format.md shows how to declare another",
+        )
+
+
+def identify(source: Source, format: str | None = None) -> Identification:
+    """Ask the user, our mark, the producer's marks. Raises `Contradiction` where two declarations disagree."""
+    if format is not None:
+        form = by_name(format)
+        return Identification(form, (f"--format {format}",), (form,), {})
+    marks = {mark[MARK] for mark in source.metadata if MARK in mark}
+    if len(marks) > 1:
+        raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
+    ruled_out = {form.name: why for form in FORMATS if (why := _refutation(form, source))}
+    if marks:
+        form = by_name(marks.pop())
+        if form.name in ruled_out:
+            raise Contradiction(
+                f"the safetensors header says {form.name}, the files contradict it",
+                ruled_out[form.name],
+                "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
+            )
+        return Identification(form, (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
+    candidates = tuple(form for form in FORMATS if form.name not in ruled_out)
+    evidence = tuple(_producer_marks(source, candidates))
+    return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
+
+
+def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[str]:
+    if not source.config:
+        yield "there is no config.json"
+    elif model_type := source.config.get("model_type"):
+        yield f"config.json says model_type = {model_type}"
+    else:
+        yield "config.json has no model_type"
+    if method := dig(source.config, "quantization_config.quant_method"):
+        yield f"config.json says quantization_config.quant_method = {method}"
+    for form in candidates[:1]:
+        line = form.stored[0]
+        key = next(key for key in source.entries if (found := form.match(key)) and found[0] == line)
+        yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
+
+
+def _refutation(form: Format, source: Source) -> str | None:
+    """Why this cannot be the format, or None."""
+    model_type = source.config.get("model_type")
+    if form.config.only:
+        if missing := [key for key in form.config.names.values() if key not in source.config]:
+            return f"config.json has no {missing[0]}"
+    elif model_type not in form.family.model_types:
+        return f"model_type is {model_type}, not {' or '.join(form.family.model_types)}"
+    method = dig(source.config, "quantization_config.quant_method")
+    expected = form.config.quantization["quant_method"] if form.config.quantization else None
+    if method is not None and method != expected:
+        return f"quantization_config.quant_method is {method}, not {expected}"
+    first = _first_tensors(form, source)
+    for line in form.stored:
+        for part, suffix in line.names.items():
+            if (line.key, part) not in first:
+                return f"no tensor is named {line.key}{suffix}"
+    return _shape_refutation(form, source, first)
+
+
+def _first_tensors(form: Format, source: Source) -> dict[tuple[str, str], Entry]:
+    """(key template, part) -> the first tensor that has that name; stops as soon as each has one."""
+    wanted = sum(len(line.names) for line in form.stored)
+    found: dict[tuple[str, str], Entry] = {}
+    for key, entry in source.entries.items():
+        if matched := form.match(key):
+            found.setdefault((matched[0].key, matched[1]), entry)
+            if len(found) == wanted:
+                break
+    return found
+
+
+def _shape_refutation(form: Format, source: Source, first: Mapping[tuple[str, str], Entry]) -> str | None:
+    sizes = form.family.read_sizes(hub_config(source.config, form))
+    for line in form.stored:
+        for part in line.encoding.parts:
+            entry = first[line.key, part.name]
+            if entry.dtype not in part.dtypes:
+                return f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}"
+            if entry.shape != (shape := part.shape(line.shape(sizes))):
+                return f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}'
+    return None

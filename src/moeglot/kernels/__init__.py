@@ -1,0 +1,1 @@
+"""Fast encode and decode behind `Encoding`; one module an encoding."""

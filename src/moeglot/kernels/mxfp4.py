@@ -1,0 +1,115 @@
+"""MXFP4 with torch lookup tables: a pair of bytes is four values, one multiplication applies the scale."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from moeglot.errors import BadNumbers
+
+GROUP = 32
+BIAS = 127
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+TIES_UP = (False, True, False, True, False, True, False)  # to the code whose last bit is 0
+LAST_FINITE = 252  # 6 × 2^(253 - 127) is more than the largest bfloat16 and float32
+CHUNK = 1 << 22  # values at a time: the scratch of an encode stays near 64 MB whatever the matrix
+
+
+@cache
+def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """int64 [65536]: for each pair of bytes, its four values as bfloat16 (two lookups of two values for float32)."""
+    nibbles = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=device)
+    byte = torch.arange(256, device=device)
+    values = torch.stack([nibbles[byte & 15], nibbles[byte >> 4]], -1)  # [256, 2]
+    if dtype == torch.float32:
+        return values.view(torch.int64).flatten()  # one byte is one int64
+    low = values.view(torch.int32).flatten().to(torch.int64) & 0xFFFFFFFF
+    return (low[None, :] | (low[:, None] << 32)).flatten()  # little endian: the first byte is the low one
+
+
+@cache
+def _scales(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[256]: 2^(s - 127), subnormals included; NaN for 255, as OCP says."""
+    exponents = torch.arange(256, dtype=torch.float64, device=device) - BIAS
+    table = torch.exp2(exponents)
+    table[255] = float("nan")
+    return table.to(dtype)
+
+
+def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """packed u8 [..., n, 16], scale u8 [..., n] -> [..., 32 n] in `dtype`; exact in bfloat16, float32 and float64.
+
+    Raises `BadNumbers` for a scale of 255 (NaN in E8M0) and for codes that are infinite under their scale.
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        return decode(packed, scale, torch.float32).to(dtype)
+    packed, scale = packed.contiguous(), scale.contiguous()
+    words = packed.to(torch.int32) if dtype == torch.float32 else packed.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    values = _pairs(dtype, packed.device)[words.view(-1)].view(dtype).view(*scale.shape, GROUP)
+    values.mul_(_scales(dtype, packed.device)[scale.to(torch.int32)].unsqueeze(-1))
+    if scale.numel() and int(scale.max()) > LAST_FINITE and not bool(values.isfinite().all()):
+        raise BadNumbers(
+            f"an MXFP4 scale of {int(scale.max())} makes a value that is not finite",
+            "a value is code × 2^(scale - 127), and 255 is NaN (OCP MX 1.0, 5.4.1)",
+            "the file is damaged or not MXFP4; compare its hash with its producer's",
+        )
+    return values.view(*scale.shape[:-1], -1)
+
+
+def _exponents(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
+    """int32: the power of two of each group, from its largest magnitude (float32)."""
+    mantissa, exponent = torch.frexp(amax)  # amax = mantissa × 2^exponent, mantissa in [.5, 1)
+    if scale_rule == "ceil":
+        bump = mantissa > 0.75  # amax × 2^-(exponent - 3) would be more than 6
+    elif scale_rule == "even":
+        bump = mantissa >= 0.875  # 1.75 rounds up to the next power of two
+    else:
+        bump = torch.zeros_like(mantissa, dtype=torch.bool)
+    return torch.where(amax == 0, -BIAS, exponent - 3 + bump.int()).clamp_(-BIAS, 254 - BIAS)
+
+
+@cache
+def _thresholds(ties: str, device: torch.device) -> torch.Tensor:
+    """float32 [7]: the smallest magnitude that gets each code but the first."""
+    middle = torch.tensor(MIDPOINTS, device=device)
+    if ties == "away":
+        return middle
+    after = torch.nextafter(middle, torch.full_like(middle, 10))
+    return torch.where(torch.tensor(TIES_UP, device=device), middle, after)
+
+
+def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [n, 32] -> packed u8 [n, 16], scale u8 [n]."""
+    exact = values.to(torch.float32)
+    amax = exact.abs().amax(-1)
+    if not bool(amax.isfinite().all()):
+        raise BadNumbers(
+            "a weight is NaN or infinite, which MXFP4 cannot hold",
+            "E2M1 has no such code (OCP MX 1.0, 5.3.3)",
+            "find where the source lost its numbers; moeglot verify PATH names the tensor",
+        )
+    exponent = _exponents(amax, scale_rule)
+    magnitude = torch.ldexp(exact.abs(), -exponent.unsqueeze(-1))
+    codes = torch.bucketize(magnitude, _thresholds(ties, values.device), out_int32=True, right=True).to(torch.uint8)
+    codes |= torch.signbit(exact).to(torch.uint8) << 3
+    return codes[:, ::2] | (codes[:, 1::2] << 4), (exponent + BIAS).to(torch.uint8)
+
+
+def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [..., 32 n] of a float type -> packed u8 [..., n, 16], scale u8 [..., n]. Keeps the sign of zero."""
+    groups = values.reshape(-1, GROUP)
+    packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=values.device)
+    scale = torch.empty(len(groups), dtype=torch.uint8, device=values.device)
+    step = CHUNK // GROUP
+    for at in range(0, len(groups), step):
+        packed[at : at + step], scale[at : at + step] = _encode_rows(groups[at : at + step], scale_rule, ties)
+    leading = (*values.shape[:-1], values.shape[-1] // GROUP)
+    return packed.view(*leading, GROUP // 2), scale.view(leading)
+
+
+def undetermined(packed: torch.Tensor) -> int:
+    """How many groups have no code above 3 (index 5), so that their scale cannot be known from their values."""
+    magnitude = torch.maximum(packed & 7, (packed >> 4) & 7)
+    return int((magnitude.amax(-1) <= 5).sum())

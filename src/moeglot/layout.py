@@ -1,0 +1,179 @@
+"""Stored: one line of a format. Its key, the roles it holds and its axes; the only file, with the adapters', that moves axes.
+
+Letters: e expert, h hidden, i intermediate, p which projection. `"e (i p) h"` reads: experts first, then rows in which gate and up
+alternate, then the hidden axis. The letters of a role in canonical order ([out, in]) are in `ROLES`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import permutations
+from math import prod
+from typing import TYPE_CHECKING
+
+from moeglot.encoding import Encoded, Encoding, Part, Parts
+from moeglot.encodings.plain import FLOATS, Plain
+
+if TYPE_CHECKING:
+    import torch
+
+ROLES = {"gate": "i h", "up": "i h", "down": "h i", "gate_bias": "i", "up_bias": "i", "down_bias": "h"}
+"""The canonical axes of each role: a matrix is [out, in]."""
+
+Sizes = Mapping[str, int]
+"""Letter -> size, from config.json."""
+
+Roles = Mapping[str, Encoded]
+"""Role -> its canonical tensor."""
+
+
+def parse_axes(axes: str) -> tuple[tuple[str, ...], ...]:
+    """`"e (i p) h"` -> `(("e",), ("i", "p"), ("h",))`."""
+    return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^()]*\)|\S+", axes))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored tensor: key template, roles it holds, axes. `names` gives the suffix of the key for each part of the encoding."""
+
+    key: str
+    roles: tuple[str, ...]
+    axes: str
+    encoding: Encoding = FLOATS
+    names: Mapping[str, str] = field(default_factory=lambda: {"value": ""})
+
+    def __post_init__(self) -> None:
+        letters = [letter for group in self.groups for letter in group]
+        carried = {ROLES[role] for role in self.roles}
+        expected = sorted({"e", *carried.pop().split(), *(["p"] if len(self.roles) > 1 else [])})
+        found = sorted(letters + (["e"] if "{expert}" in self.key else []))
+        if carried or found != expected:
+            raise ValueError(f"{self.key}: {self.roles} need each of {expected} exactly once, in the key or in {self.axes!r}, not {found}")
+        if "e" in letters and letters[0] != "e":
+            raise ValueError(f"{self.key}: {self.axes!r} must start with e, so that an expert is one run of bytes")
+        if "{layer}" not in self.key:
+            raise ValueError(f"{self.key}: no {{layer}} in the key")
+        if {part.name for part in self.encoding.parts} != set(self.names):
+            raise ValueError(f"{self.key}: {self.encoding} has parts {[part.name for part in self.encoding.parts]}, named are {list(self.names)}")
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return parse_axes(self.axes)
+
+    @property
+    def per_expert(self) -> bool:
+        """One tensor for each expert, so that e is in the key."""
+        return "{expert}" in self.key
+
+    @property
+    def role_axes(self) -> str:
+        return ROLES[self.roles[0]]
+
+    @cached_property
+    def expert_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of one expert's slice: without e."""
+        rest = tuple(tuple(letter for letter in group if letter != "e") for group in self.groups)
+        return tuple(group for group in rest if group)
+
+    @cached_property
+    def pattern(self) -> str:
+        """The axes of one expert's slice, in einops' notation."""
+        return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.expert_groups)
+
+    def keys(self, layer: int, expert: int | None = None) -> dict[str, str]:
+        """part -> full key."""
+        key = self.key.format(layer=layer, expert=expert)
+        return {part: key + suffix for part, suffix in self.names.items()}
+
+    def _shape(self, groups: tuple[tuple[str, ...], ...], sizes: Sizes) -> tuple[int, ...]:
+        known = {**sizes, "p": len(self.roles)}
+        return tuple(prod(known[letter] for letter in group) for group in groups)
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Shape of the values of the whole stored tensor."""
+        return self._shape(self.groups, sizes)
+
+    def expert_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Shape of the values of one expert's slice."""
+        return self._shape(self.expert_groups, sizes)
+
+    def rows(self, sizes: Sizes) -> int:
+        """How many entries of the stored tensor's first axis are one expert's, 0 if that axis is e alone."""
+        group = self.groups[0]
+        return 0 if group == ("e",) else prod({**sizes, "p": len(self.roles)}[letter] for letter in group if letter != "e")
+
+    # --- moving axes, for one expert -------------------------------------------------------------------------------------------------
+
+    def movable(self, encoding: Encoding, sizes: Sizes) -> bool:
+        """Codes of this encoding can be split into roles (and joined from them) as they are: no block would straddle a cut or be turned."""
+        stored = [letter for group in self.expert_groups for letter in group if letter != "p"]
+        upright = stored == self.role_axes.split()
+        return all(self._part_moves(part, upright, sizes) for part in encoding.parts)
+
+    def _part_moves(self, part: Part, upright: bool, sizes: Sizes) -> bool:
+        if not upright and (part.trailing or part.block[0] != part.block[1]):
+            return False
+        for group, block in zip(self.expert_groups, part.blocks(len(self.expert_groups)), strict=True):
+            if block > 1 and "p" in group and (group[-1] == "p" or prod(sizes[letter] for letter in group if letter != "p") % block):
+                return False
+        return True
+
+    def split(self, stored: Encoded) -> dict[str, Encoded]:
+        """One expert's slice -> role -> [out, in], as views where strides allow it."""
+        from einops import rearrange
+
+        if "p" not in self.pattern.replace("(", " ").replace(")", " ").split():
+            parts = {name: rearrange(part, f"{self.pattern} ... -> {self.role_axes} ...") for name, part in stored.parts.items()}
+            return {self.roles[0]: _encoded(stored.encoding, parts)}
+        moved = {
+            name: rearrange(part, f"{self.pattern} ... -> p {self.role_axes} ...", p=len(self.roles)) for name, part in stored.parts.items()
+        }
+        return {role: _encoded(stored.encoding, {name: part[n] for name, part in moved.items()}) for n, role in enumerate(self.roles)}
+
+    def join(self, roles: Roles) -> Encoded:
+        """role -> [out, in] to one expert's slice; the inverse of `split`. All roles must have one encoding."""
+        from einops import rearrange
+
+        encoded = [roles[role] for role in self.roles]
+        parts: dict[str, torch.Tensor] = {}
+        for name in encoded[0].parts:
+            if len(encoded) == 1:
+                parts[name] = rearrange(encoded[0].parts[name], f"{self.role_axes} ... -> {self.pattern} ...")
+            else:
+                parts[name] = rearrange([part.parts[name] for part in encoded], f"p {self.role_axes} ... -> {self.pattern} ...")
+        return _encoded(encoded[0].encoding, parts)
+
+    # --- other readings --------------------------------------------------------------------------------------------------------------
+
+    def misreadings(self, sizes: Sizes) -> Iterator[Stored]:
+        """Every other reading of the same bytes that no shape refutes: axes turned, gate and up in the other arrangement or order."""
+        for roles in permutations(self.roles):
+            for axes in self._arrangements():
+                other = replace(self, roles=roles, axes=axes)
+                if other.expert_shape(sizes) == self.expert_shape(sizes) and (roles, axes) != (self.roles, self.axes):
+                    yield other
+
+    def _arrangements(self) -> Iterator[str]:
+        for groups in permutations(self.expert_groups):
+            flips: list[list[tuple[str, ...]]] = [[]]
+            for group in groups:
+                flips = [[*before, order] for before in flips for order in permutations(group)]
+            for flip in flips:
+                yield " ".join((["e"] if not self.per_expert else []) + [g[0] if len(g) == 1 else f"({' '.join(g)})" for g in flip])
+
+
+def _encoded(encoding: Encoding, parts: Parts) -> Encoded:
+    first = encoding.parts[0]
+    stored = tuple(parts[first.name].shape)
+    leading = stored[: len(stored) - len(first.trailing)]
+    return Encoded(encoding, parts, tuple(n * b for n, b in zip(leading, first.blocks(len(leading)), strict=True)))
+
+
+def values(tensor: torch.Tensor) -> Encoded:
+    """A tensor of a float dtype as an `Encoded`."""
+    from moeglot.dtypes import dtype_of
+
+    return Encoded(Plain(dtype_of(tensor).name), {"value": tensor}, tuple(tensor.shape))

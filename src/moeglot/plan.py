@@ -1,0 +1,225 @@
+"""What a command will do, before it does it: every step with its losses, every file with its size, every tensor that changes its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moeglot.checkpoint import Checkpoint, HubTensor, open
+from moeglot.config import declared_dtype, write_config
+from moeglot.dtypes import by_torch_name
+from moeglot.encoding import Encoding
+from moeglot.encodings import by_name as encoding_by_name
+from moeglot.encodings.plain import Plain
+from moeglot.errors import Contradiction, TensorMismatch, UsageError
+from moeglot.format import Dense, Format
+from moeglot.formats import by_name, of_family
+from moeglot.identify import MARK
+from moeglot.layout import Stored
+from moeglot.shards import ShardPlan, Slot, plan_shards
+
+SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one stored tensor of a layer comes about: from which encodings of its roles to which."""
+
+    line: Stored
+    layer: int
+    sources: tuple[Encoding, ...]
+    target: Encoding
+    movable: bool
+
+    @property
+    def moves_codes(self) -> bool:
+        """Codes are moved as they are, without a decode."""
+        return self.movable and all(source.name == self.target.name for source in self.sources)
+
+    @property
+    def exact(self) -> bool:
+        """Nothing is lost, whatever the numbers."""
+        return self.moves_codes or all(source.fits_in(self.target) for source in self.sources)
+
+    @property
+    def verb(self) -> str:
+        if self.moves_codes:
+            return f"move {self.target.name} codes"
+        source = " and ".join(sorted({encoding.name for encoding in self.sources}))
+        if isinstance(self.target, Plain):
+            return f"{'cast' if isinstance(self.sources[0], Plain) else 'decode'} {source} to {self.target.name}"
+        return f"encode {source} as {self.target}"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that can be done in any order, any number of times: one expert's slice of a step, or one tensor that is no expert."""
+
+    key: str
+    step: Step | None = None
+    expert: int = 0
+    parts: tuple[HubTensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `convert` will write, and from what."""
+
+    source: Checkpoint
+    target: Format
+    steps: tuple[Step, ...]
+    dense: Mapping[str, tuple[HubTensor, ...]]
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any]
+    others: tuple[Path, ...]
+    expected_error: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """New name -> the stored tensors it comes from, for tensors that are no experts and do not keep name and bytes."""
+        return {key: " + ".join(dict.fromkeys(p.entry.name for p in parts)) for key, parts in self.dense.items() if parts[0].entry.name != key}
+
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """Verbs of the steps that change numbers of this checkpoint, as measured on a sample of its experts."""
+        return tuple(verb for verb, error in self.expected_error.items() if error > 0)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        experts = self.source.sizes["e"]
+        made = [Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert) for step in self.steps for expert in range(experts)]
+        return (*made, *(Unit(f"{key}|dense", parts=parts) for key, parts in self.dense.items()))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that decides the output's bytes; a resumed run must have the same."""
+        told = [
+            [(e.name, e.dtype, e.shape, e.path.name, e.start, e.end) for e in self.source.source.entries.values()],
+            [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.source.source.shards],
+            [self.source.format.name, self.target.name, self.config],
+            [(str(step.target), step.line.key, step.layer) for step in self.steps],
+            [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None, shard_size: int = SHARD_SIZE) -> Plan:
+    """The plan of a conversion to the format named `to`; raises `MoeglotError` for what cannot be done, before a byte is written."""
+    source = source if isinstance(source, Checkpoint) else open(source)
+    target = by_name(to)
+    if target.family != source.format.family:
+        names = ", ".join(form.name for form in of_family(source.format.family))
+        raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
+    wanted = encoding_by_name(encode) if encode else None
+    steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
+    dense = _dense(source, target)
+    slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
+    shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})
+    config = write_config({**source.config, **_dtype_note(source, steps)}, target)
+    return Plan(source, target, steps, dense, shards, config, tuple(source.source.others()))
+
+
+def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
+    """The float type that config.json declares, if the experts' changed."""
+    weights = {step.target.name for step in steps if isinstance(step.target, Plain) and len(step.line.role_axes.split()) == 2}
+    before = declared_dtype(source.config)
+    if len(weights) != 1 or before in weights:
+        return {}
+    return {"dtype" if "dtype" in source.config else "torch_dtype": weights.pop()}
+
+
+def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None) -> Step:
+    encodings = source.experts(layer)
+    sources = tuple(encodings[role].encoding for role in line.roles)
+    encoding = _target_encoding(source, target, line, sources, wanted)
+    for part in encoding.parts:
+        part.shape(line.expert_shape(source.sizes))
+    movable = line.movable(encoding, source.sizes) and all(
+        source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
+    )
+    return Step(line, layer, sources, encoding, movable)
+
+
+def _target_encoding(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
+    if len(line.role_axes.split()) == 1:
+        return _widest(line, sources)
+    if not isinstance(line.encoding, Plain):
+        if wanted and wanted.name != line.encoding.name:
+            raise _cannot_hold(target, line.encoding, wanted)
+        return wanted or line.encoding
+    if wanted and not isinstance(wanted, Plain):
+        raise _cannot_hold(target, line.encoding, wanted)
+    if wanted:
+        return wanted
+    if all(isinstance(encoding, Plain) for encoding in sources):
+        return _widest(line, sources)
+    return Plain(by_torch_name(declared_dtype(source.config) or "bfloat16").name)
+
+
+def _widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
+    """The one of the sources' float types that holds them all."""
+    for candidate in sources:
+        if all(source.fits_in(candidate) for source in sources):
+            return candidate
+    names = " and ".join(sorted({source.name for source in sources}))
+    raise Contradiction(f"{line.key}: its roles come as {names}", "one tensor has one dtype, and neither holds the other", "pass --encode float32")
+
+
+def _cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
+    able = [form.name for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
+    do = f"pass --to {' or '.join(able)}" if able else f"leave --encode out; no format of {target.family.name} that we know holds {wanted.name}"
+    return UsageError(f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do)
+
+
+def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]:
+    for step in steps:
+        for expert in range(source.sizes["e"]) if step.line.per_expert else (None,):
+            for part in step.target.parts:
+                shape = part.shape(step.line.shape(source.sizes))
+                yield Slot(step.line.keys(step.layer, expert)[part.name], part.dtypes[0], shape)
+
+
+def _dense(source: Checkpoint, target: Format) -> dict[str, tuple[HubTensor, ...]]:
+    """Key in the target -> the Hub tensors whose rows it holds."""
+    left = dict(source.dense)
+    made: dict[str, tuple[HubTensor, ...]] = {}
+    for line, numbers in _dense_lines(source, target):
+        names = [name.format(**numbers) for name in line.hub]
+        found = [left.pop(name) for name in names if name in left]
+        if len(found) != len(names):
+            raise TensorMismatch(
+                f"{line.key.format(**numbers)} needs {', '.join(name for name in names if name not in source.dense)}",
+                f"{target.name} always has it ({target.source}); {source.known}",
+                "choose another target format",
+            )
+        if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
+            raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
+        made[line.key.format(**numbers)] = tuple(found)
+    if left and target.config.only:
+        raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it", f"its names: {target.source}", "choose another target format")
+    return made | {name: (tensor,) for name, tensor in left.items()}
+
+
+def _dense_lines(source: Checkpoint, target: Format) -> Iterator[tuple[Dense, dict[str, int]]]:
+    for line in target.dense:
+        for layer in source.layers if "{layer}" in line.key else (0,):
+            yield line, {"layer": layer}
+
+
+def _dense_slot(key: str, parts: tuple[HubTensor, ...]) -> Slot:
+    first = parts[0].shape
+    return Slot(key, parts[0].dtype, first if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first[1:]))
+
+
+def _in_model_order(slot: Slot) -> tuple[object, ...]:
+    """Numbers in a name count as numbers, so that layer 2 comes before layer 10."""
+    return tuple((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in slot.name.split("."))

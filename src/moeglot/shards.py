@@ -1,0 +1,226 @@
+"""The safetensors container: headers checked before anything is believed, tensors mapped lazily, files written in place at known offsets.
+
+https://github.com/huggingface/safetensors#format: u64 header length, JSON header, then the tensors' bytes without holes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeglot.dtypes import DTYPES
+from moeglot.errors import BrokenFile, NoSpace
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
+ALIGNMENT = 4096  # where our data starts, so that a tensor can be read and written without the page cache
+SPEC = "https://github.com/huggingface/safetensors#format"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: `start` and `end` are bytes from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    def read(self, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """The tensor, or `rows` entries of its first axis from `first`; a view of the mapped file, read when it is touched."""
+        import torch
+
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        size = DTYPES[self.dtype].size
+        row = prod(self.shape[1:]) * size
+        dtype = DTYPES[self.dtype].torch
+        if not prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(_mapping(self.path), dtype=dtype, count=prod(shape), offset=self.start + first * row).view(shape)
+
+
+@cache
+def _mapping(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a private map: torch wants a writable buffer, nothing writes to it
+
+
+def forget_mappings() -> None:
+    """Drop all maps, because files are about to be renamed."""
+    _mapping.cache_clear()
+
+
+def _refuse(path: Path, what: str, known: str) -> BrokenFile:
+    return BrokenFile(f"{path.name}: {what}", known, "fetch the file again from its producer; nothing was read from it")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:n]})
+        raise ValueError(f"{twice!r} stands twice")
+    return found
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(name -> Entry, metadata) of a safetensors file; raises `BrokenFile` for each way in which a header can be wrong."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > MAX_HEADER or 8 + length > size:
+            raise _refuse(path, f"the header claims {length} bytes", f"the file has {size}, and a header at most {MAX_HEADER} ({SPEC})")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _refuse(path, "the header is no JSON object", str(error).split("\n")[0]) from error
+    if not isinstance(header, dict):
+        raise _refuse(path, "the header is no JSON object", f"it is a {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _refuse(path, "__metadata__ is no map from text to text", f"it is {str(metadata)[:80]}")
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+    at = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start != at:
+            kind = "overlaps the tensor before it" if entry.start < at else "leaves a hole before it"
+            raise _refuse(path, f"{entry.name} {kind}", f"it starts at byte {entry.start}, the one before it ends at {at} ({SPEC})")
+        at = entry.end
+    if at != size:
+        raise _refuse(path, "truncated" if at > size else "has bytes that no tensor owns", f"the tensors end at byte {at}, the file at {size}")
+    return entries, metadata
+
+
+def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
+    try:
+        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        known = DTYPES.get(dtype)
+        whole = [*shape, start, end]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _refuse(path, f"{name} is not described", f"it needs dtype, shape and data_offsets, it has {str(value)[:80]}") from error
+    if not known:
+        raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in whole):
+        raise _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
+    if end - start != prod(shape) * known.size:
+        raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {shape} of {dtype} needs {prod(shape) * known.size}")
+    return Entry(name, dtype, tuple(shape), path, base + start, base + end)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to be written: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].size
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file to be written: its name and its tensors, in the order in which they lie there."""
+
+    file: str
+    slots: tuple[Slot, ...]
+    metadata: Mapping[str, str]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The length, the JSON and the spaces that make the data start at a multiple of 4096."""
+        offset = 0
+        described: dict[str, Any] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
+        for slot in self.slots:
+            described[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [offset, offset + slot.nbytes]}
+            offset += slot.nbytes
+        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """name -> bytes from the beginning of the file."""
+        at, found = len(self.header), {}
+        for slot in self.slots:
+            found[slot.name] = at
+            at += slot.nbytes
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(slot.nbytes for slot in self.slots)
+
+
+def plan_shards(slots: Iterable[Slot], shard_size: int, metadata: Mapping[str, str]) -> tuple[ShardPlan, ...]:
+    """Slots in their order -> files of at most `shard_size` bytes of tensors (more only for one tensor that is larger)."""
+    groups: list[list[Slot]] = [[]]
+    for slot in slots:
+        if groups[-1] and sum(s.nbytes for s in groups[-1]) + slot.nbytes > shard_size:
+            groups.append([])
+        groups[-1].append(slot)
+    names = ["model.safetensors"] if len(groups) == 1 else [f"model-{n + 1:05}-of-{len(groups):05}.safetensors" for n in range(len(groups))]
+    return tuple(ShardPlan(name, tuple(sorted(group, key=_rank)), metadata) for name, group in zip(names, groups, strict=True))
+
+
+def _rank(slot: Slot) -> tuple[bool, int, int, str]:
+    """Tensors of whole pages first, then by falling item size: everything starts where its type, and the large where a page, may start."""
+    return slot.nbytes % ALIGNMENT != 0, -DTYPES[slot.dtype].size, -slot.nbytes, slot.name
+
+
+def allocate(path: Path, shard: ShardPlan) -> None:
+    """Create the file at its full size and write its header; raises `NoSpace` before any tensor is written."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, shard.nbytes)
+        write_at(descriptor, memoryview(shard.header), 0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise no_space(path, shard.nbytes) from error
+    finally:
+        os.close(descriptor)
+
+
+def no_space(path: Path, needed: int) -> NoSpace:
+    return NoSpace(
+        f"no space left for {path.name}",
+        f"it needs {needed:,} bytes on the disk of {path.parent}",
+        "free space there or choose another OUT; then pass --resume to go on",
+    )
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of `data` at `offset`."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; a copy only if its strides are others."""
+    import torch
+
+    flat = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+    return memoryview(flat.numpy())

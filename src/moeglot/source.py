@@ -1,0 +1,166 @@
+"""Where a checkpoint lies: a folder, a safetensors file or a Hub id; which of its files may be read at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moeglot.errors import BrokenFile, CheckpointError, PickleRefused, UsageError
+from moeglot.shards import Entry, read_header
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one checkpoint, headers read: tensors by name, config.json, the marks in the headers, and the files beside them."""
+
+    name: str
+    folder: Path
+    shards: tuple[Path, ...]
+    entries: Mapping[str, Entry] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    metadata: tuple[Mapping[str, str], ...] = field(repr=False)
+    single: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def others(self) -> Iterator[Path]:
+        """Files that are carried over as they are: tokenizer, templates, licence; no weights, no index, no config.json, nothing of ours."""
+        for path in sorted(self.folder.iterdir()) if not self.single else []:
+            weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+            if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
+                yield path
+
+
+def read_source(path: str | Path, revision: str | None = None) -> Source:
+    """Folder, safetensors file or Hub id -> its headers and config; raises `CheckpointError`, and fetches a Hub id with huggingface_hub."""
+    local = Path(path)
+    if local.is_file():
+        if local.suffix != ".safetensors":
+            raise _not_safetensors(local)
+        return replace(_read(str(path), local.parent, (local,)), single=True)
+    if not local.is_dir():
+        local = _fetch(str(path), revision)
+    return _read(str(path), local, tuple(_shards(local, _root(local))))
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"{name}: no such file or folder", "it is no Hub id (owner/name) either", "check the path")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{name}: neither a path here nor a repository that could be fetched",
+            f"huggingface_hub says: {reason}",
+            "check the spelling; for a private repository run `hf auth login`; without a network pass a folder",
+        ) from error
+
+
+def _root(folder: Path) -> Path:
+    """The folder that files may not leave; in huggingface_hub's cache, snapshots link to the blobs of their own repository."""
+    repository = folder.resolve().parent.parent
+    cached = folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--") and (repository / "blobs").is_dir()
+    return repository if cached else folder.resolve()
+
+
+def _shards(folder: Path, root: Path) -> Iterator[Path]:
+    if (index := folder / INDEX).is_file():
+        names = sorted(set(_weight_map(_inside(index, root)).values()))
+        yield from (_inside(folder / _plain(name), root) for name in names)
+        return
+    single = folder / "model.safetensors"
+    found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not found:
+        if pickles := [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
+            raise PickleRefused(
+                f"{folder.name}: only pickle files are here: {', '.join(pickles[:3])}",
+                "loading a pickle runs the code in it; moeglot never does",
+                "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)",
+            )
+        raise CheckpointError(f"{folder.name}: no safetensors file is here", f"looked for {INDEX} and *.safetensors", "pass the folder that holds them")
+    yield from (_inside(path, root) for path in found)
+
+
+def _not_safetensors(path: Path) -> CheckpointError:
+    if path.suffix in PICKLES:
+        known = "it is a pickle, and loading one runs the code in it; moeglot never does"
+        return PickleRefused(f"{path.name}: never loaded", known, "save it as safetensors first, with the framework that wrote it")
+    return CheckpointError(f"{path.name}: not a safetensors file", f"its name ends in {path.suffix or 'nothing'}", "pass a .safetensors file or its folder")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = _json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise BrokenFile(f"{INDEX}: no weight_map", "it maps each tensor to its file, as huggingface_hub writes it", "fetch the index again")
+    return found
+
+
+def _plain(name: str) -> str:
+    if name != Path(name).name or name in (".", "..") or not name.endswith(".safetensors"):
+        raise BrokenFile(f"{INDEX} names {name!r}", "a shard is a .safetensors file in the index's own folder", "fetch the index again from its producer")
+    return name
+
+
+def _inside(path: Path, root: Path) -> Path:
+    if not path.exists():
+        raise BrokenFile(f"{path.name}: missing", f"{INDEX} names it as a shard", "fetch it again from its producer")
+    if not path.resolve().is_relative_to(root):
+        raise BrokenFile(f"{path.name}: a link that leaves its folder", f"it points to {path.resolve()}", "put the file itself there if you trust it")
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{path.name}: not JSON", str(error), "fetch it again from its producer") from error
+    if not isinstance(value, dict):
+        raise BrokenFile(f"{path.name}: no JSON object", f"it is a {type(value).__name__}", "fetch it again from its producer")
+    return value
+
+
+def _read(name: str, folder: Path, shards: tuple[Path, ...]) -> Source:
+    entries: dict[str, Entry] = {}
+    metadata = []
+    for shard in shards:
+        found, marks = read_header(shard)
+        if twice := entries.keys() & found.keys():
+            raise BrokenFile(
+                f"{min(twice)}: stored twice, in {entries[min(twice)].path.name} and {shard.name}",
+                f"{len(twice)} tensors are in both files",
+                "delete the stale one, or pass a single file",
+            )
+        entries.update(found)
+        metadata.append(marks)
+    config = _json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
+    _check_index(folder, shards, entries)
+    return Source(name, folder, shards, entries, config, tuple(metadata))
+
+
+def _check_index(folder: Path, shards: tuple[Path, ...], entries: Mapping[str, Entry]) -> None:
+    """Index and shards agree, tensor by tensor, if these shards are the ones that the index names."""
+    if not (folder / INDEX).is_file() or set((said := _weight_map(folder / INDEX)).values()) != {shard.name for shard in shards}:
+        return
+    held = {name: entry.path.name for name, entry in entries.items()}
+    if wrong := sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name)):
+        name = wrong[0]
+        raise BrokenFile(
+            f"{INDEX} puts {name} in {said.get(name, 'no file')}",
+            f"it is in {held.get(name, 'no file')}; {len(wrong)} tensors disagree",
+            "fetch the index and the shards again, together",
+        )

@@ -1,0 +1,82 @@
+"""Structure: is every tensor of a format there, once, with the dtype and shape that the format derives from config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moeglot.dtypes import WEIGHT_DTYPES
+from moeglot.errors import MoeglotError, TensorMismatch
+from moeglot.format import Format
+from moeglot.formats import FORMATS
+from moeglot.layout import Sizes, Stored
+from moeglot.shards import Entry
+from moeglot.source import Source
+
+
+def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], known: str) -> Iterator[MoeglotError]:
+    """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
+    expected = {key: (line, part) for key, line, part, _, _ in form.expert_keys(layers, sizes)}
+    for key, (line, part) in expected.items():
+        if key in source.entries:
+            yield from _tensor_problems(source.entries[key], line, part, sizes, form, known)
+        else:
+            yield _missing(key, line, part, source, form, layers, known)
+    stems = {_stem(line) for line in form.stored}
+    for key in source.entries:
+        if key not in expected and (form.match(key) or any(_under(key, stem) for stem in stems)) and not form.dense_line(key):
+            yield TensorMismatch(
+                f"{key}: extra, {form.name} has no such tensor",
+                f"{known}; it has layers {_spread(layers)} and {sizes['e']} experts",
+                "if config.json is wrong, take the producer's; if the format is another, pass --format",
+            )
+
+
+def _missing(key: str, line: Stored, part: str, source: Source, form: Format, layers: tuple[int, ...], known: str) -> TensorMismatch:
+    siblings = [key.removesuffix(line.names[part]) + suffix for name, suffix in line.names.items() if name != part]
+    alone = [name for name in siblings if name in source.entries]
+    why = f"{alone[0]} is there and means nothing without it; " if alone else ""
+    return TensorMismatch(
+        f"{key}: missing",
+        f"{why}{known}; it has experts in layers {_spread(layers)}",
+        "fetch the missing shard, or the producer's config.json if that is wrong",
+    )
+
+
+def _tensor_problems(entry: Entry, line: Stored, part: str, sizes: Sizes, form: Format, known: str) -> Iterator[TensorMismatch]:
+    spec = next(p for p in line.encoding.parts if p.name == part)
+    if entry.dtype not in spec.dtypes:
+        yield TensorMismatch(f"{entry.name}: {form.name} needs {' or '.join(spec.dtypes)}, the file has {entry.dtype}", known, _other_format(form, entry))
+        return
+    shape = spec.shape(line.shape(sizes))
+    if entry.shape != shape:
+        yield TensorMismatch(
+            f'{entry.name}: read as "{line.axes}" needs {list(shape)}, the file has {list(entry.shape)}', known, _other_format(form, entry)
+        )
+
+
+def _other_format(form: Format, entry: Entry) -> str:
+    others = [other.name for other in FORMATS if other.family == form.family and other != form and other.match(entry.name)]
+    if others:
+        return f"if the file was written by another producer, pass --format {' or '.join(others)}"
+    if entry.dtype not in WEIGHT_DTYPES:
+        return "this looks quantized in a way that the format does not declare; `moeglot formats` shows what is known"
+    return "check config.json against the producer's; moeglot takes no size from a shape"
+
+
+def _stem(line: Stored) -> str:
+    """What all keys of the experts begin with, up to the last dot before the name."""
+    return line.key.split("{expert}")[0] if line.per_expert else line.key
+
+
+def _under(key: str, stem: str) -> bool:
+    before, _, after = stem.partition("{layer}")
+    if not key.startswith(before):
+        return False
+    number, _, rest = key[len(before) :].partition(".")
+    return number.isdecimal() and ("." + rest).startswith(after)
+
+
+def _spread(layers: tuple[int, ...]) -> str:
+    if layers == tuple(range(len(layers))):
+        return f"0 to {len(layers) - 1}"
+    return ", ".join(map(str, layers))
