@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 128
@@ -42,6 +42,13 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def name_tokenizer_for_every_version(path: Path) -> None:
+    """transformers 5 writes a class name that transformers 4 does not know; both know this one."""
+    told = json.loads(path.read_text())
+    told.pop("backend", None)
+    path.write_text(json.dumps(told | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def make_model(vocabulary: int) -> GptOssForCausalLM:
@@ -119,8 +126,10 @@ def main() -> None:
     bfloat16 = held_out_loss(model, held_out)
     model.config.output_router_logits = False
     model.config.use_cache = True
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    name_tokenizer_for_every_version(arguments.out / "tokenizer_config.json")
     facts = {"held_out_loss_float32": float32, "held_out_loss_bfloat16": bfloat16, "steps": arguments.steps, "minutes": minutes}
     (arguments.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     (arguments.out / "held_out.txt").write_text("".join(texts[::HELD_OUT_EVERY]))

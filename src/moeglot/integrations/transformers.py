@@ -1,0 +1,97 @@
+"""What the installed transformers makes of a checkpoint: it loads the files with its own loader and its own modules compute.
+
+The second implementation of `verify --against transformers`. Speaks 4.57, 5.5 and 5.23; reads nothing of the checkpoint by our own specs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.encodings.plain import Plain
+from moeglot.errors import NotVerified, UsageError
+from moeglot.experts import Expert, Matrix, relative_error
+from moeglot.verify import loud_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+EXPERTS = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts$")
+
+
+@dataclass(frozen=True)
+class Live:
+    """A side of `verify`: the experts modules of a loaded model, in float32."""
+
+    name: str
+    experts: Mapping[int, torch.nn.Module]
+
+    def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
+        return loud_tokens(layer, expert, model, matrix, h)
+
+    def distance(self, layer: int, expert: int, tokens: torch.Tensor, response: torch.Tensor) -> float:
+        with torch.no_grad():
+            return relative_error(response, respond(self.experts[layer], expert, tokens))
+
+
+def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [t, h] -> [t, h]: the output of one expert of an experts module, all tokens routed to it with weight 1."""
+    if isinstance(module, torch.nn.ModuleList):
+        found = module[expert](tokens)
+    else:
+        routed = torch.full((len(tokens), 1), expert)
+        # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
+        weights = torch.ones(len(tokens), 1 if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
+        found = module(tokens, routed, weights)
+    assert isinstance(found, torch.Tensor)
+    return found.reshape(len(tokens), -1)  # 4.57 adds an axis
+
+
+def live(checkpoint: Checkpoint) -> Live:
+    """The experts of the whole model as `from_pretrained` loads it; it needs the model's size in float32 as memory.
+
+    Raises `UsageError` for a format that the installed transformers does not read and `NotVerified` if it finds tensors missing or unexpected.
+    """
+    model = load(checkpoint)
+    found = {int(match[1]): module for name, module in model.named_modules() if (match := EXPERTS.search("." + name))}
+    if missing := set(checkpoint.layers) - found.keys():
+        raise NotVerified(
+            f"transformers {transformers.__version__} has no experts in layers {sorted(missing)}",
+            f"{checkpoint.source.name} has; {checkpoint.known}",
+            "check config.json against the producer's",
+        )
+    return Live(f"transformers {transformers.__version__}", found)
+
+
+def load(checkpoint: Checkpoint) -> Any:
+    """The model in float32, by transformers alone."""
+    reads = checkpoint.format.reads
+    if checkpoint.format.config.only or (reads == "transformers 5" and VERSION < (5, 0)):
+        raise UsageError(
+            f"transformers {transformers.__version__} does not read {checkpoint.format.name}",
+            f"that format is for {reads}",
+            f"pass --against SRC, or convert to {checkpoint.format.family.name}'s format on the Hub first",
+        )
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    quantized = any(not isinstance(line.encoding, Plain) for line in checkpoint.format.stored)
+    # MXFP4 in float32 crashes in 4.57 and is silently bfloat16 in 5.5; bfloat16 holds every MXFP4 value, and float32 those.
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if quantized else torch.float32, "output_loading_info": True}
+    if VERSION >= (5, 0):
+        options["experts_implementation"] = "eager"
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.source.folder, **options)
+    wrong = {kind: keys for kind, keys in info.items() if keys}
+    if wrong:
+        kind, keys = next(iter(wrong.items()))
+        raise NotVerified(
+            f"transformers {transformers.__version__} loads it with {len(keys)} {kind.replace('_', ' ')}, first {sorted(map(str, keys))[0]}",
+            checkpoint.known,
+            "the folder is not what its config.json says, or this version does not read the format",
+        )
+    return model.float().eval()

@@ -1,0 +1,184 @@
+"""What the smallest complete checkpoint of each format looks like: the dense tensors of each family, its config.json, and random experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moeglot.encodings.mxfp4 import MXFP4
+from moeglot.format import Dense, Format, dig
+from moeglot.formats import by_name
+from moeglot.layout import parse_axes
+
+SIZES = {"e": 4, "h": 64, "i": 64, "q": 4, "k": 2, "d": 16, "v": 32}
+"""Letter -> size; square (h = i), so that no shape gives a wrong orientation away. q and k heads of d numbers, v words."""
+
+LAYER = "model.layers.{layer}."
+ATTENTION = LAYER + "self_attn."
+TRUNK = {
+    "model.embed_tokens.weight": "v h",
+    "model.norm.weight": "h",
+    "lm_head.weight": "v h",
+    LAYER + "input_layernorm.weight": "h",
+    LAYER + "post_attention_layernorm.weight": "h",
+    ATTENTION + "q_proj.weight": "(q d) h",
+    ATTENTION + "k_proj.weight": "(k d) h",
+    ATTENTION + "v_proj.weight": "(k d) h",
+    ATTENTION + "o_proj.weight": "h (q d)",
+}
+"""Hub name -> axes of the tensors that all three families have."""
+
+DENSE = {
+    "gpt-oss": TRUNK
+    | {
+        ATTENTION + "q_proj.bias": "(q d)",
+        ATTENTION + "k_proj.bias": "(k d)",
+        ATTENTION + "v_proj.bias": "(k d)",
+        ATTENTION + "o_proj.bias": "h",
+        ATTENTION + "sinks": "q",
+        LAYER + "mlp.router.weight": "e h",
+        LAYER + "mlp.router.bias": "e",
+    },
+    "qwen3-moe": TRUNK | {ATTENTION + "q_norm.weight": "d", ATTENTION + "k_norm.weight": "d", LAYER + "mlp.gate.weight": "e h"},
+    "mixtral": TRUNK | {LAYER + "block_sparse_moe.gate.weight": "e h"},
+}
+"""Family -> Hub name -> axes of every tensor that is no expert."""
+
+CONFIG = {
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "decoder_sparse_step": 1,
+        "hidden_act": "silu",
+        "intermediate_size": 256,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+}
+"""Family -> what its config.json on the Hub says beyond sizes."""
+
+
+def write_checkpoint(
+    folder: Path,
+    format_name: str,
+    sizes: Mapping[str, int] | None = None,
+    layers: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+) -> Path:
+    """`folder`, holding a complete random checkpoint of that format: config.json and as many safetensors files, with an index if several.
+
+    `sizes` replaces some of `SIZES`; `dtype` is that of all floats, biases and dense tensors too. MXFP4 has random blocks, and scales from 118 to 126.
+    """
+    form, known = by_name(format_name), SIZES | dict(sizes or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(form, known, layers, dtype), indent=2))
+    save(folder, tensors(form, known, layers, seed, dtype), shards)
+    return folder
+
+
+def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1) -> None:
+    """Write the tensors to `model.safetensors`, or in their order to that many files and an index, named as on the Hub."""
+    names = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
+    weight_map = {key: names[n * shards // len(found)] for n, key in enumerate(found)}
+    for name in names:
+        save_file({key: found[key] for key, file in weight_map.items() if file == name}, folder / name, {"format": "pt"})
+    if shards > 1:
+        total = sum(tensor.nbytes for tensor in found.values())
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+
+
+def tensors(
+    form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Key -> random tensor, for every tensor of a checkpoint of this format."""
+    random = torch.Generator().manual_seed(seed)
+    return {**_dense(form, sizes, layers, dtype, random), **_experts(form, sizes, layers, dtype, random)}
+
+
+def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """config.json of this format."""
+    family = form.family
+    hub = {
+        **CONFIG[family.name],
+        **{keys[0]: sizes[letter] for letter, keys in family.sizes.items()},
+        "num_attention_heads": sizes["q"],
+        "num_key_value_heads": sizes["k"],
+        "head_dim": sizes["d"],
+        "num_hidden_layers": layers,
+        "vocab_size": sizes["v"],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if form.config.only:
+        return {key: dig(hub, path) for path, key in form.config.names.items()}
+    return {**hub, **form.config.constants, **({"quantization_config": dict(form.config.quantization)} if form.config.quantization else {})}
+
+
+def _experts(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dtype, random: torch.Generator) -> dict[str, torch.Tensor]:
+    found = {}
+    for key, line, name, _, _ in form.expert_keys(tuple(range(layers)), sizes):
+        part = next(part for part in line.encoding.parts if part.name == name)
+        shape = part.shape(line.shape(sizes))
+        if isinstance(line.encoding, MXFP4):
+            low, high = {"packed": (0, 256), "scale": (118, 127)}[name]
+            found[key] = torch.randint(low, high, shape, dtype=torch.uint8, generator=random)
+        else:
+            found[key] = _floats(shape, dtype, random)
+    return found
+
+
+def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dtype, random: torch.Generator) -> dict[str, torch.Tensor]:
+    hub = {}
+    for name, axes in DENSE[form.family.name].items():
+        shape = tuple(prod(sizes[letter] for letter in group) for group in parse_axes(axes))
+        for layer in range(layers) if "{layer}" in name else (0,):
+            hub[name.format(layer=layer)] = _floats(shape, dtype, random)
+    for line in form.dense:
+        for layer in range(layers) if "{layer}" in line.key else (0,):
+            hub[line.key.format(layer=layer)] = _rows(line, hub, layer)
+    return hub
+
+
+def _rows(line: Dense, hub: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
+    """Take the tensors that a format names or packs in its own way out of `hub`."""
+    return torch.cat([hub.pop(name.format(layer=layer)) for name in line.hub])
+
+
+def _floats(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:
+    return (torch.randn(shape, generator=random) / 4).to(dtype)
