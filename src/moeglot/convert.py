@@ -385,7 +385,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _certify(plan: Plan, work: Work, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
     """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`."""
-    report = _verify_output(plan, work.files, threads, progress)
+    report = _verify_output(plan, work.files, losses, threads, progress)
     document = _document(plan, work.files, losses, report)
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
@@ -396,31 +396,32 @@ def _certify(plan: Plan, work: Work, losses: Mapping[str, Loss], threads: int, p
     return Certificate(work.files, document, report, losses)
 
 
-def _verify_output(plan: Plan, folder: Path, threads: int, progress: Progress | None) -> Report:
+def _verify_output(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
     written = open(folder)
     if written.format != plan.target:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
-    rounded = Rounded(plan)
-    side = Matrices(f"the source{'' if not rounded.steps else ', rounded'}", Expert.of(plan.source.format.family, plan.source.config), rounded.matrix)
+    rounded = Rounded(plan, losses)
+    side = Matrices("the source, rounded" if rounded.steps else "the source", Expert.of(plan.source.format.family, plan.source.config), rounded.matrix)
     checks = [structure(written), rounded.values(written, threads, progress), *forward(written, side, workers=threads, progress=progress), others(written, plan.source)]
     return Report(folder.name, plan.source.source.name, tuple(checks))
 
 
 class Rounded:
-    """The source as the plan's encodings round it: where nothing is lost, the source itself."""
+    """The source as the plan's encodings round it: where nothing was lost, the source itself."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, losses: Mapping[str, Loss]) -> None:
         self.plan = plan
-        self.steps = {(step.layer, role): step for step in plan.steps if not step.exact for role in step.line.roles}
+        self.steps = {(step.layer, role): step for step in plan.steps if losses[step.verb].changed for role in step.line.roles}
+        self.stated = sum((loss for loss in losses.values() if loss.changed), Loss()).relative
 
     def role(self, role: str, layer: int, expert: int) -> Encoded:
+        import torch
+
         source = self.plan.source
         step = self.steps.get((layer, role))
         if step is None:
             return source.expert(source.format.line_of(role), layer, expert)[role]
         parts, _ = make(self.plan, Unit("again", step, expert))
-        import torch
-
         stored = Encoded(step.target, parts, step.line.expert_shape(source.sizes))
         return step.line.split(plain(stored.decode(torch.float32)))[role]
 
@@ -430,20 +431,33 @@ class Rounded:
         return lambda role: self.role(role, layer, expert).decode(torch.float32)
 
     def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
-        """Bit for bit equal to the source where the plan says exact, else to the source as the target's encoding rounds it."""
+        """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""
         if not self.steps:
             return values(written, self.plan.source, workers=threads, progress=progress)
 
-        def work(layer: int, expert: int) -> float:
-            roles = written.format.family.roles
-            return max(difference(written.expert(written.format.line_of(r), layer, expert)[r], self.role(r, layer, expert)) for r in roles)
+        def work(layer: int, expert: int) -> tuple[float, Loss]:
+            found = {role: written.expert(written.format.line_of(role), layer, expert)[role] for role in written.format.family.roles}
+            worst = max(difference(encoded, self.role(role, layer, expert)) for role, encoded in found.items())
+            return worst, sum((self._distance(encoded, role, layer, expert) for role, encoded in found.items() if (layer, role) in self.steps), Loss())
 
-        worst = max(each_expert(written, work, "values", threads, progress))
+        rows = list(each_expert(written, work, "values", threads, progress))
+        worst, apart = max(worst for worst, _ in rows), sum((loss for _, loss in rows), Loss()).relative
         rounding = ", ".join(sorted({str(step.target) for step in self.steps.values()}))
-        figures = {"relative_error_beyond_rounding": worst, "rounding": rounding}
-        if worst:
-            return Check("values", "does not hold", "canonical tensors", f"off the source as {rounding} rounds it by {worst:.2g}", figures)
-        return Check("values", "holds", "canonical tensors", f"equal to the source as {rounding} rounds it, bit for bit", figures)
+        figures = {"relative_error_beyond_rounding": worst, "rounding": rounding, "relative_error": apart}
+        if worst or not abs(apart - self.stated) <= 1e-3 * self.stated:
+            detail = f"off the source as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
+            return Check("values", "does not hold", "canonical tensors", detail, figures)
+        detail = f"the source as {rounding} rounds it, bit for bit; relative error {apart:.3g}"
+        return Check("values", "holds", "canonical tensors", detail, figures)
+
+    def _distance(self, written: Encoded, role: str, layer: int, expert: int) -> Loss:
+        """How far a role lies from the source as it was, by canonical axes, so that no wrong axis can hide in the rounding."""
+        import torch
+
+        source = self.plan.source
+        given = source.expert(source.format.line_of(role), layer, expert)[role].decode(torch.float32)
+        apart = (written.decode(torch.float32) - given).square().sum(dtype=torch.float64)
+        return Loss(error=float(apart), size=float(given.square().sum(dtype=torch.float64)))
 
 
 def sha256(path: Path) -> str:

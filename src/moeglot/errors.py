@@ -22,6 +22,9 @@ MoeglotError
 class MoeglotError(Exception):
     """`wrong`: what is wrong. `known`: what we know and from where. `do`: what to type next."""
 
+    exit_status = 2
+    """Of the command line: 1 does not hold, 2 cannot tell or wrong use."""
+
     def __init__(self, wrong: str, known: str, do: str) -> None:
         super().__init__(wrong, known, do)
         self.wrong, self.known, self.do = wrong, known, do
@@ -32,6 +35,8 @@ class MoeglotError(Exception):
 
 class CheckpointError(MoeglotError):
     """The files cannot be trusted."""
+
+    exit_status = 1
 
 
 class BrokenFile(CheckpointError):
@@ -65,6 +70,8 @@ class AmbiguousFormat(FormatError):
 class Contradiction(FormatError):
     """Two declarations disagree, for example config.json and the tensors."""
 
+    exit_status = 1
+
 
 class OutputError(MoeglotError):
     """The result cannot be written as asked."""
@@ -84,6 +91,8 @@ class LossRefused(OutputError):
 
 class NotVerified(MoeglotError):
     """The output was written and does not hold; it keeps its temporary name."""
+
+    exit_status = 1
 
 
 class UsageError(MoeglotError):

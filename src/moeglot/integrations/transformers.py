@@ -95,3 +95,13 @@ def load(checkpoint: Checkpoint) -> Any:
             "the folder is not what its config.json says, or this version does not read the format",
         )
     return model.float().eval()
+
+
+def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:
+    """The prompt and its greedy continuation, by transformers."""
+    model = load(checkpoint)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.source.folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(found[0], skip_special_tokens=True))

@@ -1,0 +1,229 @@
+"""The command line: each verb is one function of the library, its report as a table, plain lines or JSON, and an exit status."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import moeglot
+from moeglot import report
+from moeglot.errors import MoeglotError, UsageError
+
+app = typer.Typer(
+    help="Reads, writes, converts and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.\n\n"
+    "Exit status: 0 done and holds, 1 does not hold, 2 cannot tell or wrong use.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
+FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
+HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report, with plots, to FILE.")]  # noqa: UP045
+WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
+
+out = Console(soft_wrap=False)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(report.dump(value) + "\n")
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Any]:
+    """A progress bar with rate and time left on a terminal; a line for each tenth in a pipe; both on standard error."""
+    err = Console(stderr=True)
+    if quiet or not err.is_terminal:
+        last: dict[str, int] = {}
+
+        def lines(what: str, done: int, total: int) -> None:
+            tenth = 10 * done // total
+            if not quiet and last.get(what) != tenth:
+                last[what] = tenth
+                print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+
+        yield lines
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(show_speed=True), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield tell
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"moeglot {moeglot.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command()
+def inspect(path: PathArgument, format: FormatOption = None, json: JsonOption = False, html: HtmlOption = None) -> None:
+    """Say what a checkpoint is and how that is known. Reads headers only."""
+    checkpoint = moeglot.open(path, format)
+    if json:
+        _print_json(report.inspect_json(checkpoint))
+    else:
+        report.show_inspect(out, checkpoint)
+    if html:
+        console = _recorder()
+        report.show_inspect(console, checkpoint)
+        report.write_html(html, f"moeglot inspect {path}", console, ())
+
+
+@app.command()
+def formats(json: JsonOption = False) -> None:
+    """List the formats that moeglot reads and writes."""
+    if json:
+        _print_json(report.formats_json(moeglot.formats()))
+    else:
+        report.show_formats(out, moeglot.formats())
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a safetensors file or a Hub id.", show_default=False)],
+    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write; see `moeglot formats`.", show_default=False)],
+    encode: Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="bfloat16, float16, float32, or mxfp4[:RULE].")] = None,  # noqa: UP045
+    format: FormatOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="Allow steps that change numbers.")] = False,
+    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest file, such as 5GB or 500MB.")] = "5GB",
+    workers: WorkersOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that was interrupted.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a checkpoint in another format, verify what lies on disk, and certify it."""
+    from moeglot.convert import carry_out, estimate
+
+    plan = estimate(moeglot.plan(moeglot.open(src, format), to, encode=encode, shard_size=parse_size(shard_size)))
+    if dry_run:
+        _print_json(report.plan_json(plan)) if json else report.show_plan(out, plan)
+        return
+    if not json:
+        report.show_plan(out, plan)
+    with _bar(json) as progress:
+        certificate = carry_out(plan, out_folder, allow_loss, workers, resume, progress)
+    if json:
+        _print_json({**certificate.document, "out": str(certificate.out)})
+    else:
+        report.show_certificate(out, certificate)
+    raise typer.Exit(certificate.report.exit_status)
+
+
+@app.command()
+def compare(a: PathArgument, b: Annotated[str, typer.Argument(metavar="B", show_default=False)], json: JsonOption = False, workers: WorkersOption = None) -> None:
+    """Compare the values of two checkpoints of one model, in any two formats."""
+    with _bar(json) as progress:
+        found = moeglot.compare(a, b, workers=workers or 1, progress=progress)
+    _finish(found, "compare", f"{a} against {b}", json, None)
+
+
+@app.command()
+def verify(
+    path: PathArgument,
+    against: Annotated[Optional[str], typer.Option("--against", metavar="PATH|FINGERPRINT|transformers", help="A second opinion.")] = None,  # noqa: UP045
+    format: FormatOption = None,
+    json: JsonOption = False,
+    html: HtmlOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Check structure and numbers; against another checkpoint, a fingerprint or transformers, also values and what each expert computes."""
+    with _bar(json) as progress:
+        found = moeglot.verify(moeglot.open(path, format), against, workers=workers or 1, progress=progress)
+    _finish(found, "verify", path + (f" against {against}" if against else ""), json, html)
+
+
+def _finish(found: moeglot.Report, command: str, title: str, json: bool, html: Path | None) -> None:
+    if json:
+        _print_json(report.verify_json(found, command))
+    else:
+        report.show_report(out, found, title)
+        out.print(found.verdict, style=report.COLOURS[found.verdict])
+    if html:
+        console = _recorder()
+        report.show_report(console, found, title)
+        report.write_html(html, f"moeglot {command} {title}: {found.verdict}", console, report.plot_checks(found.checks))
+    raise typer.Exit(found.exit_status)
+
+
+def _recorder() -> Console:
+    import io
+
+    return Console(record=True, width=160, file=io.StringIO(), force_terminal=True)
+
+
+@app.command()
+def fingerprint(
+    path: PathArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .json file to write.", show_default=False)],
+    format: FormatOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Freeze what each expert computes in a small file, so that a copy can be verified where its source is not."""
+    if output.suffix != ".json":
+        raise UsageError(f"{output}: not named .json", "verify knows a fingerprint by that ending", f"pass -o {output.with_suffix('.json')}")
+    if output.exists():
+        raise moeglot.OutputExists(f"{output} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
+    found = moeglot.fingerprint(moeglot.open(path, format))
+    found.save(output)
+    told = {"schema": "moeglot/fingerprint-written/1", "file": str(output), "experts": len(found.experts), "bytes": output.stat().st_size}
+    _print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {report.size(output.stat().st_size)}", highlight=False)
+
+
+@app.command()
+def demo(keep: Annotated[Optional[Path], typer.Option("--keep", metavar="DIR", help="Leave the checkpoints of the demo in DIR.")] = None) -> None:  # noqa: UP045
+    """The whole story on a bundled trained model, in a minute."""
+    from moeglot.demo import tell
+
+    raise typer.Exit(tell(out, keep))
+
+
+def parse_size(text: str) -> int:
+    """`"5GB"` -> 5_000_000_000; raises `UsageError`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"{text!r} is no size", "a size is a number and kB, MB, GB or TB", "for example --shard-size 5GB")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+
+
+def main() -> None:
+    """Run the command line; every refusal of ours is three lines on standard error (or JSON on standard output) and an exit status."""
+    try:
+        app(standalone_mode=True)
+    except MoeglotError as error:
+        if "--json" in sys.argv:
+            told = {"schema": "moeglot/error/1", "error": type(error).__name__, "wrong": error.wrong, "known": error.known, "do": error.do}
+            _print_json({**told, "exit_status": error.exit_status})
+        else:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+            Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted; what was written is kept, and --resume goes on with a conversion", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""How results are shown: tables for a terminal, plain lines for a pipe, JSON with a versioned schema, one HTML file with a plot."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from html import escape
+from math import log10
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.convert import Certificate, Loss, report_json
+from moeglot.format import Format
+from moeglot.plan import Plan
+from moeglot.verify import LIMIT, Check, Report
+
+COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow"}
+
+
+def size(nbytes: float) -> str:
+    """1536 -> "1.5 kB", in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A rich table on a terminal; tab-separated lines in a pipe."""
+    if not console.is_terminal and not console.record:
+        console.print(f"# {title}", highlight=False, markup=False, soft_wrap=True)
+        for row in rows:
+            console.print("\t".join(row), highlight=False, markup=False, soft_wrap=True)
+        return
+    shown = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in header:
+        shown.add_column(name, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    console.print()
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------------------------
+
+
+def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    c = checkpoint
+    return {
+        "schema": "moeglot/inspect/1",
+        "path": c.source.name,
+        "format": c.format.name,
+        "family": c.format.family.name,
+        "evidence": list(c.evidence),
+        "ruled_out": dict(c.identification.ruled_out),
+        "sizes": dict(c.sizes),
+        "layers": list(c.layers),
+        "stored": [_stored_json(c, line) for line in c.format.stored],
+        "tensors": len(c.source.entries),
+        "shards": len(c.source.shards),
+        "bytes": {"experts": _expert_bytes(c), "other": c.source.nbytes - _expert_bytes(c)},
+    }
+
+
+def _stored_json(c: Checkpoint, line: Any) -> dict[str, Any]:
+    encoding = c.encoding(line, c.layers[0])
+    return {"key": line.key, "roles": list(line.roles), "axes": line.axes, "shape": list(line.shape(c.sizes)), "encoding": encoding.name}
+
+
+def _expert_bytes(c: Checkpoint) -> int:
+    return sum(entry.nbytes for key, entry in c.source.entries.items() if c.format.match(key))
+
+
+def show_inspect(console: Console, checkpoint: Checkpoint) -> None:
+    told, c = inspect_json(checkpoint), checkpoint
+    rows = [
+        ("format", f"{c.format.name}: {c.format.about}"),
+        *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
+        ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
+        ("layers", f"{len(c.layers)} with experts of {c.config.get('num_hidden_layers')}"),
+        ("experts", f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}"),
+    ]
+    table(console, c.source.name, ("", ""), rows)
+    lines = [(s["key"], " ".join(s["roles"]), s["axes"], " × ".join(map(str, s["shape"])), s["encoding"]) for s in told["stored"]]
+    table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------------------------
+
+
+def formats_json(formats: Iterable[Format]) -> dict[str, Any]:
+    return {
+        "schema": "moeglot/formats/1",
+        "formats": [
+            {
+                "name": form.name,
+                "family": form.family.name,
+                "about": form.about,
+                "source": form.source,
+                "read_by": form.reads,
+                "stored": [{"key": s.key, "roles": list(s.roles), "axes": s.axes, "encoding": s.encoding.name, "parts": dict(s.names)} for s in form.stored],
+            }
+            for form in formats
+        ],
+    }
+
+
+def show_formats(console: Console, formats: Iterable[Format]) -> None:
+    rows = [
+        (form.name if not n else "", line.key.split("{layer}.")[-1], " ".join(line.roles), line.axes, line.encoding.name)
+        for form in formats
+        for n, line in enumerate(form.stored)
+    ]
+    table(console, "formats (e expert, h hidden, i intermediate, p which of the roles)", ("format", "tensor", "roles", "axes", "encoding"), rows)
+
+
+# --- plan and certificate --------------------------------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema": "moeglot/plan/1",
+        "source": {"path": plan.source.source.name, "format": plan.source.format.name, "evidence": list(plan.source.evidence)},
+        "target": plan.target.name,
+        "steps": [{"do": verb, "tensors": n, **_expected(plan, verb)} for verb, n in _verbs(plan).items()],
+        "renamed": plan.renamed,
+        "config": dict(plan.config),
+        "files": {shard.file: shard.nbytes for shard in plan.shards},
+        "carried_over": [path.name for path in plan.others],
+        "needs_allow_loss": bool(plan.lossy),
+    }
+
+
+def _verbs(plan: Plan) -> Counter[str]:
+    return Counter(step.verb for step in plan.steps)
+
+
+def _expected(plan: Plan, verb: str) -> dict[str, Any]:
+    exact = all(step.exact for step in plan.steps if step.verb == verb)
+    return {"loss": "none, whatever the numbers" if exact else "measured", "expected_relative_error": plan.expected_error.get(verb, 0.0)}
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    rows = []
+    for verb, count in _verbs(plan).items():
+        error = plan.expected_error.get(verb)
+        loss = "exact" if error is None else "exact on the sample; every tensor is checked" if not error else f"loses: relative error about {error:.2g}"
+        rows.append((verb, f"{count} tensors", loss))
+    rows.append(("copy other tensors", f"{len(plan.dense)} tensors", f"byte for byte, {len(plan.renamed)} renamed or joined" if plan.renamed else "byte for byte"))
+    rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
+    rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
+    table(console, f"plan: {plan.source.format.name} to {plan.target.name}", ("step", "of", "loss"), rows)
+    if plan.lossy:
+        console.print("This plan changes numbers: it needs --allow-loss.", style="yellow", highlight=False)
+
+
+def show_certificate(console: Console, certificate: Certificate) -> None:
+    for verb, loss in certificate.losses.items():
+        for line in _loss_lines(loss):
+            console.print(f"{verb}: {line}", highlight=False, soft_wrap=True)
+    show_report(console, certificate.report, f"verified: {certificate.out}")
+
+
+def _loss_lines(loss: Loss) -> Iterable[str]:
+    if loss.changed:
+        yield f"{loss.changed:,} of {loss.values:,} values changed, relative error {loss.relative:.3g}"
+    elif loss.values:
+        yield f"no value of {loss.values:,} changed"
+    if loss.undetermined and loss.values:
+        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks are all zero"
+    elif loss.undetermined:
+        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks have no code above 3: their scale cannot be told from their values, so their bytes may not return"
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------------------------
+
+
+def show_report(console: Console, report: Report, title: str) -> None:
+    rows = [(c.level, f"[{COLOURS[c.verdict]}]{c.verdict}[/]" if console.is_terminal or console.record else c.verdict, c.what, _safe(console, c.detail)) for c in report.checks]
+    table(console, title, ("level", "verdict", "what", "detail"), rows)
+
+
+def _safe(console: Console, text: str) -> str:
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text) if console.is_terminal or console.record else text
+
+
+def verify_json(report: Report, command: str) -> dict[str, Any]:
+    return {"schema": f"moeglot/{command}/1", "subject": report.subject, **report_json(report), "exit_status": report.exit_status}
+
+
+def dump(value: Mapping[str, Any]) -> str:
+    """JSON; what is no finite number is written as null, so that every parser reads it."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) -> None:
+    """The recorded tables and some SVG plots as one file without scripts or links."""
+    body = recorded.export_html(inline_styles=True, code_format='<pre style="font-family:ui-monospace,monospace;line-height:1.4;overflow-x:auto">{code}</pre>')
+    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}h1{font-size:1.3rem}"
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{body}'
+    path.write_text(page + "".join(plots) + "</html>\n", encoding="utf-8")
+
+
+def plot_checks(checks: Iterable[Check]) -> Iterable[str]:
+    """For each check with figures by layer: a bar a layer, relative error on a log scale, with the limit and the wrong readings as lines."""
+    checks = list(checks)
+    wrong = next((c.figures["wrong_readings"] for c in checks if "wrong_readings" in c.figures), {})
+    for check in checks:
+        if check.layers:
+            lines = {"limit": LIMIT, **({f"mildest wrong reading ({min(wrong, key=wrong.get)})": min(wrong.values())} if wrong else {})}
+            yield bars(f"{check.level}: {check.what}, relative error by layer", check.layers, lines if check.level == "forward" else {})
+
+
+def bars(title: str, values: Mapping[Any, float], lines: Mapping[str, float]) -> str:
+    """SVG: log-scale bars from 1e-9 to 10; zero is drawn as an empty place with its label."""
+    width, height, left, top = 900, 220, 60, 30
+    low, high = -9.0, 1.0
+
+    def y(value: float) -> float:
+        level = min(max(log10(value), low), high) if value > 0 else low
+        return top + (high - level) / (high - low) * height
+
+    step = (width - left) / max(1, len(values))
+    shapes = [f'<text x="{left}" y="18" font-size="14">{escape(title)}</text>']
+    for power in range(int(low), int(high) + 1, 2):
+        shapes.append(f'<path d="M{left} {y(10.0**power)}H{width}" stroke="#e3e6ea"/><text x="4" y="{y(10.0**power) + 4}" font-size="11" fill="#667">1e{power}</text>')
+    for n, (label, value) in enumerate(values.items()):
+        x = left + n * step
+        shapes.append(f'<rect x="{x + step * 0.15}" y="{y(value)}" width="{step * 0.7}" height="{y(0) - y(value)}" fill="#3b6fb6"/>')
+        shapes.append(f'<text x="{x + step / 2}" y="{y(0) + 16}" font-size="11" text-anchor="middle" fill="#667">{escape(str(label))}{" (0)" if not value else ""}</text>')
+    for name, value in lines.items():
+        shapes.append(f'<path d="M{left} {y(value)}H{width}" stroke="#b3261e" stroke-dasharray="5 4"/><text x="{width}" y="{y(value) - 4}" font-size="12" text-anchor="end" fill="#b3261e">{escape(name)}: {value:.1g}</text>')
+    return f'<svg viewBox="0 0 {width} {height + top + 24}" role="img" font-family="system-ui,sans-serif" style="max-width:100%">{"".join(shapes)}</svg>'
