@@ -22,25 +22,25 @@ from moeglot.errors import (
     UsageError,
 )
 
-
 # isort: split
+from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.convert import Certificate, convert
+from moeglot.checks import Report
+from moeglot.convert import convert
 from moeglot.fingerprint import Fingerprint, fingerprint
 from moeglot.formats import formats
 from moeglot.identify import Identification, identify
 from moeglot.plan import Plan, plan
-from moeglot.verify import Report, compare, verify
+from moeglot.verify import compare, verify
 from moeglot.version import __version__
-
 
 __all__ = [
     "AmbiguousFormat",
     "BadNumbers",
     "BrokenFile",
     "Certificate",
-    "CheckpointError",
     "Checkpoint",
+    "CheckpointError",
     "Contradiction",
     "Fingerprint",
     "FormatError",

@@ -102,7 +102,9 @@ class Checkpoint:
         if problem := stored.encoding.check(stored.parts):
             key = line.keys(layer, expert)
             raise BadNumbers(
-                f"{next(iter(key.values()))}, expert {expert}: {problem}", self.known, "fetch the file again from its producer; a model with it computes nothing"
+                f"{next(iter(key.values()))}, expert {expert}: {problem}",
+                self.known,
+                "fetch the file again from its producer; a model with it computes nothing",
             )
         if not line.movable(stored.encoding, self.sizes):
             import torch

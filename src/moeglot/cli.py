@@ -32,7 +32,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a vers
 HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report, with plots, to FILE.")]  # noqa: UP045
 WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
 
-out = Console(soft_wrap=False)
+out = Console(soft_wrap=not sys.stdout.isatty())
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -54,7 +54,14 @@ def _bar(quiet: bool) -> Iterator[Any]:
 
         yield lines
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(show_speed=True), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as progress:
         tasks: dict[str, Any] = {}
 
@@ -115,7 +122,8 @@ def convert(
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
-    from moeglot.convert import carry_out, estimate
+    from moeglot.convert import carry_out
+    from moeglot.units import estimate
 
     plan = estimate(moeglot.plan(moeglot.open(src, format), to, encode=encode, shard_size=parse_size(shard_size)))
     if dry_run:
@@ -133,7 +141,9 @@ def convert(
 
 
 @app.command()
-def compare(a: PathArgument, b: Annotated[str, typer.Argument(metavar="B", show_default=False)], json: JsonOption = False, workers: WorkersOption = None) -> None:
+def compare(
+    a: PathArgument, b: Annotated[str, typer.Argument(metavar="B", show_default=False)], json: JsonOption = False, workers: WorkersOption = None
+) -> None:
     """Compare the values of two checkpoints of one model, in any two formats."""
     with _bar(json) as progress:
         found = moeglot.compare(a, b, workers=workers or 1, progress=progress)

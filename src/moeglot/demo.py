@@ -13,14 +13,15 @@ from rich.console import Console
 
 from moeglot import report
 from moeglot.checkpoint import Checkpoint, open
+from moeglot.checks import Report
 from moeglot.convert import convert
 from moeglot.errors import OutputExists, UsageError
 from moeglot.layout import Stored, values
 from moeglot.shards import tensor_bytes
-from moeglot.verify import Report, verify
+from moeglot.verify import verify
 
 BUNDLED = Path(__file__).parent / "bundled" / "king-james"
-PROMPT = "And the king said unto them"
+PROMPT = "And God said"
 WRONG_AXES = "e h i"
 
 
@@ -47,13 +48,22 @@ def _tell(console: Console, folder: Path) -> int:
     back = convert(folder / "bf16", "gpt-oss/openai", folder / "mxfp4")
     returned = _same_tensors(source, open(folder / "mxfp4"))
     whole = (folder / "mxfp4" / "model.safetensors").read_bytes() == (BUNDLED / "model.safetensors").read_bytes()
-    console.print(f"{returned} of {len(source.source.entries)} tensors returned byte for byte; the files are {'the same' if whole else 'different'}", highlight=False)
+    console.print(
+        f"{returned} of {len(source.source.entries)} tensors returned byte for byte; the files are {'the same' if whole else 'different'}", highlight=False
+    )
     _say(console, 4, f'A copy whose down_proj is written as "{WRONG_AXES}": same names, same shapes, same dtype')
     write_turned(folder / "bf16", folder / "turned")
     turned = verify(folder / "turned", source)
     report.show_report(console, turned, "the copy against the original")
     _say(console, 5, f'Real transformers continues "{PROMPT}", with no error and no warning from any of the three')
-    return _continue(console, source, {"original": BUNDLED, "converted": folder / "bf16", "turned": folder / "turned"}, turned, returned, whole and not back.report.exit_status)
+    return _continue(
+        console,
+        source,
+        {"original": BUNDLED, "converted": folder / "bf16", "turned": folder / "turned"},
+        turned,
+        returned,
+        whole and not back.report.exit_status,
+    )
 
 
 def _continue(console: Console, source: Checkpoint, folders: Mapping[str, Path], turned: Report, returned: int, bytes_hold: bool) -> int:
@@ -65,7 +75,11 @@ def _continue(console: Console, source: Checkpoint, folders: Mapping[str, Path],
     parity = {name: verify(open(path), "transformers").verdict for name, path in folders.items() if name != "turned"}
     rows = [
         ("original", texts["original"], f"transformers computes what we read: {parity['original']}"),
-        ("converted", "identical" if texts["converted"] == texts["original"] else texts["converted"], f"transformers computes what we read: {parity['converted']}"),
+        (
+            "converted",
+            "identical" if texts["converted"] == texts["original"] else texts["converted"],
+            f"transformers computes what we read: {parity['converted']}",
+        ),
         ("turned", texts["turned"], f"against the original: {turned.verdict}"),
     ]
     for name, text, verdict in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moeglot.errors import TensorMismatch
 
@@ -46,8 +46,13 @@ class Encoding(ABC):
     `name` says how to decode. Two encodings of one name decode each other's parts; what else they hold (rounding rules) matters to `encode` alone.
     """
 
-    name: ClassVar[str] | str
-    parts: ClassVar[tuple[Part, ...]] | tuple[Part, ...]
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]: ...
 
     @abstractmethod
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:

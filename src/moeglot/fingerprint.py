@@ -60,7 +60,7 @@ class Fingerprint:
         if checkpoint.format.family.name != self.family or sizes != self.sizes or places != set(self.experts):
             raise Contradiction(
                 f"{self.name} is the fingerprint of another model",
-                f"it is of {self.family} {dict(self.sizes)} with {len(self.experts)} experts; this is {checkpoint.format.family.name} {sizes} with {len(places)}",
+                f"of {self.family} {dict(self.sizes)} with {len(self.experts)} experts; this is {checkpoint.format.family.name} {sizes} with {len(places)}",
                 "pass the fingerprint of this model's source",
             )
 

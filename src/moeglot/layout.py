@@ -128,9 +128,7 @@ class Stored:
         if "p" not in self.pattern.replace("(", " ").replace(")", " ").split():
             parts = {name: rearrange(part, f"{self.pattern} ... -> {self.role_axes} ...") for name, part in stored.parts.items()}
             return {self.roles[0]: _encoded(stored.encoding, parts)}
-        moved = {
-            name: rearrange(part, f"{self.pattern} ... -> p {self.role_axes} ...", p=len(self.roles)) for name, part in stored.parts.items()
-        }
+        moved = {name: rearrange(part, f"{self.pattern} ... -> p {self.role_axes} ...", p=len(self.roles)) for name, part in stored.parts.items()}
         return {role: _encoded(stored.encoding, {name: part[n] for name, part in moved.items()}) for n, role in enumerate(self.roles)}
 
     def join(self, roles: Roles) -> Encoded:

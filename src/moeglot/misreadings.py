@@ -64,7 +64,6 @@ def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
 
 def relaid(checkpoint: Checkpoint, others: Mapping[str, Stored], layer: int, expert: int) -> Matrix:
     """The reading in which some lines, named by their key, have the axes and roles of another."""
-    import torch
 
     declared = right(checkpoint, layer, expert)
 

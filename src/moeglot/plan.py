@@ -177,7 +177,9 @@ def _widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
 def _cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
     able = [form.name for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
     do = f"pass --to {' or '.join(able)}" if able else f"leave --encode out; no format of {target.family.name} that we know holds {wanted.name}"
-    return UsageError(f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do)
+    return UsageError(
+        f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do
+    )
 
 
 def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]:

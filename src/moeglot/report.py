@@ -13,11 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moeglot.certificate import Certificate, report_json
 from moeglot.checkpoint import Checkpoint
-from moeglot.convert import Certificate, Loss, report_json
+from moeglot.checks import Check, Report
 from moeglot.format import Format
+from moeglot.forward import LIMIT
+from moeglot.loss import Loss
 from moeglot.plan import Plan
-from moeglot.verify import LIMIT, Check, Report
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow"}
 
@@ -84,7 +86,10 @@ def show_inspect(console: Console, checkpoint: Checkpoint) -> None:
         *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
         ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
         ("layers", f"{len(c.layers)} with experts of {c.config.get('num_hidden_layers')}"),
-        ("experts", f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}"),
+        (
+            "experts",
+            f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}",
+        ),
     ]
     table(console, c.source.name, ("", ""), rows)
     lines = [(s["key"], " ".join(s["roles"]), s["axes"], " × ".join(map(str, s["shape"])), s["encoding"]) for s in told["stored"]]
@@ -152,7 +157,9 @@ def show_plan(console: Console, plan: Plan) -> None:
         error = plan.expected_error.get(verb)
         loss = "exact" if error is None else "exact on the sample; every tensor is checked" if not error else f"loses: relative error about {error:.2g}"
         rows.append((verb, f"{count} tensors", loss))
-    rows.append(("copy other tensors", f"{len(plan.dense)} tensors", f"byte for byte, {len(plan.renamed)} renamed or joined" if plan.renamed else "byte for byte"))
+    rows.append(
+        ("copy other tensors", f"{len(plan.dense)} tensors", f"byte for byte, {len(plan.renamed)} renamed or joined" if plan.renamed else "byte for byte")
+    )
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
     rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}", ("step", "of", "loss"), rows)
@@ -175,14 +182,17 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
     if loss.undetermined and loss.values:
         yield f"{loss.undetermined:,} of {loss.blocks:,} blocks are all zero"
     elif loss.undetermined:
-        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks have no code above 3: their scale cannot be told from their values, so their bytes may not return"
+        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks have no code above 3: their values do not show their scale, so their bytes may not return"
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------------------------
 
 
 def show_report(console: Console, report: Report, title: str) -> None:
-    rows = [(c.level, f"[{COLOURS[c.verdict]}]{c.verdict}[/]" if console.is_terminal or console.record else c.verdict, c.what, _safe(console, c.detail)) for c in report.checks]
+    rows = [
+        (c.level, f"[{COLOURS[c.verdict]}]{c.verdict}[/]" if console.is_terminal or console.record else c.verdict, c.what, _safe(console, c.detail))
+        for c in report.checks
+    ]
     table(console, title, ("level", "verdict", "what", "detail"), rows)
 
 
@@ -220,10 +230,11 @@ def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) 
 def plot_checks(checks: Iterable[Check]) -> Iterable[str]:
     """For each check with figures by layer: a bar a layer, relative error on a log scale, with the limit and the wrong readings as lines."""
     checks = list(checks)
-    wrong = next((c.figures["wrong_readings"] for c in checks if "wrong_readings" in c.figures), {})
+    wrong: dict[str, float] = next((c.figures["wrong_readings"] for c in checks if "wrong_readings" in c.figures), {})
+    mildest = min(wrong.items(), key=lambda item: item[1], default=None)
     for check in checks:
         if check.layers:
-            lines = {"limit": LIMIT, **({f"mildest wrong reading ({min(wrong, key=wrong.get)})": min(wrong.values())} if wrong else {})}
+            lines = {"limit": LIMIT, **({f"mildest wrong reading ({mildest[0]})": mildest[1]} if mildest else {})}
             yield bars(f"{check.level}: {check.what}, relative error by layer", check.layers, lines if check.level == "forward" else {})
 
 
@@ -239,11 +250,17 @@ def bars(title: str, values: Mapping[Any, float], lines: Mapping[str, float]) ->
     step = (width - left) / max(1, len(values))
     shapes = [f'<text x="{left}" y="18" font-size="14">{escape(title)}</text>']
     for power in range(int(low), int(high) + 1, 2):
-        shapes.append(f'<path d="M{left} {y(10.0**power)}H{width}" stroke="#e3e6ea"/><text x="4" y="{y(10.0**power) + 4}" font-size="11" fill="#667">1e{power}</text>')
+        shapes.append(
+            f'<path d="M{left} {y(10.0**power)}H{width}" stroke="#e3e6ea"/><text x="4" y="{y(10.0**power) + 4}" font-size="11" fill="#667">1e{power}</text>'
+        )
     for n, (label, value) in enumerate(values.items()):
         x = left + n * step
         shapes.append(f'<rect x="{x + step * 0.15}" y="{y(value)}" width="{step * 0.7}" height="{y(0) - y(value)}" fill="#3b6fb6"/>')
-        shapes.append(f'<text x="{x + step / 2}" y="{y(0) + 16}" font-size="11" text-anchor="middle" fill="#667">{escape(str(label))}{" (0)" if not value else ""}</text>')
+        shapes.append(
+            f'<text x="{x + step / 2}" y="{y(0) + 16}" font-size="11" text-anchor="middle" fill="#667">{escape(str(label))}{" (0)" if not value else ""}</text>'
+        )
     for name, value in lines.items():
-        shapes.append(f'<path d="M{left} {y(value)}H{width}" stroke="#b3261e" stroke-dasharray="5 4"/><text x="{width}" y="{y(value) - 4}" font-size="12" text-anchor="end" fill="#b3261e">{escape(name)}: {value:.1g}</text>')
+        shapes.append(f'<path d="M{left} {y(value)}H{width}" stroke="#b3261e" stroke-dasharray="5 4"/>')
+        label = f"{escape(name)}: {value:.1g}"
+        shapes.append(f'<text x="{width}" y="{y(value) - 4}" font-size="12" text-anchor="end" fill="#b3261e">{label}</text>')
     return f'<svg viewBox="0 0 {width} {height + top + 24}" role="img" font-family="system-ui,sans-serif" style="max-width:100%">{"".join(shapes)}</svg>'

@@ -223,4 +223,4 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy().data)

@@ -49,9 +49,7 @@ def _tensor_problems(entry: Entry, line: Stored, part: str, sizes: Sizes, form: 
         return
     shape = spec.shape(line.shape(sizes))
     if entry.shape != shape:
-        yield TensorMismatch(
-            f'{entry.name}: read as "{line.axes}" needs {list(shape)}, the file has {list(entry.shape)}', known, _other_format(form, entry)
-        )
+        yield TensorMismatch(f'{entry.name}: read as "{line.axes}" needs {list(shape)}, the file has {list(entry.shape)}', known, _other_format(form, entry))
 
 
 def _other_format(form: Format, entry: Entry) -> str:

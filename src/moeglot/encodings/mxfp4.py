@@ -60,7 +60,7 @@ class MXFP4(Encoding):
 
     def fits_in(self, other: Encoding) -> bool:
         if isinstance(other, Plain):
-            return bool(other.dtype) and DTYPES["BF16"].fits_in(DTYPES[other.dtype])  # two bits of significand, eight of exponent
+            return other.dtype is not None and DTYPES["BF16"].fits_in(DTYPES[other.dtype])  # two bits of significand, eight of exponent
         return isinstance(other, MXFP4)
 
     def undetermined(self, parts: Parts) -> int:

@@ -20,11 +20,11 @@ class Plain(Encoding):
     dtype: str | None = None
 
     @property
-    def name(self) -> str:  # type: ignore[override]  # a value here, a constant in the encodings that have no parameter
+    def name(self) -> str:
         return DTYPES[self.dtype].torch_name if self.dtype else "plain"
 
     @property
-    def parts(self) -> tuple[Part, ...]:  # type: ignore[override]
+    def parts(self) -> tuple[Part, ...]:
         return (Part("value", (self.dtype,) if self.dtype else WEIGHT_DTYPES),)
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.encodings.plain import Plain
 from moeglot.errors import NotVerified, UsageError
 from moeglot.experts import Expert, Matrix, relative_error
-from moeglot.verify import loud_tokens
+from moeglot.forward import loud_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,5 +103,5 @@ def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.source.folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
-        found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        found = model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(found[0], skip_special_tokens=True))

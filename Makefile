@@ -1,0 +1,46 @@
+# Two commands do everything: `make demo` and `make test`. Environments are made here, in .venv and .venvs, and nowhere else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VERSIONS := 4.57.6 5.5.4
+
+.PHONY: demo test lint matrix docs clean
+
+demo: .venv/ready
+	$(BIN)/moeglot demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest tests
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The oracles again, in an environment for each other version of transformers that we speak to.
+matrix: $(VERSIONS:%=matrix-%)
+
+matrix-%: .venvs/%/ready
+	.venvs/$*/bin/python -m pytest tests/oracles
+
+docs: .venv/ready
+	$(BIN)/python $(PIP) '.[docs]'
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+# torch first and pinned: another package would pull in a build for CUDA.
+.venv/ready: pyproject.toml constraints.txt tests/environments/transformers-5.23.0.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP) torch
+	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,test,lint]'
+	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
+	touch $@
+
+.venvs/%/ready: pyproject.toml constraints.txt tests/environments/transformers-%.txt
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python $(PIP) torch
+	.venvs/$*/bin/python $(PIP) --requirement tests/environments/transformers-$*.txt --editable '.[transformers,test]'
+	touch $@
+
+clean:
+	rm -rf .venv .venvs build dist site

@@ -1,0 +1,66 @@
+"""What a report is made of: checks with a verdict each; and how every expert of a checkpoint is visited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moeglot.checkpoint import Checkpoint
+
+Level = Literal["structure", "values", "forward"]
+Verdict = Literal["holds", "does not hold", "cannot tell"]
+Progress = Callable[[str, int, int], None]
+"""(what, done, of how many)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a report. `layers`: the worst figure of each layer, for the plot."""
+
+    level: Level
+    verdict: Verdict
+    what: str
+    detail: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked against what. `exit_status`: 0 holds, 1 does not hold, 2 cannot tell."""
+
+    subject: str
+    against: str
+    checks: tuple[Check, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        verdicts = {check.verdict for check in self.checks}
+        return "does not hold" if "does not hold" in verdicts else "cannot tell" if "cannot tell" in verdicts else "holds"
+
+    @property
+    def exit_status(self) -> int:
+        return {"holds": 0, "does not hold": 1, "cannot tell": 2}[self.verdict]
+
+
+def each_expert(checkpoint: Checkpoint, work: Callable[[int, int], Any], what: str, workers: int, progress: Progress | None) -> Iterator[Any]:
+    """`work(layer, expert)` for each expert, in order, on threads, a few at a time."""
+    places = [(layer, expert) for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])]
+    with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
+        window = [pool.submit(work, *place) for place in places[: 2 * workers]]
+        for n in range(len(places)):
+            result = window.pop(0).result()
+            if n + 2 * workers < len(places):
+                window.append(pool.submit(work, *places[n + 2 * workers]))
+            if progress:
+                progress(what, n + 1, len(places))
+            yield result
+
+
+def one_thread() -> None:
+    """Each worker of ours is one thread; torch's own threads under it would only fight for the same cores."""
+    import torch
+
+    torch.set_num_threads(1)

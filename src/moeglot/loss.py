@@ -1,0 +1,69 @@
+"""What a step did to the numbers: how many changed, by how much, and how many blocks the values no longer determine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeglot.encoding import Encoded
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 20
+"""Values compared at a time."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step did to the numbers: `changed` of `values`, their squared error and size; blocks whose bytes the values do not determine."""
+
+    values: int = 0
+    changed: int = 0
+    error: float = 0.0
+    size: float = 0.0
+    blocks: int = 0
+    undetermined: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(*(a + b for a, b in zip(self.row(), other.row(), strict=True)))
+
+    def row(self) -> tuple[Any, ...]:
+        return self.values, self.changed, self.error, self.size, self.blocks, self.undetermined
+
+    @property
+    def relative(self) -> float:
+        """‖changed - original‖ / ‖original‖."""
+        return float((self.error / self.size) ** 0.5) if self.size else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "exact": self.changed == 0,
+            "relative_error": self.relative,
+            "changed_values": self.changed,
+            "blocks": self.blocks,
+            "blocks_whose_scale_the_values_do_not_show": self.undetermined,
+        }
+
+
+def blocks_of(encoded: Encoded) -> int:
+    scale = encoded.parts.get("scale")
+    return scale.numel() if scale is not None else 0
+
+
+def measure(stored: torch.Tensor, coded: Encoded) -> Loss:
+    """Compare what was given with what will be read, row block by row block."""
+    import torch
+
+    changed, error, size = 0, 0.0, 0.0
+    rows = max(1, CHUNK // max(1, stored.shape[-1]))
+    for at in range(0, stored.shape[0], rows):
+        # Every encoding that loses codes whole rows, so a slice of rows is a matrix of its own.
+        part = {name: tensor[at : at + rows] for name, tensor in coded.parts.items()}
+        given = stored[at : at + rows].to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+        read = coded.encoding.decode(part, given.dtype)
+        integer = torch.int64 if given.dtype == torch.float64 else torch.int32
+        changed += int((read.view(integer) != given.contiguous().view(integer)).sum())
+        error += float((read - given).square().sum(dtype=torch.float64))
+        size += float(given.square().sum(dtype=torch.float64))
+    return Loss(stored.numel(), changed, error, size, blocks_of(coded), coded.encoding.undetermined(coded.parts))

@@ -1,0 +1,60 @@
+"""One unit of a plan: the bytes of an expert's slice, or of another tensor, and what was lost on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moeglot.dtypes import by_torch_name
+from moeglot.encoding import Encoded
+from moeglot.layout import values
+from moeglot.loss import Loss, blocks_of, measure
+from moeglot.plan import Plan, Step, Unit
+
+if TYPE_CHECKING:
+    import torch
+
+
+def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
+    """The bytes of a unit: part -> tensor in stored axes (one expert's slice, or a tensor that is no expert), and what was lost."""
+    import torch
+
+    if unit.step is None:
+        tensors = [part.read() for part in unit.parts]
+        return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, Loss()
+    step, source = unit.step, plan.source
+    roles = {role: source.expert(source.format.line_of(role), step.layer, unit.expert)[role] for role in step.line.roles}
+    if step.moves_codes:
+        return dict(step.line.join(roles).parts), Loss()
+    if step.exact:
+        blocks = sum(blocks_of(encoded) for encoded in roles.values())
+        undetermined = sum(encoded.encoding.undetermined(encoded.parts) for encoded in roles.values())
+        decoded = {role: values(encoded.decode(_dtype(step))) for role, encoded in roles.items()}
+        return dict(step.target.encode(step.line.join(decoded).parts["value"])), Loss(blocks=blocks, undetermined=undetermined)
+    stored = step.line.join({role: values(_exactly(encoded)) for role, encoded in roles.items()}).parts["value"]
+    coded = step.target.encode(stored)
+    return coded, measure(stored, Encoded(step.target, coded, tuple(stored.shape)))
+
+
+def _dtype(step: Step) -> torch.dtype:
+    return by_torch_name(step.target.name).torch
+
+
+def _exactly(encoded: Encoded) -> torch.Tensor:
+    """Values in a float type that holds all of them: as they are if they are plain, else float32."""
+    import torch
+
+    return encoded.parts["value"] if "value" in encoded.parts else encoded.decode(torch.float32)
+
+
+def estimate(plan: Plan) -> Plan:
+    """The plan with the relative error of each lossy step, measured on a few of its experts."""
+    found: dict[str, Loss] = {}
+    experts = plan.source.sizes["e"]
+    layers = {plan.source.layers[n] for n in (0, len(plan.source.layers) // 2, -1)}
+    for step in plan.steps:
+        if not step.exact and step.layer in layers:
+            _, loss = make(plan, Unit("sample", step, step.layer % experts))
+            # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
+            found[step.verb] = found.get(step.verb, Loss()) + loss
+    return replace(plan, expected_error={verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()})
