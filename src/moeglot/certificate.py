@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeglot.checkpoint import open
-from moeglot.checks import Check, Progress, Report
+from moeglot.checkpoint import Checkpoint, open
+from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
-from moeglot.experts import Expert
-from moeglot.forward import Matrices
+from moeglot.experts import Expert, Matrix
+from moeglot.forward import Matrices, forward
+from moeglot.layout import values as plain
 from moeglot.loss import Loss
-from moeglot.plan import Plan
+from moeglot.plan import Plan, Unit
+from moeglot.units import make
+from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
@@ -34,8 +39,7 @@ class Certificate:
 
 def certify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
     """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`."""
-    report = _verify_output(plan, folder, losses, threads, progress)
-    document = _document(plan, folder, losses, report)
+    report = _verify(plan, folder, losses, threads, progress)
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
         raise NotVerified(
@@ -43,16 +47,99 @@ def certify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, 
             f"it was re-read from {folder} and compared with the source",
             "report this as a bug; the folder keeps its temporary name",
         )
+    document = _document(plan, folder, losses, report)
     write_json(folder / CERTIFICATE, document)
     return Certificate(folder, document, report, losses)
 
 
-def _verify_output(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
+def _verify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
     written = open(folder)
     if written.format != plan.target:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
     rounded = Rounded(plan, losses)
     side = Matrices("the source, rounded" if rounded.steps else "the source", Expert.of(plan.source.format.family, plan.source.config), rounded.matrix)
+    checks = [
+        structure(written),
+        rounded.values(written, threads, progress),
+        others(written, plan.source),
+        *forward(written, side, workers=threads, progress=progress),
+    ]
+    return Report(folder.name, plan.source.source.name, tuple(checks))
+
+
+class Rounded:
+    """The source as the plan's encodings round it: where nothing was lost, the source itself."""
+
+    def __init__(self, plan: Plan, losses: Mapping[str, Loss]) -> None:
+        self.plan = plan
+        self.steps = {(step.layer, role): step for step in plan.steps if losses[step.verb].changed for role in step.line.roles}
+        self.stated = sum((loss for loss in losses.values() if loss.changed), Loss()).relative
+
+    def role(self, role: str, layer: int, expert: int) -> Encoded:
+        """[out, in] of one expert, as the target must hold it."""
+        import torch
+
+        source = self.plan.source
+        step = self.steps.get((layer, role))
+        if step is None:
+            return source.expert(source.format.line_of(role), layer, expert)[role]
+        parts, _ = make(self.plan, Unit("again", step, expert))
+        stored = Encoded(step.target, parts, step.line.expert_shape(source.sizes))
+        return step.line.split(plain(stored.decode(torch.float32)))[role]
+
+    def matrix(self, layer: int, expert: int) -> Matrix:
+        import torch
+
+        return lambda role: self.role(role, layer, expert).decode(torch.float32)
+
+    def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
+        """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""
+        if not self.steps:
+            return values(written, self.plan.source, workers=threads, progress=progress)
+
+        def work(layer: int, expert: int) -> tuple[float, Loss]:
+            found = {role: written.expert(written.format.line_of(role), layer, expert)[role] for role in written.format.family.roles}
+            worst = max(difference(encoded, self.role(role, layer, expert)) for role, encoded in found.items())
+            return worst, sum((self._distance(encoded, role, layer, expert) for role, encoded in found.items() if (layer, role) in self.steps), Loss())
+
+        rows = list(each_expert(written, work, "values", threads, progress))
+        worst, apart = max(worst for worst, _ in rows), sum((loss for _, loss in rows), Loss()).relative
+        rounding = ", ".join(sorted({str(step.target) for step in self.steps.values()}))
+        figures = {"relative_error_beyond_rounding": worst, "rounding": rounding, "relative_error": apart}
+        if worst or not abs(apart - self.stated) <= 1e-3 * self.stated:
+            detail = f"off the source as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
+            return Check("values", "does not hold", "canonical tensors", detail, figures)
+        detail = f"the source as {rounding} rounds it, bit for bit; relative error {apart:.3g}"
+        return Check("values", "holds", "canonical tensors", detail, figures)
+
+    def _distance(self, written: Encoded, role: str, layer: int, expert: int) -> Loss:
+        """How far a role lies from the source as it was, by canonical axes, so that no wrong axis can hide in the rounding."""
+        import torch
+
+        source = self.plan.source
+        given = source.expert(source.format.line_of(role), layer, expert)[role].decode(torch.float32)
+        apart = (written.decode(torch.float32) - given).square().sum(dtype=torch.float64)
+        return Loss(error=float(apart), size=float(given.square().sum(dtype=torch.float64)))
+
+
+# --- the document --------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The machine-readable form of a report."""
     checks = [
         {
             "level": c.level,
@@ -82,6 +169,7 @@ def _document(plan: Plan, folder: Path, losses: Mapping[str, Loss], report: Repo
 
 
 def read_certificate(out: Path) -> Certificate:
+    """The certificate beside an output."""
     document = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
     checks = tuple(Check(c["level"], c["verdict"], c["what"], c["detail"], c["figures"], c["layers"]) for c in document["verification"]["checks"])
     return Certificate(out, document, Report(out.name, document["verification"]["against"], checks))
