@@ -124,9 +124,7 @@ def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1) -> No
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
 
 
-def tensors(
-    form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, torch.Tensor]:
+def tensors(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Key -> random tensor, for every tensor of a checkpoint of this format."""
     random = torch.Generator().manual_seed(seed)
     return {**_dense(form, sizes, layers, dtype, random), **_experts(form, sizes, layers, dtype, random)}

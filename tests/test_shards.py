@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -137,8 +138,7 @@ def _agree(data: bytes) -> None:
         refused = _library_refuses(path)
         try:
             found = _ours(path)
-        except BrokenFile as error:
-            assert len(str(error).split("\n")) == 3
+        except BrokenFile:
             return
         assert not refused, f"read as {found}"
         assert _described(found) == _described(load_file(path))
@@ -153,7 +153,7 @@ def _valid() -> bytes:
 
 VALID = _valid()
 DATA = 8 + int.from_bytes(VALID[:8], "little")
-TOKENS = (b"0", b"1", b"-0", b"-1", b"24", b"1e2", b"2.0", b"18446744073709551616", b"true", b"null", b"NaN", b'""', b"[]", b"{}", b",", b"]", b'"', b"\xff", b"\n")
+TOKENS = (*b'0 1 -0 -1 24 1e2 2.0 18446744073709551616 true null NaN "" [] {} , ] " \xff'.split(), b"\n")
 
 
 def _relength(data: bytes, header: bytes) -> bytes:
@@ -180,10 +180,12 @@ def test_truncated_or_overlong(end: int, more: bytes) -> None:
     _agree(VALID + more)
 
 
-@MANY
-@given(st.integers(8, DATA - 1), st.integers(0, 4), st.sampled_from(TOKENS))
-def test_other_json_in_the_header(at: int, gone: int, token: bytes) -> None:
-    _agree(_relength(VALID, VALID[8:at] + token + VALID[min(at + gone, DATA) : DATA]))
+@pytest.mark.parametrize("token", TOKENS)
+def test_another_token_in_the_header(token: bytes) -> None:
+    """Every number, text and bracket of the header replaced by another token, one at a time."""
+    for found in re.finditer(rb'\d+|"[^"]*"|[][{}:,]', VALID[8:DATA]):
+        start, end = found.span()
+        _agree(_relength(VALID, VALID[8 : 8 + start] + token + VALID[8 + end : DATA]))
 
 
 NUMBERS = st.one_of(st.integers(0, 60), st.integers(-(2**70), 2**70), st.sampled_from([2**31, 2**32, 2**63, 2**64, True, False, 2.0, None, "0", [], {}]))
@@ -198,7 +200,7 @@ def test_other_shapes_and_offsets(name: str, field: str, value: list[object], ba
 
 
 @MANY
-@given(st.permutations(["a", "b.c", "d"]), st.lists(st.integers(0, 34), min_size=4, max_size=4))
+@given(st.permutations(["a", "b.c", "d"]), st.lists(st.sampled_from([0, 10, 24, 34]), min_size=4, max_size=4))
 def test_holes_overlaps_and_other_orders(names: list[str], cuts: list[int]) -> None:
     header = {name: {"dtype": "U8", "shape": [abs(end - start)], "data_offsets": [start, end]} for name, start, end in zip(names, cuts, cuts[1:], strict=False)}
     _agree(_relength(VALID, json.dumps(header).encode()))

@@ -91,7 +91,7 @@ def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torc
             "find where the source lost its numbers; moeglot verify PATH names the tensor",
         )
     exponent = _exponents(amax, scale_rule)
-    magnitude = torch.ldexp(exact.abs(), -exponent.unsqueeze(-1))
+    magnitude = torch.ldexp(exact.abs(), -exponent.unsqueeze(-1)).contiguous()
     codes = torch.bucketize(magnitude, _thresholds(ties, values.device), out_int32=True, right=True).to(torch.uint8)
     codes |= torch.signbit(exact).to(torch.uint8) << 3
     return codes[:, ::2] | (codes[:, 1::2] << 4), (exponent + BIAS).to(torch.uint8)
