@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.experts import Expert, Matrix, loudness, probe, relative_error
-from moeglot.layout import Stored
-from moeglot.misreadings import Misreading, misreadings, relaid, right
+from moeglot.misreadings import Misreading, combined, misreadings, right
 
 if TYPE_CHECKING:
     import torch
@@ -112,20 +111,10 @@ def _error(subject: Checkpoint, side: Side, model: Expert, misreading: Misreadin
 
 
 def diagnose(subject: Checkpoint, side: Side, layer: int, expert: int) -> str | None:
-    """The reading under which this expert fits: fewest changes first, several lines at once if need be."""
+    """The reading under which this expert fits: one change first, then several lines at once."""
     model, declared = Expert.of(subject.format.family, subject.config), right(subject, layer, expert)
     tokens = side.tokens(layer, expert, model, declared, subject.sizes["h"])
-    for misreading in misreadings(subject):
+    for misreading in chain(misreadings(subject), combined(subject)):
         if side.distance(layer, expert, tokens, model.forward(tokens, misreading.read(layer, expert))) <= LIMIT:
             return misreading.name
-    for others in _combinations(subject):
-        matrix = relaid(subject, {line.key: line for line in others}, layer, expert)
-        if side.distance(layer, expert, tokens, model.forward(tokens, matrix)) <= LIMIT:
-            return " and ".join(f'{line.key.split(".")[-1]} read as "{line.axes}", {" before ".join(line.roles)}' for line in others)
     return None
-
-
-def _combinations(subject: Checkpoint) -> list[tuple[Stored, ...]]:
-    choices = [[line, *line.misreadings(subject.sizes)] for line in subject.format.stored]
-    changed = [tuple(line for line, first in zip(combination, choices, strict=True) if line != first[0]) for combination in product(*choices)]
-    return sorted((lines for lines in changed if len(lines) > 1), key=len)

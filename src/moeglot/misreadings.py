@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from itertools import product
+from typing import TYPE_CHECKING
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.experts import Matrix
@@ -14,42 +14,17 @@ from moeglot.layout import Stored, values
 if TYPE_CHECKING:
     import torch
 
-
-class Misread(Protocol):
-    """(layer, expert) -> the matrices that a wrong reading would compute with."""
-
-    def __call__(self, layer: int, expert: int) -> Matrix: ...
+Read = Callable[[int, int], Matrix]
+"""(layer, expert) -> the matrices that a reading computes with."""
 
 
 @dataclass(frozen=True)
 class Misreading:
-    """`name`: what is read how. `line`: the stored line that it concerns, or None."""
+    """`name`: what is read how. `read`: what it computes with. `line`: the stored line that it concerns, or None."""
 
     name: str
-    read: Misread
+    read: Read
     line: Stored | None = None
-
-
-def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
-    """Every wrong reading of this checkpoint that no shape refutes and that is not the same as the right one."""
-    form, sizes = checkpoint.format, checkpoint.sizes
-    for line in form.stored:
-        for other in line.misreadings(sizes):
-            order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
-            yield Misreading(f'{_short(line)} read as "{other.axes}"{order}', partial(relaid, checkpoint, {line.key: other}), line)
-    if all(len(line.roles) == 1 for line in form.stored) and "gate" in form.family.roles:
-        yield Misreading("gate and up swapped", partial(_swapped, checkpoint))
-    if sizes["e"] > 1:
-        yield Misreading("experts rolled by one", lambda layer, expert: right(checkpoint, layer, (expert + 1) % sizes["e"]))
-    for line in form.stored:
-        if any(role.endswith("_bias") for role in line.roles):
-            yield Misreading(f"{_short(line)} dropped", partial(_dropped, checkpoint, line), line)
-        if "scale" in line.names:
-            yield Misreading(f"{_short(line)} with inverted scales", partial(_inverted, checkpoint, line), line)
-
-
-def _short(line: Stored) -> str:
-    return line.key.split(".")[-1] if line.key.split(".")[-1] != "weight" else line.key.split(".")[-2]
 
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
@@ -62,40 +37,106 @@ def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
     return matrix
 
 
-def relaid(checkpoint: Checkpoint, others: Mapping[str, Stored], layer: int, expert: int) -> Matrix:
-    """The reading in which some lines, named by their key, have the axes and roles of another."""
-
-    declared = right(checkpoint, layer, expert)
-
-    def matrix(role: str) -> torch.Tensor:
-        line = checkpoint.format.line_of(role)
-        if line.key not in others:
-            return declared(role)
-        stored = line.join({r: values(declared(r)) for r in line.roles})
-        return others[line.key].split(stored)[role].parts["value"].contiguous()
-
-    return matrix
-
-
-def _swapped(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
-    declared, swap = right(checkpoint, layer, expert), {"gate": "up", "up": "gate"}
-    return lambda role: declared(swap.get(role, role))
+def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
+    """Every wrong reading of this checkpoint that no shape refutes and that is not the same as the right one."""
+    form, experts = checkpoint.format, checkpoint.sizes["e"]
+    for line in form.stored:
+        yield from _of_line(checkpoint, line)
+    if all(len(line.roles) == 1 for line in form.stored) and "gate" in form.family.roles:
+        yield Misreading("gate and up swapped", _swapped(checkpoint))
+    for shift in {1, experts - 1} - {0}:
+        yield Misreading(f"experts rolled by {shift if shift == 1 else -1}", _rolled(checkpoint, shift))
+    for line in form.stored:
+        if any(role.endswith("_bias") for role in line.roles):
+            yield Misreading(f"{_short(line)} dropped", _replaced(checkpoint, line, _zeroed), line)
 
 
-def _dropped(checkpoint: Checkpoint, line: Stored, layer: int, expert: int) -> Matrix:
-    declared = right(checkpoint, layer, expert)
-    return lambda role: declared(role) * 0 if role in line.roles else declared(role)
+def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
+    """Wrong readings of several stored lines at once, fewest lines first."""
+    choices = [[None, *_of_line(checkpoint, line)] for line in checkpoint.format.stored]
+    found = ([one for one in combination if one] for combination in product(*choices))
+    for several in sorted((several for several in found if len(several) > 1), key=len):
+        yield Misreading(" and ".join(one.name for one in several), _together(checkpoint, {one.line.key: one.read for one in several if one.line}))
 
 
-def _inverted(checkpoint: Checkpoint, line: Stored, layer: int, expert: int) -> Matrix:
+def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
+    for other in line.misreadings(checkpoint.sizes):
+        order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
+        yield Misreading(f'{_short(line)} read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
+    if "scale" in line.names:
+        yield Misreading(f"{_short(line)} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
+
+
+def _short(line: Stored) -> str:
+    last, before = line.key.split(".")[-1], line.key.split(".")[-2]
+    return before if last == "weight" else last
+
+
+Change = Callable[[Matrix, int, int], Matrix]
+"""(declared reading, layer, expert) -> the reading of one line's roles."""
+
+
+def _replaced(checkpoint: Checkpoint, line: Stored, change: Change) -> Read:
+    """The declared reading, but for the roles of one line."""
+
+    def read(layer: int, expert: int) -> Matrix:
+        declared = right(checkpoint, layer, expert)
+        changed = change(declared, layer, expert)
+        return lambda role: changed(role) if role in line.roles else declared(role)
+
+    return read
+
+
+def _relaid(line: Stored, other: Stored) -> Change:
+    def change(declared: Matrix, layer: int, expert: int) -> Matrix:
+        def matrix(role: str) -> torch.Tensor:
+            stored = line.join({r: values(declared(r)) for r in line.roles})
+            return other.split(stored)[role].parts["value"].contiguous()
+
+        return matrix
+
+    return change
+
+
+def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
     import torch
 
-    declared = right(checkpoint, layer, expert)
+    def change(declared: Matrix, layer: int, expert: int) -> Matrix:
+        def matrix(role: str) -> torch.Tensor:
+            encoded = checkpoint.expert(line, layer, expert)[role]
+            return encoded.encoding.decode(encoded.encoding.inverted(encoded.parts), torch.float32)
 
-    def matrix(role: str) -> torch.Tensor:
-        if role not in line.roles:
-            return declared(role)
-        encoded = checkpoint.expert(line, layer, expert)[role]
-        return encoded.encoding.decode(encoded.encoding.inverted(encoded.parts), torch.float32)
+        return matrix
 
-    return matrix
+    return change
+
+
+def _zeroed(declared: Matrix, layer: int, expert: int) -> Matrix:
+    return lambda role: declared(role) * 0
+
+
+def _swapped(checkpoint: Checkpoint) -> Read:
+    swap = {"gate": "up", "up": "gate"}
+
+    def read(layer: int, expert: int) -> Matrix:
+        declared = right(checkpoint, layer, expert)
+        return lambda role: declared(swap.get(role, role))
+
+    return read
+
+
+def _rolled(checkpoint: Checkpoint, shift: int) -> Read:
+    return lambda layer, expert: right(checkpoint, layer, (expert + shift) % checkpoint.sizes["e"])
+
+
+def _together(checkpoint: Checkpoint, reads: Mapping[str, Read]) -> Read:
+    def read(layer: int, expert: int) -> Matrix:
+        declared = right(checkpoint, layer, expert)
+
+        def matrix(role: str) -> torch.Tensor:
+            changed = reads.get(checkpoint.format.line_of(role).key)
+            return changed(layer, expert)(role) if changed else declared(role)
+
+        return matrix
+
+    return read

@@ -1,0 +1,183 @@
+"""Real transformers, whichever is installed: what it saves we read, what we write it loads, and both compute the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+
+import moeglot
+from moeglot.demo import BUNDLED
+from moeglot.integrations.transformers import VERSION
+from moeglot.layout import values
+
+LIMIT = 1e-5
+GOLDEN = Path(__file__).parents[1] / "golden" / "king-james-logits.json"
+SIZES = {"square": (4, 64, 64), "h=2i": (4, 64, 32), "2h=i": (4, 32, 64), "e=h": (32, 32, 64), "neither": (6, 64, 96)}
+COMMON = {"vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+
+
+def config_of(family: str, e: int, h: int, i: int):
+    if family == "gpt-oss":
+        return GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=2, sliding_window=8, **COMMON)
+    if family == "mixtral":
+        return MixtralConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=2, **COMMON)
+    sparse = {"num_experts": e, "moe_intermediate_size": i, "mlp_only_layers": [1], "intermediate_size": 48}
+    return Qwen3MoeConfig(hidden_size=h, num_hidden_layers=3, **sparse, **COMMON)
+
+
+def model_of(family: str, e: int, h: int, i: int) -> torch.nn.Module:
+    torch.manual_seed(e + h + i)
+    model = AutoModelForCausalLM.from_config(config_of(family, e, h, i)).float().eval()
+    for name, parameter in model.named_parameters():
+        # Weights of the size that keeps activations near 1, so that nothing is lost in saturation; norms near 1.
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=torch.arange(24).view(2, 12) * 3 % 96).logits
+
+
+def load(path: Path, **options) -> torch.nn.Module:
+    """By transformers alone; not one key missing or unexpected."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model.float().eval()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.fixture(params=[(family, size) for family in ("gpt-oss", "qwen3-moe", "mixtral") for size in SIZES], ids="-".join)
+def model(request):
+    family, size = request.param
+    return family, model_of(family, *SIZES[size])
+
+
+def readable(family: str) -> list[str]:
+    """Formats of a family that this version reads, MXFP4 apart."""
+    return {
+        "gpt-oss": ["gpt-oss/transformers"],
+        "qwen3-moe": ["qwen3-moe/hub"] + ["qwen3-moe/transformers-5"] * (VERSION >= (5, 0)),
+        "mixtral": ["mixtral/hub"] + ["mixtral/transformers-5"] * (VERSION >= (5, 0)),
+    }[family]
+
+
+def saved_ways() -> list[dict]:
+    return [{}] if VERSION < (5, 0) else [{}, {"save_original_format": False}]
+
+
+def test_we_read_what_it_saves_and_it_reads_what_we_write(model, tmp_path):
+    family, live = model
+    expected = logits(live)
+    for n, way in enumerate(saved_ways()):
+        live.save_pretrained(tmp_path / f"saved{n}", max_shard_size="100kB", **way)
+        source = moeglot.open(tmp_path / f"saved{n}")
+        assert source.format.family.name == family
+        report = moeglot.verify(source, "transformers")
+        assert report.verdict == "holds", report
+        for to in readable(family):
+            out = tmp_path / f"{n}-{to.split('/')[1]}"
+            assert moeglot.convert(source, to, out).report.verdict == "holds"
+            assert relative(logits(load(out, dtype=torch.float32)), expected) <= LIMIT
+            assert moeglot.verify(out, "transformers").verdict == "holds"
+
+
+def test_the_canonical_form_is_what_the_module_computes_with(model, tmp_path):
+    """Against the tensors in the live module's memory, by their own axes, written down here and nowhere else."""
+    family, live = model
+    live.save_pretrained(tmp_path / "saved")
+    source = moeglot.open(tmp_path / "saved")
+    experts = source.experts(0)
+    module = next(m for name, m in live.named_modules() if name.endswith("layers.0.mlp.experts") or name.endswith("layers.0.block_sparse_moe.experts"))
+    for expert in (0, source.sizes["e"] - 1):
+        gate, up, down = (experts[role][expert].decode(torch.float32) for role in ("gate", "up", "down"))
+        if isinstance(module, torch.nn.ModuleList):
+            names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+            expected = [getattr(module[expert], name).weight for name in names]
+        elif family == "gpt-oss":
+            both = module.gate_up_proj[expert]
+            expected = [both[:, 0::2].T, both[:, 1::2].T, module.down_proj[expert].T]
+        else:
+            both = module.gate_up_proj[expert]
+            expected = [both[: len(both) // 2], both[len(both) // 2 :], module.down_proj[expert]]
+        for found, right in zip((gate, up, down), expected, strict=True):
+            assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rule", ["openai", "ocp", "compressed-tensors"])
+def test_mxfp4_that_we_write_it_decodes_to_the_same_bits(size, rule, tmp_path):
+    live = model_of("gpt-oss", *SIZES[size]).bfloat16()
+    live.save_pretrained(tmp_path / "bf16")
+    certificate = moeglot.convert(tmp_path / "bf16", "gpt-oss/openai", tmp_path / "mxfp4", encode=f"mxfp4:{rule}", allow_loss=True)
+    assert certificate.report.verdict == "holds"
+    ours = moeglot.open(tmp_path / "mxfp4")
+    theirs = load(tmp_path / "mxfp4", dtype=torch.bfloat16)
+    for layer in ours.layers:
+        module = theirs.model.layers[layer].mlp.experts
+        for expert in range(ours.sizes["e"]):
+            experts = ours.experts(layer)
+            gate, up, down = (experts[role][expert].decode(torch.float32) for role in ("gate", "up", "down"))
+            assert torch.equal(module.gate_up_proj[expert][:, 0::2].T, gate)
+            assert torch.equal(module.gate_up_proj[expert][:, 1::2].T, up)
+            assert torch.equal(module.down_proj[expert].T, down)
+    assert moeglot.convert(ours, "gpt-oss/transformers", tmp_path / "back").report.verdict == "holds"
+    assert relative(logits(load(tmp_path / "back", dtype=torch.float32)), logits(theirs)) <= LIMIT
+
+
+def test_its_own_decoder_agrees_on_every_byte_and_scale():
+    from transformers.integrations import mxfp4 as theirs
+
+    from moeglot.encodings.mxfp4 import MXFP4
+
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 251, 16, 16).contiguous()
+    scales = torch.arange(2, 253, dtype=torch.uint8).view(1, 251, 1).expand(1, 251, 16).contiguous()
+    found = theirs.convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)  # [E, in, out]
+    ours = MXFP4().decode({"packed": blocks, "scale": scales}, torch.bfloat16)
+    assert torch.equal(values(found).parts["value"].mT.contiguous().view(torch.int16), ours.view(torch.int16))
+
+
+def test_the_bundled_model_computes_the_same_in_every_version(tmp_path):
+    """Logits of the newest version, kept in a file; a config that 5.23 saved must not lose its rope or its expert count in 4.57."""
+    golden = json.loads(GOLDEN.read_text())
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    for path, dtype in ((BUNDLED, torch.bfloat16), (tmp_path / "bf16", torch.float32)):
+        model = load(path, dtype=dtype)
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([golden["tokens"]])).logits[0, -1]
+        assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
+    assert AutoConfig.from_pretrained(tmp_path / "bf16").to_dict().get("quantization_config") is None
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 has no fused Qwen3-MoE or Mixtral to read")
+def test_the_fused_formats_are_its_live_state_dict(tmp_path):
+    for family in ("qwen3-moe", "mixtral"):
+        live = model_of(family, 4, 64, 32)
+        live.save_pretrained(tmp_path / family)
+        moeglot.convert(tmp_path / family, f"{family}/transformers-5", tmp_path / f"{family}-5")
+        written, state = moeglot.open(tmp_path / f"{family}-5").source.entries, live.state_dict()
+        assert written.keys() == state.keys()
+        for name, entry in written.items():
+            assert torch.equal(entry.read(), state[name])
+
+
+def test_a_turned_down_proj_loads_without_a_word_and_verify_names_it(tmp_path):
+    """The power of all of this: transformers takes it, we do not."""
+    from moeglot.demo import write_turned
+
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    write_turned(tmp_path / "bf16", tmp_path / "turned")
+    load(tmp_path / "turned", dtype=torch.float32)
+    report = moeglot.verify(tmp_path / "turned", BUNDLED)
+    assert report.exit_status == 1
+    assert 'down_proj read as "e h i"' in next(c.detail for c in report.checks if c.level == "forward")
+
+
+def test_the_versions_are_the_ones_that_we_speak_to():
+    assert transformers.__version__ in ("4.57.6", "5.5.4", "5.23.0")

@@ -1,0 +1,264 @@
+"""Each known way to corrupt experts, by name and by who shipped it: `verify` fails it by a wide margin and says which reading fits.
+
+The corruptions are written here with plain tensor operations, so that no code of ours is on both sides.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.demo import BUNDLED
+
+Tensors = dict[str, torch.Tensor]
+LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """`fits`: what verify must name, or None where the right numbers are gone."""
+
+    name: str
+    source: str
+    corrupt: Callable[[Tensors], None]
+    fits: str | None
+
+
+def each(tensors: Tensors, ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    found = [name for name in tensors if name.endswith(ending)]
+    assert found
+    for name in found:
+        changed = change(tensors[name])
+        assert changed.shape == tensors[name].shape, "a corruption that a shape shows is no wrong of this kind"
+        tensors[name] = changed.contiguous()
+
+
+def concatenate_last(both: torch.Tensor) -> torch.Tensor:
+    return torch.cat([both[..., ::2], both[..., 1::2]], -1)
+
+
+def interleave_rows(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, 1)
+    return torch.stack([gate, up], 2).flatten(1, 2)
+
+
+def swap_pairs(both: torch.Tensor) -> torch.Tensor:
+    return torch.stack([both[..., 1::2], both[..., ::2]], -1).flatten(-2)
+
+
+def turn(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mT
+
+
+def several(*changes: Callable[[Tensors], None]) -> Callable[[Tensors], None]:
+    def corrupt(tensors: Tensors) -> None:
+        for change in changes:
+            change(tensors)
+
+    return corrupt
+
+
+def on(ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    return lambda tensors: each(tensors, ending, change)
+
+
+def exchange(a: str, b: str) -> Callable[[Tensors], None]:
+    def corrupt(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(a)]:
+            other = name.removesuffix(a) + b
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+
+    return corrupt
+
+
+def roll(shift: int) -> Callable[[Tensors], None]:
+    def corrupt(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name] = tensors[name].roll(shift, 0)
+
+    return corrupt
+
+
+GPT_OSS = [
+    Wrong("down_proj in the other orientation", "axolotl 0.19 (orientation by shape); any reader of H = I", on("down_proj", turn), 'down_proj read as "e h i"'),
+    Wrong(
+        "gate_up concatenated", "openai_privacy_filter's layout under gpt-oss' name", on("gate_up_proj", concatenate_last), 'gate_up_proj read as "e h (p i)"'
+    ),
+    Wrong(
+        "gate_up concatenated, biases too",
+        "the same, consistently",
+        several(on("gate_up_proj", concatenate_last), on("gate_up_proj_bias", concatenate_last)),
+        'gate_up_proj read as "e h (p i)" and gate_up_proj_bias read as "e (p i)"',
+    ),
+    Wrong("up before gate", "a swapped pair", on("gate_up_proj", swap_pairs), 'gate_up_proj read as "e h (i p)", up before gate'),
+    Wrong(
+        "concatenated and turned",
+        "two bugs at once",
+        several(on("gate_up_proj", concatenate_last), on("down_proj", turn)),
+        'gate_up_proj read as "e h (p i)" and down_proj read as "e h i"',
+    ),
+    Wrong("experts rolled", "a local index taken for a global one under expert parallelism", roll(1), "experts rolled by 1"),
+    Wrong("experts rolled back", "the same, the other way", roll(-1), "experts rolled by -1"),
+    Wrong("gate_up biases dropped", "Megatron's legacy GroupedMLP, which has no place for them", on("gate_up_proj_bias", torch.zeros_like), None),
+    Wrong("down biases dropped", "the same", on("down_proj_bias", torch.zeros_like), None),
+    Wrong(
+        "one expert left uninitialised",
+        "transformers 4.57 after missing keys",
+        on("down_proj", lambda t: t.clone().index_fill_(0, torch.tensor(3), 0.01)),
+        None,
+    ),
+]
+
+
+def caught(report: moeglot.Report, fits: str | None) -> None:
+    """It does not hold, by at least 100 times the limit, and the cause is named."""
+    assert report.exit_status == 1
+    forward = next(check for check in report.checks if check.level == "forward")
+    assert forward.verdict == "does not hold"
+    assert forward.figures["relative_error"] >= 100 * LIMIT
+    assert forward.figures["fits_if"] == fits
+    assert ("fits if " + fits if fits else "no other reading") in forward.detail
+
+
+def corrupted(source, wrong: Wrong):
+    tensors = load_file(source / "model.safetensors")
+    before = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    wrong.corrupt(tensors)
+    assert before == {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.fixture(scope="session")
+def fingerprint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fingerprint") / "king-james.json"
+    moeglot.fingerprint(BUNDLED).save(path)
+    return path
+
+
+@pytest.mark.parametrize("wrong", GPT_OSS, ids=lambda wrong: wrong.name)
+def test_gpt_oss_trained_and_square(wrong, tmp_path, fingerprint):
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    subject = corrupted(tmp_path / "bf16", wrong)
+    caught(moeglot.verify(subject, BUNDLED), wrong.fits)
+    caught(moeglot.verify(subject, fingerprint), wrong.fits)
+    assert moeglot.compare(subject, BUNDLED).exit_status == 1
+
+
+def saturating_rule(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """axolotl 0.19's floor(log2(amax / 6)): the largest numbers of nearly every group are clipped."""
+    groups = values.float().unflatten(-1, (-1, 32))
+    exponent = torch.floor(torch.log2(groups.abs().amax(-1) / 6)).clamp(min=-127)
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = groups / torch.exp2(exponent)[..., None]
+    codes = (scaled.abs()[..., None] - levels).abs().argmin(-1) + 8 * (scaled < 0)
+    return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8), (exponent + 127).to(torch.uint8)
+
+
+def clip(tensors: Tensors) -> None:
+    from moeglot.encodings.mxfp4 import MXFP4
+
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        scales = name.removesuffix("_blocks") + "_scales"
+        values = MXFP4().decode({"packed": tensors[name], "scale": tensors[scales]}, torch.float32)
+        tensors[name], tensors[scales] = saturating_rule(values)
+
+
+MXFP4_WRONGS = [
+    Wrong("down scales inverted", "dividing by a factor that multiplies", on("down_proj_scales", lambda s: 254 - s), "down_proj with inverted scales"),
+    Wrong("all scales inverted", "the same", on("_scales", lambda s: 254 - s), "gate_up_proj with inverted scales and down_proj with inverted scales"),
+    Wrong("scale rule that saturates", "axolotl 0.19", clip, None),
+    Wrong("high nibble first", "a packer that fills bytes from the top", on("_blocks", lambda b: (b << 4) | (b >> 4)), None),
+    Wrong("blocks of gate and up concatenated", "rows read as halves", on("gate_up_proj_blocks", lambda b: torch.cat([b[:, ::2], b[:, 1::2]], 1)), None),
+    Wrong(
+        "blocks and scales of gate and up concatenated",
+        "rows read as halves, scales too",
+        several(*(on(f"gate_up_proj_{part}", lambda b: torch.cat([b[:, ::2], b[:, 1::2]], 1)) for part in ("blocks", "scales"))),
+        'gate_up_proj read as "e (p i) h"',
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong", MXFP4_WRONGS, ids=lambda wrong: wrong.name)
+def test_gpt_oss_in_mxfp4(wrong, tmp_path):
+    moeglot.convert(BUNDLED, "gpt-oss/openai", tmp_path / "mxfp4")
+    subject = corrupted(tmp_path / "mxfp4", wrong)
+    caught(moeglot.verify(subject, BUNDLED), wrong.fits)
+
+
+FUSED = [
+    Wrong("down turned", "orientation by shape at H = I", on("down_proj", turn), 'down_proj read as "e i h"'),
+    Wrong("interleaved", "gpt-oss' arrangement on a concatenated family", on("gate_up_proj", interleave_rows), 'gate_up_proj read as "e (i p) h"'),
+    Wrong(
+        "up before gate",
+        "a swapped concatenation",
+        on("gate_up_proj", lambda t: torch.cat([*t.chunk(2, 1)][::-1], 1)),
+        'gate_up_proj read as "e (p i) h", up before gate',
+    ),
+    Wrong("gate_up turned", "transformers on Qwen3-VL, tinker and Megatron-Bridge at H = 2I", on("gate_up_proj", turn), 'gate_up_proj read as "e h (p i)"'),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("wrong", FUSED, ids=lambda wrong: wrong.name)
+def test_fused_families(family, wrong, tmp_path):
+    sizes = {"h": 64, "i": 32 if "gate_up" in wrong.name else 64}
+    source = write_checkpoint(tmp_path / "source", f"{family}/transformers-5", sizes)
+    subject = corrupted(write_checkpoint(tmp_path / "subject", f"{family}/transformers-5", sizes), wrong)
+    caught(moeglot.verify(subject, source), wrong.fits)
+
+
+PER_EXPERT = [
+    ("qwen3-moe/hub", Wrong("names swapped", "w1 and w3 taken for up and gate", exchange("gate_proj.weight", "up_proj.weight"), "gate and up swapped")),
+    ("mixtral/hub", Wrong("names swapped", "w1 and w3 taken for up and gate", exchange("w1.weight", "w3.weight"), "gate and up swapped")),
+    ("qwen3-moe/hub", Wrong("down turned", "[in, out] for [out, in]", on("down_proj.weight", turn), 'down_proj read as "i h"')),
+    ("mixtral/hub", Wrong("w2 turned", "the same", on("w2.weight", turn), 'w2 read as "i h"')),
+    (
+        "mixtral/hub",
+        Wrong(
+            "all turned", "the same", on("weight", lambda t: t.mT if t.shape == (64, 64) else t), 'w1 read as "h i" and w3 read as "h i" and w2 read as "i h"'
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "wrong"), PER_EXPERT, ids=lambda x: x.name if isinstance(x, Wrong) else x)
+def test_one_matrix_each(form, wrong, tmp_path):
+    source = write_checkpoint(tmp_path / "source", form)
+    subject = corrupted(write_checkpoint(tmp_path / "subject", form), wrong)
+    caught(moeglot.verify(subject, source), wrong.fits)
+
+
+@pytest.mark.parametrize(("h", "i"), [(64, 64), (64, 32)])
+def test_a_dequantized_file_that_was_not_turned_is_refused_by_its_sibling(h, i, tmp_path):
+    """Megatron-Bridge after its fourth fix reads this one wrongly; in each size one tensor of the pair shows the shape."""
+    source = write_checkpoint(tmp_path / "a", "gpt-oss/transformers", {"h": h, "i": i})
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(moeglot.UnknownFormat, match=r"needs \["):
+        moeglot.open(source)
+
+
+def test_what_cannot_be_seen_is_said(tmp_path):
+    """A symmetric down_proj reads the same both ways: the verdict is "cannot tell", not "holds"."""
+    source = write_checkpoint(tmp_path / "a", "qwen3-moe/transformers-5")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("down_proj")]:
+        tensors[name] = (tensors[name] + tensors[name].mT).contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = moeglot.verify(source, source)
+    assert report.verdict == "cannot tell"
+    assert report.exit_status == 2
+    assert 'down_proj read as "e i h"' in report.checks[-1].detail
+
+
+def test_the_right_file_holds(fingerprint, tmp_path):
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    for against in (BUNDLED, fingerprint):
+        assert moeglot.verify(tmp_path / "bf16", against).verdict == "holds"
