@@ -36,9 +36,7 @@ def size(nbytes: float) -> str:
 def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """A rich table on a terminal; tab-separated lines in a pipe."""
     if not console.is_terminal and not console.record:
-        console.print(f"# {title}", highlight=False, markup=False, soft_wrap=True)
-        for row in rows:
-            console.print("\t".join(row), highlight=False, markup=False, soft_wrap=True)
+        console.file.write(f"# {title}\n" + "".join("\t".join(row) + "\n" for row in rows))
         return
     shown = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:

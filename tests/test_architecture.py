@@ -1,0 +1,96 @@
+"""The shape of the code base: which way imports point, what a format file may hold, and that every file says what it knows."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
+FILES = sorted(SOURCE.rglob("*.py"))
+LAYERS = (
+    {"errors", "version", "dtypes"},
+    {"encoding", "kernels"},
+    {"encodings"},
+    {"layout"},
+    {"format"},
+    {"formats"},
+    {"shards", "config"},
+    {"source"},
+    {"identify", "structure"},
+    {"checkpoint"},
+    {"checks", "experts", "loss"},
+    {"misreadings", "plan"},
+    {"forward", "units", "work"},
+    {"fingerprint"},
+    {"verify"},
+    {"certificate"},
+    {"convert"},
+    {"report"},
+    {"integrations", "demo"},
+    {"cli"},
+)
+"""An import points to the same row or to one above it."""
+
+
+def module(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module of ours, whether only on demand inside a function) for every import of a file."""
+    tree = ast.parse(path.read_text())
+    inner = {id(node) for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer) if node is not outer}
+    return [
+        (node.module.split(".")[1], id(node) in inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moeglot.")
+    ]
+
+
+def test_imports_point_one_way():
+    rank = {name: n for n, row in enumerate(LAYERS) for name in row}
+    wrong = []
+    for path in FILES:
+        if path.name == "__init__.py" and path.parent == SOURCE:
+            continue
+        for name, on_demand in imports(path):
+            allowed = on_demand and name in ("integrations", "kernels", "demo", "dtypes")
+            if rank[name] > rank[module(path)] and not allowed:
+                wrong.append(f"{path.relative_to(SOURCE)} imports {name}")
+    assert not wrong
+    assert {module(path) for path in FILES} <= rank.keys() | {"__init__"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "formats" and p.name != "__init__.py"], ids=lambda p: p.stem)
+def test_a_format_file_is_data(path):
+    tree = ast.parse(path.read_text())
+    logic = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.While, ast.ClassDef, ast.Lambda, ast.Try))]
+    assert not logic
+    assert {name for name, _ in imports(path)} <= {"encodings", "layout", "format"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_file_says_what_it_knows_and_stays_small(path):
+    text = path.read_text()
+    first = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    assert len(first) > 20
+    assert text.count("\n") <= 300, "which idea is hiding in it?"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_axes_are_moved_in_one_place(path):
+    """`.mT` on the way into a matrix product is arithmetic; `.transpose`, `.permute` and `.t()` of a weight are not."""
+    moved = [
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("transpose", "permute", "t", "T", "swapaxes")
+    ]
+    assert not moved or path.name == "layout.py"
+
+
+def test_nothing_foreign_is_imported_with_us():
+    code = "import sys, moeglot, moeglot.cli; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub', 'einops') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
