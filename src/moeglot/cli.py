@@ -11,10 +11,12 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 import moeglot
 from moeglot import report
+from moeglot.convert import WRITING
 from moeglot.errors import MoeglotError, UsageError
 
 app = typer.Typer(
@@ -39,6 +41,16 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(report.dump(value) + "\n")
 
 
+class Rate(ProgressColumn):
+    """Bytes a second while writing, else experts a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if speed is None:
+            return Text("")
+        return Text(f"{report.size(speed)}/s" if task.description == WRITING else f"{speed:,.0f} experts/s", style="progress.data.speed")
+
+
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Any]:
     """A progress bar with rate and time left on a terminal; a line for each tenth in a pipe; both on standard error."""
@@ -50,18 +62,11 @@ def _bar(quiet: bool) -> Iterator[Any]:
             tenth = 10 * done // total
             if not quiet and last.get(what) != tenth:
                 last[what] = tenth
-                print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+                print(f"{what} {10 * tenth} %", file=sys.stderr, flush=True)
 
         yield lines
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
         tasks: dict[str, Any] = {}
 
@@ -181,7 +186,7 @@ def _finish(found: moeglot.Report, command: str, title: str, json: bool, html: P
 def _recorder() -> Console:
     import io
 
-    return Console(record=True, width=160, file=io.StringIO(), force_terminal=True)
+    return Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
 
 
 @app.command()

@@ -28,6 +28,9 @@ from moeglot.work import Work
 if TYPE_CHECKING:
     import torch
 
+WRITING = "writing"
+"""The progress of this work is told in bytes, that of others in experts."""
+
 
 def convert(
     source: Checkpoint | str | Path,
@@ -106,36 +109,36 @@ def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, thr
 
     try:
         pending = [unit for unit in plan.units if unit.key not in done]
-        _in_parallel(run, pending, threads, partial(_tell, progress, len(plan.units) - len(pending), len(plan.units)))
+        total = sum(unit.nbytes for unit in plan.units)
+        _in_parallel(run, pending, threads, partial(_tell, progress, total - sum(unit.nbytes for unit in pending), total))
     finally:
         for descriptor in files.values():
             os.close(descriptor)
-    total: dict[str, Loss] = {}
+    by_verb: dict[str, Loss] = {}
     for unit in plan.units:
         if unit.step:
-            total[unit.step.verb] = total.get(unit.step.verb, Loss()) + losses[unit.key]
-    return total
+            by_verb[unit.step.verb] = by_verb.get(unit.step.verb, Loss()) + losses[unit.key]
+    return by_verb
 
 
-def _tell(progress: Progress | None, before: int, total: int, count: int) -> None:
+def _tell(progress: Progress | None, before: int, total: int, written: int) -> None:
     if progress:
-        progress("writing", before + count, total)
+        progress(WRITING, before + written, total)
 
 
 def _in_parallel(run: Callable[[Unit], None], units: list[Unit], threads: int, tell: Callable[[int], None]) -> None:
     """A few units under way at a time; the first error stops the rest."""
     with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
-        waiting, under_way, finished = iter(units), set[Future[None]](), 0
+        waiting, under_way, finished = iter(units), dict[Future[None], Unit](), 0
         try:
             while True:
                 while len(under_way) < 2 * threads and (unit := next(waiting, None)):
-                    under_way.add(pool.submit(run, unit))
+                    under_way[pool.submit(run, unit)] = unit
                 if not under_way:
                     return
-                ready, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in ready:
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     future.result()
-                finished += len(ready)
+                    finished += under_way.pop(future).nbytes
                 tell(finished)
         finally:
             for future in under_way:

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint, HubTensor, open
 from moeglot.config import declared_dtype, write_config
-from moeglot.dtypes import by_torch_name
+from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
@@ -20,7 +21,7 @@ from moeglot.errors import Contradiction, TensorMismatch, UsageError
 from moeglot.format import Dense, Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import MARK
-from moeglot.layout import Stored
+from moeglot.layout import Sizes, Stored
 from moeglot.shards import ShardPlan, Slot, plan_shards
 
 SHARD_SIZE = 5_000_000_000
@@ -46,6 +47,11 @@ class Step:
         """Nothing is lost, whatever the numbers."""
         return self.moves_codes or all(source.fits_in(self.target) for source in self.sources)
 
+    def nbytes(self, sizes: Sizes) -> int:
+        """Bytes of one expert's slice."""
+        shape = self.line.expert_shape(sizes)
+        return sum(prod(part.shape(shape)) * DTYPES[part.dtypes[0]].size for part in self.target.parts)
+
     @property
     def verb(self) -> str:
         if self.moves_codes:
@@ -64,6 +70,7 @@ class Unit:
     step: Step | None = None
     expert: int = 0
     parts: tuple[HubTensor, ...] = ()
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,12 @@ class Plan:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         experts = self.source.sizes["e"]
-        made = [Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert) for step in self.steps for expert in range(experts)]
-        return (*made, *(Unit(f"{key}|dense", parts=parts) for key, parts in self.dense.items()))
+        slices = [
+            Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert, nbytes=step.nbytes(self.source.sizes))
+            for step in self.steps
+            for expert in range(experts)
+        ]
+        return (*slices, *(Unit(f"{key}|dense", parts=parts, nbytes=_dense_slot(key, parts).nbytes) for key, parts in self.dense.items()))
 
     @cached_property
     def digest(self) -> str:
