@@ -260,7 +260,6 @@ def bars(title: str, values: Mapping[Any, float], lines: Mapping[str, float]) ->
     for name, value in lines.items():
         shapes.append(f'<path d="M{left} {y(value)}H{width}" stroke="#b3261e" stroke-dasharray="5 4"/>')
         label = f"{escape(name)}: {value:.1g}"
-        shapes.append(
-            f'<text x="{width}" y="{y(value) - 4}" font-size="12" text-anchor="end" fill="#b3261e" stroke="#fff" stroke-width="3" paint-order="stroke">{label}</text>'
-        )
+        look = 'font-size="12" text-anchor="end" fill="#b3261e" stroke="#fff" stroke-width="3" paint-order="stroke"'
+        shapes.append(f'<text x="{width}" y="{y(value) - 4}" {look}>{label}</text>')
     return f'<svg viewBox="0 0 {width} {height + top + 24}" role="img" font-family="system-ui,sans-serif" style="max-width:100%">{"".join(shapes)}</svg>'
