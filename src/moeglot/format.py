@@ -46,9 +46,14 @@ class SparseLayers:
     dense: str | None = None
 
     def layers(self, config: Config) -> tuple[int, ...]:
-        every = (config.get(self.every) if self.every else None) or 1
+        """Raises `Contradiction` if config.json has no usable count."""
+        count, every = config.get(self.count), (config.get(self.every) if self.every else None) or 1
         dense = (config.get(self.dense) if self.dense else None) or ()
-        return tuple(n for n in range(int(config[self.count])) if (n + 1) % every == 0 and n not in dense)
+        found = tuple(n for n in range(count) if (n + 1) % every == 0 and n not in dense) if isinstance(count, int) and isinstance(every, int) else ()
+        if not found:
+            said = {key: config.get(key) for key in (self.count, self.every, self.dense) if key}
+            raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")
+        return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from moeglot.config import hub_config
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
@@ -14,6 +15,18 @@ from moeglot.source import Source
 
 MARK = "moeglot.format"
 """Key of our mark in a safetensors header."""
+NO_CONFIG = "there is no config.json"
+
+
+@dataclass(frozen=True)
+class Refutation:
+    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there."""
+
+    by: Literal["family", "names", "dtypes", "shapes", "config.json"]
+    why: str
+
+    def __str__(self) -> str:
+        return self.why
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,7 @@ class Identification:
     format: Format | None
     evidence: tuple[str, ...]
     candidates: tuple[Format, ...]
-    ruled_out: Mapping[str, str]
+    ruled_out: Mapping[str, Refutation]
 
     def settled(self, name: str) -> Format:
         """The format; raises `AmbiguousFormat` or `UnknownFormat` with what to type."""
@@ -36,11 +49,30 @@ class Identification:
                 "neither config.json, key names nor dtypes decide; " + "; ".join(self.evidence),
                 f"ask its producer, then pass --format {names[0]} (or another of these)",
             )
-        reasons = "; ".join(f"not {form}: {why}" for form, why in self.ruled_out.items()) or "no format is known"
+        if NO_CONFIG in self.evidence:
+            raise UnknownFormat(
+                f"{name}: there is no config.json", "it says what the model is and how large it is", "put the producer's config.json beside the tensors"
+            )
+        near = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json")}
+        if len(near) == 1:
+            (form, refutation), *_ = near.items()
+            raise Contradiction(
+                f"{name}: config.json and the tensors contradict each other: {refutation}",
+                f"key names and dtypes are those of {form}; {'; '.join(self.evidence)}",
+                "take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
+            )
+        known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by != "family"}
+        if known:
+            raise UnknownFormat(
+                f"{name}: the experts are stored in no format that moeglot knows",
+                "; ".join((*self.evidence, *(f"not {form}: {why}" for form, why in known.items()))),
+                "run `moeglot formats` for what is known; docs/add-a-format.md shows how to declare another",
+            )
+        families = ", ".join(dict.fromkeys(f"{kind} ({form.family.name})" for form in FORMATS for kind in form.family.model_types))
         raise UnknownFormat(
-            f"{name}: the experts are stored in no format that moeglot knows",
-            "; ".join((*self.evidence, reasons)),
-            "run `moeglot formats` for what is known; docs/add-a-format.md shows how to declare another",
+            f"{name}: a family that moeglot does not know",
+            f"{'; '.join(self.evidence)}; known model types: {families}",
+            "pass --format if it is stored as one of these; docs/add-a-format.md shows how to declare a family",
         )
 
 
@@ -52,13 +84,13 @@ def identify(source: Source, format: str | None = None) -> Identification:
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
-    ruled_out = {form.name: why for form in FORMATS if (why := _refutation(form, source))}
+    ruled_out = {form.name: refutation for form in FORMATS if (refutation := _refutation(form, source))}
     if marks:
         form = by_name(marks.pop())
         if form.name in ruled_out:
             raise Contradiction(
                 f"the safetensors header says {form.name}, the files contradict it",
-                ruled_out[form.name],
+                str(ruled_out[form.name]),
                 "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
             )
         return Identification(form, (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
@@ -69,7 +101,7 @@ def identify(source: Source, format: str | None = None) -> Identification:
 
 def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[str]:
     if not source.config:
-        yield "there is no config.json"
+        yield NO_CONFIG
     elif model_type := source.config.get("model_type"):
         yield f"config.json says model_type = {model_type}"
     else:
@@ -82,23 +114,25 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
 
 
-def _refutation(form: Format, source: Source) -> str | None:
+def _refutation(form: Format, source: Source) -> Refutation | None:
     """Why this cannot be the format, or None."""
     model_type = source.config.get("model_type")
     if form.config.only:
         if missing := [key for key in form.config.names.values() if key not in source.config]:
-            return f"config.json has no {missing[0]}"
+            return Refutation("family", f"config.json has no {missing[0]}")
     elif model_type not in form.family.model_types:
-        return f"model_type is {model_type}, not {' or '.join(form.family.model_types)}"
+        return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
+    first = _first_tensors(form, source)
+    for line in form.stored:
+        for part in line.encoding.parts:
+            if (line.key, part.name) not in first:
+                return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
+            if (entry := first[line.key, part.name]).dtype not in part.dtypes:
+                return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
     method = dig(source.config, "quantization_config.quant_method")
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
     if method is not None and method != expected:
-        return f"quantization_config.quant_method is {method}, not {expected}"
-    first = _first_tensors(form, source)
-    for line in form.stored:
-        for part, suffix in line.names.items():
-            if (line.key, part) not in first:
-                return f"no tensor is named {line.key}{suffix}"
+        return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
     return _shape_refutation(form, source, first)
 
 
@@ -114,13 +148,11 @@ def _first_tensors(form: Format, source: Source) -> dict[tuple[str, str], Entry]
     return found
 
 
-def _shape_refutation(form: Format, source: Source, first: Mapping[tuple[str, str], Entry]) -> str | None:
+def _shape_refutation(form: Format, source: Source, first: Mapping[tuple[str, str], Entry]) -> Refutation | None:
     sizes = form.family.read_sizes(hub_config(source.config, form))
     for line in form.stored:
         for part in line.encoding.parts:
             entry = first[line.key, part.name]
-            if entry.dtype not in part.dtypes:
-                return f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}"
             if entry.shape != (shape := part.shape(line.shape(sizes))):
-                return f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}'
+                return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

@@ -58,7 +58,7 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": c.format.name,
         "family": c.format.family.name,
         "evidence": list(c.evidence),
-        "ruled_out": dict(c.identification.ruled_out),
+        "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items()},
         "sizes": dict(c.sizes),
         "layers": list(c.layers),
         "stored": [_stored_json(c, line) for line in c.format.stored],

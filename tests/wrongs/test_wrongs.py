@@ -241,7 +241,7 @@ def test_a_dequantized_file_that_was_not_turned_is_refused_by_its_sibling(h, i, 
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         tensors[name] = tensors[name].mT.contiguous()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(moeglot.UnknownFormat, match=r"needs \["):
+    with pytest.raises(moeglot.Contradiction, match=r"needs \["):
         moeglot.open(source)
 
 
