@@ -145,6 +145,10 @@ def test_fingerprint(bf16, turned, tmp_path):
     assert told("verify", turned, "--against", tmp_path / "print.json", status=1)["verdict"] == "does not hold"
     run("fingerprint", BUNDLED, "-o", tmp_path / "print.json", status=2)
     run("fingerprint", BUNDLED, "-o", tmp_path / "print.txt", status=2)
+    other = write_checkpoint(tmp_path / "other", "gpt-oss/transformers")
+    refused = told("verify", other, "--against", tmp_path / "print.json", status=1)
+    assert refused["error"] == "Contradiction"
+    assert "another model" in refused["wrong"]
 
 
 @pytest.mark.parametrize(

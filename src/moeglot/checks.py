@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,9 +45,16 @@ class Report:
         return {"holds": 0, "does not hold": 1, "cannot tell": 2}[self.verdict]
 
 
-def each_expert(checkpoint: Checkpoint, work: Callable[[int, int], Any], what: str, workers: int, progress: Progress | None) -> Iterator[Any]:
-    """`work(layer, expert)` for each expert, in order, on threads, a few at a time."""
-    places = [(layer, expert) for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])]
+def each_expert(
+    checkpoint: Checkpoint,
+    work: Callable[[int, int], Any],
+    what: str,
+    workers: int,
+    progress: Progress | None,
+    sample: Sequence[tuple[int, int]] | None = None,
+) -> Iterator[Any]:
+    """`work(layer, expert)` for each expert, or for those of a sample, in order, on threads, a few at a time."""
+    places = sample or [(layer, expert) for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])]
     with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
         window = [pool.submit(work, *place) for place in places[: 2 * workers]]
         for n in range(len(places)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.errors import Contradiction, UsageError
-from moeglot.experts import Expert, Matrix, loudness, probe, relative_error
+from moeglot.experts import Expert, Matrix, loudness, probe
 from moeglot.misreadings import right
 
 if TYPE_CHECKING:
@@ -69,11 +69,13 @@ class Fingerprint:
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         return probe((layer, expert), TOKENS, h) * self.experts[f"{layer}.{expert}"][0]
 
-    def distance(self, layer: int, expert: int, tokens: torch.Tensor, response: torch.Tensor) -> float:
+    def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         import torch
 
-        expected = torch.tensor(self.experts[f"{layer}.{expert}"][1:], dtype=torch.float64)
-        return relative_error(project(layer, expert, response), expected)
+        return torch.tensor(self.experts[f"{layer}.{expert}"][1:], dtype=torch.float64)
+
+    def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
+        return project(layer, expert, response)
 
 
 def project(layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:

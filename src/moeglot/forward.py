@@ -31,8 +31,11 @@ class Side(Protocol):
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         """The probe tokens [t, h] that this side answers."""
 
-    def distance(self, layer: int, expert: int, tokens: torch.Tensor, response: torch.Tensor) -> float:
-        """Relative error of a response [t, h] to these tokens, by this side's own answer."""
+    def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        """What this side says that the expert computes, as `seen` shows it."""
+
+    def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
+        """A response [t, h] as this side can compare it: all of it, or a projection."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,11 @@ class Matrices:
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         return loud_tokens(layer, expert, model, matrix, h)
 
-    def distance(self, layer: int, expert: int, tokens: torch.Tensor, response: torch.Tensor) -> float:
-        return relative_error(response, self.model.forward(tokens, self.matrix(layer, expert)))
+    def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.forward(tokens, self.matrix(layer, expert))
+
+    def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
+        return response
 
 
 def loud_tokens(layer: int, expert: int, model: Expert, matrix: Matrix, h: int, count: int = TOKENS) -> torch.Tensor:
@@ -60,14 +66,32 @@ def checkpoint_side(other: Checkpoint) -> Matrices:
     return Matrices(other.source.name, Expert.of(other.format.family, other.config), lambda layer, expert: right(other, layer, expert))
 
 
+class Probe:
+    """One expert, the tokens sent to it and the second opinion's answer: says how far off a reading of it is."""
+
+    def __init__(self, subject: Checkpoint, side: Side, layer: int, expert: int) -> None:
+        self.subject, self.side, self.layer, self.expert = subject, side, layer, expert
+        self.model = Expert.of(subject.format.family, subject.config)
+        self.declared = right(subject, layer, expert)
+        self.tokens = side.tokens(layer, expert, self.model, self.declared, subject.sizes["h"])
+        self.answer = side.answer(layer, expert, self.tokens)
+
+    def error(self, misreading: Misreading | None = None) -> float:
+        """Relative error of the declared reading, or of a wrong one."""
+        matrix = misreading.read(self.layer, self.expert) if misreading else self.declared
+        return relative_error(self.side.seen(self.layer, self.expert, self.model.forward(self.tokens, matrix)), self.answer)
+
+    def is_moot(self, misreading: Misreading) -> bool:
+        """It misreads biases that are all zero, so that it is no wrong reading."""
+        line = misreading.line
+        return line is not None and line.role_axes in ("i", "h") and not any(bool(self.declared(role).any()) for role in line.roles)
+
+
 def forward(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> list[Check]:
     """Every expert on loud random tokens against the other side, then the wrong readings on one expert a layer, to prove the power."""
-    model, h = Expert.of(subject.format.family, subject.config), subject.sizes["h"]
 
     def work(layer: int, expert: int) -> tuple[int, int, float]:
-        matrix = right(subject, layer, expert)
-        tokens = side.tokens(layer, expert, model, matrix, h)
-        return layer, expert, side.distance(layer, expert, tokens, model.forward(tokens, matrix))
+        return layer, expert, Probe(subject, side, layer, expert).error()
 
     found = list(each_expert(subject, work, "forward", workers, progress))
     layers = {layer: max(error for at, _, error in found if at == layer) for layer in subject.layers}
@@ -82,39 +106,29 @@ def forward(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Prog
         detail = f"{len(wrong)} of {len(found)} experts beyond {LIMIT:g}; layer {layer}, expert {expert}: {error:.2g}; {known}"
         return [Check("forward", "does not hold", f"against {side.name}", detail, figures, layers)]
     detail = f"{len(found)} experts, relative error at most {worst[2]:.1e} (limit {LIMIT:g})"
-    return [Check("forward", "holds", f"against {side.name}", detail, figures, layers), power(subject, side, model)]
+    return [Check("forward", "holds", f"against {side.name}", detail, figures, layers), power(subject, side, workers=workers, progress=progress)]
 
 
-def power(subject: Checkpoint, side: Side, model: Expert) -> Check:
+def power(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> Check:
     """Each wrong reading must be at least 100 times worse than the limit, on one expert of each layer."""
+
+    def work(layer: int, expert: int) -> dict[str, float]:
+        probe = Probe(subject, side, layer, expert)
+        return {misreading.name: probe.error(misreading) for misreading in misreadings(subject) if not probe.is_moot(misreading)}
+
     weakest: dict[str, float] = {}
-    for misreading in misreadings(subject):
-        if errors := [error for layer in subject.layers if (error := _error(subject, side, model, misreading, layer)) is not None]:
-            weakest[misreading.name] = min(errors)
+    sample = [(layer, layer % subject.sizes["e"]) for layer in subject.layers]
+    for errors in each_expert(subject, work, "power", workers, progress, sample):
+        weakest |= {name: min(error, weakest.get(name, error)) for name, error in errors.items()}
     blind = [name for name, error in weakest.items() if not error >= LIMIT * POWER]
     figures = {"wrong_readings": weakest, "needed": LIMIT * POWER}
     if blind:
-        detail = f"this check cannot see: {', '.join(blind)}"
-        return Check("forward", "cannot tell", "power of the check", detail, figures)
+        return Check("forward", "cannot tell", "power of the check", f"this check cannot see: {', '.join(blind)}", figures)
     least = min(weakest.values(), default=float("inf"))
     return Check("forward", "holds", "power of the check", f"{len(weakest)} wrong readings, the mildest is off by {least:.2g}", figures)
 
 
-def _error(subject: Checkpoint, side: Side, model: Expert, misreading: Misreading, layer: int) -> float | None:
-    """Error of a wrong reading, on one expert; None where it is no wrong reading, because the biases it drops are zero."""
-    expert = layer % subject.sizes["e"]
-    declared, wrong = right(subject, layer, expert), misreading.read(layer, expert)
-    if misreading.line and misreading.line.role_axes in ("i", "h") and not any(bool(declared(role).any()) for role in misreading.line.roles):
-        return None
-    tokens = side.tokens(layer, expert, model, declared, subject.sizes["h"])
-    return side.distance(layer, expert, tokens, model.forward(tokens, wrong))
-
-
 def diagnose(subject: Checkpoint, side: Side, layer: int, expert: int) -> str | None:
     """The reading under which this expert fits: one change first, then several lines at once."""
-    model, declared = Expert.of(subject.format.family, subject.config), right(subject, layer, expert)
-    tokens = side.tokens(layer, expert, model, declared, subject.sizes["h"])
-    for misreading in chain(misreadings(subject), combined(subject)):
-        if side.distance(layer, expert, tokens, model.forward(tokens, misreading.read(layer, expert))) <= LIMIT:
-            return misreading.name
-    return None
+    probe = Probe(subject, side, layer, expert)
+    return next((misreading.name for misreading in chain(misreadings(subject), combined(subject)) if probe.error(misreading) <= LIMIT), None)

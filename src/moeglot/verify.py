@@ -27,6 +27,8 @@ def verify(
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
+    if isinstance(other, Fingerprint):
+        other.matches(subject)
     checks = [structure(subject)]
     if isinstance(other, Checkpoint):
         checks.append(values(subject, other, workers=workers, progress=progress))

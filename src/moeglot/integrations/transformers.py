@@ -15,7 +15,7 @@ import transformers
 from moeglot.checkpoint import Checkpoint
 from moeglot.encodings.plain import Plain
 from moeglot.errors import NotVerified, UsageError
-from moeglot.experts import Expert, Matrix, relative_error
+from moeglot.experts import Expert, Matrix
 from moeglot.forward import loud_tokens
 
 if TYPE_CHECKING:
@@ -35,9 +35,12 @@ class Live:
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         return loud_tokens(layer, expert, model, matrix, h)
 
-    def distance(self, layer: int, expert: int, tokens: torch.Tensor, response: torch.Tensor) -> float:
+    def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return relative_error(response, respond(self.experts[layer], expert, tokens))
+            return respond(self.experts[layer], expert, tokens)
+
+    def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
+        return response
 
 
 def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
