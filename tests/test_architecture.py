@@ -16,7 +16,7 @@ LAYERS = (
     {"layout"},
     {"format"},
     {"formats"},
-    {"shards", "config"},
+    {"shards", "config", "hub"},
     {"source"},
     {"identify", "structure"},
     {"checkpoint"},

@@ -170,12 +170,13 @@ def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
     return structure_problems(c.source, c.format, c.sizes, c.layers, c.known)
 
 
-def open(path: str | Path, format: str | None = None) -> Checkpoint:
+def open(path: str | Path, format: str | None = None, *, headers_only: bool = False) -> Checkpoint:
     """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for.
 
+    With `headers_only`, the weights of a Hub id stay where they are: enough to inspect it.
     Raises `FormatError` where the format cannot be told and `CheckpointError` where the tensors are not what it says.
     """
-    source = path if isinstance(path, Source) else read_source(path)
+    source = read_source(path, headers_only)
     identification = identify(source, format)
     checkpoint = Checkpoint(source, identification.settled(source.name), identification)
     found = list(islice(problems(checkpoint), 100))

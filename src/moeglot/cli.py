@@ -91,8 +91,8 @@ def _top(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 @app.command()
 def inspect(path: PathArgument, format: FormatOption = None, json: JsonOption = False, html: HtmlOption = None) -> None:
-    """Say what a checkpoint is and how that is known. Reads headers only."""
-    checkpoint = moeglot.open(path, format)
+    """Say what a checkpoint is and how that is known. Reads headers only; of a Hub id it fetches no more."""
+    checkpoint = moeglot.open(path, format, headers_only=True)
     if json:
         _print_json(report.inspect_json(checkpoint))
     else:

@@ -95,7 +95,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _refuse(path, "__metadata__ is no map from text to text", f"it is {str(metadata)[:80]}")
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+    entries = {name: describe(path, name, value, 8 + length) for name, value in header.items()}
     at = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start != at:
@@ -107,7 +107,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
+def describe(path: Path, name: str, value: Any, base: int) -> Entry:
+    """A tensor's description in a header -> Entry; `base`: where the data starts in the file. Raises `BrokenFile`."""
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
         known = DTYPES.get(dtype)
@@ -193,7 +194,10 @@ def allocate(path: Path, shard: ShardPlan) -> None:
     """Create the file at its full size and write its header; raises `NoSpace` before any tensor is written."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, shard.nbytes)
+        if hasattr(os, "posix_fallocate"):  # macOS has none; there a full disk shows while writing
+            os.posix_fallocate(descriptor, 0, shard.nbytes)
+        else:
+            os.ftruncate(descriptor, shard.nbytes)
         write_at(descriptor, memoryview(shard.header), 0)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moeglot.errors import BrokenFile, CheckpointError, PickleRefused, UsageError
-from moeglot.shards import Entry, read_header
+from moeglot import hub
+from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
+from moeglot.shards import Entry, describe, read_header
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -42,33 +40,29 @@ class Source:
                 yield path
 
 
-def read_source(path: str | Path, revision: str | None = None) -> Source:
-    """Folder, safetensors file or Hub id -> its headers and config; raises `CheckpointError`, and fetches a Hub id with huggingface_hub."""
+def read_source(path: str | Path, headers_only: bool = False) -> Source:
+    """Folder, safetensors file or Hub id -> its headers and config; raises `CheckpointError`.
+
+    A Hub id is fetched by huggingface_hub: whole, or with `headers_only` just what `inspect` needs, so that no tensor can be read.
+    """
     local = Path(path)
     if local.is_file():
         if local.suffix != ".safetensors":
             raise _not_safetensors(local)
         return replace(_read(str(path), local.parent, (local,)), single=True)
+    if not local.is_dir() and headers_only:
+        return _remote(str(path))
     if not local.is_dir():
-        local = _fetch(str(path), revision)
-    return _read(str(path), local, tuple(_shards(local, _root(local))))
+        local = hub.fetch(str(path))
+    return _read(str(path), local, tuple(_shards(str(path), local, _root(local))))
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    if not HUB_ID.fullmatch(name):
-        raise UsageError(f"{name}: no such file or folder", "it is no Hub id (owner/name) either", "check the path")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{name}: neither a path here nor a repository that could be fetched",
-            f"huggingface_hub says: {reason}",
-            "check the spelling; for a private repository run `hf auth login`; without a network pass a folder",
-        ) from error
+def _remote(name: str) -> Source:
+    """A Hub repository of which only config.json and the safetensors headers were fetched."""
+    config, headers = hub.fetch_headers(name)
+    shards = {file: Path(file) for file in sorted(headers)}
+    entries = {key: describe(shards[file], key, value, 0) for file, (tensors, _) in sorted(headers.items()) for key, value in tensors.items()}
+    return Source(name, Path(name), tuple(shards.values()), entries, config, tuple(headers[file][1] for file in shards))
 
 
 def _root(folder: Path) -> Path:
@@ -78,7 +72,7 @@ def _root(folder: Path) -> Path:
     return repository if cached else folder.resolve()
 
 
-def _shards(folder: Path, root: Path) -> Iterator[Path]:
+def _shards(name: str, folder: Path, root: Path) -> Iterator[Path]:
     if (index := folder / INDEX).is_file():
         names = sorted(set(_weight_map(_inside(index, root)).values()))
         yield from (_inside(folder / _plain(name), root) for name in names)
@@ -88,11 +82,11 @@ def _shards(folder: Path, root: Path) -> Iterator[Path]:
     if not found:
         if pickles := [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
             raise PickleRefused(
-                f"{folder.name}: only pickle files are here: {', '.join(pickles[:3])}",
+                f"{name}: only pickle files are here: {', '.join(pickles[:3])}",
                 "loading a pickle runs the code in it; moeglot never does",
                 "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)",
             )
-        raise CheckpointError(f"{folder.name}: no safetensors file is here", f"looked for {INDEX} and *.safetensors", "pass the folder that holds them")
+        raise CheckpointError(f"{name}: no safetensors file is here", f"looked for {INDEX} and *.safetensors", "pass the folder that holds them")
     yield from (_inside(path, root) for path in found)
 
 

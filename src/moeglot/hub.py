@@ -1,0 +1,65 @@
+"""A Hub id: which files of a repository huggingface_hub fetches for us, and what of them is enough to look at it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moeglot.errors import CheckpointError, UsageError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
+"""What is fetched; never a pickle. Folders inside a repository hold the same model for other readers, and are left out."""
+
+Header = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]
+"""(tensor -> its description, metadata) as in a safetensors header."""
+
+
+def fetch(name: str) -> Path:
+    """owner/name -> the folder of its files in huggingface_hub's cache; raises `CheckpointError`."""
+    with _refusals(name):
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*/*"]))
+
+
+def fetch_headers(name: str) -> tuple[dict[str, Any], dict[str, Header]]:
+    """owner/name -> (config.json, file -> its header), by range requests; no weights travel."""
+    with _refusals(name):
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            config: dict[str, Any] = json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        except EntryNotFoundError:
+            config = {}
+        files = huggingface_hub.get_safetensors_metadata(name).files_metadata
+        headers: dict[str, Header] = {
+            file: ({key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for key, t in found.tensors.items()}, found.metadata)
+            for file, found in files.items()
+        }
+        return config, headers
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """huggingface_hub's errors in our three lines."""
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"{name}: no such file or folder", "it is no Hub id (owner/name) either", "check the path")
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    # Of requests or of httpx, whichever this huggingface_hub is built on: the parent of what goes wrong below its own errors.
+    transport = next(parent for parent in HfHubHTTPError.__mro__ if parent.__name__ == "HTTPError")
+    try:
+        yield
+    except (transport, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{name}: neither a path here nor a repository that could be fetched",
+            f"huggingface_hub says: {reason}",
+            "check the spelling; for a private repository run `hf auth login`; without a network pass a folder",
+        ) from error
