@@ -1,0 +1,210 @@
+"""What the pages say of formats, encodings and files, taken from the code: docs/formats.md, the README's table, the lists in docs/architecture.md.
+
+`python docs/generate.py` writes them; with `--check` it writes nothing and exits with 1 if one of them is stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
+from moeglot.encodings.mxfp4 import RULES
+from moeglot.encodings.plain import Plain
+from moeglot.format import Activation, Family, Format
+from moeglot.formats import FAMILIES, FORMATS, of_family
+from moeglot.layout import Stored
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src" / "moeglot"
+ENVIRONMENTS = ROOT / "tests" / "environments"
+
+RULE_MEANINGS = {
+    "ceil": "the smallest power of two under which nothing overflows, ceil(log2(amax / 6))",
+    "floor": "floor(log2(amax)) - 2; what then is above 6 becomes 6",
+    "even": "as floor, with amax rounded to two bits of significand first",
+}
+
+
+def main() -> int:
+    """Write, or with --check compare; the exit status."""
+    pages = {
+        ROOT / "docs" / "formats.md": formats_page(),
+        ROOT / "README.md": between(ROOT / "README.md", {"formats": table(*readme_table())}),
+        ROOT / "docs" / "architecture.md": between(ROOT / "docs" / "architecture.md", {"files": table(*file_table()), "imports": import_rows()}),
+    }
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run `python docs/generate.py`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(pages[path], encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+# --- Markdown ------------------------------------------------------------------------------------------------------------------------
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def between(path: Path, texts: Mapping[str, str]) -> str:
+    """The file with each text between the markers of its name."""
+    page = path.read_text(encoding="utf-8")
+    for name, text in texts.items():
+        before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if page.count(before) != 1 or page.count(after) != 1:
+            raise SystemExit(f"{path.name} needs {before.strip()} and {after} once, each on its own line")
+        head, rest = page.split(before)
+        page = head + before + text + "\n" + after + rest.split(after)[1]
+    return page
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def link(url: str) -> str:
+    return f"[{url.removeprefix('https://').split('/')[0]}]({url})"
+
+
+# --- what a spec says ----------------------------------------------------------------------------------------------------------------
+
+
+def versions(package: str) -> list[str]:
+    """The versions of a package that the environments of the tests pin, in order."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(ENVIRONMENTS.glob("*.txt"))]
+    found = {match for text in texts for match in re.findall(rf"^{package}==(\S+)$", text, re.MULTILINE)}
+    return sorted(found, key=lambda version: [int(n) for n in version.split(".")])
+
+
+def checked_against(form: Format) -> str:
+    """Which real library the tests let read this format and compute with it."""
+    if form.reads == "openai's gpt_oss":
+        return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
+    if form.reads not in ("any transformers", "transformers 5"):
+        raise SystemExit(f"{form.name}: say in docs/generate.py what {form.reads!r} is checked against")
+    return "transformers " + ", ".join(v for v in versions("transformers") if form.reads == "any transformers" or v.startswith("5."))
+
+
+def encoding(line: Stored) -> str:
+    if isinstance(line.encoding, Plain):
+        return line.encoding.name if line.encoding.dtype else "any float type"
+    parts = ", ".join(f"`{line.names[part.name]}` {'/'.join(part.dtypes)}" for part in line.encoding.parts)
+    return f"{line.encoding.name}: {parts}"
+
+
+def activation(of: Activation) -> str:
+    if of.kind == "clamped-swiglu":
+        numbers = ", ".join(f"{name} = {code(key)} (default {default:g})" for name, (key, default) in of.numbers.items())
+        return f"clamped SwiGLU, `gate * sigmoid(alpha * gate) * (up + 1)` with gate and up clamped to limit; {numbers}"
+    if of.kind != "swiglu":
+        raise SystemExit(f"say in docs/generate.py what {of.kind!r} computes")
+    return f"`act(gate) * up`, where act is {code(of.function[0])} of config.json (default {of.function[1]})"
+
+
+# --- the pages -----------------------------------------------------------------------------------------------------------------------
+
+
+def readme_table() -> tuple[list[str], list[list[str]]]:
+    rows = [[code(form.name), form.about, form.reads, checked_against(form)] for form in FORMATS]
+    return ["format", "what it is", "read by", "checked against"], rows
+
+
+def file_table() -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for path in sorted(SOURCES.rglob("*.py"), key=lambda path: (path.parent != SOURCES, path)):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if not docstring:
+            raise SystemExit(f"{path}: no docstring")
+        first = docstring.split("\n")[0].replace("|", "\\|")
+        rows.append([code(path.relative_to(SOURCES).as_posix()), first])
+    return ["file", "its first line"], rows
+
+
+def import_rows() -> str:
+    """The rows of tests/test_architecture.py, as one code block."""
+    tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
+    layers = next(node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS")
+    rows = [", ".join(ast.literal_eval(name) for name in row.elts) for row in layers.elts]  # type: ignore[attr-defined]  # a tuple of sets
+    return "```\n" + "\n".join(rows) + "\n```"
+
+
+def formats_page() -> str:
+    """docs/formats.md."""
+    head = """# Formats
+
+This page is generated from the specs by `docs/generate.py`. `moeglot formats` prints the same, and `moeglot formats --json` for programs.
+
+A format is one producer's complete way to store the experts of one family. Each row of its table is one stored tensor: the
+template of its key, the roles it holds, its axes and its encoding. The letters are explained in [Concepts](concepts.md):
+`e` expert, `h` hidden, `i` intermediate, `p` which of the roles.
+
+"""
+    overview = table(*readme_table())
+    note = """
+
+"Read by" is the software that loads such a folder. "Checked against" is the real library, by version, whose own code loads checkpoints of this format
+in the tests. With transformers, each expert must compute the same as moeglot's reading of it, to a relative error of 1e-5. With openai's gpt_oss,
+the expert matrices must be equal bit for bit, and the logits of the whole model within 2e-4 of those of transformers.
+
+The checkpoints of these tests are small: random weights of several sizes, and one trained model of 4.35 million parameters.
+Full-size releases are not converted in the tests.
+"""
+    return head + overview + note + "".join(_family(family) for family in FAMILIES) + _encodings()
+
+
+def _family(family: Family) -> str:
+    sizes = ", ".join(f"`{letter}` = {' or '.join(map(code, keys))}" for letter, keys in family.sizes.items())
+    facts = [
+        f"- config.json: `model_type` is {' or '.join(map(code, family.model_types))}; sizes are {sizes}",
+        f"- an expert computes: {activation(family.activation)}",
+        f"- where that is from: {link(family.source)}",
+    ]
+    return f"\n## {family.name}\n\n" + "\n".join(facts) + "\n" + "".join(_format(form) for form in of_family(family))
+
+
+def _format(form: Format) -> str:
+    rows = [[code(line.key), ", ".join(line.roles), code(line.axes), encoding(line)] for line in form.stored]
+    facts = f"{form.about[0].upper() + form.about[1:]}. Read by {form.reads}. Checked against {checked_against(form)}. Producer's source: {link(form.source)}."
+    text = f"\n### {form.name}\n\n{facts}\n\n" + table(["key", "roles", "axes", "encoding"], rows) + "\n"
+    if form.config.quantization:
+        text += f'\nIts config.json has `quantization_config.quant_method = "{form.config.quantization["quant_method"]}"`.\n'
+    if form.config.only:
+        text += "\nIts config.json has keys of its own: " + ", ".join(map(code, form.config.names.values())) + ".\n"
+    if form.dense:
+        named = [[code(line.key), " + ".join(map(code, line.hub))] for line in form.dense]
+        text += "\nTensors that are not experts and have other names here:\n\n" + table(["here", "on the Hub"], named) + "\n"
+    return text
+
+
+def _encodings() -> str:
+    rows = [[code(f"mxfp4:{name}"), RULE_MEANINGS[scale], "away from zero" if ties == "away" else "to even"] for name, (scale, ties) in RULES.items()]
+    return f"""
+## Encodings
+
+`--encode` takes {", ".join(code(DTYPES[name].torch_name) for name in WEIGHT_DTYPES)} for formats that store any float type, and `mxfp4` or
+`mxfp4:RULE` for those that store MXFP4. The rule says how the scale of a group is chosen from its largest magnitude (amax), and how a value halfway
+between two codes is rounded. It matters only when numbers are encoded: the rule is not in the file, and every rule is decoded alike.
+`mxfp4` alone is `mxfp4:openai`.
+
+{table(["name", "scale of a group", "ties"], rows)}
+
+What the tests compare: transformers decodes what moeglot encodes to the same bits, under the first three rules.
+torchao {" and ".join(versions("torchao"))} writes the same bytes under `ocp`, `compressed-tensors` and `rceil`.
+compressed-tensors {" and ".join(versions("compressed-tensors"))} decodes the first four to the same bits, and writes the same bytes under its own rule,
+but for the sign of zero, which it drops. The rule `openai` is taken from the source of triton_kernels; its encoder is not run in the tests.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
