@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-VERSIONS := 4.57.6 5.5.4
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao
 
 .PHONY: demo test lint matrix docs clean
 
@@ -16,15 +16,19 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
-# The oracles again, in an environment for each other version of transformers that we speak to.
-matrix: $(VERSIONS:%=matrix-%)
+# The oracles again, in an environment for each other library and version that we speak to.
+matrix: $(ENVIRONMENTS:%=matrix-%)
+
+matrix-torchao: .venvs/torchao/ready
+	.venvs/torchao/bin/python -m pytest tests/oracles/test_torchao.py
 
 matrix-%: .venvs/%/ready
 	.venvs/$*/bin/python -m pytest tests/oracles
 
 docs: .venv/ready
-	$(BIN)/python $(PIP) '.[docs]'
+	$(BIN)/python $(PIP) --editable '.[docs]'
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict
 
@@ -36,10 +40,10 @@ docs: .venv/ready
 	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
 	touch $@
 
-.venvs/%/ready: pyproject.toml constraints.txt tests/environments/transformers-%.txt
+.venvs/%/ready: pyproject.toml constraints.txt tests/environments/%.txt
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python $(PIP) torch
-	.venvs/$*/bin/python $(PIP) --requirement tests/environments/transformers-$*.txt --editable '.[transformers,test]'
+	.venvs/$*/bin/python $(PIP) --requirement tests/environments/$*.txt --editable '.[test]'
 	touch $@
 
 clean:

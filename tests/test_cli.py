@@ -130,7 +130,7 @@ def test_compare_and_verify(bf16, turned, tmp_path):
     assert told("compare", BUNDLED, turned, status=1)["verdict"] == "does not hold"
     assert told("verify", bf16, "--against", BUNDLED)["exit_status"] == 0
     found = told("verify", turned, "--against", BUNDLED, "--html", tmp_path / "page.html", status=1)
-    assert any('down_proj read as "e h i"' in check["detail"] for check in found["checks"])
+    assert any('down_proj is read as "e h i"' in check["detail"] for check in found["checks"])
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert told("verify", bf16)["verdict"] == "holds"
     assert told("verify", BUNDLED, "--against", "transformers")["verdict"] == "holds"

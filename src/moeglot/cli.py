@@ -16,7 +16,7 @@ from rich.text import Text
 
 import moeglot
 from moeglot import report
-from moeglot.convert import WRITING
+from moeglot.convert import WRITING, default_workers
 from moeglot.errors import MoeglotError, UsageError
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app = typer.Typer(
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
 FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
-HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report, with plots, to FILE.")]  # noqa: UP045
+HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE; with a plot, where figures by layer exist.")]  # noqa: UP045
 WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
 
 out = Console(soft_wrap=not sys.stdout.isatty())
@@ -92,6 +92,7 @@ def _top(version: Annotated[bool, typer.Option("--version", callback=_version, i
 @app.command()
 def inspect(path: PathArgument, format: FormatOption = None, json: JsonOption = False, html: HtmlOption = None) -> None:
     """Say what a checkpoint is and how that is known. Reads headers only; of a Hub id it fetches no more."""
+    _check_folder(html, "--html")
     checkpoint = moeglot.open(path, format, headers_only=True)
     if json:
         _print_json(report.inspect_json(checkpoint))
@@ -147,11 +148,14 @@ def convert(
 
 @app.command()
 def compare(
-    a: PathArgument, b: Annotated[str, typer.Argument(metavar="B", show_default=False)], json: JsonOption = False, workers: WorkersOption = None
+    a: Annotated[str, typer.Argument(metavar="A", help="A folder, a safetensors file or a Hub id.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
+    json: JsonOption = False,
+    workers: WorkersOption = None,
 ) -> None:
     """Compare the values of two checkpoints of one model, in any two formats."""
     with _bar(json) as progress:
-        found = moeglot.compare(a, b, workers=workers or 1, progress=progress)
+        found = moeglot.compare(a, b, workers=workers or default_workers(), progress=progress)
     _finish(found, "compare", f"{a} against {b}", json, None)
 
 
@@ -165,9 +169,18 @@ def verify(
     workers: WorkersOption = None,
 ) -> None:
     """Check structure and numbers; against another checkpoint, a fingerprint or transformers, also values and what each expert computes."""
+    _check_folder(html, "--html")
     with _bar(json) as progress:
-        found = moeglot.verify(moeglot.open(path, format), against, workers=workers or 1, progress=progress)
+        found = moeglot.verify(moeglot.open(path, format), against, workers=workers or default_workers(), progress=progress)
+    if not against and not json:
+        out.print("forward: not checked; pass --against for a second opinion on what each expert computes", highlight=False)
     _finish(found, "verify", path + (f" against {against}" if against else ""), json, html)
+
+
+def _check_folder(path: Path | None, option: str) -> None:
+    """Before the work, not after it: the file can be written where the user wants it."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}", f"{option} names a file to write", "make the folder first, or choose another")
 
 
 def _finish(found: moeglot.Report, command: str, title: str, json: bool, html: Path | None) -> None:
@@ -199,6 +212,7 @@ def fingerprint(
     """Freeze what each expert computes in a small file, so that a copy can be verified where its source is not."""
     if output.suffix != ".json":
         raise UsageError(f"{output}: not named .json", "verify knows a fingerprint by that ending", f"pass -o {output.with_suffix('.json')}")
+    _check_folder(output, "-o")
     if output.exists():
         raise moeglot.OutputExists(f"{output} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
     found = moeglot.fingerprint(moeglot.open(path, format))

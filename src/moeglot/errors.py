@@ -26,11 +26,16 @@ class MoeglotError(Exception):
     """Of the command line: 1 does not hold, 2 cannot tell or wrong use."""
 
     def __init__(self, wrong: str, known: str, do: str) -> None:
-        super().__init__(wrong, known, do)
-        self.wrong, self.known, self.do = wrong, known, do
+        self.wrong, self.known, self.do = (_one_line(text) for text in (wrong, known, do))
+        super().__init__(self.wrong, self.known, self.do)
 
     def __str__(self) -> str:
         return f"{self.wrong}\n  {self.known}\n  {self.do}"
+
+
+def _one_line(text: str) -> str:
+    """Names come from files: what would break a line or steer a terminal is shown as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class CheckpointError(MoeglotError):

@@ -49,7 +49,8 @@ class SparseLayers:
         """Raises `Contradiction` if config.json has no usable count."""
         count, every = config.get(self.count), (config.get(self.every) if self.every else None) or 1
         dense = (config.get(self.dense) if self.dense else None) or ()
-        found = tuple(n for n in range(count) if (n + 1) % every == 0 and n not in dense) if isinstance(count, int) and isinstance(every, int) else ()
+        usable = isinstance(every, int) and every > 0 and isinstance(dense, (list, tuple)) and all(isinstance(n, int) for n in dense)
+        found = tuple(n for n in range(count) if (n + 1) % every == 0 and n not in dense) if usable and isinstance(count, int) else ()
         if not found:
             said = {key: config.get(key) for key in (self.count, self.every, self.dense) if key}
             raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from moeglot.config import hub_config
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.format import Format, dig
 from moeglot.formats import FORMATS, by_name
+from moeglot.layout import Sizes
 from moeglot.shards import Entry
-from moeglot.source import Source
+from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
 """Key of our mark in a safetensors header."""
@@ -76,8 +78,9 @@ class Identification:
         )
 
 
-def identify(source: Source, format: str | None = None) -> Identification:
+def identify(path: Source | str | Path, format: str | None = None) -> Identification:
     """Ask the user, our mark, the producer's marks. Raises `Contradiction` where two declarations disagree."""
+    source = path if isinstance(path, Source) else read_source(path, headers_only=True)
     if format is not None:
         form = by_name(format)
         return Identification(form, (f"--format {format}",), (form,), {})
@@ -122,7 +125,9 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
             return Refutation("family", f"config.json has no {missing[0]}")
     elif model_type not in form.family.model_types:
         return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
-    first = _first_tensors(form, source)
+    config = hub_config(source.config, form)
+    sizes = form.family.read_sizes(config)
+    first = _first_tensors(form, source, form.family.sparse.layers(config), sizes)
     for line in form.stored:
         for part in line.encoding.parts:
             if (line.key, part.name) not in first:
@@ -133,23 +138,23 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
     if method is not None and method != expected:
         return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
-    return _shape_refutation(form, source, first)
+    return _shape_refutation(form, sizes, first)
 
 
-def _first_tensors(form: Format, source: Source) -> dict[tuple[str, str], Entry]:
-    """(key template, part) -> the first tensor that has that name; stops as soon as each has one."""
-    wanted = sum(len(line.names) for line in form.stored)
+def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes) -> dict[tuple[str, str], Entry]:
+    """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one."""
     found: dict[tuple[str, str], Entry] = {}
-    for key, entry in source.entries.items():
-        if matched := form.match(key):
-            found.setdefault((matched[0].key, matched[1]), entry)
-            if len(found) == wanted:
-                break
+    for line in form.stored:
+        places = ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1))
+        for part, key in ((part, key) for layer, expert in places for part, key in line.keys(layer, expert).items()):
+            if key in source.entries:
+                found.setdefault((line.key, part), source.entries[key])
+                if all((line.key, name) in found for name in line.names):
+                    break
     return found
 
 
-def _shape_refutation(form: Format, source: Source, first: Mapping[tuple[str, str], Entry]) -> Refutation | None:
-    sizes = form.family.read_sizes(hub_config(source.config, form))
+def _shape_refutation(form: Format, sizes: Sizes, first: Mapping[tuple[str, str], Entry]) -> Refutation | None:
     for line in form.stored:
         for part in line.encoding.parts:
             entry = first[line.key, part.name]

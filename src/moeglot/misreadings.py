@@ -44,7 +44,7 @@ def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
         yield from _of_line(checkpoint, line)
     if all(len(line.roles) == 1 for line in form.stored) and "gate" in form.family.roles:
         yield Misreading("gate and up swapped", _swapped(checkpoint))
-    for shift in {1, experts - 1} - {0}:
+    for shift in sorted({1 % experts, (experts - 1) % experts} - {0}):
         yield Misreading(f"experts rolled by {shift if shift == 1 else -1}", _rolled(checkpoint, shift))
     for line in form.stored:
         if any(role.endswith("_bias") for role in line.roles):
@@ -62,7 +62,7 @@ def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
 def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
-        yield Misreading(f'{_short(line)} read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
+        yield Misreading(f'{_short(line)} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
     if "scale" in line.names:
         yield Misreading(f"{_short(line)} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
 

@@ -170,6 +170,7 @@ def show_certificate(console: Console, certificate: Certificate) -> None:
         for line in _loss_lines(loss):
             console.print(f"{verb}: {line}", highlight=False, soft_wrap=True)
     show_report(console, certificate.report, f"verified: {certificate.out}")
+    console.print(certificate.report.verdict, style=COLOURS[certificate.report.verdict])
 
 
 def _loss_lines(loss: Loss) -> Iterable[str]:
@@ -177,9 +178,7 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
         yield f"{loss.changed:,} of {loss.values:,} values changed, relative error {loss.relative:.3g}"
     elif loss.values:
         yield f"no value of {loss.values:,} changed"
-    if loss.undetermined and loss.values:
-        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks are all zero"
-    elif loss.undetermined:
+    if loss.undetermined:
         yield f"{loss.undetermined:,} of {loss.blocks:,} blocks have no code above 3: their values do not show their scale, so their bytes may not return"
 
 

@@ -52,11 +52,13 @@ class Entry:
         dtype = DTYPES[self.dtype].torch
         if not prod(shape):
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(_mapping(self.path), dtype=dtype, count=prod(shape), offset=self.start + first * row).view(shape)
+        now = self.path.stat()
+        return torch.frombuffer(_mapping(self.path, now.st_ino, now.st_mtime_ns), dtype=dtype, count=prod(shape), offset=self.start + first * row).view(shape)
 
 
 @cache
-def _mapping(path: Path) -> mmap.mmap:
+def _mapping(path: Path, inode: int, changed: int) -> mmap.mmap:
+    """One map for each state of a file, so that one that was replaced is read anew."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a private map: torch wants a writable buffer, nothing writes to it
 
@@ -70,7 +72,8 @@ def _refuse(path: Path, what: str, known: str) -> BrokenFile:
     return BrokenFile(f"{path.name}: {what}", known, "fetch the file again from its producer; nothing was read from it")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook: a name that stands twice says two things, and is an error."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for n, (key, _) in enumerate(pairs) if key in {k for k, _ in pairs[:n]})
@@ -80,14 +83,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """(name -> Entry, metadata) of a safetensors file; raises `BrokenFile` for each way in which a header can be wrong."""
+    if not path.is_file():
+        raise _refuse(path, "no file", "it is a folder, a device or a link to nothing")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise BrokenFile(f"{path.name}: a git-lfs pointer, not the file itself", "it begins as git-lfs writes them", "run `git lfs pull` in its folder")
+        length = int.from_bytes(start, "little")
         if size < 8 or length > MAX_HEADER or 8 + length > size:
             raise _refuse(path, f"the header claims {length} bytes", f"the file has {size}, and a header at most {MAX_HEADER} ({SPEC})")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise _refuse(path, "the header is no JSON object", str(error).split("\n")[0]) from error
     if not isinstance(header, dict):
@@ -104,7 +112,19 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         at = entry.end
     if at != size:
         raise _refuse(path, "truncated" if at > size else "has bytes that no tensor owns", f"the tensors end at byte {at}, the file at {size}")
+    _ask_safetensors(path)
     return entries, metadata
+
+
+def _ask_safetensors(path: Path) -> None:
+    """The library's own reader has the last word: what it refuses, nobody else will load."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise _refuse(path, "refused by the safetensors library", str(error)) from error
 
 
 def describe(path: Path, name: str, value: Any, base: int) -> Entry:
@@ -207,11 +227,12 @@ def allocate(path: Path, shard: ShardPlan) -> None:
         os.close(descriptor)
 
 
-def no_space(path: Path, needed: int) -> NoSpace:
+def no_space(path: Path, needed: int, started: bool = True) -> NoSpace:
+    """The refusal for a full disk, before or after something was written."""
     return NoSpace(
         f"no space left for {path.name}",
         f"it needs {needed:,} bytes on the disk of {path.parent}",
-        "free space there or choose another OUT; then pass --resume to go on",
+        "free space there, then pass --resume to go on" if started else "free space there or choose another OUT; nothing was written",
     )
 
 

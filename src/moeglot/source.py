@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from moeglot import hub
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
-from moeglot.shards import Entry, describe, read_header
+from moeglot.shards import Entry, describe, read_header, unique
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -37,7 +38,7 @@ class Source:
         for path in sorted(self.folder.iterdir()) if not self.single else []:
             weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
             if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
-                yield path
+                yield _inside(path, _root(self.folder))
 
 
 def read_source(path: str | Path, headers_only: bool = False) -> Source:
@@ -78,7 +79,7 @@ def _shards(name: str, folder: Path, root: Path) -> Iterator[Path]:
         yield from (_inside(folder / _plain(name), root) for name in names)
         return
     single = folder / "model.safetensors"
-    found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    found = [single] if os.path.lexists(single) else sorted(folder.glob("*.safetensors"))
     if not found:
         if pickles := [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
             raise PickleRefused(
@@ -112,7 +113,8 @@ def _plain(name: str) -> str:
 
 def _inside(path: Path, root: Path) -> Path:
     if not path.exists():
-        raise BrokenFile(f"{path.name}: missing", f"{INDEX} names it as a shard", "fetch it again from its producer")
+        known = f"{INDEX} names it as a shard" if (path.parent / INDEX).is_file() else "it is a link to nothing"
+        raise BrokenFile(f"{path.name}: missing", known, "fetch it again from its producer")
     if not path.resolve().is_relative_to(root):
         raise BrokenFile(f"{path.name}: a link that leaves its folder", f"it points to {path.resolve()}", "put the file itself there if you trust it")
     return path
@@ -120,7 +122,7 @@ def _inside(path: Path, root: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{path.name}: not JSON", str(error), "fetch it again from its producer") from error
     if not isinstance(value, dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeglot.dtypes import WEIGHT_DTYPES
+from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
 from moeglot.format import Format
 from moeglot.formats import FORMATS
@@ -56,14 +57,15 @@ def _other_format(form: Format, entry: Entry) -> str:
     others = [other.name for other in FORMATS if other.family == form.family and other != form and other.match(entry.name)]
     if others:
         return f"if the file was written by another producer, pass --format {' or '.join(others)}"
-    if entry.dtype not in WEIGHT_DTYPES:
+    matched = form.match(entry.name)
+    if entry.dtype not in WEIGHT_DTYPES and matched and isinstance(matched[0].encoding, Plain):
         return "this looks quantized in a way that the format does not declare; `moeglot formats` shows what is known"
     return "check config.json against the producer's; moeglot takes no size from a shape"
 
 
 def _stem(line: Stored) -> str:
     """What all keys of the experts begin with, up to the last dot before the name."""
-    return line.key.split("{expert}")[0] if line.per_expert else line.key
+    return line.key.split("{expert}")[0] if line.per_expert else line.key[: line.key.rindex(".") + 1]
 
 
 def _under(key: str, stem: str) -> bool:

@@ -28,25 +28,63 @@ class Work:
         self.journal = self.folder / "journal"
         self._lock = threading.Lock()
 
+    @property
+    def renamed(self) -> bool:
+        """An earlier run gave the output its name and was killed before it cleaned up."""
+        return os.path.lexists(self.out) and self.journal.is_file() and not self.files.exists()
+
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
         """The units that are already done; holds the journal's lock while it lasts."""
-        if self.out.exists() and not (resume and self.journal.exists()):
+        if os.path.lexists(self.folder):
+            if not resume:
+                raise OutputExists(
+                    f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
+                )
+            self._check_ours(plan)
+        if os.path.lexists(self.out) and not self.renamed:
             raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
-        if self.folder.exists() and not resume:
-            raise OutputExists(
-                f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
-            )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(self.folder, plan)
-        self.files.mkdir(parents=True, exist_ok=True)
+        if not self.renamed:
+            self._make_folders(plan)
         self._descriptor = os.open(self.journal, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         try:
             self._take_lock()
-            done = self._read(plan)
-            yield done
+            yield {} if self.renamed else self._read(plan)
         finally:
             os.close(self._descriptor)
+
+    def _check_ours(self, plan: Plan) -> None:
+        """Touches nothing; raises `OutputExists` unless the folder is what a run of this plan leaves when it is killed."""
+
+        def foreign(why: str) -> OutputExists:
+            return OutputExists(f"{self.folder} was not written by moeglot", why, "remove it yourself, or choose another OUT")
+
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            raise foreign("it is no folder")
+        if others := sorted({path.name for path in self.folder.iterdir()} - {self.journal.name, self.files.name}):
+            raise foreign(f"it holds {others[0]}")
+        text = self.journal.read_text(encoding="utf-8", errors="replace") if self.journal.is_file() else ""
+        if not text and self.files.exists() and any(self.files.iterdir()):
+            raise foreign("it has files and no journal")
+        if "\n" not in text:  # killed before the first line was whole
+            if text and not json.dumps({"plan": plan.digest}).startswith(text):
+                raise foreign("its journal is not one of ours")
+            return
+        try:
+            said = json.loads(text.split("\n")[0])["plan"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise foreign("its journal is not one of ours") from error
+        if said != plan.digest:
+            raise OutputExists(
+                f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
+            )
+
+    def _make_folders(self, plan: Plan) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.out.parent).free
+        if free < plan.nbytes and not self.folder.exists():
+            raise no_space(self.folder, plan.nbytes, started=False)
+        self.files.mkdir(parents=True, exist_ok=True)
 
     def _take_lock(self) -> None:
         try:
@@ -56,19 +94,12 @@ class Work:
 
     def _read(self, plan: Plan) -> dict[str, Loss]:
         text = self.journal.read_text(encoding="utf-8")
-        lines = text.split("\n")[:-1]  # what follows the last newline was torn by a kill
-        if text and not text.endswith("\n"):
-            os.truncate(self.journal, len("".join(line + "\n" for line in lines).encode()))
-        if not lines:
-            if any(self.files.iterdir()):
-                raise OutputExists(f"{self.folder} was not written by this conversion", "it has files and no journal", "remove it yourself")
+        whole = text[: text.rfind("\n") + 1]  # what follows the last newline was torn by a kill
+        if whole != text:
+            os.truncate(self.journal, len(whole.encode()))
+        if not whole:
             self._note({"plan": plan.digest})
-            lines = [json.dumps({"plan": plan.digest})]
-        if json.loads(lines[0]).get("plan") != plan.digest:
-            raise OutputExists(
-                f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
-            )
-        told = [json.loads(line) for line in lines[1:]]
+        told = [json.loads(line) for line in whole.splitlines()[1:]]
         if {"allocated": True} not in told:
             for shard in plan.shards:
                 allocate(self.files / shard.file, shard)
@@ -86,14 +117,12 @@ class Work:
         """Give the output its name. Killed in between, a resumed run finds the journal and only cleans up."""
         forget_mappings()
         if self.files.exists():
+            if os.path.lexists(self.out):
+                raise OutputExists(
+                    f"{self.out} exists",
+                    f"it appeared meanwhile; the verified output waits in {self.files}",
+                    "remove it and pass --resume, or choose another OUT",
+                )
             os.rename(self.files, self.out)
         self.journal.unlink()
         self.folder.rmdir()
-
-
-def _check_space(folder: Path, plan: Plan) -> None:
-    if folder.exists():
-        return
-    free = shutil.disk_usage(folder.parent).free
-    if free < plan.nbytes:
-        raise no_space(folder, plan.nbytes)

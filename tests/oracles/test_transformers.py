@@ -94,7 +94,7 @@ def test_the_canonical_form_is_what_the_module_computes_with(model, tmp_path):
     live.save_pretrained(tmp_path / "saved")
     source = moeglot.open(tmp_path / "saved")
     experts = source.experts(0)
-    module = next(m for name, m in live.named_modules() if name.endswith("layers.0.mlp.experts") or name.endswith("layers.0.block_sparse_moe.experts"))
+    module = next(m for name, m in live.named_modules() if name.endswith(("layers.0.mlp.experts", "layers.0.block_sparse_moe.experts")))
     for expert in (0, source.sizes["e"] - 1):
         gate, up, down = (experts[role][expert].decode(torch.float32) for role in ("gate", "up", "down"))
         if isinstance(module, torch.nn.ModuleList):
@@ -176,7 +176,7 @@ def test_a_turned_down_proj_loads_without_a_word_and_verify_names_it(tmp_path):
     load(tmp_path / "turned", dtype=torch.float32)
     report = moeglot.verify(tmp_path / "turned", BUNDLED)
     assert report.exit_status == 1
-    assert 'down_proj read as "e h i"' in next(c.detail for c in report.checks if c.level == "forward")
+    assert 'down_proj is read as "e h i"' in next(c.detail for c in report.checks if c.level == "forward")
 
 
 def test_the_versions_are_the_ones_that_we_speak_to():

@@ -50,6 +50,11 @@ def swap_pairs(both: torch.Tensor) -> torch.Tensor:
     return torch.stack([both[..., 1::2], both[..., ::2]], -1).flatten(-2)
 
 
+def swap_halves(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, 1)
+    return torch.cat([up, gate], 1)
+
+
 def turn(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.mT
 
@@ -84,22 +89,20 @@ def roll(shift: int) -> Callable[[Tensors], None]:
 
 
 GPT_OSS = [
-    Wrong("down_proj in the other orientation", "axolotl 0.19 (orientation by shape); any reader of H = I", on("down_proj", turn), 'down_proj read as "e h i"'),
-    Wrong(
-        "gate_up concatenated", "openai_privacy_filter's layout under gpt-oss' name", on("gate_up_proj", concatenate_last), 'gate_up_proj read as "e h (p i)"'
-    ),
+    Wrong("down_proj in the other orientation", "axolotl 0.19, any reader by shape", on("down_proj", turn), 'down_proj is read as "e h i"'),
+    Wrong("gate_up concatenated", "openai_privacy_filter's layout", on("gate_up_proj", concatenate_last), 'gate_up_proj is read as "e h (p i)"'),
     Wrong(
         "gate_up concatenated, biases too",
         "the same, consistently",
         several(on("gate_up_proj", concatenate_last), on("gate_up_proj_bias", concatenate_last)),
-        'gate_up_proj read as "e h (p i)" and gate_up_proj_bias read as "e (p i)"',
+        'gate_up_proj is read as "e h (p i)" and gate_up_proj_bias is read as "e (p i)"',
     ),
-    Wrong("up before gate", "a swapped pair", on("gate_up_proj", swap_pairs), 'gate_up_proj read as "e h (i p)", up before gate'),
+    Wrong("up before gate", "a swapped pair", on("gate_up_proj", swap_pairs), 'gate_up_proj is read as "e h (i p)", up before gate'),
     Wrong(
         "concatenated and turned",
         "two bugs at once",
         several(on("gate_up_proj", concatenate_last), on("down_proj", turn)),
-        'gate_up_proj read as "e h (p i)" and down_proj read as "e h i"',
+        'gate_up_proj is read as "e h (p i)" and down_proj is read as "e h i"',
     ),
     Wrong("experts rolled", "a local index taken for a global one under expert parallelism", roll(1), "experts rolled by 1"),
     Wrong("experts rolled back", "the same, the other way", roll(-1), "experts rolled by -1"),
@@ -178,7 +181,7 @@ MXFP4_WRONGS = [
         "blocks and scales of gate and up concatenated",
         "rows read as halves, scales too",
         several(*(on(f"gate_up_proj_{part}", lambda b: torch.cat([b[:, ::2], b[:, 1::2]], 1)) for part in ("blocks", "scales"))),
-        'gate_up_proj read as "e (p i) h"',
+        'gate_up_proj is read as "e (p i) h"',
     ),
 ]
 
@@ -191,15 +194,15 @@ def test_gpt_oss_in_mxfp4(wrong, tmp_path):
 
 
 FUSED = [
-    Wrong("down turned", "orientation by shape at H = I", on("down_proj", turn), 'down_proj read as "e i h"'),
-    Wrong("interleaved", "gpt-oss' arrangement on a concatenated family", on("gate_up_proj", interleave_rows), 'gate_up_proj read as "e (i p) h"'),
+    Wrong("down turned", "orientation by shape at H = I", on("down_proj", turn), 'down_proj is read as "e i h"'),
+    Wrong("interleaved", "gpt-oss' arrangement on a concatenated family", on("gate_up_proj", interleave_rows), 'gate_up_proj is read as "e (i p) h"'),
     Wrong(
         "up before gate",
         "a swapped concatenation",
         on("gate_up_proj", lambda t: torch.cat([*t.chunk(2, 1)][::-1], 1)),
-        'gate_up_proj read as "e (p i) h", up before gate',
+        'gate_up_proj is read as "e (p i) h", up before gate',
     ),
-    Wrong("gate_up turned", "transformers on Qwen3-VL, tinker and Megatron-Bridge at H = 2I", on("gate_up_proj", turn), 'gate_up_proj read as "e h (p i)"'),
+    Wrong("gate_up turned", "transformers on Qwen3-VL, tinker and Megatron-Bridge at H = 2I", on("gate_up_proj", turn), 'gate_up_proj is read as "e h (p i)"'),
 ]
 
 
@@ -215,12 +218,15 @@ def test_fused_families(family, wrong, tmp_path):
 PER_EXPERT = [
     ("qwen3-moe/hub", Wrong("names swapped", "w1 and w3 taken for up and gate", exchange("gate_proj.weight", "up_proj.weight"), "gate and up swapped")),
     ("mixtral/hub", Wrong("names swapped", "w1 and w3 taken for up and gate", exchange("w1.weight", "w3.weight"), "gate and up swapped")),
-    ("qwen3-moe/hub", Wrong("down turned", "[in, out] for [out, in]", on("down_proj.weight", turn), 'down_proj read as "i h"')),
-    ("mixtral/hub", Wrong("w2 turned", "the same", on("w2.weight", turn), 'w2 read as "i h"')),
+    ("qwen3-moe/hub", Wrong("down turned", "[in, out] for [out, in]", on("down_proj.weight", turn), 'down_proj is read as "i h"')),
+    ("mixtral/hub", Wrong("w2 turned", "the same", on("w2.weight", turn), 'w2 is read as "i h"')),
     (
         "mixtral/hub",
         Wrong(
-            "all turned", "the same", on("weight", lambda t: t.mT if t.shape == (64, 64) else t), 'w1 read as "h i" and w3 read as "h i" and w2 read as "i h"'
+            "all turned",
+            "the same",
+            on("weight", lambda t: t.mT if t.shape == (64, 64) else t),
+            'w1 is read as "h i" and w3 is read as "h i" and w2 is read as "i h"',
         ),
     ),
 ]
@@ -255,7 +261,7 @@ def test_what_cannot_be_seen_is_said(tmp_path):
     report = moeglot.verify(source, source)
     assert report.verdict == "cannot tell"
     assert report.exit_status == 2
-    assert 'down_proj read as "e i h"' in report.checks[-1].detail
+    assert 'down_proj is read as "e i h"' in report.checks[-1].detail
 
 
 def test_the_right_file_holds(fingerprint, tmp_path):

@@ -75,7 +75,7 @@ def live(checkpoint: Checkpoint) -> Live:
 def load(checkpoint: Checkpoint) -> Any:
     """The model in float32, by transformers alone."""
     reads = checkpoint.format.reads
-    if checkpoint.format.config.only or (reads == "transformers 5" and VERSION < (5, 0)):
+    if reads not in ("any transformers", "transformers 5") or (reads == "transformers 5" and VERSION < (5, 0)):
         raise UsageError(
             f"transformers {transformers.__version__} does not read {checkpoint.format.name}",
             f"that format is for {reads}",
