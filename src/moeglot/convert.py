@@ -68,7 +68,7 @@ def carry_out(
         _refuse_expected_loss(estimate(plan))
     work = Work(out)
     with work.session(plan, resume) as done:
-        if work.renamed:  # the output is complete and verified
+        if work.renamed(plan):  # the output is complete and verified
             work.finish()
             return read_certificate(out)
         try:

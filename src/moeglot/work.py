@@ -28,10 +28,11 @@ class Work:
         self.journal = self.folder / "journal"
         self._lock = threading.Lock()
 
-    @property
-    def renamed(self) -> bool:
-        """An earlier run gave the output its name and was killed before it cleaned up."""
-        return os.path.lexists(self.out) and self.journal.is_file() and not self.files.exists()
+    def renamed(self, plan: Plan) -> bool:
+        """An earlier run of this plan gave the output its name and was killed before it had cleaned up."""
+        if self.files.exists() or not (self.folder.is_dir() and os.path.lexists(self.out)):
+            return False
+        return self.journal.is_file() or all(_begins(self.out / shard.file, shard.header) for shard in plan.shards)
 
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
@@ -42,14 +43,14 @@ class Work:
                     f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
                 )
             self._check_ours(plan)
-        if os.path.lexists(self.out) and not self.renamed:
+        if os.path.lexists(self.out) and not self.renamed(plan):
             raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
-        if not self.renamed:
+        if not self.renamed(plan):
             self._make_folders(plan)
         self._descriptor = os.open(self.journal, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         try:
             self._take_lock()
-            yield {} if self.renamed else self._read(plan)
+            yield {} if self.renamed(plan) else self._read(plan)
         finally:
             os.close(self._descriptor)
 
@@ -126,3 +127,11 @@ class Work:
             os.rename(self.files, self.out)
         self.journal.unlink()
         self.folder.rmdir()
+
+
+def _begins(path: Path, header: bytes) -> bool:
+    """The file is there and has this header."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header

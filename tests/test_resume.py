@@ -1,0 +1,331 @@
+"""What a killed conversion leaves, and that going on with it ends in the same bytes as never having been disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot import OutputExists
+
+TO = "gpt-oss/transformers"
+SHARD_SIZE, SMALL_SHARD_SIZE = 250_000, 20_000
+KILLS = 10
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def options(shard_size: int) -> tuple[str, ...]:
+    return "--to", TO, "--shard-size", f"{shard_size}B", "--workers", "2"
+
+
+def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own; its progress comes on standard error, a line for each tenth."""
+    command = [sys.executable, "-m", "moeglot.cli", "convert", str(source), str(out), *options(SHARD_SIZE), *more]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    """The lines of progress of a process that must succeed."""
+    lines = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == 0, "\n".join(lines)
+    return lines
+
+
+def killed(process: subprocess.Popen[str], out: Path, lines: int, delay: float) -> bool:
+    """SIGKILL so many seconds after so many lines of progress (after none: as soon as there is a journal); False if the output had its name before."""
+    assert process.stderr
+    if lines:
+        seen = [process.stderr.readline() for _ in range(lines)]
+        assert all(seen), "".join(seen)
+    else:
+        wait_for(lambda: (partial(out) / "journal").exists(), process)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL)
+    return partial(out).exists()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_checkpoint(tmp_path_factory.mktemp("resume") / "source", "gpt-oss/openai", {"e": 8, "h": 128, "i": 128}, layers=2, shards=2)
+    (folder / "tokenizer.json").write_text('{"carried": "over"}')
+    return folder
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A conversion that nobody disturbed: its files, how many lines of progress it printed, the files of its source."""
+
+    files: dict[str, bytes]
+    lines: int
+    source: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    before, out = tree(source), tmp_path_factory.mktemp("undisturbed") / "out"
+    lines = finish(start(source, out))
+    files = tree(out)
+    assert len([name for name in files if name.endswith(".safetensors")]) > 3, "several shards, or the test proves little"
+    assert {"moeglot.json", "config.json", "model.safetensors.index.json", "tokenizer.json"} < files.keys()
+    assert not partial(out).exists()
+    assert tree(source) == before
+    return Undisturbed(files, len(lines), before)
+
+
+def assert_the_same(out: Path, source: Path, undisturbed: Undisturbed) -> None:
+    found = tree(out)
+    assert found.keys() == undisturbed.files.keys()
+    assert [name for name in found if found[name] != undisturbed.files[name]] == []
+    assert not partial(out).exists()
+    assert tree(source) == undisturbed.source
+
+
+# --- killed from outside, at random ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nth", range(KILLS))
+def test_killed_anywhere_and_resumed(nth: int, source: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """One point in each tenth of a run, from the journal's first line to the certificate; every third one is killed again while it resumes."""
+    draw, out = random.Random(nth), tmp_path / "out"
+    lines, delay = draw.randint(nth * undisturbed.lines // KILLS, (nth + 1) * undisturbed.lines // KILLS), draw.uniform(0, 0.03)
+    while not killed(start(source, out), out, lines, delay):
+        shutil.rmtree(out)
+        lines -= 1
+    if nth % 3 == 2:
+        assert killed(start(source, out, "--resume"), out, draw.randint(1, 5), 0)
+    finish(start(source, out, "--resume"))
+    assert_the_same(out, source, undisturbed)
+
+
+# --- killed at each of its effects on the disk -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dying:
+    """A server that runs the command line in fresh processes and lets them die at their n-th effect on what lies beside OUT."""
+
+    process: subprocess.Popen[str]
+
+    def convert(self, source: Path, out: Path, at: int | None = None, resume: bool = False) -> tuple[int, int]:
+        """(exit status, effects)"""
+        argv = ["convert", str(source), str(out), *options(SMALL_SHARD_SIZE), *(["--resume"] if resume else [])]
+        job = {"argv": argv, "under": str(out.parent), "at": at}
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        told: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return told["status"], told["effects"]
+
+
+@pytest.fixture(scope="module")
+def dying() -> Iterator[Dying]:
+    command = [sys.executable, str(Path(__file__).with_name("dying.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Dying(process)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small enough to be converted a hundred times."""
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "source", "gpt-oss/openai", {"e": 2}, layers=1)
+
+
+@pytest.fixture(scope="module")
+def effects(dying: Dying, small: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many effects a conversion of the small checkpoint has."""
+    status, count = dying.convert(small, tmp_path_factory.mktemp("effects") / "out")
+    assert status == 0
+    assert count > 50, "every write, and every file made, renamed or removed"
+    return count
+
+
+@pytest.fixture(scope="module")
+def calm(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The small checkpoint, converted in this process."""
+    before, out = tree(small), tmp_path_factory.mktemp("calm") / "out"
+    moeglot.convert(small, TO, out, shard_size=SMALL_SHARD_SIZE)
+    assert len(list(out.glob("*.safetensors"))) > 3
+    return Undisturbed(tree(out), 0, before)
+
+
+LAST = 8
+"""moeglot.json, the rename and the clean-up are among the last effects."""
+
+
+@pytest.mark.parametrize("nth", range(6 + 12 + LAST))
+def test_killed_at_an_effect_and_resumed(nth: int, dying: Dying, small: Path, effects: int, calm: Undisturbed, tmp_path: Path) -> None:
+    """The first six effects, the last eight, and twelve between them; a write is cut in half."""
+    between = sorted(random.Random(0).sample(range(7, effects - LAST + 1), 12))
+    at, out = [*range(1, 7), *between, *range(effects - LAST + 1, effects + 1)][nth], tmp_path / "out"
+    assert dying.convert(small, out, at)[0] == -signal.SIGKILL
+    assert dying.convert(small, out, resume=True)[0] == 0, f"resumed after effect {at} of {effects}"
+    assert_the_same(out, small, calm)
+
+
+# --- states of the work folder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half_done(dying: Dying, small: Path, effects: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT.partial of a conversion that was killed while it wrote."""
+    out = tmp_path_factory.mktemp("half") / "out"
+    assert dying.convert(small, out, effects * 2 // 3)[0] == -signal.SIGKILL
+    return partial(out)
+
+
+@pytest.fixture
+def out(half_done: Path, tmp_path: Path) -> Path:
+    """OUT of a conversion that was killed while it wrote; a copy for each test."""
+    shutil.copytree(half_done, tmp_path / "out.partial")
+    return tmp_path / "out"
+
+
+def resume(source: Path, out: Path, to: str = TO, **other: Any) -> None:
+    moeglot.convert(source, to, out, resume=True, **{"shard_size": SMALL_SHARD_SIZE, **other})
+
+
+def test_a_torn_journal_line_is_no_line(small: Path, calm: Undisturbed, out: Path) -> None:
+    journal = partial(out) / "journal"
+    whole = journal.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    journal.write_bytes(whole[: (last + len(whole)) // 2])
+    resume(small, out)
+    assert_the_same(out, small, calm)
+
+
+def test_what_the_journal_does_not_name_is_written_again(small: Path, calm: Undisturbed, out: Path) -> None:
+    """A unit whose bytes are on disk only in part has no line; here all such lines are gone, and all bytes are wrong."""
+    journal, shards = partial(out) / "journal", sorted((partial(out) / "checkpoint").glob("*.safetensors"))
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
+    for shard in shards:
+        header = 8 + int.from_bytes(shard.read_bytes()[:8], "little")
+        with shard.open("r+b") as file:
+            file.seek(header)
+            file.write(b"\xff" * (shard.stat().st_size - header))
+    resume(small, out)
+    assert_the_same(out, small, calm)
+
+
+def test_killed_between_rename_and_clean_up(small: Path, calm: Undisturbed, half_done: Path, out: Path) -> None:
+    """The output has its name, the journal is still there: nothing is left to do but to remove it."""
+    journal = partial(out) / "journal"
+    resume(small, out)
+    partial(out).mkdir()
+    shutil.copyfile(half_done / "journal", journal)
+    resume(small, out)
+    assert_the_same(out, small, calm)
+
+
+def test_a_finished_output_is_not_resumed(small: Path, calm: Undisturbed, out: Path) -> None:
+    """With no work folder beside it, an OUT that exists is somebody's."""
+    resume(small, out)
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        resume(small, out)
+    assert_the_same(out, small, calm)
+
+
+def stopped(pid: int) -> bool:
+    """Every thread of the process: a signal reaches them one after the other."""
+    return all("State:\tT" in (task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def test_a_second_process_is_refused(source: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """The first is stopped while it writes; the second may neither start over nor resume."""
+    out = tmp_path / "out"
+    first = start(source, out)
+    journal = partial(out) / "journal"
+    wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 4, first)
+    os.kill(first.pid, signal.SIGSTOP)
+    wait_for(lambda: stopped(first.pid), first)
+    try:
+        before = tree(partial(out))
+        with pytest.raises(OutputExists, match="another moeglot holds its journal"):
+            resume(source, out, shard_size=SHARD_SIZE)
+        with pytest.raises(OutputExists, match="--resume"):
+            moeglot.convert(source, TO, out, shard_size=SHARD_SIZE)
+        assert tree(partial(out)) == before
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    finish(first)
+    assert_the_same(out, source, undisturbed)
+
+
+@pytest.mark.parametrize("other", [{"to": "gpt-oss/original"}, {"shard_size": 2 * SMALL_SHARD_SIZE}, {"encode": "float32"}], ids=str)
+def test_resume_repeats_the_first_command_or_is_refused(other: dict[str, Any], small: Path, out: Path) -> None:
+    before = tree(partial(out))
+    with pytest.raises(OutputExists, match="belongs to another conversion"):
+        resume(small, out, **other)
+    assert tree(partial(out)) == before
+    assert not out.exists()
+
+
+def test_a_source_that_changed_is_refused(small: Path, out: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "source"
+    shutil.copytree(small, changed)
+    shard = next(changed.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    before = tree(partial(out))
+    with pytest.raises(OutputExists, match="belongs to another conversion"):
+        resume(changed, out)
+    assert tree(partial(out)) == before
+
+
+def test_an_output_that_appeared_meanwhile_is_refused(small: Path, out: Path) -> None:
+    """The work folder is ours, OUT is not: neither may be touched."""
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    before = tree(out.parent)
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        resume(small, out)
+    assert tree(out.parent) == before
+
+
+def test_without_resume_what_is_there_is_refused(small: Path, out: Path) -> None:
+    before = tree(partial(out))
+    with pytest.raises(OutputExists, match="pass --resume"):
+        moeglot.convert(small, TO, out, shard_size=SMALL_SHARD_SIZE)
+    assert tree(partial(out)) == before
+    assert not out.exists()
+
+
+def test_a_folder_of_somebody_else_is_refused(small: Path, tmp_path: Path) -> None:
+    """Files, and no journal that would say who wrote them."""
+    folder = partial(tmp_path / "out") / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(OutputExists, match="files and no journal"):
+        resume(small, tmp_path / "out")
+    assert (folder / "model.safetensors").read_bytes() == b"mine"
