@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -726,6 +727,28 @@ def test_a_config_of_another_family(tmp_path: Path) -> None:
     known = ("model_type = qwen3_moe", "not qwen3-moe/hub: no tensor is named model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight")
     with refused(UnknownFormat, "no format that moeglot knows", known, "moeglot formats"):
         moeglot.open(tmp_path / "m")
+
+
+CLAIMED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+import moeglot
+try:
+    moeglot.open(sys.argv[1])
+except moeglot.MoeglotError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("name", "key"), [("qwen3-moe/hub", "num_experts"), ("mixtral/transformers-5", "num_hidden_layers")])
+def test_a_config_that_claims_a_billion(tmp_path: Path, name: str, key: str) -> None:
+    """Refused at once, in a process that may not have much memory: a claim is checked before anything as large as it is made."""
+    write_checkpoint(tmp_path / "m", name)
+    with edited_json(tmp_path / "m" / "config.json") as config:
+        config[key] = 10**9
+    done = subprocess.run([sys.executable, "-c", CLAIMED, str(tmp_path / "m")], capture_output=True, text=True, timeout=30, check=True)
+    assert len(done.stdout.splitlines()) == 3, done.stdout
+    assert "config.json" in done.stdout.splitlines()[2]
 
 
 def test_a_config_against_our_own_mark(tmp_path: Path) -> None:

@@ -88,9 +88,7 @@ class Rounded:
         return step.line.split(plain(stored.decode(torch.float32)))[role]
 
     def matrix(self, layer: int, expert: int) -> Matrix:
-        import torch
-
-        return lambda role: self.role(role, layer, expert).decode(torch.float32)
+        return lambda role: self.role(role, layer, expert)
 
     def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
         """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""
@@ -117,9 +115,12 @@ class Rounded:
         import torch
 
         source = self.plan.source
-        given = source.expert(source.format.line_of(role), layer, expert)[role].decode(torch.float32)
-        apart = (written.decode(torch.float32) - given).square().sum(dtype=torch.float64)
-        return Loss(error=float(apart), size=float(given.square().sum(dtype=torch.float64)))
+        found = Loss()
+        for before, after in zip(source.expert(source.format.line_of(role), layer, expert)[role].row_blocks(), written.row_blocks(), strict=True):
+            given = before.decode(torch.float32)
+            apart = (after.decode(torch.float32) - given).square().sum(dtype=torch.float64)
+            found += Loss(error=float(apart), size=float(given.square().sum(dtype=torch.float64)))
+        return found
 
 
 # --- the document --------------------------------------------------------------------------------------------------------------------

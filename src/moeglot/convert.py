@@ -76,7 +76,7 @@ def carry_out(
             _write_rest(plan, work.files)
             certificate = certify(plan, work.files, losses, threads, progress)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise no_space(work.files, plan.nbytes) from error
         work.finish()

@@ -16,7 +16,7 @@ from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Report
 from moeglot.convert import convert
 from moeglot.errors import OutputExists, UsageError
-from moeglot.layout import Stored, values
+from moeglot.layout import Stored
 from moeglot.shards import tensor_bytes
 from moeglot.verify import verify
 
@@ -107,7 +107,7 @@ def write_turned(source: Path, out: Path) -> None:
     tensors = {name: entry.read().clone() for name, entry in checkpoint.source.entries.items()}
     for layer in checkpoint.layers:
         experts = [checkpoint.expert(right, layer, expert)["down"] for expert in range(checkpoint.sizes["e"])]
-        joined = [wrong.join({"down": values(expert.parts["value"])}).parts["value"] for expert in experts]
+        joined = [wrong.join({"down": expert}.__getitem__).parts["value"] for expert in experts]
         tensors[right.keys(layer)["value"]] = torch.stack(joined)
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

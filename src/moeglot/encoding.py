@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 Parts = Mapping[str, "torch.Tensor"]
+
+ROWS = 128
+"""Rows are cut at multiples of this, which no block in use straddles."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def row_blocks(self, values: int = 1 << 20) -> Iterator[Encoded]:
+        """A matrix [out, in] (or a vector) in runs of whole rows and blocks, of about `values` numbers each, as views."""
+        step = max(1, values // (self.shape[-1] * ROWS)) * ROWS if len(self.shape) > 1 else self.shape[0]
+        blocks = {part.name: part.blocks(len(self.shape))[0] for part in self.encoding.parts}
+        for first in range(0, self.shape[0], step):
+            last = min(first + step, self.shape[0])
+            parts = {name: tensor[first // blocks[name] : -(-last // blocks[name])] for name, tensor in self.parts.items()}
+            yield Encoded(self.encoding, parts, (last - first, *self.shape[1:]))
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """Values [..., out, in]."""

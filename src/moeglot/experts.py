@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 LOUD = 3.0
 """Standard deviation of the gate's pre-activations; with quiet ones, swapped gate and up give nearly the same output."""
 
-Matrix = Callable[[str], "torch.Tensor"]
-"""role -> its float32 tensor; called once for each role, so that one matrix is in memory at a time."""
+Matrix = Callable[[str], Encoded]
+"""role -> its canonical tensor, still encoded; it is decoded some rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Expert:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
         import torch
 
-        bias = matrix(f"{role}_bias") if f"{role}_bias" in self.roles else None
-        return torch.nn.functional.linear(x, matrix(role), bias)
+        out = torch.cat([x @ block.decode(torch.float32).mT for block in matrix(role).row_blocks()], -1)
+        return out + matrix(f"{role}_bias").decode(torch.float32) if f"{role}_bias" in self.roles else out
 
     def _down(self, inner: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.linear(inner, matrix, "down")
@@ -72,13 +72,6 @@ def _function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return known[name]
 
 
-def decoded(roles: Mapping[str, Encoded]) -> Matrix:
-    """Canonical tensors, decoded to float32 one at a time."""
-    import torch
-
-    return lambda role: roles[role].decode(torch.float32)
-
-
 def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
     """float32 [rows, columns], standard normal; the same numbers on every machine and with every version of torch."""
     import numpy
@@ -90,7 +83,9 @@ def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
 
 def loudness(expert: Expert, tokens: torch.Tensor, matrix: Matrix) -> float:
     """The factor that gives the gate's pre-activations on these tokens a standard deviation of about 3."""
-    spread = float(tokens.matmul(matrix("gate").mT).std())
+    import torch
+
+    spread = float(torch.cat([tokens @ block.decode(torch.float32).mT for block in matrix("gate").row_blocks()], -1).std())
     return LOUD / spread if spread > 0 else 1.0
 
 

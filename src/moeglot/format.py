@@ -37,6 +37,9 @@ class Activation:
     numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
 
+MAX_LAYERS = 10_000  # a config.json that claims more is not believed, so that a claim costs no memory
+
+
 @dataclass(frozen=True)
 class SparseLayers:
     """Which layers have experts: config keys of how many layers there are, every how many one is sparse, and which are dense."""
@@ -50,7 +53,7 @@ class SparseLayers:
         count, every = config.get(self.count), (config.get(self.every) if self.every else None) or 1
         dense = (config.get(self.dense) if self.dense else None) or ()
         usable = isinstance(every, int) and every > 0 and isinstance(dense, (list, tuple)) and all(isinstance(n, int) for n in dense)
-        found = tuple(n for n in range(count) if (n + 1) % every == 0 and n not in dense) if usable and isinstance(count, int) else ()
+        found = tuple(n for n in range(count) if (n + 1) % every == 0 and n not in dense) if usable and isinstance(count, int) and count <= MAX_LAYERS else ()
         if not found:
             said = {key: config.get(key) for key in (self.count, self.every, self.dense) if key}
             raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")

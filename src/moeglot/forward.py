@@ -84,7 +84,7 @@ class Probe:
     def is_moot(self, misreading: Misreading) -> bool:
         """It misreads biases that are all zero, so that it is no wrong reading."""
         line = misreading.line
-        return line is not None and line.role_axes in ("i", "h") and not any(bool(self.declared(role).any()) for role in line.roles)
+        return line is not None and line.role_axes in ("i", "h") and not any(bool(self.declared(role).parts["value"].any()) for role in line.roles)
 
 
 def forward(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> list[Check]:

@@ -7,7 +7,7 @@ alternate, then the hidden axis. The letters of a role in canonical order ([out,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
@@ -25,9 +25,6 @@ ROLES = {"gate": "i h", "up": "i h", "down": "h i", "gate_bias": "i", "up_bias":
 
 Sizes = Mapping[str, int]
 """Letter -> size, from config.json."""
-
-Roles = Mapping[str, Encoded]
-"""Role -> its canonical tensor."""
 
 
 def parse_axes(axes: str) -> tuple[tuple[str, ...], ...]:
@@ -131,18 +128,26 @@ class Stored:
         moved = {name: rearrange(part, f"{self.pattern} ... -> p {self.role_axes} ...", p=len(self.roles)) for name, part in stored.parts.items()}
         return {role: _encoded(stored.encoding, {name: part[n] for name, part in moved.items()}) for n, role in enumerate(self.roles)}
 
-    def join(self, roles: Roles) -> Encoded:
-        """role -> [out, in] to one expert's slice; the inverse of `split`. All roles must have one encoding."""
-        from einops import rearrange
+    def join(self, role: Callable[[str], Encoded]) -> Encoded:
+        """role -> [out, in] to one expert's slice; the inverse of `split`. Asks for one role at a time; all must have one encoding."""
+        import torch
 
-        encoded = [roles[role] for role in self.roles]
-        parts: dict[str, torch.Tensor] = {}
-        for name in encoded[0].parts:
-            if len(encoded) == 1:
-                parts[name] = rearrange(encoded[0].parts[name], f"{self.role_axes} ... -> {self.pattern} ...")
-            else:
-                parts[name] = rearrange([part.parts[name] for part in encoded], f"p {self.role_axes} ... -> {self.pattern} ...")
-        return _encoded(encoded[0].encoding, parts)
+        joined: Encoded | None = None
+        for name in self.roles:
+            encoded = role(name)
+            if joined is None:
+                parts = {part: torch.empty(self._joined_shape(encoded, part), dtype=tensor.dtype) for part, tensor in encoded.parts.items()}
+                joined = _encoded(encoded.encoding, parts)
+                places = self.split(joined)
+            for part, tensor in encoded.parts.items():
+                places[name].parts[part].copy_(tensor)
+        assert joined is not None
+        return joined
+
+    def _joined_shape(self, encoded: Encoded, part: str) -> tuple[int, ...]:
+        """Shape of a part of one expert's slice, from the shape that it has in one role."""
+        shape, letters = tuple(encoded.parts[part].shape), self.role_axes.split()
+        return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :]
 
     # --- other readings --------------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,6 @@ from moeglot.encoding import Encoded
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 20
-"""Values compared at a time."""
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -52,18 +49,16 @@ def blocks_of(encoded: Encoded) -> int:
 
 
 def measure(stored: torch.Tensor, coded: Encoded) -> Loss:
-    """Compare what was given with what will be read, row block by row block."""
+    """Compare what was given with what will be read, some rows at a time."""
     import torch
 
-    changed, error, size = 0, 0.0, 0.0
-    rows = max(1, CHUNK // max(1, stored.shape[-1]))
-    for at in range(0, stored.shape[0], rows):
-        # Every encoding that loses codes whole rows, so a slice of rows is a matrix of its own.
-        part = {name: tensor[at : at + rows] for name, tensor in coded.parts.items()}
-        given = stored[at : at + rows].to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
-        read = coded.encoding.decode(part, given.dtype)
+    changed, error, size, at = 0, 0.0, 0.0, 0
+    for block in coded.row_blocks():
+        given = stored[at : at + len(block)].to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+        read = block.decode(given.dtype)
         integer = torch.int64 if given.dtype == torch.float64 else torch.int32
         changed += int((read.view(integer) != given.contiguous().view(integer)).sum())
         error += float((read - given).square().sum(dtype=torch.float64))
         size += float(given.square().sum(dtype=torch.float64))
+        at += len(block)
     return Loss(stored.numel(), changed, error, size, blocks_of(coded), coded.encoding.undetermined(coded.parts))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.encoding import Encoded
 from moeglot.experts import Matrix
 from moeglot.layout import Stored, values
-
-if TYPE_CHECKING:
-    import torch
 
 Read = Callable[[int, int], Matrix]
 """(layer, expert) -> the matrices that a reading computes with."""
@@ -29,12 +26,7 @@ class Misreading:
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
     """The declared reading, one role at a time."""
-    import torch
-
-    def matrix(role: str) -> torch.Tensor:
-        return checkpoint.expert(checkpoint.format.line_of(role), layer, expert)[role].decode(torch.float32)
-
-    return matrix
+    return lambda role: checkpoint.expert(checkpoint.format.line_of(role), layer, expert)[role]
 
 
 def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
@@ -88,10 +80,12 @@ def _replaced(checkpoint: Checkpoint, line: Stored, change: Change) -> Read:
 
 
 def _relaid(line: Stored, other: Stored) -> Change:
+    import torch
+
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
-        def matrix(role: str) -> torch.Tensor:
-            stored = line.join({r: values(declared(r)) for r in line.roles})
-            return other.split(stored)[role].parts["value"].contiguous()
+        def matrix(role: str) -> Encoded:
+            stored = line.join(lambda r: values(declared(r).decode(torch.float32)))
+            return other.split(stored)[role]
 
         return matrix
 
@@ -99,12 +93,10 @@ def _relaid(line: Stored, other: Stored) -> Change:
 
 
 def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
-    import torch
-
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
-        def matrix(role: str) -> torch.Tensor:
+        def matrix(role: str) -> Encoded:
             encoded = checkpoint.expert(line, layer, expert)[role]
-            return encoded.encoding.decode(encoded.encoding.inverted(encoded.parts), torch.float32)
+            return replace(encoded, parts=encoded.encoding.inverted(encoded.parts))
 
         return matrix
 
@@ -112,7 +104,9 @@ def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
 
 
 def _zeroed(declared: Matrix, layer: int, expert: int) -> Matrix:
-    return lambda role: declared(role) * 0
+    import torch
+
+    return lambda role: values(torch.zeros(declared(role).shape))
 
 
 def _swapped(checkpoint: Checkpoint) -> Read:
@@ -133,7 +127,7 @@ def _together(checkpoint: Checkpoint, reads: Mapping[str, Read]) -> Read:
     def read(layer: int, expert: int) -> Matrix:
         declared = right(checkpoint, layer, expert)
 
-        def matrix(role: str) -> torch.Tensor:
+        def matrix(role: str) -> Encoded:
             changed = reads.get(checkpoint.format.line_of(role).key)
             return changed(layer, expert)(role) if changed else declared(role)
 

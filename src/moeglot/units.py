@@ -25,13 +25,13 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     step, source = unit.step, plan.source
     roles = {role: source.expert(source.format.line_of(role), step.layer, unit.expert)[role] for role in step.line.roles}
     if step.moves_codes:
-        return dict(step.line.join(roles).parts), Loss()
+        return dict(step.line.join(roles.__getitem__).parts), Loss()
     if step.exact:
         blocks = sum(blocks_of(encoded) for encoded in roles.values())
         undetermined = sum(encoded.encoding.undetermined(encoded.parts) for encoded in roles.values())
-        decoded = {role: values(encoded.decode(_dtype(step))) for role, encoded in roles.items()}
-        return dict(step.target.encode(step.line.join(decoded).parts["value"])), Loss(blocks=blocks, undetermined=undetermined)
-    stored = step.line.join({role: values(_exactly(encoded)) for role, encoded in roles.items()}).parts["value"]
+        stored = step.line.join(lambda role: values(roles[role].decode(_dtype(step)))).parts["value"]
+        return dict(step.target.encode(stored)), Loss(blocks=blocks, undetermined=undetermined)
+    stored = step.line.join(lambda role: values(_exactly(roles[role]))).parts["value"]
     coded = step.target.encode(stored)
     return coded, measure(stored, Encoded(step.target, coded, tuple(stored.shape)))
 

@@ -10,7 +10,6 @@ from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.encoding import Encoded
 from moeglot.errors import Contradiction, MoeglotError
-from moeglot.experts import relative_error
 from moeglot.fingerprint import Fingerprint
 from moeglot.forward import Side, checkpoint_side, forward
 
@@ -138,8 +137,17 @@ def difference(mine: Encoded, theirs: Encoded) -> float:
 
     if mine.encoding.name == theirs.encoding.name and all(_same_bits(mine.parts[name], theirs.parts[name]) for name in mine.parts):
         return 0.0
-    a, b = mine.decode(torch.float32), theirs.decode(torch.float32)
-    return 0.0 if _same_bits(a, b) else max(relative_error(a, b), 1e-45)
+    error = size = 0.0
+    same = True
+    for a, b in zip(mine.row_blocks(), theirs.row_blocks(), strict=True):
+        x, y = a.decode(torch.float32), b.decode(torch.float32)
+        same = same and _same_bits(x, y)
+        error += float((x - y).square().sum(dtype=torch.float64))
+        size += float(y.square().sum(dtype=torch.float64))
+    if same:
+        return 0.0
+    ratio = (error / size) ** 0.5 if size else float("inf")
+    return max(ratio, 1e-45) if ratio == ratio else float("inf")
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -108,8 +108,10 @@ class Work:
         return {line["unit"]: Loss(*line["loss"]) for line in told if "unit" in line}
 
     def _note(self, line: Mapping[str, Any]) -> None:
+        data = memoryview((json.dumps(line) + "\n").encode())
         with self._lock:
-            os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+            while data:  # a nearly full disk takes a part
+                data = data[os.write(self._descriptor, data) :]
 
     def done(self, unit: Unit, loss: Loss) -> None:
         self._note({"unit": unit.key, "loss": loss.row()})

@@ -83,10 +83,10 @@ def test_directly_is_by_way_of_the_canonical_form(a, b, sizes, tmp_path):
                 roles = {role: canonical[role][expert] for role in line.roles}
                 stored = written.stored(line, layer, expert)
                 if len({encoded.encoding.name for encoded in roles.values()} | {stored.encoding.name}) == 1:
-                    expected = line.join(roles).parts
+                    expected = line.join(roles.__getitem__).parts
                 else:
                     values = {role: moeglot.layout.values(encoded.decode(torch.float32)) for role, encoded in roles.items()}
-                    expected = stored.encoding.encode(line.join(values).parts["value"])
+                    expected = stored.encoding.encode(line.join(values.__getitem__).parts["value"])
                 for name, part in stored.parts.items():
                     assert tensor_bytes(part) == tensor_bytes(expected[name])
 

@@ -24,7 +24,7 @@ def test_join_inverts_split(chosen, sizes, seed):
     assert line.movable(encoding, sizes)
     stored = make_parts(encoding, line.expert_shape(sizes), seed)
     roles = line.split(stored)
-    again = line.join(roles)
+    again = line.join(roles.__getitem__)
     assert set(roles) == set(line.roles)
     for role, encoded in roles.items():
         assert encoded.shape == tuple(sizes[letter] for letter in ROLES[role].split())
