@@ -180,3 +180,12 @@ def values(tensor: torch.Tensor) -> Encoded:
     from moeglot.dtypes import dtype_of
 
     return Encoded(Plain(dtype_of(tensor).name), {"value": tensor}, tuple(tensor.shape))
+
+
+def exactly(encoded: Encoded) -> Encoded:
+    """The same numbers as plain floats: itself if it is plain, else in bfloat16 if that holds all of them, else in float32."""
+    import torch
+
+    if isinstance(encoded.encoding, Plain):
+        return encoded
+    return values(encoded.decode(torch.bfloat16 if encoded.encoding.fits_in(Plain("BF16")) else torch.float32))

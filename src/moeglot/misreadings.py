@@ -9,7 +9,7 @@ from itertools import product
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
 from moeglot.experts import Matrix
-from moeglot.layout import Stored, values
+from moeglot.layout import Stored, exactly, values
 
 Read = Callable[[int, int], Matrix]
 """(layer, expert) -> the matrices that a reading computes with."""
@@ -80,11 +80,9 @@ def _replaced(checkpoint: Checkpoint, line: Stored, change: Change) -> Read:
 
 
 def _relaid(line: Stored, other: Stored) -> Change:
-    import torch
-
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
-            stored = line.join(lambda r: values(declared(r).decode(torch.float32)))
+            stored = line.join(lambda r: exactly(declared(r)))
             return other.split(stored)[role]
 
         return matrix

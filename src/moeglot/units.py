@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.dtypes import by_torch_name
 from moeglot.encoding import Encoded
-from moeglot.layout import values
+from moeglot.layout import exactly, values
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.plan import Plan, Step, Unit
 
@@ -31,20 +31,13 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
         undetermined = sum(encoded.encoding.undetermined(encoded.parts) for encoded in roles.values())
         stored = step.line.join(lambda role: values(roles[role].decode(_dtype(step)))).parts["value"]
         return dict(step.target.encode(stored)), Loss(blocks=blocks, undetermined=undetermined)
-    stored = step.line.join(lambda role: values(_exactly(roles[role]))).parts["value"]
+    stored = step.line.join(lambda role: exactly(roles[role])).parts["value"]
     coded = step.target.encode(stored)
     return coded, measure(stored, Encoded(step.target, coded, tuple(stored.shape)))
 
 
 def _dtype(step: Step) -> torch.dtype:
     return by_torch_name(step.target.name).torch
-
-
-def _exactly(encoded: Encoded) -> torch.Tensor:
-    """Values in a float type that holds all of them: as they are if they are plain, else float32."""
-    import torch
-
-    return encoded.parts["value"] if "value" in encoded.parts else encoded.decode(torch.float32)
 
 
 def estimate(plan: Plan) -> Plan:
