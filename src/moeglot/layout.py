@@ -1,4 +1,4 @@
-"""Stored: one line of a format. Its key, the roles it holds and its axes; the only file, with the adapters', that moves axes.
+"""Stored: one line of a format. Its key, the roles it holds and its axes; the only file that moves axes.
 
 Letters: e expert, h hidden, i intermediate, p which projection. `"e (i p) h"` reads: experts first, then rows in which gate and up
 alternate, then the hidden axis. The letters of a role in canonical order ([out, in]) are in `ROLES`.

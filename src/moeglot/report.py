@@ -51,7 +51,7 @@ def table(console: Console, title: str, header: Iterable[str], rows: Iterable[It
 
 
 def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    c = checkpoint
+    c, experts = checkpoint, _expert_bytes(checkpoint)
     return {
         "schema": "moeglot/inspect/1",
         "path": c.source.name,
@@ -64,7 +64,7 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "stored": [_stored_json(c, line) for line in c.format.stored],
         "tensors": len(c.source.entries),
         "shards": len(c.source.shards),
-        "bytes": {"experts": _expert_bytes(c), "other": c.source.nbytes - _expert_bytes(c)},
+        "bytes": {"experts": experts, "other": c.source.nbytes - experts},
     }
 
 

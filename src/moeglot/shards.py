@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile, NoSpace
@@ -27,8 +27,7 @@ ALIGNMENT = 4096  # where our data starts, so that a tensor can be read and writ
 SPEC = "https://github.com/huggingface/safetensors#format"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file: `start` and `end` are bytes from the beginning of the file."""
 
     name: str
@@ -137,7 +136,7 @@ def describe(path: Path, name: str, value: Any, base: int) -> Entry:
         raise _refuse(path, f"{name} is not described", f"it needs dtype, shape and data_offsets, it has {str(value)[:80]}") from error
     if not known:
         raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in whole):
+    if {*map(type, whole)} != {int} or min(whole) < 0:
         raise _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
     if end - start != prod(shape) * known.size:
         raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {shape} of {dtype} needs {prod(shape) * known.size}")

@@ -16,23 +16,25 @@ from moeglot.source import Source
 
 def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
+    needed = {(line.key, part.name): (part.dtypes, part.shape(line.shape(sizes))) for line in form.stored for part in line.encoding.parts}
+    right = set()
     for key, line, part, _, _ in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
-        if key in source.entries:
-            yield from _tensor_problems(source.entries[key], line, part, sizes, form, known)
-        else:
+        entry = source.entries.get(key)
+        if entry is None:
             yield _missing(key, line, part, source, form, layers, known)
+            continue
+        right.add(key)
+        dtypes, shape = needed[line.key, part]
+        if entry.dtype not in dtypes or entry.shape != shape:
+            yield from _tensor_problems(entry, line, part, sizes, form, known)
     stems = {_stem(line) for line in form.stored}
     for key in source.entries:
-        if not _expected(form.match(key), layers, sizes) and (form.match(key) or any(_under(key, stem) for stem in stems)) and not form.dense_line(key):
+        if key not in right and (form.match(key) or any(_under(key, stem) for stem in stems)) and not form.dense_line(key):
             yield TensorMismatch(
                 f"{key}: extra, {form.name} has no such tensor",
                 f"{known}; it has layers {_spread(layers)} and {sizes['e']} experts",
                 "if config.json is wrong, take the producer's; if the format is another, pass --format",
             )
-
-
-def _expected(matched: tuple[Stored, str, int, int | None] | None, layers: tuple[int, ...], sizes: Sizes) -> bool:
-    return matched is not None and matched[2] in layers and (matched[3] or 0) < sizes["e"]
 
 
 def _missing(key: str, line: Stored, part: str, source: Source, form: Format, layers: tuple[int, ...], known: str) -> TensorMismatch:
