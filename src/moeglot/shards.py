@@ -71,6 +71,18 @@ def _refuse(path: Path, what: str, known: str) -> BrokenFile:
     return BrokenFile(f"{path.name}: {what}", known, "fetch the file again from its producer; nothing was read from it")
 
 
+def _parse(text: str) -> Any:
+    """JSON in which no name stands twice; the exact check is slow, so it is made only where counting the fields cannot exclude it."""
+    header = json.loads(text)
+    if isinstance(header, dict):
+        metadata = header.get("__metadata__", {})
+        names = ['"__metadata__"', *(json.dumps(key, ensure_ascii=False) for key in metadata)] if isinstance(metadata, dict) else []
+        fields = all(text.count(f'"{field}"') == len(header) - ("__metadata__" in header) for field in ("dtype", "shape", "data_offsets"))
+        if fields and all(text.count(name) <= 1 for name in names):
+            return header
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json's object_pairs_hook: a name that stands twice says two things, and is an error."""
     found = dict(pairs)
@@ -80,8 +92,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """(name -> Entry, metadata) of a safetensors file; raises `BrokenFile` for each way in which a header can be wrong."""
+def read_header(path: Path, *, ask_library: bool = True) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(name -> Entry, metadata) of a safetensors file; raises `BrokenFile` for each way in which a header can be wrong.
+
+    `ask_library`: also have the safetensors library accept it, which costs the import of numpy; whoever only looks can do without.
+    """
     if not path.is_file():
         raise _refuse(path, "no file", "it is a folder, a device or a link to nothing")
     size = path.stat().st_size
@@ -94,7 +109,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise _refuse(path, f"the header claims {length} bytes", f"the file has {size}, and a header at most {MAX_HEADER} ({SPEC})")
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        header = _parse(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _refuse(path, "the header is no JSON object", str(error).split("\n")[0]) from error
     if not isinstance(header, dict):
@@ -111,7 +126,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         at = entry.end
     if at != size:
         raise _refuse(path, "truncated" if at > size else "has bytes that no tensor owns", f"the tensors end at byte {at}, the file at {size}")
-    _ask_safetensors(path)
+    if ask_library:
+        _ask_safetensors(path)
     return entries, metadata
 
 

@@ -50,12 +50,12 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     if local.is_file():
         if local.suffix != ".safetensors":
             raise _not_safetensors(local)
-        return replace(_read(str(path), local.parent, (local,)), single=True)
+        return replace(_read(str(path), local.parent, (local,), headers_only), single=True)
     if not local.is_dir() and headers_only:
         return _remote(str(path))
     if not local.is_dir():
         local = hub.fetch(str(path))
-    return _read(str(path), local, tuple(_shards(str(path), local, _root(local))))
+    return _read(str(path), local, tuple(_shards(str(path), local, _root(local))), headers_only)
 
 
 def _remote(name: str) -> Source:
@@ -130,11 +130,11 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(name: str, folder: Path, shards: tuple[Path, ...]) -> Source:
+def _read(name: str, folder: Path, shards: tuple[Path, ...], headers_only: bool) -> Source:
     entries: dict[str, Entry] = {}
     metadata = []
     for shard in shards:
-        found, marks = read_header(shard)
+        found, marks = read_header(shard, ask_library=not headers_only)
         if twice := entries.keys() & found.keys():
             raise BrokenFile(
                 f"{min(twice)}: stored twice, in {entries[min(twice)].path.name} and {shard.name}",
