@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao
 
+.PRECIOUS: .venvs/%/ready
 .PHONY: demo test lint matrix docs clean
 
 demo: .venv/ready
