@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from moeglot.checkpoint import Checkpoint
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+
 Level = Literal["structure", "values", "forward"]
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 Progress = Callable[[str, int, int], None]
@@ -64,6 +66,15 @@ def each_expert(
             if progress:
                 progress(what, n + 1, len(places))
             yield result
+
+
+def return_large_buffers() -> None:
+    """Have glibc give every freed buffer of 8 MB or more back to the system: its own threshold rises to 32 MB, and the heap then fills with holes."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 8 << 20)
 
 
 def one_thread() -> None:

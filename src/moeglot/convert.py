@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Progress, one_thread
+from moeglot.checks import Progress, one_thread, return_large_buffers
 from moeglot.errors import LossRefused, UsageError
 from moeglot.identify import MARK
 from moeglot.loss import Loss
@@ -63,6 +63,7 @@ def carry_out(
     """Carry out a plan."""
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers", "a conversion needs at least one", "pass --workers 1 or more")
+    return_large_buffers()
     threads = workers or default_workers()
     if not allow_loss:
         _refuse_expected_loss(estimate(plan))

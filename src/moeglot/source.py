@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,12 @@ def _not_safetensors(path: Path) -> CheckpointError:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    now = index.stat()
+    return _read_weight_map(index, now.st_ino, now.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_weight_map(index: Path, inode: int, changed: int) -> dict[str, str]:
     found = _json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise BrokenFile(f"{INDEX}: no weight_map", "it maps each tensor to its file, as huggingface_hub writes it", "fetch the index again")
