@@ -92,6 +92,14 @@ class Encoding(ABC):
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """values [..., out, in] of any float dtype -> parts; raises `BadNumbers` for values that are not finite."""
 
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        """[out, in] of a matrix that is no expert, from its parts as they lie in a file."""
+        raise NotImplementedError(f"{self.name} keeps no matrix but experts")
+
+    def like(self, other: Encoding) -> Encoding:
+        """This encoding with what a spec leaves open taken from another of its name, so that codes can be moved."""
+        return other if type(other) is type(self) else self
+
     @abstractmethod
     def check(self, parts: Parts) -> str | None:
         """What makes these parts impossible (a NaN, zero or placeholder scale), or None."""
