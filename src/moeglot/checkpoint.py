@@ -137,6 +137,15 @@ class Checkpoint:
 
     def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""
+        stored = self.checked(line, layer, expert)
+        if not line.movable(stored.encoding, self.sizes):
+            import torch
+
+            stored = values(stored.decode(torch.float32))
+        return line.split(stored)
+
+    def checked(self, line: Stored, layer: int, expert: int) -> Encoded:
+        """As `stored`; raises `BadNumbers` for parts that are impossible."""
         stored = self.stored(line, layer, expert)
         if problem := stored.encoding.check(stored.parts):
             key = line.keys(layer, expert)
@@ -145,11 +154,7 @@ class Checkpoint:
                 self.known,
                 "fetch the file again from its producer; a model with it computes nothing",
             )
-        if not line.movable(stored.encoding, self.sizes):
-            import torch
-
-            stored = values(stored.decode(torch.float32))
-        return line.split(stored)
+        return stored
 
     def experts(self, layer: int) -> dict[str, LazyEncoded]:
         """role -> [e, out, in] of a layer, lazily: indexing by expert reads that expert's bytes and no others."""

@@ -212,9 +212,12 @@ class Format:
         """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
         for layer in layers:
             for line in self.stored:
+                before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
+                suffixes = [(part, after + suffix) for part, suffix in line.suffixes.items()]
                 for expert in range(sizes["e"]) if line.per_expert else (None,):
-                    for part, key in line.keys(layer, expert).items():
-                        yield key, line, part, layer, expert
+                    stem = before if expert is None else f"{before}{expert}"
+                    for part, suffix in suffixes:
+                        yield stem + suffix, line, part, layer, expert
 
     def line_of(self, role: str) -> Stored:
         return next(line for line in self.stored if role in line.roles)

@@ -37,11 +37,13 @@ class Step:
     sources: tuple[Encoding, ...]
     target: Encoding
     movable: bool
+    twin: Stored | None = None
+    """A line of the source that holds the same roles along the same axes, in the same parts: its slices are copied."""
 
     @property
     def moves_codes(self) -> bool:
         """Codes are moved as they are, without a decode."""
-        return self.movable and all(source.recodes(self.target) for source in self.sources)
+        return self.twin is not None or (self.movable and all(source.recodes(self.target) for source in self.sources))
 
     @property
     def exact(self) -> bool:
@@ -200,7 +202,16 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     movable = line.movable(encoding, source.sizes) and all(
         source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
     )
-    return Step(line, layer, sources, encoding, movable)
+    return Step(line, layer, sources, encoding, movable, _twin(source, line, layer, encoding))
+
+
+def _twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> Stored | None:
+    for mine in source.format.stored:
+        if mine.roles == line.roles and mine.expert_groups == line.expert_groups:
+            here = source.encoding(mine, layer)
+            if here.name == encoding.name and [part.name for part in here.parts] == [part.name for part in encoding.parts] and here.recodes(encoding):
+                return mine
+    return None
 
 
 def _target_encoding(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:

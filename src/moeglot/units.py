@@ -26,6 +26,10 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
         tensors = [tensor for tensor, _ in found]
         return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, sum((loss for _, loss in found), Loss())
     step, source = unit.step, plan.source
+    if step.twin:
+        stored = source.checked(step.twin, step.layer, unit.expert)
+        if (copied := stored.encoding.recode(stored.parts, step.target)) is not None:
+            return dict(copied), Loss()
     roles = {role: source.expert(source.format.line_of(role), step.layer, unit.expert)[role] for role in step.line.roles}
     if step.moves_codes:
         recoded = {role: _recoded(encoded, step.target) for role, encoded in roles.items()}
