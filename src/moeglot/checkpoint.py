@@ -122,7 +122,8 @@ class Checkpoint:
 
     def encoding(self, line: Stored, layer: int) -> Encoding:
         """How this layer's tensor is coded; for plain floats, the type that the file holds."""
-        found = {part: self.source.entries[key] for part, key in line.keys(layer, 0).items()}
+        key = line.key.format(layer=layer, expert=0)
+        found = {part: self.source.entries[key + suffix] for part, suffix in line.names.items() if key + suffix in self.source.entries}
         return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()})
 
     def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
@@ -130,7 +131,7 @@ class Checkpoint:
         encoding, parts = self.encoding(line, layer), {}
         for part in encoding.parts:
             entry = self.source.entries[line.key_of(part, layer, expert)]
-            rows = 0 if line.per_expert else entry.shape[0] // self.sizes["e"]
+            rows = 0 if line.per_expert or part.shared else entry.shape[0] // self.sizes["e"]
             stored = entry.read(expert * rows, rows) if rows else entry.read()
             parts[part.name] = stored.view(line.slice_shape(part, self.sizes))
         return Encoded(encoding, parts, line.expert_shape(self.sizes))
