@@ -16,6 +16,7 @@ LAYERS = (
     {"layout"},
     {"coding"},
     {"format"},
+    {"codings"},
     {"formats"},
     {"shards", "config", "hub"},
     {"source"},

@@ -138,7 +138,10 @@ class Checkpoint:
 
     def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""
-        stored = self.checked(line, layer, expert)
+        return self.split(line, self.checked(line, layer, expert))
+
+    def split(self, line: Stored, stored: Encoded) -> dict[str, Encoded]:
+        """One expert's slice -> role -> [out, in]; still encoded where no block straddles a cut, else decoded to float32."""
         if not line.movable(stored.encoding, self.sizes):
             import torch
 

@@ -94,8 +94,8 @@ def _relaid(line: Stored, other: Stored) -> Change:
 def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
-            encoded = checkpoint.expert(line, layer, expert)[role]
-            return replace(encoded, parts=encoded.encoding.inverted(encoded.parts))
+            stored = checkpoint.checked(line, layer, expert)
+            return checkpoint.split(line, replace(stored, parts=stored.encoding.inverted(stored.parts)))[role]
 
         return matrix
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
 from moeglot.formats import gpt_oss, mixtral, qwen3_moe
 
-FORMATS: tuple[Format, ...] = (*gpt_oss.FORMATS, *qwen3_moe.FORMATS, *mixtral.FORMATS)
+PLAIN: tuple[Format, ...] = (*gpt_oss.FORMATS, *qwen3_moe.FORMATS, *mixtral.FORMATS)
+"""Every layout as its producer stores it, without what other libraries make of it."""
+
+FORMATS: tuple[Format, ...] = (*PLAIN, *(form.coded(coding) for form in PLAIN if form.is_plain for coding in CODINGS))
+"""Every layout, and every plain one with its matrices quantized: `"qwen3-moe/hub+fp8-block"`."""
 
 FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
 
