@@ -11,14 +11,15 @@ SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {"errors", "version", "dtypes"},
-    {"encoding", "kernels"},
+    {"encoding", "kernels", "grids"},
     {"encodings"},
     {"layout"},
     {"format"},
     {"formats"},
     {"shards", "config", "hub"},
     {"source"},
-    {"identify", "structure"},
+    {"identify", "structure", "profiles"},
+    {"evidence"},
     {"checkpoint"},
     {"checks", "experts", "loss"},
     {"misreadings", "plan"},
