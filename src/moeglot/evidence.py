@@ -50,24 +50,32 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Weighed:
-    """What all tests say together, and which layers and experts were looked at."""
+    """What all tests say together. `open`: the other readings that neither a shape nor a test excludes; which layers and experts were looked at."""
 
     evidence: tuple[Evidence, ...]
+    open: tuple[str, ...]
     layers: tuple[int, ...]
     experts: tuple[int, ...]
+
+    def _with(self, verdict: Verdict) -> tuple[Evidence, ...]:
+        return tuple(e for e in self.evidence if e.verdict == verdict and e.test != "residual stream")
 
     @property
     def against(self) -> tuple[Evidence, ...]:
         """What contradicts the declared reading."""
-        return tuple(e for e in self.evidence if e.verdict == "another reading" and e.test != "residual stream")
+        return self._with("another reading")
 
     @property
     def verdict(self) -> Verdict:
         if self.against:
             return "another reading"
-        if any(e.verdict == "another reading" for e in self.evidence):
-            return "cannot tell"
-        return "as declared" if any(e.verdict == "as declared" and e.test != "residual stream" for e in self.evidence) else "cannot tell"
+        doubted = any(e.verdict == "another reading" for e in self.evidence)
+        return "as declared" if self._with("as declared") and not self.open and not doubted else "cannot tell"
+
+    @property
+    def why(self) -> str:
+        """What the tests that decided for the declared reading found."""
+        return "; ".join(f"{e.test} test: {e.detail}" for e in self._with("as declared"))
 
     @property
     def exit_status(self) -> int:
@@ -84,17 +92,35 @@ class Weighed:
         )
 
 
+def evidence_json(weighed: Weighed, known: str) -> dict[str, Any]:
+    error = weighed.contradiction(known)
+    return {
+        "verdict": weighed.verdict,
+        "open": list(weighed.open),
+        "layers": list(weighed.layers),
+        "experts": list(weighed.experts),
+        "tests": [{"test": e.test, "of": e.what, "verdict": e.verdict, "fits_if": e.fits, "detail": e.detail, "figures": e.figures} for e in weighed.evidence],
+        "contradiction": {"wrong": error.wrong, "known": error.known, "do": error.do} if error else None,
+        "exit_status": weighed.exit_status,
+    }
+
+
 def weigh(checkpoint: Reader, layers: int = LAYERS, experts: int = EXPERTS) -> Weighed:
     """Every test on so many layers and experts; reads their matrices once."""
     chosen = spread(checkpoint.layers, layers), spread(range(checkpoint.sizes["e"]), experts)
     lines = [line for line in checkpoint.format.stored if len(line.role_axes.split()) == 2]
     seen = {line.key: profiles(checkpoint, line, *chosen) for line in lines}
-    found = [
-        *(_grid(line, seen[line.key]) for line in lines),
-        _channel(lines, seen, chosen[0]),
-        *(residual for line in lines if (residual := _residual(line, seen[line.key]))),
-    ]
-    return Weighed(tuple(found), *chosen)
+    grids = [_grid(line, seen[line.key]) for line in lines]
+    channel = _channel(lines, seen, chosen[0])
+    streams = [found for line in lines if (found := _residual(line, seen[line.key]))]
+    still = [] if channel.verdict == "as declared" else [name for line, grid in zip(lines, grids, strict=True) for name in _open(line, seen[line.key], grid)]
+    return Weighed((*grids, channel, *streams), tuple(still), *chosen)
+
+
+def _open(line: Stored, seen: Sequence[Profile], grid: Evidence) -> list[str]:
+    """The other readings of a line that its grid does not exclude: it shows the orientation, and nothing of gate and up."""
+    others = [one for one in seen[1:] if grid.verdict != "as declared" or _order(one) == _order(seen[0])]
+    return [_name([one.reading], [line]) for one in others]
 
 
 def decide(candidates: Sequence[Reader]) -> tuple[int, str] | None:
@@ -103,9 +129,8 @@ def decide(candidates: Sequence[Reader]) -> tuple[int, str] | None:
     fitting = [n for n, found in enumerate(weighed) if found.verdict == "as declared"]
     if len(fitting) != 1 or not all(found.against for n, found in enumerate(weighed) if n != fitting[0]):
         return None
-    why = "; ".join(f"{e.test} test: {e.detail}" for e in weighed[fitting[0]].evidence if e.verdict == "as declared" and e.test != "residual stream")
     others = " and ".join(candidate.format.name for n, candidate in enumerate(candidates) if n != fitting[0])
-    return fitting[0], f"the numbers fit it and contradict {others} ({why})"
+    return fitting[0], f"the numbers fit it and contradict {others} ({weighed[fitting[0]].why})"
 
 
 # --- deciding ----------------------------------------------------------------------------------------------------------------------------
@@ -144,22 +169,26 @@ def _name(readings: Iterable[Stored], lines: Iterable[Stored]) -> str:
 
 
 def _channel(lines: Sequence[Stored], seen: Mapping[str, list[Profile]], layers: tuple[int, ...]) -> Evidence:
-    """Norms of gate and up rows against those of down columns, for every combination of readings; what experts share along an axis is taken out."""
+    """Norms of down columns against those of gate rows and of up rows, the weaker of the two, for every combination of readings.
+
+    What experts share along an axis is taken out first. Gate against up is left out: read along h they agree a little, since both read what the expert is for.
+    """
     import torch
 
     found: dict[str, torch.Tensor] = {}
     for combination in product(*(seen[line.key] for line in lines)):
         norms = {role: directions(along - along.mean(1, keepdim=True)) for one in combination for role, along in one.along_i.items()}
         down = norms.pop("down")
-        rows = torch.nn.functional.normalize(torch.stack(list(norms.values())).sum(0), dim=-1)
-        found[_name((one.reading for one in combination), lines)] = (rows * down).sum(-1)  # [layer, expert]
+        name = _name((one.reading for one in combination), lines)
+        found[name] = torch.stack([(rows * down).sum(-1) for rows in norms.values()])  # [role, layer, expert]
     size, what = down.shape[-1], " and ".join(line.short for line in lines)
 
     def scores(chosen: slice) -> Scores:
-        """Taking out what experts share makes one of them no independent witness."""
-        return {name: _score(r[chosen].mean(), (size - 1) * r[chosen].shape[0] * (r.shape[1] - 1)) for name, r in found.items()}
+        """With what they share taken out, one expert fewer is an independent witness."""
+        return {name: _score(r[:, chosen].mean((1, 2)).min(), (size - 1) * r[:, chosen].shape[1] * (r.shape[2] - 1)) for name, r in found.items()}
 
-    together = _evidence("channel", what, scores(slice(None)), by_layer={name: dict(zip(layers, r.mean(1).tolist(), strict=True)) for name, r in found.items()})
+    by_layer = {name: dict(zip(layers, r.mean(2).amin(0).tolist(), strict=True)) for name, r in found.items()}
+    together = _evidence("channel", what, scores(slice(None)), by_layer=by_layer)
     alone = (_evidence("channel", f"{what} of layer {layer}", scores(slice(n, n + 1))) for n, layer in enumerate(layers))
     return together if together.fits else next((one for one in alone if one.fits), together)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.format import Format
-from moeglot.layout import Sizes, Stored, exactly
+from moeglot.layout import Sizes, Stored, exactly, values
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Profile:
-    """One reading of a line, on the sample. role -> log norms [layer, expert, n] `along_i` and `along_h`.
+    """One reading of a line, on the sample. role -> log norms [layer, expert, n] `along_i` and `along_h`, the axis that is not i.
 
     `rows` and `columns`: some of the matrices' rows [n, in] and columns [n, out], where they are stored as plain floats.
     """
@@ -58,23 +58,25 @@ def profiles(checkpoint: Reader, line: Stored, layers: Sequence[int], experts: S
     found: dict[str, dict[tuple[str, str], list[torch.Tensor]]] = {axes: {} for axes in readings}
     for layer, expert in product(layers, experts):
         stored = checkpoint.stored(line, layer, expert)
-        plain = exactly(stored)
+        plain = exactly(stored).parts["value"]
         for axes, reading in readings.items():
-            for role, matrix in reading.split(plain).items():
-                for what, tensor in _seen(matrix.parts["value"], line.role_axes.split(), isinstance(stored.encoding, Plain)).items():
-                    found[axes].setdefault((role, what), []).append(tensor)
+            for (role, what), tensor in _seen(reading, plain, isinstance(stored.encoding, Plain)).items():
+                found[axes].setdefault((role, what), []).append(tensor)
     return [_profile(reading, found[axes], len(layers)) for axes, reading in readings.items()]
 
 
-def _seen(matrix: torch.Tensor, axes: Sequence[str], plain: bool) -> dict[str, torch.Tensor]:
-    """matrix [out, in] with the letters of its axes -> letter -> log norms along it; and some rows and columns of numbers that are stored as they are."""
+def _seen(reading: Stored, numbers: torch.Tensor, plain: bool) -> dict[tuple[str, str], torch.Tensor]:
+    """One expert's slice -> (role, "i" or "h") -> log norms along it; and some rows and columns of numbers that are stored as they are."""
     import torch
 
-    square = matrix.to(torch.float32).square()
-    seen = {letter: _log(square.sum(1 - axis)) for axis, letter in enumerate(axes)}
-    if plain:
-        seen["rows"] = matrix[:: max(1, len(matrix) // LINES)].clone()
-        seen["columns"] = matrix.mT[:: max(1, matrix.shape[1] // LINES)].clone()
+    seen = {}
+    for role, squares in reading.split(values(numbers.to(torch.float32).square())).items():
+        for axis, letter in enumerate(reading.role_axes.split()):
+            seen[role, "i" if letter == "i" else "h"] = _log(squares.parts["value"].sum(1 - axis))
+    for role, matrix in reading.split(values(numbers)).items() if plain else ():
+        value = matrix.parts["value"]
+        seen[role, "rows"] = value[:: max(1, len(value) // LINES)].clone()
+        seen[role, "columns"] = value.mT[:: max(1, value.shape[1] // LINES)].clone()
     return seen
 
 
