@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ROUNDING = 2.0**-8
-"""A value and the largest of its group are each off by at most 2^-9 when they were rounded to BF16."""
+ROUNDING = 2.0**-7
+"""A value and the largest of its group are each off by at most 2^-8 of themselves when they were rounded to BF16."""
 
 
 @dataclass(frozen=True)

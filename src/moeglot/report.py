@@ -105,8 +105,9 @@ def show_evidence(console: Console, deep: Weighed) -> None:
     told = {
         "as declared": "the numbers fit the declared reading; which of gate and up is which they cannot tell",
         "another reading": "the numbers fit another reading",
+        "cannot tell": "the numbers cannot tell" + (f"; not excluded: {', '.join(deep.open)}" if deep.open else ""),
     }
-    console.print(told.get(deep.verdict, "cannot tell from the numbers whether the declared reading is right"), style=COLOURS[deep.verdict], highlight=False)
+    console.print(told[deep.verdict], style=COLOURS[deep.verdict], highlight=False)
 
 
 def _verdict(console: Console, verdict: str) -> str:
