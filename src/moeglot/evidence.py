@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moeglot.errors import Contradiction
 from moeglot.grids import GRIDS, Grid
 from moeglot.layout import Stored
-from moeglot.profiles import Profile, Reader, directions, profiles, spread
+from moeglot.profiles import KINDS, Profile, Reader, directions, profiles, spread
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ MARGIN = 3.0
 """How many times better than every other reading it must be, so that a weak side effect, which large matrices make significant, decides nothing."""
 MISSES = 0.01
 """Along its own axis every group of a quantized tensor lies on the grid. At least this share must miss it along the other, else the grid shows no axis."""
+FIRST = 8
+"""Rows that must lie on a grid before all are looked at."""
 
 Verdict = Literal["as declared", "another reading", "cannot tell"]
 
@@ -85,8 +87,10 @@ class Weighed:
         """The error, where the numbers decidedly fit another reading than the declared one. `known`: how the format is known."""
         if not self.against:
             return None
+        fits = dict.fromkeys(e.fits for e in self.against if e.fits)
+        longest = [one for one in fits if not any(one != other and one in other for other in fits)]
         return Contradiction(
-            f"the numbers fit another reading: {'; '.join(dict.fromkeys(str(e.fits) for e in self.against))}",
+            f"the numbers fit another reading: {'; '.join(longest)}",
             f"{known}; {'; '.join(f'{e.test} test: {e.detail}' for e in self.against)}",
             "ask its producer how it was written; if that is another format of this family pass --format, else fetch or convert it again",
         )
@@ -185,7 +189,7 @@ def _channel(lines: Sequence[Stored], seen: Mapping[str, list[Profile]], layers:
 
     def scores(chosen: slice) -> Scores:
         """With what they share taken out, one expert fewer is an independent witness."""
-        return {name: _score(r[:, chosen].mean((1, 2)).min(), (size - 1) * r[:, chosen].shape[1] * (r.shape[2] - 1)) for name, r in found.items()}
+        return {name: _score(r[:, chosen].mean((1, 2)).min(), (size - KINDS) * r[:, chosen].shape[1] * (r.shape[2] - 1)) for name, r in found.items()}
 
     by_layer = {name: dict(zip(layers, r.mean(2).amin(0).tolist(), strict=True)) for name, r in found.items()}
     together = _evidence("channel", what, scores(slice(None)), by_layer=by_layer)
@@ -194,7 +198,8 @@ def _channel(lines: Sequence[Stored], seen: Mapping[str, list[Profile]], layers:
 
 
 def _score(correlation: torch.Tensor, independent: int) -> tuple[float, float]:
-    return float(correlation), float(correlation) * independent**0.5
+    """A correlation of unit vectors and its z: in a random order of the channels it has the variance 1 / independent."""
+    return float(correlation), float(correlation) * max(0, independent) ** 0.5
 
 
 def _residual(line: Stored, seen: Sequence[Profile]) -> Evidence | None:
@@ -227,7 +232,7 @@ def _agreement(norms: torch.Tensor) -> tuple[torch.Tensor, int]:
     layers, experts, size = norms.shape
     pairs = experts * (experts - 1)
     total = norms.sum(1).square().sum(-1) - experts
-    return (total / max(1, pairs)).mean(), (size - 1) * layers * pairs // 2
+    return (total / max(1, pairs)).mean(), (size - KINDS) * layers * pairs // 2
 
 
 def _grid(line: Stored, seen: Sequence[Profile]) -> Evidence:
@@ -237,12 +242,14 @@ def _grid(line: Stored, seen: Sequence[Profile]) -> Evidence:
         return Evidence("grid", line.short, "cannot tell", "still encoded: the format says how its blocks lie")
     other = _name([turned.reading], [line]) if turned else ACROSS
     rows = {DECLARED: declared.rows, other: turned.rows if turned and turned.rows is not None else declared.columns}
-    grid, shares = next(((grid, shares) for grid in GRIDS if max((shares := _shares(grid, rows)).values()) == 1), (None, {}))
+    likely = [grid for grid in GRIDS if 1 in _shares(grid, {name: some[:FIRST] for name, some in rows.items()}).values()]
+    grid, shares = next(((grid, shares) for grid in likely if 1 in (shares := _shares(grid, rows)).values()), (None, {}))
     if not grid:
         return Evidence("grid", line.short, "cannot tell", "on no grid: never quantized, or changed since", figures={"grid": None})
     fits = DECLARED if shares[DECLARED] == 1 else other
     lossless = grid.exact and fits == DECLARED
-    detail = f"on the grid of {grid.name}{'' if grid.exact else ', to the rounding of BF16'}: {shares[DECLARED]:.1%} of groups as declared, {shares[other]:.1%} {'' if other == ACROSS else 'if '}{other}"
+    detail = f"on the grid of {grid.name}{'' if grid.exact else ', to the rounding of BF16'}: {shares[DECLARED]:.1%} of groups as declared, "
+    detail += f"{shares[other]:.1%} {'' if other == ACROSS else 'if '}{other}"
     detail += f"; encoding it as {grid.name} again loses nothing" if lossless else ""
     verdict: Verdict = "as declared" if fits == DECLARED else "another reading"
     if min(shares.values()) > 1 - MISSES or fits == ACROSS:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LINES = 48
 """Rows of a matrix whose numbers are looked at one by one."""
+KINDS = 4
+"""Each half of an axis, and in it the even and the odd places."""
 
 
 class Reader(Protocol):
@@ -52,28 +54,29 @@ def spread(of: Sequence[int], n: int) -> tuple[int, ...]:
 
 def profiles(checkpoint: Reader, line: Stored, layers: Sequence[int], experts: Sequence[int]) -> list[Profile]:
     """The declared reading of a line, then the others that no shape refutes, one for each way its axes may lie."""
+    import torch
+
     readings = {line.axes: line}
     for other in line.misreadings(checkpoint.sizes):
         readings.setdefault(other.axes, other)
     found: dict[str, dict[tuple[str, str], list[torch.Tensor]]] = {axes: {} for axes in readings}
     for layer, expert in product(layers, experts):
         stored = checkpoint.stored(line, layer, expert)
-        plain = exactly(stored).parts["value"]
+        numbers = exactly(stored)
+        squares = values(numbers.parts["value"].to(torch.float32).square())
         for axes, reading in readings.items():
-            for (role, what), tensor in _seen(reading, plain, isinstance(stored.encoding, Plain)).items():
+            for (role, what), tensor in _seen(reading, squares, numbers if isinstance(stored.encoding, Plain) else None).items():
                 found[axes].setdefault((role, what), []).append(tensor)
     return [_profile(reading, found[axes], len(layers)) for axes, reading in readings.items()]
 
 
-def _seen(reading: Stored, numbers: torch.Tensor, plain: bool) -> dict[tuple[str, str], torch.Tensor]:
+def _seen(reading: Stored, squares: Encoded, plain: Encoded | None) -> dict[tuple[str, str], torch.Tensor]:
     """One expert's slice -> (role, "i" or "h") -> log norms along it; and some rows and columns of numbers that are stored as they are."""
-    import torch
-
     seen = {}
-    for role, squares in reading.split(values(numbers.to(torch.float32).square())).items():
+    for role, matrix in reading.split(squares).items():
         for axis, letter in enumerate(reading.role_axes.split()):
-            seen[role, "i" if letter == "i" else "h"] = _log(squares.parts["value"].sum(1 - axis))
-    for role, matrix in reading.split(values(numbers)).items() if plain else ():
+            seen[role, "i" if letter == "i" else "h"] = _log(matrix.parts["value"].sum(1 - axis))
+    for role, matrix in reading.split(plain).items() if plain else ():
         value = matrix.parts["value"]
         seen[role, "rows"] = value[:: max(1, len(value) // LINES)].clone()
         seen[role, "columns"] = value.mT[:: max(1, value.shape[1] // LINES)].clone()
@@ -108,6 +111,6 @@ def directions(norms: torch.Tensor) -> torch.Tensor:
     places = torch.arange(norms.shape[-1])
     kinds = places % 2 + 2 * (places >= len(places) // 2)
     cleaned = norms.clone()
-    for kind in range(4):
+    for kind in range(KINDS):
         cleaned[..., kinds == kind] -= norms[..., kinds == kind].mean(-1, keepdim=True)
     return torch.nn.functional.normalize(cleaned, dim=-1)
