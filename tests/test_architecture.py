@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {"errors", "version", "dtypes"},
-    {"encoding", "kernels"},
+    {"encoding", "kernels", "grids"},
     {"encodings"},
     {"layout"},
     {"coding"},
@@ -20,7 +20,8 @@ LAYERS = (
     {"formats"},
     {"shards", "config", "hub"},
     {"source"},
-    {"identify", "structure", "outline"},
+    {"identify", "structure", "profiles", "outline"},
+    {"evidence"},
     {"checkpoint"},
     {"checks", "experts", "loss"},
     {"misreadings", "plan"},
