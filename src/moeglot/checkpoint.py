@@ -125,7 +125,7 @@ class Checkpoint:
         """How this layer's tensor is coded; for plain floats, the type that the file holds."""
         key = line.key.format(layer=layer, expert=0)
         found = {part: self.source.entries[key + suffix] for part, suffix in line.names.items() if key + suffix in self.source.entries}
-        return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()})
+        return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()}, line.leading)
 
     def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
         """One expert's slice of a stored tensor, its axes as they lie on disk."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeglot.coding import WEIGHT, Coding, Quantization, compressed, declare_compressed, method
@@ -10,6 +10,10 @@ from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
 from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.int4 import INT4
+from moeglot.encodings.mxfp4 import MXFP4
+from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.errors import UnknownFormat
 
 DEEPSEEK = "https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md"
 COMPRESSED = "https://github.com/vllm-project/compressed-tensors"
@@ -78,6 +82,113 @@ FP8_TENSOR = _compressed_fp8("fp8-tensor", "tensor", (WHOLE, WHOLE), "one scale 
 FP8_BLOCK_COMPRESSED = _compressed_fp8("fp8-block-compressed", "block", (128, 128), "a scale for each block")
 
 
+def _read_mxfp4(said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=4, type="float", group_size=32)
+    return MXFP4(container="packed") if weights else None
+
+
+def _write_mxfp4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    return declare_compressed("mxfp4-pack-quantized", weights, kept)
+
+
+MXFP4_PACK = Coding(
+    "mxfp4-pack",
+    MXFP4("even", "even", container="packed"),
+    linear={"packed": ".weight_packed", "scale": ".weight_scale"},
+    stacked={"packed": "_packed", "scale": "_scale"},
+    read=_read_mxfp4,
+    write=_write_mxfp4,
+    source=COMPRESSED,
+    about="compressed-tensors' mxfp4-pack-quantized",
+)
+
+
+def _read_nvfp4_compressed(said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=4, type="float", group_size=16)
+    return NVFP4("compressed-tensors") if weights and weights.get("strategy") == "tensor_group" else None
+
+
+def _write_nvfp4_compressed(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+    return declare_compressed("nvfp4-pack-quantized", weights, kept)
+
+
+NVFP4_PACK = Coding(
+    "nvfp4-pack",
+    NVFP4("compressed-tensors"),
+    linear={"packed": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale", "input_scale": ".input_global_scale"},
+    stacked={"packed": "_packed", "scale": "_scale", "global": "_global_scale", "input_scale": "_input_global_scale"},
+    read=_read_nvfp4_compressed,
+    write=_write_nvfp4_compressed,
+    source=COMPRESSED,
+    about="compressed-tensors' nvfp4-pack-quantized, whose global scale divides",
+)
+
+
+def _read_int4(said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=4, type="int")
+    if not weights:
+        return None
+    if weights.get("symmetric") is False:
+        raise UnknownFormat(
+            f"{module} is declared as asymmetric INT4", "zero points beside the scales are not read yet", "decompress it with compressed-tensors first"
+        )
+    group = weights.get("group_size")
+    if weights.get("strategy") == "channel":
+        return INT4(WHOLE)
+    return INT4(group) if weights.get("strategy") == "group" and isinstance(group, int) and group > 0 else None
+
+
+def _write_int4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, INT4)
+    strategy: dict[str, Any] = {"strategy": "group", "group_size": encoding.group} if encoding.group else {"strategy": "channel"}
+    return declare_compressed("pack-quantized", {"num_bits": 4, "type": "int", **strategy}, kept)
+
+
+INT4_PACK = Coding(
+    "int4-pack",
+    INT4(32),
+    linear={"packed": ".weight_packed", "scale": ".weight_scale", "shape": ".weight_shape", "zero_point": ".weight_zero_point"},
+    stacked={"packed": "_packed", "scale": "_scale", "shape": "_shape", "zero_point": "_zero_point"},
+    read=_read_int4,
+    write=_write_int4,
+    source=COMPRESSED,
+    about="compressed-tensors' pack-quantized INT4, offset binary; Kimi-K2's group of 32",
+)
+
+
+# --- ModelOpt --------------------------------------------------------------------------------------------------------------------------
+
+
+def _read_nvfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
+    said = {**said, **said["quantization"]} if isinstance(said.get("quantization"), Mapping) else said
+    algorithm = str(said.get("quant_algo") or "").upper()
+    return NVFP4("modelopt") if "modelopt" in method(said) and algorithm == "NVFP4" else None
+
+
+def _write_nvfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "ignore": list(kept),
+    }
+
+
+NVFP4_MODELOPT = Coding(
+    "nvfp4-modelopt",
+    NVFP4("modelopt"),
+    linear={"packed": ".weight", "scale": ".weight_scale", "global": ".weight_scale_2", "input_scale": ".input_scale"},
+    stacked={"packed": "", "scale": "_weight_scale", "global": "_weight_scale_2", "input_scale": "_input_scale"},
+    read=_read_nvfp4_modelopt,
+    write=_write_nvfp4_modelopt,
+    source=MODELOPT,
+    about="ModelOpt's NVFP4, whose second scale multiplies",
+)
+
+
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -107,5 +218,5 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
 
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 
-CODINGS = (FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, NF4, FP4)
+CODINGS = (FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP4_PACK, NVFP4_PACK, NVFP4_MODELOPT, INT4_PACK, NF4, FP4)
 """What quantizes the Linear modules of any family."""

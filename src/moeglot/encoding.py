@@ -86,13 +86,18 @@ class Encoding(ABC):
     def name(self) -> str: ...
 
     @property
+    def kind(self) -> str:
+        """Its name without what sizes its blocks and chooses its rules."""
+        return self.name.partition(":")[0]
+
+    @property
     @abstractmethod
     def parts(self) -> tuple[Part, ...]: ...
 
-    def as_stored(self, found: Mapping[str, Stored]) -> Encoding:
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> Encoding:
         """This encoding with what a spec leaves open (a scale's dtype, whether there is an input scale) settled by the tensors of a file.
 
-        `found`: part -> (dtype, shape) of the tensors that are there, of one matrix.
+        `found`: part -> (dtype, shape) of the tensors that are there; `leading`: how many axes a part with one entry for a matrix has before it.
         """
         return self
 
@@ -127,6 +132,10 @@ class Encoding(ABC):
     def recode(self, parts: Parts, other: Encoding) -> Parts | None:
         """The same values, bit for bit, as parts of an encoding that this one `recodes` to; None if these numbers cannot be."""
         return parts
+
+    def nearest(self, parts: Parts, other: Encoding) -> Parts | None:
+        """Where `recode` gives None: the same codes under scales that move values by their last places; None if there is no such way."""
+        return None
 
     def stacked(self, parts: Parts, experts: int) -> Parts:
         """The parts of one expert as a tensor of so many experts has them; only `shared` parts can differ."""

@@ -186,7 +186,7 @@ def _settled(form: Format, source: Source) -> Format:
         found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.key}
         encoding = _declared(form, line, said) if isinstance(said, Mapping) else None
         encoding = encoding or line.encoding
-        return encoding.as_stored(found) if found.keys() >= {part.name for part in encoding.parts} else encoding
+        return encoding.as_stored(found, line.leading) if found.keys() >= {part.name for part in encoding.parts} else encoding
 
     return form.with_encodings(settle)
 

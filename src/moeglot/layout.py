@@ -73,6 +73,11 @@ class Stored:
         return before if last == "weight" else last
 
     @property
+    def leading(self) -> int:
+        """How many axes a part with one entry for a matrix has: of experts, and of which projection."""
+        return sum(letter in "ep" for group in self.groups for letter in group)
+
+    @property
     def role_axes(self) -> str:
         return ROLES[self.roles[0]]
 

@@ -21,7 +21,9 @@ def variant(target: Format, wanted: Encoding | None) -> Format:
     """The format that is meant by a plain one and an encoding that is not plain."""
     if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
         return target
-    coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.name == wanted.name]
+    coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.kind == wanted.kind]
+    named = [form for form in coded if form.coding and form.coding.name == wanted.name]
+    coded = named or [form for form in coded if form.coding and form.coding.encoding.name == wanted.name] or coded
     if len(coded) > 1:
         names = ", ".join(form.name for form in coded)
         raise UsageError(f"{target.name} stores {wanted.name} in {len(coded)} ways", f"known: {names}", f"pass --to {coded[0].name}, or another of these")
@@ -53,10 +55,10 @@ def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple
     if len(line.role_axes.split()) == 1:
         return widest(line, sources)
     if not isinstance(line.encoding, Plain):
-        if wanted and wanted.name != line.encoding.name:
+        if wanted and wanted.kind != line.encoding.kind:
             raise cannot_hold(target, line.encoding, wanted)
         found = line.encoding.like(wanted) if wanted else line.encoding
-        same = {encoding for encoding in sources if encoding.name == line.encoding.name}
+        same = {encoding for encoding in sources if encoding.kind == line.encoding.kind}
         return line.encoding.like(same.pop()) if len(same) == 1 and not wanted else found
     if wanted and not isinstance(wanted, Plain):
         raise cannot_hold(target, line.encoding, wanted)

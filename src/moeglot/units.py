@@ -32,6 +32,8 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
 
 def _slice(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss]:
     """One expert's slice of a stored tensor: copied, moved in the same codes, or encoded."""
+    import torch
+
     source = plan.source
     if step.twin:
         twin = source.checked(step.twin, step.layer, expert)
@@ -39,9 +41,10 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor]
             return dict(copied), Loss()
     roles = {role: source.expert(source.format.line_of(role), step.layer, expert)[role] for role in step.line.roles}
     if step.moves_codes:
-        recoded = {role: _recoded(encoded, step.target) for role, encoded in roles.items()}
-        if all(recoded.values()):
-            return dict(step.line.join(lambda role: recoded[role] or roles[role]).parts), Loss()
+        recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
+        if len(recoded) == len(roles):
+            losses = [] if step.exact else [measure(roles[role].decode(torch.float32), found) for role, found in recoded.items()]
+            return dict(step.line.join(recoded.__getitem__).parts), sum(losses, Loss())
     return _encoded(plan, step, roles)
 
 
@@ -53,8 +56,8 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
         exact = step.exact and isinstance(step.target, Plain)
         return values(roles[role].decode(by_torch_name(step.target.name).torch)) if exact else exactly(roles[role])
 
-    def encode(found: Encoded) -> Encoded:
-        coded = Encoded(step.target, step.target.encode(found.parts["value"]), found.shape)
+    def encode(found: Encoded, near: Encoded | None = None) -> Encoded:
+        coded = near or Encoded(step.target, step.target.encode(found.parts["value"]), found.shape)
         if not step.exact:
             lost.append(measure(found.parts["value"], coded))
         return coded
@@ -62,12 +65,17 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
     if step.exact:
         lost += [Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts)) for encoded in roles.values()]
     if step.line.movable(step.target, plan.source.sizes):
-        return dict(step.line.join(lambda role: encode(given(role))).parts), sum(lost, Loss())
+        return dict(step.line.join(lambda role: encode(given(role), _near(roles[role], step.target))).parts), sum(lost, Loss())
     return dict(encode(step.line.join(given)).parts), sum(lost, Loss())
 
 
 def _recoded(encoded: Encoded, target: Encoding) -> Encoded | None:
     parts = encoded.encoding.recode(encoded.parts, target)
+    return None if parts is None else Encoded(target, parts, encoded.shape)
+
+
+def _near(encoded: Encoded, target: Encoding) -> Encoded | None:
+    parts = encoded.encoding.nearest(encoded.parts, target) if encoded.encoding.recodes(target) else None
     return None if parts is None else Encoded(target, parts, encoded.shape)
 
 

@@ -117,3 +117,27 @@ def test_the_block_size_is_what_config_says(tmp_path):
 
 def test_every_coding_has_a_format_of_every_plain_layout():
     assert by_name("qwen3-moe/hub+fp8-block").coding in CODINGS
+
+
+def test_mxfp4_becomes_nvfp4_without_loss(tmp_path):
+    """Where the powers of a matrix span no more than E4M3 does: each group of 32 becomes two of 16 with the same values."""
+    write_checkpoint(tmp_path / "plain", LAYOUTS[0], {"e": 4, "h": 128, "i": 128}, 1)
+    moeglot.convert(tmp_path / "plain", f"{LAYOUTS[0]}+mxfp4-pack", tmp_path / "mxfp4", allow_loss=True)
+    certificate = moeglot.convert(tmp_path / "mxfp4", f"{LAYOUTS[0]}+nvfp4-modelopt", tmp_path / "nvfp4")
+    assert certificate.report.verdict == "holds"
+    assert all(loss.changed == 0 for loss in certificate.losses.values())
+    assert moeglot.compare(tmp_path / "mxfp4", tmp_path / "nvfp4").verdict == "holds"
+
+
+@pytest.mark.parametrize(("a", "b"), [("nvfp4-modelopt", "nvfp4-pack"), ("nvfp4-pack", "nvfp4-modelopt")])
+def test_the_two_conventions_of_nvfp4_become_each_other(a, b, tmp_path):
+    """The codes and the groups' scales stay; the global becomes its reciprocal, and values move by their last places at most, which is stated."""
+    write_checkpoint(tmp_path / "plain", LAYOUTS[0], {"e": 4, "h": 128, "i": 128}, 1)
+    moeglot.convert(tmp_path / "plain", f"{LAYOUTS[0]}+{a}", tmp_path / "a", allow_loss=True)
+    certificate = moeglot.convert(tmp_path / "a", f"{LAYOUTS[0]}+{b}", tmp_path / "b", allow_loss=True)
+    assert certificate.report.verdict == "holds"
+    assert sum(certificate.losses.values(), start=type(next(iter(certificate.losses.values())))()).relative < 3e-7
+    mine, theirs = moeglot.open(tmp_path / "a").experts(0)["up"][1].parts, moeglot.open(tmp_path / "b").experts(0)["up"][1].parts
+    assert torch.equal(mine["packed"], theirs["packed"])
+    assert torch.equal(mine["scale"].view(torch.uint8), theirs["scale"].view(torch.uint8))
+    assert abs(float(mine["global"] * theirs["global"]) - 1) < 1e-6

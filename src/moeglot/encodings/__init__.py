@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, by_torch_name
-from moeglot.encoding import Encoding
+from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
+from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.int4 import INT4
 from moeglot.encodings.mxfp4 import RULES, mxfp4
+from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
 
-NAMES = (*(DTYPES[name].torch_name for name in WEIGHT_DTYPES), "mxfp4", *(f"mxfp4:{rule}" for rule in RULES), "nf4", "nf4:nested", "fp4", "fp4:nested")
+ENCODINGS: dict[str, Encoding] = {
+    **{DTYPES[name].torch_name: Plain(name) for name in WEIGHT_DTYPES},
+    "mxfp4": mxfp4("openai"),
+    **{f"mxfp4:{rule}": mxfp4(rule) for rule in RULES},
+    "fp8-block": FP8(scale="F32"),
+    "fp8-block:bf16": FP8(scale="BF16"),
+    "fp8-block:e8m0": FP8(scale="F8_E8M0"),
+    "fp8-block:u8": FP8(scale="U8"),
+    "fp8-channel": FP8((1, WHOLE), "F32"),
+    "fp8-channel:bf16": FP8((1, WHOLE), "BF16"),
+    "fp8-tensor": FP8((WHOLE, WHOLE), "F32"),
+    "fp8-tensor:bf16": FP8((WHOLE, WHOLE), "BF16"),
+    "nvfp4": NVFP4(),
+    "nvfp4:compressed-tensors": NVFP4("compressed-tensors"),
+    "int4:32": INT4(32),
+    "int4:32:kimi": INT4(32, "kimi"),
+    "int4:64": INT4(64),
+    "int4:128": INT4(128),
+    "int4:channel": INT4(WHOLE),
+}
+NAMES = (*ENCODINGS, "nf4", "nf4:nested", "fp4", "fp4:nested")
 
 
 def by_name(name: str) -> Encoding:
-    """`"mxfp4:ocp"` -> MXFP4 with OCP's rules, `"bfloat16"` -> plain BF16; raises `UsageError`."""
-    kind, _, rule = name.partition(":")
-    if kind == "mxfp4" and (not rule or rule in RULES):
-        return mxfp4(rule or "openai")
-    if kind in ("nf4", "fp4"):
-        return bnb4.by_name(name)
+    """`"mxfp4:ocp"` -> MXFP4 with OCP's rules, `"bfloat16"` or `"bf16"` -> plain BF16; raises `UsageError`."""
     try:
         dtype = by_torch_name(name)
     except UsageError:
         dtype = None
-    if dtype is None or dtype.name not in WEIGHT_DTYPES:
+    if name.partition(":")[0] in ("nf4", "fp4"):
+        return bnb4.by_name(name)
+    found = ENCODINGS.get(dtype.torch_name if dtype else name)
+    if found is None:
         raise UsageError(f"{name!r} is not an encoding that we can write", "known: " + ", ".join(NAMES), "pass --encode one of these")
-    return Plain(dtype.name)
+    return found

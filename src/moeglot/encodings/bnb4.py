@@ -131,7 +131,7 @@ class BNB4(Encoding):
             whole("state", "U8", self.state_bytes),
         )
 
-    def as_stored(self, found: Mapping[str, Stored]) -> BNB4:
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> BNB4:
         """Nested or not, and the block size that gives the number of absmax; a tensor of a single block has it with every larger size too."""
         numbers, scales = 2 * prod(found["packed"][1]), prod(found["scale"][1])
         fits = [size for size in (self.blocksize, *BLOCKSIZES) if scales in (-(-numbers // size), -(-(numbers - 1) // size))]

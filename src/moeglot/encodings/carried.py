@@ -8,16 +8,15 @@ from moeglot.encoding import WHOLE, Encoding, Part, Stored
 from moeglot.errors import UsageError
 
 
-def single_of(shape: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...]:
-    """What a file has in place of the last two axes of a weight [..., out, in] for its one scale: nothing, or ones."""
-    rest = shape[len(weight) - 2 :]
+def single_of(shape: tuple[int, ...], leading: int) -> tuple[int, ...]:
+    """What a file has in place of the two axes of a matrix for its one scale, after the leading axes: nothing, or ones."""
+    rest = shape[leading:]
     return rest if set(rest) <= {1} else ()
 
 
-def carried_parts(found: Mapping[str, Stored], names: tuple[str, ...]) -> tuple[Part, ...]:
+def carried_parts(found: Mapping[str, Stored], names: tuple[str, ...], leading: int) -> tuple[Part, ...]:
     """The parts of these names that a file has, each one number for a matrix."""
-    weight = next(iter(found.values()))[1]
-    return tuple(Part(name, (found[name][0],), (WHOLE, WHOLE), single=single_of(found[name][1], weight)) for name in names if name in found)
+    return tuple(Part(name, (found[name][0],), (WHOLE, WHOLE), single=single_of(found[name][1], leading)) for name in names if name in found)
 
 
 def without_carried(encoding: Encoding, carried: tuple[Part, ...]) -> None:

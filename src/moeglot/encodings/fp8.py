@@ -48,14 +48,18 @@ class FP8(Encoding):
         return named.get(self.block, f"fp8-block-{self.block[0] or 'all'}x{self.block[1] or 'all'}")
 
     @property
+    def kind(self) -> str:
+        return self.name if WHOLE in self.block else "fp8-block"
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         scale = Part("scale", (self.scale,) if self.scale else SCALES, self.block, ragged=True, single=self.single)
         return (Part("weight", ("F8_E4M3",)), scale, *self.carried)
 
-    def as_stored(self, found: Mapping[str, Stored]) -> FP8:
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> FP8:
         dtype, shape = found["scale"]
-        single = single_of(shape, found["weight"][1]) if self.block == (WHOLE, WHOLE) else ()
-        return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried_parts(found, ("input_scale",)))
+        single = single_of(shape, leading) if self.block == (WHOLE, WHOLE) else ()
+        return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried_parts(found, ("input_scale",), leading))
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["weight"].shape

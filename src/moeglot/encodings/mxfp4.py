@@ -1,17 +1,21 @@
-"""MXFP4: 32 numbers of 4 bits (E2M1) share one power of two (E8M0), and which rule chose that power and broke the ties.
+"""MXFP4: 32 numbers of 4 bits (E2M1) share one power of two (E8M0), which rule chose that power and broke the ties, and in which container.
 
-packed u8 [..., out, in / 32, 16], low nibble first; scale u8 [..., out, in / 32], biased by 127; value = E2M1 × 2^(scale - 127).
-Layout: https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/weights.py
+value = E2M1 × 2^(scale - 127), low nibble first. Three containers hold the same bytes:
+blocks   packed U8 [..., out, in / 32, 16]  scale U8       https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/weights.py
+packed   packed U8 [..., out, in / 2]       scale U8       https://github.com/vllm-project/compressed-tensors (compressors/mxfp4)
+int8     packed I8 [..., out, in / 2]       scale F8_E8M0  DeepSeek-V4: I8 is a container, no number is an INT8
 Format: OCP Microscaling Formats (MX) 1.0, 5.3 and 6.3, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
-from moeglot.encoding import Encoding, Part, Parts
+from moeglot.encoding import Encoding, Part, Parts, Stored
+from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:
@@ -21,6 +25,7 @@ GROUP = 32
 
 ScaleRule = Literal["ceil", "floor", "even"]
 Ties = Literal["away", "even"]
+Container = Literal["blocks", "packed", "int8"]
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,58 @@ class MXFP4(Encoding):
     scale_rule: ScaleRule = "ceil"
     ties: Ties = "away"
 
+    container: Container = "blocks"
+    scale: Literal["U8", "F8_E8M0"] | None = None
+    """Its type; None stands, in a spec, for whichever the file has, and means the container's usual one to `encode`."""
+
     name = "mxfp4"
-    parts = (Part("packed", ("U8",), (1, GROUP), (GROUP // 2,)), Part("scale", ("U8",), (1, GROUP)))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        usual = ("F8_E8M0", "U8") if self.container == "int8" else ("U8",)
+        scale = Part("scale", (self.scale,) if self.scale else usual, (1, GROUP))
+        if self.container == "blocks":
+            return (Part("packed", ("U8",), (1, GROUP), (GROUP // 2,)), scale)
+        return (Part("packed", ("I8",) if self.container == "int8" else ("U8",), (1, 2)), scale)
+
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> MXFP4:
+        return replace(self, scale="F8_E8M0" if found["scale"][0] == "F8_E8M0" else "U8") if self.container == "int8" else self
+
+    def like(self, other: Encoding) -> Encoding:
+        return replace(self, scale_rule=other.scale_rule, ties=other.ties) if isinstance(other, MXFP4) else self
+
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        rows = parts["scale"].shape[0]
+        return rows, 2 * parts["packed"].numel() // rows
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         from moeglot.kernels import mxfp4
 
-        return mxfp4.decode(parts["packed"], parts["scale"], dtype)
+        return mxfp4.decode(*_blocks(parts), dtype)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.kernels import mxfp4
 
         packed, scale = mxfp4.encode(values, self.scale_rule, self.ties)
-        return {"packed": packed, "scale": scale}
+        return self._contained(packed, scale)
+
+    def _contained(self, packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """packed u8 [..., n, 16] and scale u8 [..., n], as views of this container's types and shapes."""
+        import torch
+
+        if self.container != "blocks":
+            packed = packed.flatten(-2)
+        if self.container == "int8":
+            packed = packed.view(torch.int8)
+        return {"packed": packed, "scale": scale.view(torch.float8_e8m0fnu) if self.parts[1].dtypes[0] == "F8_E8M0" else scale}
 
     def check(self, parts: Parts) -> str | None:
-        scale = parts["scale"]
-        if scale.is_meta or parts["packed"].is_meta:
+        if parts["scale"].is_meta or parts["packed"].is_meta:
             return "is a placeholder without numbers (meta device)"
+        packed, scale = _blocks(parts)
         if bool((scale == 255).any()):
             return "has scales of 255, which is NaN in E8M0"
-        if bool((scale == 0).all()) and bool((parts["packed"] & 0x77).any()):
+        if bool((scale == 0).all()) and bool((packed & 0x77).any()):
             return "has scales that are all zero beside codes that are not, as in a file that was never filled"
         return None
 
@@ -63,17 +99,38 @@ class MXFP4(Encoding):
             return other.dtype is not None and DTYPES["BF16"].fits_in(DTYPES[other.dtype])  # two bits of significand, eight of exponent
         return isinstance(other, MXFP4)
 
+    def recodes(self, other: Encoding) -> bool:
+        """To another container; to NVFP4, whose scales are E4M3 times one float32."""
+        return isinstance(other, MXFP4 | NVFP4)
+
+    def recode(self, parts: Parts, other: Encoding) -> Parts | None:
+        """The same codes. For NVFP4, None if the powers of two lie further apart than E4M3's (2^-9 to 2^8)."""
+        assert isinstance(other, MXFP4 | NVFP4)
+        packed, scale = _blocks(parts)
+        return other._contained(packed, scale) if isinstance(other, MXFP4) else other.from_powers(packed, scale)
+
     def undetermined(self, parts: Parts) -> int:
         """Groups whose largest code is at most 3, or zero: a smaller scale with larger codes has the same values."""
+        import torch
+
         from moeglot.kernels import mxfp4
 
-        return mxfp4.undetermined(parts["packed"])
+        return mxfp4.undetermined(parts["packed"].view(torch.uint8).reshape(-1, GROUP // 2))
 
     def inverted(self, parts: Parts) -> Parts:
-        return {"packed": parts["packed"], "scale": 254 - parts["scale"]}
+        packed, scale = _blocks(parts)
+        return self._contained(packed, 254 - scale)
 
     def __str__(self) -> str:
         return f"mxfp4:{next(name for name, rule in RULES.items() if rule == (self.scale_rule, self.ties))}"
+
+
+def _blocks(parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """packed u8 [..., n, 16] and scale u8 [..., n] of any container, as views."""
+    import torch
+
+    scale = parts["scale"].view(torch.uint8)
+    return parts["packed"].view(torch.uint8).reshape(*scale.shape, GROUP // 2), scale
 
 
 RULES: dict[str, tuple[ScaleRule, Ties]] = {
@@ -90,6 +147,6 @@ RULES: dict[str, tuple[ScaleRule, Ties]] = {
 }
 
 
-def mxfp4(rule: str) -> MXFP4:
+def mxfp4(rule: str, container: Container = "blocks") -> MXFP4:
     """The encoding with the rules of that name."""
-    return MXFP4(*RULES[rule])
+    return MXFP4(*RULES[rule], container)

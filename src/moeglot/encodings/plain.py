@@ -31,7 +31,7 @@ class Plain(Encoding):
     def parts(self) -> tuple[Part, ...]:
         return (Part("value", (self.dtype,) if self.dtype else WEIGHT_DTYPES),)
 
-    def as_stored(self, found: Mapping[str, Stored]) -> Plain:
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> Plain:
         return Plain(found["value"][0])
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.kernels.grid import Block, Grid, largest, runs, scaled, settle, shape_of, tile_rows, tiled
+from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
 
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
 NAN = 0x7F
@@ -64,8 +64,9 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
     factors = scale_values(scale)
     _representable(factors, dtype)
     values = torch.empty(weight.shape, dtype=dtype)
-    for codes, factor, out in zip(_matrices(weight), _matrices(factors), _matrices(values), strict=True):
-        scaled(codes, factor, block, out)
+    for codes, factor, out in zip(matrices(weight), matrices(factors), matrices(values), strict=True):
+        for rows in runs(*codes.shape):
+            out[rows] = times(codes[rows].to(torch.float32), rows, factor, block)
     if dtype == torch.bfloat16 and scale.dtype not in (torch.float32, torch.bfloat16) and bool((factors < 2.0**-124).any()):
         _exact(weight, factors, block, values)
     return values
@@ -83,8 +84,8 @@ def _representable(scale: torch.Tensor, dtype: torch.dtype) -> None:
 
 def _exact(weight: torch.Tensor, scale: torch.Tensor, block: Block, values: torch.Tensor) -> None:
     """A power of two under 2^-124 times a small code is less than bfloat16 has."""
-    for codes, factor, out in zip(_matrices(weight), _matrices(scale), _matrices(values), strict=True):
-        if not torch.equal(scaled(codes, factor, block, torch.empty(codes.shape)), out.float()):
+    for codes, factor, out in zip(matrices(weight), matrices(scale), matrices(values), strict=True):
+        if any(not torch.equal(times(codes[rows].to(torch.float32), rows, factor, block), out[rows].float()) for rows in runs(*codes.shape)):
             raise BadNumbers(
                 "a value is too small for bfloat16",
                 f"the smallest FP8 scale here is {scale.min().item():g}, and codes go down to 2^-9",
@@ -92,16 +93,11 @@ def _exact(weight: torch.Tensor, scale: torch.Tensor, block: Block, values: torc
             )
 
 
-def _matrices(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., rows, columns] -> [n, rows, columns], as a view."""
-    return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(0, -3)
-
-
 def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
     weight = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block))
-    for given, codes, factor in zip(_matrices(values), _matrices(weight), _matrices(factors), strict=True):
+    for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
         step = block[0] * max(1, (1 << 20) // (block[0] * given.shape[1])) if block[0] else given.shape[0]
         for at in range(0, given.shape[0], step):
             some = given[at : at + step]
@@ -136,26 +132,24 @@ def _scales(values: torch.Tensor, block: Block, dtype: str) -> torch.Tensor:
 def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.Tensor) -> None:
     """The quotient in float32, rounded to the nearest code, ties to even."""
     for rows in runs(*values.shape):
-        factor, quotients = scale[tile_rows(rows, block)], values[rows].to(torch.float32, copy=True)
-        for part, place in tiled(quotients, block[1]):
-            part /= factor[:, place].unsqueeze(-1)
+        quotients = over(values[rows].to(torch.float32, copy=True), rows, scale, block)
         out[rows] = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def largest_codes(weight: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [..., tiles, tiles]: the largest magnitude of a code in each block."""
-    return torch.stack([largest(codes, block) for codes in _matrices(weight)]).view(shape_of(tuple(weight.shape), block))
+    return torch.stack([largest(codes, block) for codes in matrices(weight)]).view(shape_of(tuple(weight.shape), block))
 
 
 def has_nan(weight: torch.Tensor) -> bool:
-    return any(bool(((codes[rows].view(torch.uint8) & NAN) == NAN).any()) for codes in _matrices(weight) for rows in runs(*codes.shape))
+    return any(bool(((codes[rows].view(torch.uint8) & NAN) == NAN).any()) for codes in matrices(weight) for rows in runs(*codes.shape))
 
 
 def changed(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str) -> int:
     """How many blocks have another scale, or other codes, after decoding and encoding them."""
     again, scale_again = encode(decode(weight, scale, block, torch.float32), block, dtype)
     count = 0
-    for codes, other, factor, factor_again in zip(*map(_matrices, (weight, again, scale, scale_again)), strict=True):
+    for codes, other, factor, factor_again in zip(*map(matrices, (weight, again, scale, scale_again)), strict=True):
         differ = codes.contiguous().view(torch.uint8) != other.view(torch.uint8)
         count += int(((largest(differ, block) > 0) | (scale_values(factor) != scale_values(factor_again))).sum())
     return count

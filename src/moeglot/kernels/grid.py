@@ -60,14 +60,20 @@ def tile_rows(rows: slice, block: Block) -> torch.Tensor:
     return numbers // block[0] if block[0] else torch.zeros_like(numbers)
 
 
-def scaled(codes: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.Tensor) -> torch.Tensor:
-    """codes [rows, columns] of any type × scale float32 [tiles, tiles] -> out, by one multiplication in float32."""
-    for rows in runs(*codes.shape):
-        product, factor = codes[rows].to(torch.float32), scale[tile_rows(rows, block)]
-        for part, place in tiled(product, block[1]):
-            part *= factor[:, place].unsqueeze(-1)
-        out[rows] = product
-    return out
+def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
+    """float32 [these rows, columns] × scale [tiles, tiles], in place."""
+    factor = scale[tile_rows(rows, block)]
+    for part, place in tiled(values, block[1]):
+        part *= factor[:, place].unsqueeze(-1)
+    return values
+
+
+def over(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
+    """float32 [these rows, columns] / scale [tiles, tiles], in place."""
+    factor = scale[tile_rows(rows, block)]
+    for part, place in tiled(values, block[1]):
+        part /= factor[:, place].unsqueeze(-1)
+    return values
 
 
 def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor, how: str) -> None:
@@ -159,3 +165,8 @@ def _refuted_at(
     tried[place, where[:, 1]] = guess
     low, high = refuted(values[rows[rows < values.shape[0]]], tried, block, grid)
     return low[place, where[:, 1]], high[place, where[:, 1]]
+
+
+def matrices(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., rows, columns] -> [n, rows, columns], as a view where strides allow it."""
+    return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(0, -3)

@@ -1,0 +1,139 @@
+"""INT4: eight numbers in an int32, as 8 more than they are, a scale for each group of a row, and which rule chose the scale.
+
+packed I32 [..., out, ⌈in / 8⌉], lowest nibble first; scale [..., out, in / group]; shape [2], the [out, in] of the matrix; value = (nibble - 8) × scale.
+Nibbles are offset binary: 0 is -8 and 15 is 7. Read as two's complement every number is wrong, and packing and unpacking so is still a round trip.
+https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized); Kimi-K2-Thinking: https://huggingface.co/moonshotai/Kimi-K2-Thinking
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from moeglot.dtypes import DTYPES
+from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
+from moeglot.encodings.plain import Plain
+from moeglot.errors import UnknownFormat
+
+if TYPE_CHECKING:
+    import torch
+
+ScaleType = Literal["BF16", "F16", "F32"]
+SCALES: tuple[ScaleType, ...] = ("BF16", "F16", "F32")
+Rule = Literal["compressed-tensors", "kimi"]
+DIVISORS: dict[str, float] = {"compressed-tensors": 7.5, "kimi": 7.0}
+"""The scale of a group is its largest magnitude over this: half of -8…7, or 7, which needs no -8."""
+
+
+@dataclass(frozen=True)
+class INT4(Encoding):
+    """`group`: numbers of a row that share a scale, WHOLE for all. `rule` chooses the scale; it is not in the file and does not matter to decode.
+
+    `scale`: its type; None stands, in a spec, for whichever the file has, and means BF16 to `encode`. `shape`: the type of the part that holds [out, in].
+    A group whose numbers are codes × a scale of that type already gets such a scale, whatever the rule, so that every value returns.
+    """
+
+    group: int = 32
+    rule: Rule = "compressed-tensors"
+    scale: ScaleType | None = None
+    shape: Literal["I64", "I32"] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"int4:{self.group or 'channel'}"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return (1, self.group)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (
+            Part("packed", ("I32",), (1, 8), ragged=True),
+            Part("scale", (self.scale,) if self.scale else SCALES, self.block),
+            Part("shape", (self.shape,) if self.shape else ("I64", "I32"), (WHOLE, WHOLE), (2,)),
+        )
+
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> INT4:
+        """Raises `UnknownFormat` for numbers with a zero point."""
+        if "zero_point" in found:
+            raise UnknownFormat(
+                "these INT4 numbers have zero points (asymmetric)",
+                "we read the symmetric kind, value = (nibble - 8) × scale; a zero point moves every number",
+                "quantize with symmetric: true, or convert the checkpoint to bfloat16 with its producer's tool",
+            )
+        scale = next(name for name in SCALES if name == found["scale"][0])
+        return replace(self, scale=scale, shape="I64" if found["shape"][0] == "I64" else "I32")
+
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        rows, columns = parts["shape"].tolist()
+        return rows, columns
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        from moeglot.kernels import int4
+
+        return int4.decode(parts["packed"], parts["scale"], int4.columns_of(parts["shape"]), self.block, dtype)
+
+    def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        from moeglot.kernels import int4
+
+        self.parts[1].shape(tuple(values.shape))
+        packed, scale = int4.encode(values, self.block, self.scale or "BF16", DIVISORS[self.rule])
+        shape = torch.tensor(values.shape[-2:], dtype=DTYPES[self.shape or "I64"].torch)
+        return {"packed": packed, "scale": scale, "shape": shape.expand(*values.shape[:-2], 1, 1, 2).clone()}
+
+    def check(self, parts: Parts) -> str | None:
+        from moeglot.kernels import int4
+
+        packed, scale, shape = parts["packed"], parts["scale"], parts["shape"]
+        if packed.is_meta or scale.is_meta or shape.is_meta:
+            return "is a placeholder without numbers (meta device)"
+        sizes = shape.reshape(-1, 2).tolist()
+        rows, columns = sum(size[0] for size in sizes), sizes[0][1]
+        if rows != packed[..., 0].numel() or any(size[1] != columns for size in sizes) or -(-columns // 8) != packed.shape[-1]:
+            return f"has packed numbers of shape {list(packed.shape)} beside a shape part that says {sizes[0] if len(sizes) == 1 else sizes}"
+        if not bool(scale.isfinite().all()):
+            return "has scales that are NaN or infinite"
+        if bool((scale < 0).any()):
+            return f"has negative scales, {scale.min().item():g} for example"
+        small = scale.float() < int4.LEAST
+        if bool(small.any()) and bool((small & (int4.largest_codes(packed, columns, self.block) > 0)).any()):
+            return f"has scales of {scale[small].max().item():g} beside codes that are not zero, as in a file that was never filled"
+        return None
+
+    def fits_in(self, other: Encoding) -> bool:
+        if isinstance(other, Plain):
+            return other.dtype is not None and DTYPES["F32"].fits_in(DTYPES[other.dtype])  # 4 bits × 8 or more
+        return isinstance(other, INT4) and self.group == other.group and self.scale in (other.scale, *(SCALES if other.scale == "F32" else ()))
+
+    def recodes(self, other: Encoding) -> bool:
+        """To another rule, or another type of scale or shape."""
+        return isinstance(other, INT4) and self.group == other.group
+
+    def recode(self, parts: Parts, other: Encoding) -> Parts | None:
+        """The same codes; None if the other's scale type does not have these scales."""
+        import torch
+
+        assert isinstance(other, INT4)
+        dtype = DTYPES[other.scale].torch if other.scale else parts["scale"].dtype
+        scale = parts["scale"].to(dtype)
+        if not torch.equal(scale.to(torch.float32), parts["scale"].to(torch.float32)):
+            return None
+        shape = parts["shape"].to(DTYPES[other.shape].torch) if other.shape else parts["shape"]
+        return {"packed": parts["packed"], "scale": scale, "shape": shape}
+
+    def undetermined(self, parts: Parts) -> int:
+        """Groups of zeros, and those whose values another scale gives too."""
+        from moeglot.kernels import int4
+
+        columns = int4.columns_of(parts["shape"])
+        return int4.changed(parts["packed"], parts["scale"], columns, self.block, self.scale or "BF16", DIVISORS[self.rule])
+
+    def inverted(self, parts: Parts) -> Parts:
+        return {**parts, "scale": 1 / parts["scale"]}
+
+    def __str__(self) -> str:
+        return self.name if self.rule == "compressed-tensors" else f"{self.name}:{self.rule}"

@@ -1,0 +1,153 @@
+"""NVFP4: 16 numbers of 4 bits (E2M1) share a scale in E4M3, all of a matrix one float32, and which of two conventions that float32 follows.
+
+packed U8 [..., out, in / 2], low nibble first; scale F8_E4M3 [..., out, in / 16]; global F32, one for a matrix.
+modelopt: value = code × (scale × global), `weight_scale_2`; https://github.com/NVIDIA/TensorRT-Model-Optimizer
+compressed-tensors: value = code × (scale / global), `weight_global_scale`; https://github.com/vllm-project/compressed-tensors (compressors/nvfp4)
+The inner operation is rounded to float32 first, in both libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from moeglot.dtypes import DTYPES
+from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
+from moeglot.encodings.carried import carried_parts, single_of, without_carried
+from moeglot.encodings.plain import Plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from moeglot.kernels.nvfp4 import Rules
+
+GROUP = 16
+Convention = Literal["modelopt", "compressed-tensors"]
+INPUTS = ("input_scale",)
+
+
+@dataclass(frozen=True)
+class NVFP4(Encoding):
+    """`single`: the global as a file has it, by default the convention's: no axis for ModelOpt, one for compressed-tensors.
+
+    `carried`: a scale of activations that a file may have, under the name `input_scale` in either convention (compressed-tensors' is the reciprocal).
+    Encoding: the global makes the largest group's scale 448; each group's scale is the nearest to its largest magnitude / 6; ties of codes go to even.
+    Values that were NVFP4 before get scales that reproduce each of them. The values do not tell how a factor was split between the group's scale and
+    the global: of all splits we take the one with the largest scales, which is the producers' unless two matrices share a global.
+    """
+
+    convention: Convention = "modelopt"
+    single: tuple[int, ...] | None = None
+    carried: tuple[Part, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "nvfp4" if self.convention == "modelopt" else "nvfp4:compressed-tensors"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        usual = () if self.convention == "modelopt" else (1,)
+        whole = Part("global", ("F32",), (WHOLE, WHOLE), single=usual if self.single is None else self.single)
+        return (Part("packed", ("U8",), (1, 2)), Part("scale", ("F8_E4M3",), (1, GROUP)), whole, *self.carried)
+
+    @property
+    def _rules(self) -> Rules:
+        from moeglot.kernels.nvfp4 import Rules
+
+        return Rules(divides=self.convention == "compressed-tensors")
+
+    def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> NVFP4:
+        return replace(self, single=single_of(found["global"][1], leading), carried=carried_parts(found, INPUTS, leading))
+
+    def like(self, other: Encoding) -> Encoding:
+        if not isinstance(other, NVFP4):
+            return self
+        return other if other.convention == self.convention else replace(self, carried=other.carried)
+
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        rows, columns = parts["packed"].shape
+        return rows, 2 * columns
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        from moeglot.kernels import nvfp4
+
+        return nvfp4.decode(parts["packed"], parts["scale"], parts["global"], self._rules, dtype)
+
+    def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        from moeglot.kernels import nvfp4
+
+        without_carried(self, self.carried)
+        self.parts[1].shape(tuple(values.shape))
+        packed, scale, whole = nvfp4.encode(values, self._rules)
+        return {"packed": packed, "scale": scale, "global": whole}
+
+    def check(self, parts: Parts) -> str | None:
+        import torch
+
+        from moeglot.kernels import nvfp4
+
+        packed, scale, whole = parts["packed"], parts["scale"], parts["global"]
+        if packed.is_meta or scale.is_meta or whole.is_meta:
+            return "is a placeholder without numbers (meta device)"
+        byte = scale.view(torch.uint8)
+        if bool(((byte & 0x7F) == 0x7F).any()):
+            return "has scales of 0x7f or 0xff, which are NaN in E4M3"
+        if bool((byte > 0x80).any()):
+            return "has negative scales"
+        if not bool(whole.isfinite().all()) or bool((whole < 0).any()):
+            return f"has a global scale of {whole.min().item():g}"
+        lowest, highest = (1 / nvfp4.MOST, 1 / nvfp4.LEAST) if self._rules.divides else (nvfp4.LEAST, nvfp4.MOST)
+        empty = bool(((whole < lowest) | (whole > highest)).any()) or bool((byte == 0).all())
+        # A single scale of zero beside codes is what some exports of small groups hold: its values are zeros.
+        if empty and bool((packed & 0x77).any()):
+            return f"has scales of zero or a global of {whole.min().item():g} beside codes that are not zero, as in a file that was never filled"
+        return None
+
+    def fits_in(self, other: Encoding) -> bool:
+        if isinstance(other, Plain):
+            return other.dtype is not None and DTYPES["F32"].fits_in(DTYPES[other.dtype])
+        return isinstance(other, NVFP4) and self.convention == other.convention
+
+    def recodes(self, other: Encoding) -> bool:
+        """To the other convention."""
+        return isinstance(other, NVFP4) and [part.name for part in self.carried] == [part.name for part in other.carried]
+
+    def recode(self, parts: Parts, other: Encoding) -> Parts | None:
+        """The same codes and scales under the reciprocal of the global; None if that moves a value. A global that is a power of two moves none, and one
+        in six of the others does not either: E4M3 has eight significands, so a factor scale × global has few ways to round.
+        """
+        import torch
+
+        assert isinstance(other, NVFP4)
+        if self.convention == other.convention:
+            return parts
+        found, scale = self.nearest(parts, other), parts["scale"].to(torch.float32)
+        mine, theirs = self._rules.factor(scale, parts["global"]), other._rules.factor(scale, found["global"])
+        return found if torch.equal(mine, theirs) else None
+
+    def nearest(self, parts: Parts, other: Encoding) -> Parts:
+        """Parts of the other convention with the same codes and scales, under the float32 nearest to the reciprocal of the global.
+
+        A value moves by at most 2 units in its last place of float32 (2.4e-7 of itself): where `recode` gives None, this is a lossy step, to be measured.
+        A carried scale of activations becomes the nearest reciprocal too.
+        """
+        assert isinstance(other, NVFP4)
+        return {**parts, **{name: 1 / parts[name] for name in ("global", *(part.name for part in self.carried))}}
+
+    def from_powers(self, packed: torch.Tensor, power: torch.Tensor) -> Parts | None:
+        """MXFP4's packed u8 [..., n, 16] and power u8 [..., n] with the same values, bit for bit; None if E4M3 does not span the powers."""
+        from moeglot.kernels import nvfp4
+
+        found = None if self.carried else nvfp4.from_powers(packed, power, self._rules)
+        return None if found is None else dict(zip(("packed", "scale", "global"), found, strict=True))
+
+    def undetermined(self, parts: Parts) -> int:
+        """Groups that return with another scale or other codes; all of a matrix that returns with another global."""
+        from moeglot.kernels import nvfp4
+
+        return nvfp4.changed(parts["packed"], parts["scale"], parts["global"], self._rules)
+
+    def inverted(self, parts: Parts) -> Parts:
+        """The global alone: the other convention's reading of the file."""
+        return {**parts, "global": 1 / parts["global"]}

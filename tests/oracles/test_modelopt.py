@@ -1,0 +1,73 @@
+"""NVFP4 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
+
+import pytest
+import torch
+
+from moeglot.encodings.mxfp4 import MXFP4
+from moeglot.encodings.nvfp4 import NVFP4
+
+pytest.importorskip("modelopt.torch", reason="installed in an environment of its own")
+
+
+def weights(seed: int = 1) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    spread = torch.exp2(torch.randint(-9, 10, (192, 1), generator=random).float())
+    values = torch.randn(192, 256, generator=random) * spread
+    values[5, :32] = 0
+    return values
+
+
+def quantized(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    tensor, scale, whole = NVFP4QTensor.quantize(values.clone(), 16)
+    return {"packed": tensor._quantized_data, "scale": scale, "global": whole.view(1, 1)}
+
+
+def dequantized(parts: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    shape = torch.Size((parts["packed"].shape[0], parts["packed"].shape[1] * 2))
+    tensor = NVFP4QTensor(shape, dtype, parts["packed"])
+    return tensor.dequantize(dtype, scale=parts["scale"], double_scale=parts["global"].view(()), block_sizes={-1: 16})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4(dtype):
+    given, ours = weights().to(dtype), NVFP4("modelopt")
+    theirs = quantized(given)
+    assert ours.check(theirs) is None
+    read = ours.decode(theirs, torch.float32)
+    assert torch.equal(read, dequantized(theirs))
+    mine = ours.encode(given)
+    assert torch.equal(dequantized(mine), ours.decode(mine, torch.float32))
+    assert all(torch.equal(mine[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+    again = ours.encode(read)
+    assert all(torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+
+
+def test_a_global_that_two_matrices_share():
+    """gate and up are exported under one global: the smaller one's largest scale is not 448, and its bytes return all the same."""
+    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+
+    given, ours = weights(), NVFP4("modelopt")
+    whole = given.abs().amax() * 1.37 / (6 * 448)
+    tensor, scale, _ = NVFP4QTensor.quantize(given.clone(), 16, weights_scaling_factor_2=whole)
+    theirs = {"packed": tensor._quantized_data, "scale": scale, "global": whole.view(1, 1)}
+    again = ours.encode(ours.decode(theirs, torch.float32))
+    assert all(torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+    assert ours.undetermined(theirs) == 0
+
+
+def test_the_other_convention_and_mxfp4():
+    ours, other = NVFP4("modelopt"), NVFP4("compressed-tensors")
+    there = other.encode(weights())
+    back = other.nearest(there, ours)
+    read = dequantized(back)
+    assert (read - other.decode(there, torch.float32)).norm() / read.norm() < 1e-7
+    wrong = dequantized(there)
+    assert (wrong - read).norm() / read.norm() > 1e-3
+
+    values = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    mxfp4 = MXFP4().encode(values)
+    assert torch.equal(dequantized(MXFP4().recode(mxfp4, ours)), MXFP4().decode(mxfp4, torch.float32))
