@@ -153,7 +153,7 @@ class BNB4(Encoding):
 
         packed, scale, dtype = bnb4.encode(values, self.kind, self.blocksize)
         state = QuantState(self.kind, self.blocksize, by_torch_name(str(dtype).removeprefix("torch.")).name, tuple(values.shape))
-        parts = {"packed": packed, "scale": scale, "map": bnb4.codebook(self.kind).clone()}
+        parts = {"packed": packed, "scale": scale, "map": bnb4.codebook(self.kind) + 0.0}  # of two zeros, both are positive there
         if self.nested:
             parts["scale"], parts["nested_scale"], offset = bnb4.encode_nested(scale)
             parts["nested_map"], state = bnb4.nested_codebook().clone(), replace(state, offset=offset)
@@ -212,7 +212,7 @@ class BNB4(Encoding):
         return {"packed": parts["packed"], "scale": scale, "map": parts["map"], "state": state.write(other.state_bytes)}
 
     def undetermined(self, parts: Parts) -> int:
-        """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold, or with FP4's second zero; every nested one."""
+        """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold; every nested one."""
         from moeglot.kernels import bnb4
 
         state, scale = QuantState.read(parts["state"]), absmax(parts)
