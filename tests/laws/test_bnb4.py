@@ -160,6 +160,23 @@ def test_nested_absmax_become_plain_ones_without_a_change(kind, shape, seed, dty
     assert torch.equal(bits(plain.decode(again, dtype)), bits(nested.decode(parts, dtype)))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_blocks_of_zeros_under_nested_absmax(kind):
+    """Their absmax comes back a little off zero, to either side, and their zeros with either sign; nothing else of the matrix suffers."""
+    signs = set()
+    for seed in range(20):
+        values = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        values[3], values[5] = 0, values[5] * 9  # the larger ones make the levels coarse
+        nested, plain = BNB4(kind, nested=True), BNB4(kind)
+        parts = nested.encode(values)
+        signs.add(float(absmax(parts)[3].sign()))
+        decoded = nested.decode(parts, torch.bfloat16)
+        for coded in (nested.recode(parts, plain), plain.encode(decoded)):
+            assert plain.check(coded) is None
+            assert torch.equal(bits(plain.decode(coded, torch.bfloat16)), bits(decoded))
+    assert {-1.0, 1.0} <= signs
+
+
 def test_nested_absmax_are_close():
     """256 levels of the dynamic type: the absmax of Gaussian blocks return to a few thousandths of their spread."""
     values = torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
@@ -221,7 +238,6 @@ def test_a_file_settles_what_a_spec_leaves_open():
     [
         (lambda parts: {"scale": parts["scale"] * float("nan")}, "NaN or infinite"),
         (lambda parts: {"scale": parts["scale"] * 0}, "all zero"),
-        (lambda parts: {"scale": -parts["scale"]}, "negative"),
         (lambda parts: {"map": parts["map"].flip(0)}, "not the codebook of nf4"),
         (lambda parts: {"state": QuantState("fp4", 64, "F32", (4, 64)).write(256)}, "quant_state of fp4"),
         (lambda parts: {"state": QuantState("nf4", 64, "F32", (4, 64), 0.5).write(256)}, "nested nf4"),

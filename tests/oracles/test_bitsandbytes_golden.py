@@ -125,6 +125,20 @@ def test_blocks_that_run_across_experts_are_refused():
         line.part_shape(scale, {"e": 3, "h": 6, "i": 6})
 
 
+def test_gate_and_up_interleaved_in_one_linear_an_expert(tmp_path):
+    """`experts.gate_up_projs.0.weight`, as unsloth stores gpt-oss: one codebook and one quant_state for both projections."""
+    name, new = "model.layers.0.mlp.experts.0.gate_proj.weight", "model.layers.0.mlp.experts.gate_up_projs.0.weight"
+    tensors = load_file(next(path for path in FILES if path.name.endswith("-nf4.safetensors")))
+    line = Stored(EXPERTS + "gate_up_projs.{expert}.weight", ("gate", "up"), "(i p) h", BNB4(), names("nf4"))
+    form = Format("f/one", Family("f", ("f",), ("gate", "up"), Activation("swiglu"), FAMILY.sizes), (line,), source="", about="")
+    found = checkpoint(tmp_path, {key.replace(name, new): t for key, t in tensors.items() if key.startswith(name)}, form, e=1, h=48, i=24)
+    for part in found.encoding(line, 0).parts:
+        assert agree(line.part_shape(part, found.sizes), tuple(tensors[name + line.names[part.name]].shape)), part
+    experts, decoded = found.experts(0), tensors[f"decoded.{name}"]
+    assert torch.equal(experts["gate"][0].decode(torch.bfloat16), decoded[::2])
+    assert torch.equal(experts["up"][0].decode(torch.bfloat16), decoded[1::2])
+
+
 def test_a_declared_shape_that_is_not_the_formats_is_refused(tmp_path):
     """A matrix [40, 55] whose config says [55, 40] has the same number of codes and absmax."""
     name = "model.layers.0.mlp.experts.0.down_proj.weight"

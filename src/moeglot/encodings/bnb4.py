@@ -175,13 +175,11 @@ class BNB4(Encoding):
             return f"has a quant_state of {list(state.shape)} in blocks of {state.blocksize}, which its codes and absmax are not"
         if not bool(parts["map"].sub(bnb4.codebook(self.kind)).abs().max() < 1e-6):
             return f"has a quant_map that is not the codebook of {self.kind}, which bitsandbytes uses whatever is stored"
-        return self._check_scales(absmax(parts), parts["packed"], nested)
+        return self._check_scales(absmax(parts), parts["packed"])
 
-    def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor, nested: bool) -> str | None:
+    def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor) -> str | None:
         if not bool(scale.isfinite().all()):
             return "has absmax that are NaN or infinite"
-        if not nested and bool((scale < 0).any()):
-            return "has negative absmax"
         zero = 0x77 if self.kind == "nf4" else 0
         if bool((scale == 0).all()) and bool((packed != zero).any()):
             return "has absmax that are all zero beside codes that are not, as in a file that was never filled"

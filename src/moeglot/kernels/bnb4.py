@@ -148,10 +148,12 @@ def _on_grid(block: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor
     """[b, s] -> codes [b, s] and absmax [b] that decode to it exactly, or None if a block has none.
 
     Its largest magnitude is one of the codebook's magnitudes times the absmax (negative ones come from nested scales), rounded.
+    Zeros of either sign are codes of either sign under an absmax of 0.
     """
     if bool((block.float().sort(-1).values.diff(dim=-1) != 0).sum(-1).gt(15).any()):
         return None
-    codes, absmax, left = torch.zeros(block.shape, dtype=torch.uint8), torch.zeros(len(block)), torch.arange(len(block))
+    codes, absmax = _nearest(-block.signbit().float(), kind), torch.zeros(len(block))
+    left = (~_same(codes, absmax, block, kind)).nonzero().flatten()
     magnitudes = sorted({abs(value) for value in codebook(kind).tolist()} - {0.0}, reverse=True)
     for unit in (sign * magnitude for magnitude in magnitudes for sign in (1, -1)):
         if not len(left):
@@ -218,7 +220,10 @@ def decode_nested(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor
 
 
 def encode_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset; the offset is the mean of all."""
+    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset: the mean of all, as torch adds them up.
+
+    Of more than 32 768 absmax, its last bit depends on the number of torch's threads, here as in the library.
+    """
     offset = absmax.mean()
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
