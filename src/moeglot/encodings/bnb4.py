@@ -160,7 +160,7 @@ class BNB4(Encoding):
 
         packed, scale, dtype = bnb4.encode(values, self.kind, self.blocksize)
         state = QuantState(self.kind, self.blocksize, by_torch_name(str(dtype).removeprefix("torch.")).name, tuple(values.shape))
-        parts = {"packed": packed, "scale": scale, "map": bnb4.codebook(self.kind).clone()}
+        parts = {"packed": packed, "scale": scale, "map": bnb4.codebook(self.kind) + 0.0}  # of two zeros, both are positive there
         if self.nested:
             parts["scale"], parts["nested_scale"], offset = bnb4.encode_nested(scale)
             parts["nested_map"], state = bnb4.nested_codebook().clone(), replace(state, offset=offset)
@@ -182,13 +182,11 @@ class BNB4(Encoding):
             return f"has a quant_state of {list(state.shape)} in blocks of {state.blocksize}, which its codes and absmax are not"
         if not bool(parts["map"].sub(bnb4.codebook(self.kind)).abs().max() < 1e-6):
             return f"has a quant_map that is not the codebook of {self.kind}, which bitsandbytes uses whatever is stored"
-        return self._check_scales(absmax(parts), parts["packed"], nested)
+        return self._check_scales(absmax(parts), parts["packed"])
 
-    def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor, nested: bool) -> str | None:
+    def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor) -> str | None:
         if not bool(scale.isfinite().all()):
             return "has absmax that are NaN or infinite"
-        if not nested and bool((scale < 0).any()):
-            return "has negative absmax"
         zero = 0x77 if self.kind == "nf4" else 0
         if bool((scale == 0).all()) and bool((packed != zero).any()):
             return "has absmax that are all zero beside codes that are not, as in a file that was never filled"
@@ -231,7 +229,7 @@ class BNB4(Encoding):
         return {**parts, "state": replace(state, shape=(experts, *shape)).write(self.state_bytes)}
 
     def undetermined(self, parts: Parts) -> int:
-        """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold, or with FP4's second zero; every nested one."""
+        """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold; every nested one."""
         from moeglot.kernels import bnb4
 
         state, scale = QuantState.read(parts["state"]), absmax(parts)

@@ -20,7 +20,7 @@ NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # codes 8 to 15 are the same, negative; 8 is +0 like 0
+FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # codes 8 to 15 are the same, negative; 8 is -0
 NESTED_BLOCK = 256  # scales that share a scale
 SMALLEST = 1e-38  # what the library divides by instead of less, and what it stores for a short last block of zeros
 POSITIONS = 65535  # its CPU kernel rounds a scale to one of these steps of [-1, 1] before it takes the nearest of the 256
@@ -29,11 +29,14 @@ CHUNK = 1 << 19  # values at a time, a multiple of every block size
 
 @cache
 def codebook(kind: str) -> torch.Tensor:
-    """float32 [16]: the value of each code, in units of a block's absmax."""
+    """float32 [16]: the value of each code, in units of a block's absmax.
+
+    FP4's code 8 is -0, as in the library's kernels; its fallback for matrices of odd width, and the map that it stores, have +0 there.
+    """
     if kind == "nf4":
         return torch.tensor(NF4)
     positive = torch.tensor(FP4_TWELFTHS) / 12
-    return torch.cat([positive, torch.tensor([0.0]), -positive[1:]])
+    return torch.cat([positive, -positive])
 
 
 @cache
@@ -145,16 +148,21 @@ def _on_grid(block: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor
     """[b, s] -> codes [b, s] and absmax [b] that decode to it exactly, or None if a block has none.
 
     Its largest magnitude is one of the codebook's magnitudes times the absmax (negative ones come from nested scales), rounded.
+    Zeros of either sign are codes of either sign under an absmax of 0.
     """
     if bool((block.float().sort(-1).values.diff(dim=-1) != 0).sum(-1).gt(15).any()):
         return None
-    codes, absmax, left = torch.zeros(block.shape, dtype=torch.uint8), torch.zeros(len(block)), torch.arange(len(block))
+    codes, absmax = _nearest(-block.signbit().float(), kind), torch.zeros(len(block))
+    left = (~_same(codes, absmax, block, kind)).nonzero().flatten()
     magnitudes = sorted({abs(value) for value in codebook(kind).tolist()} - {0.0}, reverse=True)
     for unit in (sign * magnitude for magnitude in magnitudes for sign in (1, -1)):
         if not len(left):
             break
         rows = block[left]
-        found = _nearest((rows.float() / (rows.float().abs().amax(-1) / unit).unsqueeze(-1)).clamp(-1, 1), kind)
+        scaled = rows.float() / (rows.float().abs().amax(-1) / unit).unsqueeze(-1)
+        found = _nearest(scaled.clamp(-1, 1), kind)
+        if kind == "fp4":
+            found[scaled == 0] = scaled[scaled == 0].signbit().to(torch.uint8) * 8
         middle = math.copysign(1, unit) * _middle_absmax(rows, found, kind)
         for scale in (middle, torch.nextafter(middle, 2 * middle), torch.nextafter(middle, 0 * middle)):
             right = _same(found, scale, rows, kind)
@@ -183,13 +191,11 @@ def _pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def undetermined(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, dtype: torch.dtype) -> int:
-    """How many blocks the values do not show: no code of ±1 gives away the absmax, it is more exact than `dtype`, or FP4's second zero is used."""
-    largest, second_zero = torch.zeros(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
-    largest[codebook(kind).abs() == 1] = True
-    second_zero[8] = kind == "fp4"
+    """How many blocks the values do not show: no code of ±1 gives away the absmax, or it is more exact than `dtype`."""
+    largest = codebook(kind).abs() == 1
     shown = torch.zeros(len(absmax), dtype=torch.bool)
     for first, codes in _blocks(torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], -1).flatten(), blocksize):
-        shown[first : first + len(codes)] = largest[codes.int()].any(-1) & ~second_zero[codes.int()].any(-1)
+        shown[first : first + len(codes)] = largest[codes.int()].any(-1)
     return int((~shown | (absmax.to(dtype).float() != absmax)).sum())
 
 
@@ -214,7 +220,10 @@ def decode_nested(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor
 
 
 def encode_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset; the offset is the mean of all."""
+    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset: the mean of all, as torch adds them up.
+
+    Of more than 32 768 absmax, its last bit depends on the number of torch's threads, here as in the library.
+    """
     offset = absmax.mean()
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
