@@ -167,7 +167,7 @@ def main() -> None:
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     name_tokenizer_for_every_version(arguments.out / "tokenizer_config.json")
-    facts = {"held_out_loss_float32": float32, "held_out_loss_bfloat16": bfloat16, "steps": arguments.steps, "minutes": minutes}
+    facts = {"family": arguments.family, "held_out_loss_float32": float32, "held_out_loss_bfloat16": bfloat16, "steps": arguments.steps, "minutes": minutes}
     (arguments.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     (arguments.out / "held_out.txt").write_text("".join(texts[::HELD_OUT_EVERY]))
     prompt = tokenizer("And God said", return_tensors="pt").input_ids

@@ -94,6 +94,12 @@ def test_the_golden_model_has_learned():
     assert sum(path.stat().st_size for path in QWEN3.iterdir()) < 1.5e6
 
 
+def test_transformers_computes_what_we_read_of_the_golden_model(fused):
+    """The ground truth of every test here is not our own reading of that file."""
+    for path in (QWEN3, fused):
+        assert moeglot.verify(path, "transformers").verdict == "holds"
+
+
 def test_the_trained_models_are_as_declared(bf16, fused):
     """The power of the channel test: the right reading is at least 10 times better than any other, 15 standard deviations from chance."""
     for path in (BUNDLED, bf16, QWEN3, fused):
@@ -256,6 +262,66 @@ def test_structure_that_is_no_channel_contradicts_nothing(name, tmp_path):
         assert found.verdict == "cannot tell"
 
 
+def test_what_all_experts_share_along_h_is_no_channel(tmp_path):
+    """One gain for each h in every matrix: read with all three turned, it would look like a perfect channel if it were not taken out."""
+    gain_in, gain_out = structured(lambda t, g: t * g), structured(lambda t, g: t * g[:, None])
+    changes = [("gate_proj.weight", gain_in), ("up_proj.weight", gain_in), ("down_proj.weight", gain_out)]
+    for seed in range(5):
+        source = write_checkpoint(tmp_path / f"random{seed}", "qwen3-moe/hub", seed=seed)
+        found = look(copy(source, tmp_path / f"gains{seed}", *changes))
+        assert {e.verdict for e in found.evidence if e.test == "channel"} == {"cannot tell"}
+        assert {e.verdict for e in found.evidence if e.test == "residual stream"} == {"as declared"}  # this is what that test looks for
+        assert found.verdict == "cannot tell"
+
+
+@pytest.mark.parametrize("form", ["qwen3-moe/transformers-5", "gpt-oss/transformers"])
+def test_gate_louder_than_up_is_no_residual_stream(form, tmp_path):
+    """In a square gate_up (H = 2I) all experts agree on which rows are loud."""
+    loud = torch.tensor([4.0] * 32 + [1.0] * 32)[:, None] if form.endswith("-5") else torch.tensor([4.0, 1.0]).repeat(32)
+    for seed in range(5):
+        source = write_checkpoint(tmp_path / f"random{seed}", form, {"h": 64, "i": 32}, seed=seed)
+        found = look(copy(source, tmp_path / f"loud{seed}", ("gate_up_proj", lambda t: (t * loud).to(t.dtype))))
+        assert {e.verdict for e in found.evidence} == {"cannot tell"}
+
+
+def test_two_readings_that_both_fit_decide_nothing(tmp_path):
+    """A gain of its own for each h of each expert, in all three matrices: read turned, these rise and fall together as well."""
+    tensors = load_file(QWEN3 / "model.safetensors")
+    for layer, expert in ((layer, expert) for layer in range(2) for expert in range(8)):
+        gains = torch.exp(0.2 * torch.randn(96, generator=torch.Generator().manual_seed(100 * layer + expert)))
+        for name, gain in (("gate_proj", gains), ("up_proj", gains), ("down_proj", gains[:, None])):
+            key = f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
+            tensors[key] = (tensors[key].float() * gain).to(torch.bfloat16)
+    shutil.copytree(QWEN3, tmp_path / "gains")
+    save_file(tensors, tmp_path / "gains" / "model.safetensors", {"format": "pt"})
+    channel = next(e for e in look(tmp_path / "gains").evidence if e.test == "channel")
+    assert sum(z > Z for z in channel.figures["z"].values()) == 2
+    assert channel.verdict == "cannot tell"
+
+
+def test_a_trained_model_with_its_channels_shuffled_cannot_tell(bf16, tmp_path):
+    """The null that z is measured against: same numbers, same norms, another order of down's i; one order for each expert."""
+    random = torch.Generator().manual_seed(0)
+    shuffle = lambda t: torch.stack([expert[torch.randperm(len(expert), generator=random)] for expert in t])  # noqa: E731
+    found = look(copy(bf16, tmp_path / "shuffled", ("down_proj", lambda t: shuffle(t) * 1.01)))
+    channel = next(e for e in found.evidence if e.test == "channel")
+    assert channel.verdict == "cannot tell"
+    assert max(map(abs, channel.figures["z"].values())) < 5
+    assert found.open
+    assert found.exit_status == 0
+
+
+def test_numbers_that_are_none_cannot_tell(tmp_path):
+    nan = lambda t: torch.full_like(t, float("nan"))  # noqa: E731
+    source = write_checkpoint(tmp_path / "random", "qwen3-moe/transformers-5")
+    assert look(copy(source, tmp_path / "nan", ("gate_up_proj", nan))).verdict == "cannot tell"
+
+
+def test_one_expert_has_no_other_to_be_compared_with(bf16):
+    found = look(bf16, experts=1)
+    assert {e.verdict for e in found.evidence if e.test != "grid"} == {"cannot tell"}
+
+
 def test_experts_that_were_copied_from_one_are_not_contradicted(bf16, tmp_path):
     """They agree along i as well, where the residual stream test expects none to: it may doubt, it never contradicts alone."""
     torch.manual_seed(0)
@@ -308,7 +374,7 @@ def grids(found: Weighed) -> dict[str, tuple[str, str | None]]:
     return {e.what: (e.verdict, e.figures["grid"]) for e in found.evidence if e.test == "grid"}
 
 
-GRIDS = {"mxfp4": mxfp4, "nvfp4": nvfp4, "int4 in groups of 32": int4, "fp8 in blocks of 128": fp8_rows}
+GRIDS = {"mxfp4": mxfp4, "nvfp4": nvfp4, "int4": int4, "fp8": fp8_rows}
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -326,10 +392,17 @@ def test_a_grid_proves_the_orientation_of_random_weights(name, tmp_path):
     assert shares['down_proj is read as "i h"'] == 1
 
 
+def test_a_grid_shows_in_float32_too(tmp_path):
+    source = write_checkpoint(tmp_path / "random", "qwen3-moe/transformers-5", dtype=torch.float32)
+    found = look(copy(source, tmp_path / "decoded", ("gate_up_proj", lambda t: mxfp4(t).float()), ("down_proj", lambda t: mxfp4(t).float())))
+    assert grids(found) == {"gate_up_proj": ("as declared", "mxfp4"), "down_proj": ("as declared", "mxfp4")}
+    assert found.open == ('gate_up_proj is read as "e (i p) h"',)
+
+
 def test_square_blocks_show_no_orientation(tmp_path):
     source = write_checkpoint(tmp_path / "random", "qwen3-moe/transformers-5", {"h": 128, "i": 128})
     found = look(copy(source, tmp_path / "decoded", ("gate_up_proj", fp8_blocks), ("down_proj", fp8_blocks)))
-    assert grids(found)["down_proj"] == ("cannot tell", "fp8 in blocks of 128")
+    assert grids(found)["down_proj"] == ("cannot tell", "fp8")
     assert found.verdict == "cannot tell"
 
 

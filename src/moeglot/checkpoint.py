@@ -281,8 +281,9 @@ def open(path: str | Path, format: str | None = None, *, headers_only: bool = Fa
 def _ask_the_numbers(source: Source, found: Identification) -> Identification:
     """Where several formats fit all declarations: the one that the numbers fit, if they contradict all others."""
     candidates = [Checkpoint(source, form, found) for form in found.candidates]
-    complete = all(next(problems(candidate), None) is None for candidate in candidates)
-    n, why = (complete and decide(candidates)) or (None, "nor can the numbers tell")
+    if any(next(problems(candidate), None) for candidate in candidates):
+        return found
+    n, why = decide(candidates) or (None, "nor can the numbers tell")
     return replace(found, format=None if n is None else found.candidates[n], evidence=(*found.evidence, why))
 
 

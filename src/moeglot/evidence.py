@@ -250,7 +250,7 @@ def _grid(line: Stored, seen: Sequence[Profile]) -> Evidence:
     lossless = grid.exact and fits == DECLARED
     detail = f"on the grid of {grid.name}{'' if grid.exact else ', to the rounding of BF16'}: {shares[DECLARED]:.1%} of groups as declared, "
     detail += f"{shares[other]:.1%} {'' if other == ACROSS else 'if '}{other}"
-    detail += f"; encoding it as {grid.name} again loses nothing" if lossless else ""
+    detail += f"; encoding the sample as {grid.name} again loses nothing" if lossless else ""
     verdict: Verdict = "as declared" if fits == DECLARED else "another reading"
     if min(shares.values()) > 1 - MISSES or fits == ACROSS:
         verdict = "cannot tell"

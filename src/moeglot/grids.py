@@ -56,7 +56,8 @@ E4M3 = tuple(m * 2.0**k for k in range(-18, 1) for m in range(8, 16))  # the lar
 GRIDS = (
     Grid("mxfp4", 32, E2M1, (4.0, 6.0), exact=True),
     Grid("nvfp4", 16, E2M1, (6.0, 4.0, 3.0)),
-    Grid("int4 in groups of 32", 32, tuple(map(float, range(1, 9))), (7.0, 8.0)),
-    Grid("fp8 in blocks of 128", 128, E4M3, E4M3[-8:]),
+    Grid("int4", 32, tuple(map(float, range(1, 9))), (7.0, 8.0)),
+    Grid("fp8", 128, E4M3, E4M3[-8:]),
 )
-"""The stricter first: what lies on one may lie on a later one too. Blocks of fp8 are square, so a turned matrix fits as well; one scale a row does not."""
+"""The stricter first: what lies on one may lie on a later one too. Longer groups fit as well: int4 in 128, fp8 with one scale
+a row. Blocks of 128 × 128 fit along both axes."""
