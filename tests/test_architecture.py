@@ -24,7 +24,7 @@ LAYERS = (
     {"evidence"},
     {"checkpoint"},
     {"checks", "experts", "loss"},
-    {"misreadings", "targets"},
+    {"misreadings", "targets", "lint"},
     {"plan"},
     {"forward", "units", "work"},
     {"fingerprint"},
@@ -32,7 +32,8 @@ LAYERS = (
     {"certificate"},
     {"convert"},
     {"report"},
-    {"integrations", "demo"},
+    {"integrations", "inspection"},
+    {"demo"},
     {"cli"},
 )
 """An import points to the same row or to one above it."""

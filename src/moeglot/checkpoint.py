@@ -173,21 +173,17 @@ class Checkpoint:
                 found[role] = LazyEncoded(encoding, shape, lambda expert, line=line, role=role: self.expert(line, layer, expert)[role])  # type: ignore[misc]
         return {role: found[role] for role in self.format.family.roles}
 
-    def is_expert(self, key: str) -> bool:
-        """A tensor of the experts, not of a layer for multi-token prediction."""
-        found = self.format.match(key)
-        return found is not None and found[2] not in self._carried
-
     @cached_property
-    def _carried(self) -> range:
-        return self.format.family.carried_layers(self.config)
+    def expert_keys(self) -> frozenset[str]:
+        """The names of all tensors of the experts; those of layers for multi-token prediction are not among them."""
+        return frozenset(key for key, *_ in self.format.expert_keys(self.layers, self.sizes))
 
     @cached_property
     def dense(self) -> dict[str, HubTensor]:
         """Hub name -> tensor, for every tensor that is no expert; raises `TensorMismatch` for one that the format cannot name."""
         found: dict[str, HubTensor] = {}
         for key, entry in self.source.entries.items():
-            if self.is_expert(key):
+            if key in self.expert_keys:
                 continue
             for tensor in self._hub_tensors(key, entry):
                 if tensor.name in found:

@@ -15,9 +15,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 import moeglot
-from moeglot import report
+from moeglot import inspection, report
 from moeglot.convert import WRITING, default_workers
-from moeglot.errors import MoeglotError, UsageError
+from moeglot.errors import MoeglotError, UnknownFormat, UsageError
+from moeglot.lint import lint
+from moeglot.outline import outline
+from moeglot.source import read_source
 
 app = typer.Typer(
     help="Reads, writes, converts and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.\n\n"
@@ -101,16 +104,21 @@ def inspect(
     from moeglot.evidence import weigh
 
     _check_folder(html, "--html")
-    checkpoint = moeglot.open(path, format, headers_only=not deep)
-    weighed = weigh(checkpoint) if deep else None
+    try:
+        checkpoint = moeglot.open(path, format, headers_only=not deep)
+    except UnknownFormat:
+        if not json:
+            inspection.show_outline(out, outline(read_source(path, headers_only=True)))
+        raise
+    weighed, findings = weigh(checkpoint) if deep else None, lint(checkpoint, sample=deep)
     for console in ([] if json else [out]) + ([recorder := _recorder()] if html else []):
-        report.show_inspect(console, checkpoint)
+        inspection.show_inspect(console, checkpoint, findings)
         if weighed:
-            report.show_evidence(console, weighed)
+            inspection.show_evidence(console, weighed)
     if html:
         report.write_html(html, f"moeglot inspect {path}", recorder, ())
     if json:
-        _print_json(report.inspect_json(checkpoint, weighed))
+        _print_json(inspection.inspect_json(checkpoint, findings, weighed))
         raise typer.Exit(weighed.exit_status if weighed else 0)
     if weighed and (contradiction := weighed.contradiction(checkpoint.known)):
         raise contradiction

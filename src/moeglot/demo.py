@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moeglot import report
+from moeglot import inspection, report
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Report
 from moeglot.convert import convert
@@ -40,7 +40,7 @@ def _say(console: Console, number: int, text: str) -> None:
 def _tell(console: Console, folder: Path) -> int:
     _say(console, 1, "A trained gpt-oss model as openai stores one: MXFP4, square matrices (H = I), so no shape shows which way one lies")
     source = open(BUNDLED)
-    report.show_inspect(console, source)
+    inspection.show_inspect(console, source)
     _say(console, 2, "Convert it to BF16 for transformers; the output is re-read from disk and verified")
     there = convert(source, "gpt-oss/transformers", folder / "bf16")
     report.show_certificate(console, there)

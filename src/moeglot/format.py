@@ -176,8 +176,8 @@ class Format:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing in it is quantized."""
-        return all(isinstance(line.encoding, Plain) for line in self.stored)
+        """Nothing in it is quantized, and every matrix lies [out, in], as quantizers want it: their blocks run along what is summed."""
+        return all(isinstance(line.encoding, Plain) and line.upright for line in self.stored)
 
     def coded(self, coding: Coding) -> Format:
         """This layout with its matrices as a producer quantizes them."""

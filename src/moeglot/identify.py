@@ -195,7 +195,10 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
     """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too."""
     found: dict[tuple[str, str], Entry] = {}
     for line in form.stored:
-        suffixes = line.names if every else line.suffixes
+        wanted = line.names if every else line.suffixes
+        suffixes = {part: suffix for part, suffix in wanted.items() if _is_somewhere(line.key + suffix, source)}
+        if not line.suffixes.keys() <= suffixes.keys():
+            continue
         for layer, expert in ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1)):
             stem = line.key.format(layer=layer, expert=expert)
             for part, suffix in suffixes.items():
@@ -204,6 +207,12 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
             if all((line.key, part) in found for part in line.suffixes):
                 break
     return found
+
+
+def _is_somewhere(template: str, source: Source) -> bool:
+    """Some tensor's name ends as this template does."""
+    last = template[template.rfind(".") + 1 :]
+    return "{" in last or last in source.last_names
 
 
 def _shape_refutation(form: Format, sizes: Sizes, first: Mapping[tuple[str, str], Entry]) -> Refutation | None:

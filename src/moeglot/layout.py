@@ -72,6 +72,11 @@ class Stored:
         *_, before, last = self.key.split(".")
         return before if last == "weight" else last
 
+    @cached_property
+    def upright(self) -> bool:
+        """A matrix lies as [out, in]."""
+        return [letter for group in self.expert_groups for letter in group if letter != "p"] == self.role_axes.split()
+
     @property
     def leading(self) -> int:
         """How many axes a part with one entry for a matrix has: of experts, and of which projection."""
@@ -147,9 +152,7 @@ class Stored:
 
     def movable(self, encoding: Encoding, sizes: Sizes) -> bool:
         """Codes of this encoding can be split into roles (and joined from them) as they are: no block would straddle a cut or be turned."""
-        stored = [letter for group in self.expert_groups for letter in group if letter != "p"]
-        upright = stored == self.role_axes.split()
-        return all(self._part_moves(part, upright, sizes) for part in encoding.parts)
+        return all(self._part_moves(part, self.upright, sizes) for part in encoding.parts)
 
     def _part_moves(self, part: Part, upright: bool, sizes: Sizes) -> bool:
         if part.flat:

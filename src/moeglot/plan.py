@@ -48,9 +48,9 @@ class Step:
     @property
     def exact(self) -> bool:
         """Nothing is lost, whatever the numbers."""
-        return (self.moves_codes and all(source.parts == self.target.parts for source in self.sources)) or all(
-            source.fits_in(self.target) for source in self.sources
-        )
+        if self.moves_codes and all(source.parts == self.target.parts for source in self.sources):
+            return True
+        return isinstance(self.target, Plain) and all(source.fits_in(self.target) for source in self.sources)
 
     def nbytes(self, sizes: Sizes) -> int:
         """Bytes of one expert's slice."""

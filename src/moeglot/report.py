@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeglot.certificate import Certificate, report_json
-from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Report
-from moeglot.evidence import Weighed, evidence_json
 from moeglot.format import Format
 from moeglot.forward import LIMIT
 from moeglot.loss import Loss
@@ -46,72 +44,6 @@ def table(console: Console, title: str, header: Iterable[str], rows: Iterable[It
         shown.add_row(*row)
     console.print(shown)
     console.print()
-
-
-# --- inspect ---------------------------------------------------------------------------------------------------------------------------
-
-
-def inspect_json(checkpoint: Checkpoint, deep: Weighed | None = None) -> dict[str, Any]:
-    c, experts = checkpoint, _expert_bytes(checkpoint)
-    return {
-        "schema": "moeglot/inspect/1",
-        "path": c.source.name,
-        "format": c.format.name,
-        "family": c.format.family.name,
-        "evidence": list(c.evidence),
-        "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items()},
-        "sizes": dict(c.sizes),
-        "layers": list(c.layers),
-        "stored": [_stored_json(c, line) for line in c.format.stored],
-        "tensors": len(c.source.entries),
-        "shards": len(c.source.shards),
-        "bytes": {"experts": experts, "other": c.source.nbytes - experts},
-        **({"deep": evidence_json(deep, c.known)} if deep else {}),
-    }
-
-
-def _stored_json(c: Checkpoint, line: Any) -> dict[str, Any]:
-    encoding = c.encoding(line, c.layers[0])
-    return {"key": line.key, "roles": list(line.roles), "axes": line.axes, "shape": list(line.shape(c.sizes)), "encoding": encoding.name}
-
-
-def _expert_bytes(c: Checkpoint) -> int:
-    """By what stands between layer and expert in a name: an opened checkpoint has nothing else under such names."""
-    pieces = {line.key.split("{layer}")[1].split("{expert}")[0] for line in c.format.stored}
-    return sum(entry.nbytes for key, entry in c.source.entries.items() if any(piece in key for piece in pieces))
-
-
-def show_inspect(console: Console, checkpoint: Checkpoint) -> None:
-    told, c = inspect_json(checkpoint), checkpoint
-    rows = [
-        ("format", f"{c.format.name}: {c.format.about}"),
-        *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
-        ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
-        ("layers", f"{len(c.layers)} with experts of {c.config.get('num_hidden_layers')}"),
-        (
-            "experts",
-            f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}",
-        ),
-    ]
-    table(console, c.source.name, ("", ""), rows)
-    lines = [(s["key"], " ".join(s["roles"]), s["axes"], " × ".join(map(str, s["shape"])), s["encoding"]) for s in told["stored"]]
-    table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
-
-
-def show_evidence(console: Console, deep: Weighed) -> None:
-    rows = [(e.test, _verdict(console, e.verdict), e.what, _safe(console, e.detail)) for e in deep.evidence]
-    sampled = f"layers {', '.join(map(str, deep.layers))}, experts {', '.join(map(str, deep.experts))}"
-    table(console, f"what the numbers say ({sampled})", ("test", "verdict", "of", "detail"), rows)
-    told = {
-        "as declared": "the numbers fit the declared reading; which of gate and up is which they cannot tell",
-        "another reading": "the numbers fit another reading",
-        "cannot tell": "the numbers cannot tell" + (f"; not excluded: {', '.join(deep.open)}" if deep.open else ""),
-    }
-    console.print(told[deep.verdict], style=COLOURS[deep.verdict], highlight=False)
-
-
-def _verdict(console: Console, verdict: str) -> str:
-    return f"[{COLOURS[verdict]}]{verdict}[/]" if console.is_terminal or console.record else verdict
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------------------------
@@ -206,11 +138,15 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
 
 
 def show_report(console: Console, report: Report, title: str) -> None:
-    rows = [(c.level, _verdict(console, c.verdict), c.what, _safe(console, c.detail)) for c in report.checks]
+    rows = [(c.level, verdict(console, c.verdict), c.what, safe(console, c.detail)) for c in report.checks]
     table(console, title, ("level", "verdict", "what", "detail"), rows)
 
 
-def _safe(console: Console, text: str) -> str:
+def verdict(console: Console, verdict: str) -> str:
+    return f"[{COLOURS[verdict]}]{verdict}[/]" if console.is_terminal or console.record else verdict
+
+
+def safe(console: Console, text: str) -> str:
     from rich.markup import escape as escape_markup
 
     return escape_markup(text) if console.is_terminal or console.record else text

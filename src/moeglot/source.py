@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class Source:
     config: Mapping[str, Any] = field(repr=False)
     metadata: tuple[Mapping[str, str], ...] = field(repr=False)
     single: bool = False
+
+    @cached_property
+    def last_names(self) -> frozenset[str]:
+        """What stands after the last dot in the names of tensors."""
+        return frozenset(key[key.rfind(".") + 1 :] for key in self.entries)
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
             continue
         right.add(key)
         dtypes, shape = needed[line.key, part]
-        if entry.dtype not in dtypes or not agree(shape, entry.shape):
+        if entry.dtype not in dtypes or (entry.shape != shape and not agree(shape, entry.shape)):
             yield from _tensor_problems(entry, line, part, sizes, form, known)
     carried = form.family.carried_layers(config)
     stems = {_stem(line) for line in form.stored}

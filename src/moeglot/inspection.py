@@ -1,0 +1,92 @@
+"""What `inspect` shows: what a checkpoint is and how that is known, what the numbers say, what is worth knowing, and an unknown family's outline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.evidence import Weighed, evidence_json
+from moeglot.format import dig
+from moeglot.lint import Finding
+from moeglot.outline import Row
+from moeglot.report import COLOURS, safe, size, table, verdict
+
+
+def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep: Weighed | None = None) -> dict[str, Any]:
+    c, experts = checkpoint, _expert_bytes(checkpoint)
+    return {
+        "schema": "moeglot/inspect/1",
+        "path": c.source.name,
+        "format": c.format.name,
+        "family": c.format.family.name,
+        "evidence": list(c.evidence),
+        "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items() if refutation.by != "family"},
+        "sizes": dict(c.sizes),
+        "layers": list(c.layers),
+        "stored": [_stored_json(c, line) for line in c.format.stored],
+        "unverified": c.format.family.unverified or None,
+        "findings": [{"about": f.about, "what": f.what, "figures": dict(f.figures)} for f in findings],
+        "tensors": len(c.source.entries),
+        "shards": len(c.source.shards),
+        "bytes": {"experts": experts, "other": c.source.nbytes - experts},
+        **({"deep": evidence_json(deep, c.known)} if deep else {}),
+    }
+
+
+def _stored_json(c: Checkpoint, line: Any) -> dict[str, Any]:
+    encoding = c.encoding(line, c.layers[0])
+    return {"key": line.key, "roles": list(line.roles), "axes": line.axes, "shape": list(line.shape(c.sizes)), "encoding": encoding.name}
+
+
+def _expert_bytes(c: Checkpoint) -> int:
+    return sum(c.source.entries[key].nbytes for key in c.expert_keys)
+
+
+def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Finding] = ()) -> None:
+    told, c = inspect_json(checkpoint), checkpoint
+    rows = [
+        ("format", f"{c.format.name}: {c.format.about}"),
+        *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
+        *([("unverified", c.format.family.unverified)] if c.format.family.unverified else []),
+        ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
+        ("layers", f"{len(c.layers)} with experts of {dig(c.config, c.format.family.sparse.count)}"),
+        (
+            "experts",
+            f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}",
+        ),
+    ]
+    table(console, c.source.name, ("", ""), rows)
+    lines = [(s["key"], " ".join(s["roles"]), s["axes"], " × ".join(map(str, s["shape"])), s["encoding"]) for s in told["stored"]]
+    table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
+    if found := list(findings):
+        table(console, "worth knowing", ("about", ""), [(f.about, safe(console, f.what)) for f in found])
+
+
+def show_outline(console: Console, rows: Iterable[Row], most: int = 40) -> None:
+    """The names, shapes and dtypes of a folder whose format is not known."""
+    rows = list(rows)
+    shown = [
+        (row.template, ", ".join(f"{a} to {b}" for a, b in row.ranges), " ".join(row.dtypes), _shapes(row), str(row.tensors), size(row.nbytes))
+        for row in rows[:most]
+    ]
+    more = f", {len(rows) - most} more kinds of names are not shown" if len(rows) > most else ""
+    table(console, f"what is there; {{}} stands for a number{more}", ("name", "numbers", "dtypes", "shapes", "tensors", "bytes"), shown)
+
+
+def _shapes(row: Row) -> str:
+    return ", ".join(" × ".join(map(str, shape)) or "one number" for shape in row.shapes[:3]) + (", …" if len(row.shapes) > 3 else "")
+
+
+def show_evidence(console: Console, deep: Weighed) -> None:
+    rows = [(e.test, verdict(console, e.verdict), e.what, safe(console, e.detail)) for e in deep.evidence]
+    sampled = f"layers {', '.join(map(str, deep.layers))}, experts {', '.join(map(str, deep.experts))}"
+    table(console, f"what the numbers say ({sampled})", ("test", "verdict", "of", "detail"), rows)
+    told = {
+        "as declared": "the numbers fit the declared reading; which of gate and up is which they cannot tell",
+        "another reading": "the numbers fit another reading",
+        "cannot tell": "the numbers cannot tell" + (f"; not excluded: {', '.join(deep.open)}" if deep.open else ""),
+    }
+    console.print(told[deep.verdict], style=COLOURS[deep.verdict], highlight=False)
