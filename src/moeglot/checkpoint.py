@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from moeglot.config import hub_config
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
-from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
@@ -81,22 +80,18 @@ class Checkpoint:
 
     def encoding(self, line: Stored, layer: int) -> Encoding:
         """How this layer's tensor is coded; for plain floats, the type that the file holds."""
-        if isinstance(line.encoding, Plain):
-            return Plain(self.source.entries[line.keys(layer, 0)["value"]].dtype)
-        return line.encoding
+        found = {part: self.source.entries[key] for part, key in line.keys(layer, 0).items()}
+        return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()})
 
     def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
         """One expert's slice of a stored tensor, its axes as they lie on disk."""
-        rows, parts = line.rows(self.sizes), {}
-        for part, key in line.keys(layer, expert).items():
-            entry = self.source.entries[key]
-            if line.per_expert:
-                parts[part] = entry.read()
-            elif rows:
-                parts[part] = entry.read(expert * rows, rows)
-            else:
-                parts[part] = entry.read(expert, 1)[0]
-        return Encoded(self.encoding(line, layer), parts, line.expert_shape(self.sizes))
+        encoding, parts = self.encoding(line, layer), {}
+        for part in encoding.parts:
+            entry = self.source.entries[line.key_of(part, layer, expert)]
+            rows = 0 if line.per_expert else entry.shape[0] // self.sizes["e"]
+            stored = entry.read(expert * rows, rows) if rows else entry.read()
+            parts[part.name] = stored.view(line.slice_shape(part, self.sizes))
+        return Encoded(encoding, parts, line.expert_shape(self.sizes))
 
     def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""

@@ -161,9 +161,9 @@ def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, t
         write_at(descriptor, tensor_bytes(parts["value"]), offset)
         return
     line = unit.step.line
-    for name, key in line.keys(unit.step.layer, unit.expert).items():
-        data = tensor_bytes(parts[name])
-        descriptor, offset = places[key]
+    for part in unit.step.target.parts:
+        data = tensor_bytes(parts[part.name])
+        descriptor, offset = places[line.key_of(part, unit.step.layer, unit.expert)]
         write_at(descriptor, data, offset if line.per_expert else offset + unit.expert * len(data))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import lcm, prod
 from typing import TYPE_CHECKING
 
 from moeglot.errors import TensorMismatch
@@ -13,34 +14,53 @@ if TYPE_CHECKING:
     import torch
 
 Parts = Mapping[str, "torch.Tensor"]
+Stored = tuple[str, tuple[int, ...]]
+"""dtype and shape of a tensor in a file."""
 
 ROWS = 128
-"""Rows are cut at multiples of this, which no block in use straddles."""
+"""Rows are cut at multiples of this, or of a block if that is larger."""
+
+WHOLE = 0
+"""A block as long as the axis of a matrix, whatever its size."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of an encoding. A matrix [..., out, in] has it as [..., out / block[0], in / block[1], *trailing]."""
+    """One stored tensor of an encoding. A matrix [..., out, in] has it as [..., ⌈out / block[0]⌉, ⌈in / block[1]⌉, *trailing].
+
+    `ragged`: the last block of an axis may be short. WHOLE in `block`: one entry, whatever the axis' size. If both are WHOLE (`is_single`), a file
+    has the shape `single` in place of the two axes: none, or ones. `flat`: the axes are flattened, and each entry codes so many numbers.
+    """
 
     name: str
     dtypes: tuple[str, ...]
     block: tuple[int, int] = (1, 1)
     trailing: tuple[int, ...] = ()
+    ragged: bool = False
+    single: tuple[int, ...] = ()
+    flat: int = 0
+
+    @property
+    def is_single(self) -> bool:
+        """One entry for a matrix."""
+        return self.block == (WHOLE, WHOLE)
 
     def blocks(self, rank: int) -> tuple[int, ...]:
         """Values for one stored entry, along each of `rank` axes; only the last two are ever blocked."""
         return ((1,) * rank + self.block)[-rank:]
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of this part, for values of a shape [..., out, in]; a size that is no whole number of blocks is an error."""
-        blocks = self.blocks(len(shape))
-        if any(n % b for n, b in zip(shape, blocks, strict=True)):
+        """Shape of this part, for values of a shape [..., out, in]; a size that is no whole number of blocks is an error unless `ragged`."""
+        if self.flat:
+            return (-(-prod(shape) // self.flat), *self.trailing)
+        blocks = tuple(block or size for size, block in zip(shape, self.blocks(len(shape)), strict=True))
+        if not self.ragged and any(n % b for n, b in zip(shape, blocks, strict=True)):
             raise TensorMismatch(
                 f"a tensor of shape {list(shape)} has no {self.name}: its blocks are {list(self.block)} values",
                 f"the encoding codes [out, in] in blocks of {self.block[0]} × {self.block[1]}, whole ones only",
                 "choose an encoding without blocks, for example --encode bfloat16",
             )
-        return (*(n // b for n, b in zip(shape, blocks, strict=True)), *self.trailing)
+        return (*(-(-n // b) for n, b in zip(shape, blocks, strict=True)), *self.trailing)
 
 
 class Encoding(ABC):
@@ -57,6 +77,13 @@ class Encoding(ABC):
     @abstractmethod
     def parts(self) -> tuple[Part, ...]: ...
 
+    def as_stored(self, found: Mapping[str, Stored]) -> Encoding:
+        """This encoding with what a spec leaves open (a scale's dtype, whether there is an input scale) settled by the tensors of a file.
+
+        `found`: part -> (dtype, shape) of the tensors that are there, of one matrix.
+        """
+        return self
+
     @abstractmethod
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         """parts of a matrix -> values [..., out, in] in `dtype`."""
@@ -72,6 +99,14 @@ class Encoding(ABC):
     @abstractmethod
     def fits_in(self, other: Encoding) -> bool:
         """Every value that this encoding can hold, the other holds too, so that the step loses nothing whatever the numbers."""
+
+    def recodes(self, other: Encoding) -> bool:
+        """Parts of this encoding can become parts of the other without decoding, at least for some numbers."""
+        return self.name == other.name and self.parts == other.parts
+
+    def recode(self, parts: Parts, other: Encoding) -> Parts | None:
+        """The same values, bit for bit, as parts of an encoding that this one `recodes` to; None if these numbers cannot be."""
+        return parts
 
     def undetermined(self, parts: Parts) -> int:
         """How many blocks have values that other parts could code as well, so that decode∘encode need not return these bytes."""
@@ -100,12 +135,16 @@ class Encoded:
         return self.shape[0]
 
     def row_blocks(self, values: int = 1 << 20) -> Iterator[Encoded]:
-        """A matrix [out, in] (or a vector) in runs of whole rows and blocks, of about `values` numbers each, as views."""
-        step = max(1, values // (self.shape[-1] * ROWS)) * ROWS if len(self.shape) > 1 else self.shape[0]
+        """A matrix [out, in] (or a vector) in runs of whole rows and blocks, of about `values` numbers each, as views; flat parts are not cut."""
         blocks = {part.name: part.blocks(len(self.shape))[0] for part in self.encoding.parts}
+        if any(part.flat for part in self.encoding.parts):
+            yield self
+            return
+        unit = lcm(ROWS, *(block for block in blocks.values() if block))
+        step = max(1, values // (self.shape[-1] * unit)) * unit if len(self.shape) > 1 else self.shape[0]
         for first in range(0, self.shape[0], step):
             last = min(first + step, self.shape[0])
-            parts = {name: tensor[first // blocks[name] : -(-last // blocks[name])] for name, tensor in self.parts.items()}
+            parts = {name: tensor[first // block : -(-last // block)] if (block := blocks[name]) else tensor for name, tensor in self.parts.items()}
             yield Encoded(self.encoding, parts, (last - first, *self.shape[1:]))
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:

@@ -198,7 +198,7 @@ class Format:
 
     @cached_property
     def _patterns(self) -> tuple[tuple[Stored, str, re.Pattern[str]], ...]:
-        return tuple((line, part, _pattern(line.key + suffix)) for line in self.stored for part, suffix in line.names.items())
+        return tuple((line, part, _pattern(line.key + suffix)) for line in self.stored for part, suffix in line.suffixes.items())
 
     def match(self, key: str) -> tuple[Stored, str, int, int | None] | None:
         """key -> (line, part, layer, expert), or None for a tensor that is no expert."""

@@ -145,11 +145,12 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
     """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one."""
     found: dict[tuple[str, str], Entry] = {}
     for line in form.stored:
+        parts = [part.name for part in line.encoding.parts]
         places = ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1))
         for part, key in ((part, key) for layer, expert in places for part, key in line.keys(layer, expert).items()):
             if key in source.entries:
                 found.setdefault((line.key, part), source.entries[key])
-                if all((line.key, name) in found for name in line.names):
+                if all((line.key, name) in found for name in parts):
                     break
     return found
 
@@ -158,6 +159,6 @@ def _shape_refutation(form: Format, sizes: Sizes, first: Mapping[tuple[str, str]
     for line in form.stored:
         for part in line.encoding.parts:
             entry = first[line.key, part.name]
-            if entry.shape != (shape := part.shape(line.shape(sizes))):
+            if entry.shape != (shape := line.part_shape(part, sizes)):
                 return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

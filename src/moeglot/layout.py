@@ -7,7 +7,7 @@ alternate, then the hidden axis. The letters of a role in canonical order ([out,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
@@ -53,7 +53,7 @@ class Stored:
             raise ValueError(f"{self.key}: {self.axes!r} must start with e, so that an expert is one run of bytes")
         if "{layer}" not in self.key:
             raise ValueError(f"{self.key}: no {{layer}} in the key")
-        if {part.name for part in self.encoding.parts} != set(self.names):
+        if not {part.name for part in self.encoding.parts} <= set(self.names):
             raise ValueError(f"{self.key}: {self.encoding} has parts {[part.name for part in self.encoding.parts]}, named are {list(self.names)}")
 
     @cached_property
@@ -80,12 +80,21 @@ class Stored:
         """The axes of one expert's slice, in einops' notation."""
         return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.expert_groups)
 
+    @cached_property
+    def suffixes(self) -> dict[str, str]:
+        """part -> what follows the key, for the parts that this line's encoding has."""
+        return {part.name: self.names[part.name] for part in self.encoding.parts}
+
     def keys(self, layer: int, expert: int | None = None) -> dict[str, str]:
         """part -> full key."""
         key = self.key.format(layer=layer, expert=expert)
-        return {part: key + suffix for part, suffix in self.names.items()}
+        return {part: key + suffix for part, suffix in self.suffixes.items()}
 
-    def _shape(self, groups: tuple[tuple[str, ...], ...], sizes: Sizes) -> tuple[int, ...]:
+    def key_of(self, part: Part, layer: int, expert: int | None) -> str:
+        """The full key of a part."""
+        return self.key.format(layer=layer, expert=expert) + self.names[part.name]
+
+    def _shape(self, groups: Iterable[tuple[str, ...]], sizes: Sizes) -> tuple[int, ...]:
         known = {**sizes, "p": len(self.roles)}
         return tuple(prod(known[letter] for letter in group) for group in groups)
 
@@ -97,10 +106,24 @@ class Stored:
         """Shape of the values of one expert's slice."""
         return self._shape(self.expert_groups, sizes)
 
-    def rows(self, sizes: Sizes) -> int:
-        """How many entries of the stored tensor's first axis are one expert's, 0 if that axis is e alone."""
-        group = self.groups[0]
-        return 0 if group == ("e",) else prod({**sizes, "p": len(self.roles)}[letter] for letter in group if letter != "e")
+    def part_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
+        """Shape in a file of a part of the whole stored tensor; raises `TensorMismatch` for a size that is no whole number of blocks."""
+        if part.is_single:
+            letters = [letter for group in self.groups for letter in group if letter in "ep"]
+            return (*self._shape(((letter,) for letter in letters), sizes), *part.single, *part.trailing)
+        return self._part_shape(self.groups, part, sizes)
+
+    def slice_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
+        """Shape of a part of one expert's slice, every axis kept: where a block is WHOLE, an axis of two projections is 2 long and any other 1."""
+        return self._part_shape(self.expert_groups, part, sizes)
+
+    def _part_shape(self, groups: tuple[tuple[str, ...], ...], part: Part, sizes: Sizes) -> tuple[int, ...]:
+        if part.flat:
+            return part.shape(self._shape(groups, sizes))
+        blocks = part.blocks(len(groups))
+        kept = [tuple(letter for letter in group if block or letter in "ep") for group, block in zip(groups, blocks, strict=True)]
+        blocked = replace(part, block=(part.block[0] or 1, part.block[1] or 1))
+        return blocked.shape(self._shape(kept, sizes))
 
     # --- moving axes, for one expert -------------------------------------------------------------------------------------------------
 
@@ -111,6 +134,8 @@ class Stored:
         return all(self._part_moves(part, upright, sizes) for part in encoding.parts)
 
     def _part_moves(self, part: Part, upright: bool, sizes: Sizes) -> bool:
+        if part.flat:
+            return upright and len(self.roles) == 1
         if not upright and (part.trailing or part.block[0] != part.block[1]):
             return False
         for group, block in zip(self.expert_groups, part.blocks(len(self.expert_groups)), strict=True):
@@ -122,11 +147,17 @@ class Stored:
         """One expert's slice -> role -> [out, in], as views where strides allow it."""
         from einops import rearrange
 
-        if "p" not in self.pattern.replace("(", " ").replace(")", " ").split():
+        from_letters = dict(zip((group for group in self.expert_groups), stored.shape, strict=True))
+        sizes = {letter: n // (len(self.roles) if "p" in group else 1) for group, n in from_letters.items() for letter in group if letter != "p"}
+        shape = tuple(sizes[letter] for letter in self.role_axes.split())
+        if any(part.flat for part in stored.encoding.parts):
+            assert self.movable(stored.encoding, sizes)
+            return {self.roles[0]: stored}
+        if len(self.roles) == 1:
             parts = {name: rearrange(part, f"{self.pattern} ... -> {self.role_axes} ...") for name, part in stored.parts.items()}
-            return {self.roles[0]: _encoded(stored.encoding, parts)}
+            return {self.roles[0]: Encoded(stored.encoding, parts, shape)}
         moved = {name: rearrange(part, f"{self.pattern} ... -> p {self.role_axes} ...", p=len(self.roles)) for name, part in stored.parts.items()}
-        return {role: _encoded(stored.encoding, {name: part[n] for name, part in moved.items()}) for n, role in enumerate(self.roles)}
+        return {role: Encoded(stored.encoding, {name: part[n] for name, part in moved.items()}, shape) for n, role in enumerate(self.roles)}
 
     def join(self, role: Callable[[str], Encoded]) -> Encoded:
         """role -> [out, in] to one expert's slice; the inverse of `split`. Asks for one role at a time; all must have one encoding."""
@@ -135,18 +166,23 @@ class Stored:
         joined: Encoded | None = None
         for name in self.roles:
             encoded = role(name)
+            if any(part.flat for part in encoded.encoding.parts):
+                assert len(self.roles) == 1
+                return encoded
+            letters = self.role_axes.split()
             if joined is None:
-                parts = {part: torch.empty(self._joined_shape(encoded, part), dtype=tensor.dtype) for part, tensor in encoded.parts.items()}
-                joined = _encoded(encoded.encoding, parts)
+                parts = {part: torch.empty(self._joined_shape(tensor), dtype=tensor.dtype) for part, tensor in encoded.parts.items()}
+                shape = self._shape(self.expert_groups, dict(zip(letters, encoded.shape, strict=True)))
+                joined = Encoded(encoded.encoding, parts, shape)
                 places = self.split(joined)
             for part, tensor in encoded.parts.items():
                 places[name].parts[part].copy_(tensor)
         assert joined is not None
         return joined
 
-    def _joined_shape(self, encoded: Encoded, part: str) -> tuple[int, ...]:
+    def _joined_shape(self, part: torch.Tensor) -> tuple[int, ...]:
         """Shape of a part of one expert's slice, from the shape that it has in one role."""
-        shape, letters = tuple(encoded.parts[part].shape), self.role_axes.split()
+        shape, letters = tuple(part.shape), self.role_axes.split()
         return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :]
 
     # --- other readings --------------------------------------------------------------------------------------------------------------
@@ -166,13 +202,6 @@ class Stored:
                 flips = [[*before, order] for before in flips for order in permutations(group)]
             for flip in flips:
                 yield " ".join((["e"] if not self.per_expert else []) + [g[0] if len(g) == 1 else f"({' '.join(g)})" for g in flip])
-
-
-def _encoded(encoding: Encoding, parts: Parts) -> Encoded:
-    first = encoding.parts[0]
-    stored = tuple(parts[first.name].shape)
-    leading = stored[: len(stored) - len(first.trailing)]
-    return Encoded(encoding, parts, tuple(n * b for n, b in zip(leading, first.blocks(len(leading)), strict=True)))
 
 
 def values(tensor: torch.Tensor) -> Encoded:

@@ -8,6 +8,7 @@ from itertools import product
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
+from moeglot.encodings.plain import Plain
 from moeglot.experts import Matrix
 from moeglot.layout import Stored, exactly, values
 
@@ -55,7 +56,7 @@ def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
         yield Misreading(f'{_short(line)} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
-    if "scale" in line.names:
+    if not isinstance(checkpoint.encoding(line, checkpoint.layers[0]), Plain):
         yield Misreading(f"{_short(line)} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
 
 

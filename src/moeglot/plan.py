@@ -49,8 +49,7 @@ class Step:
 
     def nbytes(self, sizes: Sizes) -> int:
         """Bytes of one expert's slice."""
-        shape = self.line.expert_shape(sizes)
-        return sum(prod(part.shape(shape)) * DTYPES[part.dtypes[0]].size for part in self.target.parts)
+        return sum(prod(self.line.slice_shape(part, sizes)) * DTYPES[part.dtypes[0]].size for part in self.target.parts)
 
     @property
     def verb(self) -> str:
@@ -153,7 +152,7 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     sources = tuple(encodings[role].encoding for role in line.roles)
     encoding = _target_encoding(source, target, line, sources, wanted)
     for part in encoding.parts:
-        part.shape(line.expert_shape(source.sizes))
+        line.part_shape(part, source.sizes)
     movable = line.movable(encoding, source.sizes) and all(
         source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
     )
@@ -197,8 +196,8 @@ def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]
     for step in steps:
         for expert in range(source.sizes["e"]) if step.line.per_expert else (None,):
             for part in step.target.parts:
-                shape = part.shape(step.line.shape(source.sizes))
-                yield Slot(step.line.keys(step.layer, expert)[part.name], part.dtypes[0], shape)
+                shape = step.line.part_shape(part, source.sizes)
+                yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape)
 
 
 def _dense(source: Checkpoint, target: Format) -> dict[str, tuple[HubTensor, ...]]:

@@ -109,7 +109,7 @@ def formats_json(formats: Iterable[Format]) -> dict[str, Any]:
                 "about": form.about,
                 "source": form.source,
                 "read_by": form.reads,
-                "stored": [{"key": s.key, "roles": list(s.roles), "axes": s.axes, "encoding": s.encoding.name, "parts": dict(s.names)} for s in form.stored],
+                "stored": [{"key": s.key, "roles": list(s.roles), "axes": s.axes, "encoding": s.encoding.name, "parts": s.suffixes} for s in form.stored],
             }
             for form in formats
         ],

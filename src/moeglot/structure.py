@@ -16,7 +16,7 @@ from moeglot.source import Source
 
 def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
-    needed = {(line.key, part.name): (part.dtypes, part.shape(line.shape(sizes))) for line in form.stored for part in line.encoding.parts}
+    needed = {(line.key, part.name): (part.dtypes, line.part_shape(part, sizes)) for line in form.stored for part in line.encoding.parts}
     right = set()
     for key, line, part, _, _ in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
         entry = source.entries.get(key)
@@ -38,7 +38,7 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
 
 
 def _missing(key: str, line: Stored, part: str, source: Source, form: Format, layers: tuple[int, ...], known: str) -> TensorMismatch:
-    siblings = [key.removesuffix(line.names[part]) + suffix for name, suffix in line.names.items() if name != part]
+    siblings = [key.removesuffix(line.names[part]) + line.names[other.name] for other in line.encoding.parts if other.name != part]
     alone = [name for name in siblings if name in source.entries]
     why = f"{alone[0]} is there and means nothing without it; " if alone else ""
     return TensorMismatch(
@@ -53,7 +53,7 @@ def _tensor_problems(entry: Entry, line: Stored, part: str, sizes: Sizes, form: 
     if entry.dtype not in spec.dtypes:
         yield TensorMismatch(f"{entry.name}: {form.name} needs {' or '.join(spec.dtypes)}, the file has {entry.dtype}", known, _other_format(form, entry))
         return
-    shape = spec.shape(line.shape(sizes))
+    shape = line.part_shape(spec, sizes)
     if entry.shape != shape:
         yield TensorMismatch(f'{entry.name}: read as "{line.axes}" needs {list(shape)}, the file has {list(entry.shape)}', known, _other_format(form, entry))
 

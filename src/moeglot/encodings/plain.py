@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
-from moeglot.encoding import Encoding, Part, Parts
+from moeglot.encoding import Encoding, Part, Parts, Stored
 from moeglot.errors import BadNumbers
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Plain(Encoding):
     @property
     def parts(self) -> tuple[Part, ...]:
         return (Part("value", (self.dtype,) if self.dtype else WEIGHT_DTYPES),)
+
+    def as_stored(self, found: Mapping[str, Stored]) -> Plain:
+        return Plain(found["value"][0])
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return parts["value"].to(dtype)
