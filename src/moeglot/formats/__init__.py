@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
-from moeglot.formats import gpt_oss, mixtral, qwen3_moe
+from moeglot.formats import gate_up_down, gpt_oss, mixtral
 
-FORMATS: tuple[Format, ...] = (*gpt_oss.FORMATS, *qwen3_moe.FORMATS, *mixtral.FORMATS)
+FORMATS: tuple[Format, ...] = (*gpt_oss.FORMATS, *mixtral.FORMATS, *gate_up_down.FORMATS)
 
 FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
 

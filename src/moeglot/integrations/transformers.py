@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-EXPERTS = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts$")
+EXPERTS = re.compile(r"\.(?:layers|blocks)\.(\d+)\.(?:\w+\.)*experts$")
+TOWERS = re.compile(r"vision|visual|audio|talker|mtp|self_attention")
+"""Parts of a model whose experts, if they have any, are not those of the language model's layers."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def live(checkpoint: Checkpoint) -> Live:
     Raises `UsageError` for a format that the installed transformers does not read and `NotVerified` if it finds tensors missing or unexpected.
     """
     model = load(checkpoint)
-    found = {int(match[1]): module for name, module in model.named_modules() if (match := EXPERTS.search("." + name))}
+    found = experts_of(model)
     if missing := set(checkpoint.layers) - found.keys():
         raise NotVerified(
             f"transformers {transformers.__version__} has no experts in layers {sorted(missing)}",
@@ -70,6 +72,28 @@ def live(checkpoint: Checkpoint) -> Live:
             "check config.json against the producer's",
         )
     return Live(f"transformers {transformers.__version__}", found)
+
+
+def experts_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """Layer -> the experts module of the language model."""
+    return {int(match[1]): module for name, module in model.named_modules() if (match := EXPERTS.search("." + name)) and not TOWERS.search(name)}
+
+
+def model_class(config: Any) -> Any:
+    """The class that computes with a config: the one that it names, else the largest that the library has for its type."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForTokenClassification", "AutoModel"):
+        known = getattr(transformers, auto, None)
+        found = known._model_mapping.get(type(config), None) if known else None
+        if found is not None and (found.config_class is type(config) or auto == "AutoModel"):
+            return found
+    raise UsageError(
+        f"transformers {transformers.__version__} has no model for {type(config).__name__}",
+        f"config.json says model_type = {config.model_type}",
+        "pass --against another checkpoint",
+    )
 
 
 def load(checkpoint: Checkpoint) -> Any:
@@ -88,7 +112,7 @@ def load(checkpoint: Checkpoint) -> Any:
     options: dict[str, Any] = {"dtype": torch.bfloat16 if quantized else torch.float32, "output_loading_info": True}
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.source.folder, **options)
+    model, info = model_class(transformers.AutoConfig.from_pretrained(checkpoint.source.folder)).from_pretrained(checkpoint.source.folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))

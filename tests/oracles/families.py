@@ -1,0 +1,168 @@
+"""A tiny random model of every family that the installed transformers has: its config from the family's own size keys, its class, its files.
+
+`python tests/oracles/families.py [NAME ...]` reports which families can be built here, what they save and what they are called in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+from moeglot.format import Family
+from moeglot.integrations.transformers import model_class
+
+SIZES = {"square": (4, 64, 64), "h=2i": (4, 64, 32), "neither": (4, 64, 96)}
+"""name -> e, h, i."""
+
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers"), 3),
+    **dict.fromkeys(("hidden_size", "d_model", "text_hidden_size", "audio_hidden_size", "output_dim"), 64),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_heads", "num_global_key_value_heads"), 4),
+    **dict.fromkeys(("head_dim", "global_head_dim", "q_lora_rank", "kv_lora_rank", "o_lora_rank", "v_head_dim", "index_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_attn_head_dim"), 4),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), 48),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"), 32),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_groups", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("num_dense_layers", "first_k_dense_replace", "num_nextn_predict_layers", "depth", "temporal_patch_size", "index_n_heads"), 1),
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size_per_layer_input": 8,
+    "index_topk": 4,
+    "sliding_window": 8,
+    "max_position_embeddings": 128,
+    "patch_size": 4,
+    "image_size": 16,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Config key -> a value that keeps a model tiny; set wherever a config class has the key."""
+
+OFTEN_NONE = {"moe_intermediate_size", "num_experts_per_tok", "n_shared_experts", "head_dim", "n_group", "topk_group", "num_experts", "top_k_experts"}
+"""Keys that are set although the class has no default for them."""
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "flint": {"mlp_only_layers": [1]},
+    "qwen2-moe": {"mlp_only_layers": [1]},
+    "qwen3-moe": {"mlp_only_layers": [1]},
+    "qwen3-next": {"decoder_sparse_step": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+}
+"""Family -> what its config needs beyond `SMALL`, by dotted key."""
+
+
+CANNOT: dict[str, str] = {}
+"""Family -> why no tiny model of it can be built here."""
+
+
+def why_not(family: Family) -> str | None:
+    return CANNOT.get(family.name)
+
+
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[last] = value
+
+
+def small(cls: type) -> dict[str, Any]:
+    """Keyword arguments of a config class, its sub-configs included, that make it tiny."""
+    default = cls()
+    known = default.to_dict()
+    found = {
+        key: value
+        for key, value in SMALL.items()
+        if key in known and (known[key] is not None or key in OFTEN_NONE) and not isinstance(known[key], (list, dict))
+    }
+    if "qk_rope_head_dim" in known:
+        found.pop("head_dim", None)  # it follows
+    for name in getattr(cls, "sub_configs", None) or {}:
+        if getattr(default, name, None) is not None:
+            found[name] = small(type(getattr(default, name)))
+    return found
+
+
+def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
+    """The tiny config of a family, with these sizes under the family's own keys."""
+    cls = CONFIG_MAPPING[family.model_types[0]]
+    options = small(cls)
+    for letter, keys in family.sizes.items():
+        if letter in sizes:
+            put(options, keys[0], sizes[letter])
+    for path, value in EXTRA.get(family.name, {}).items():
+        put(options, path, value)
+    return cls(**options)
+
+
+def model_of(family: Family, size: str) -> torch.nn.Module:
+    """A random model in float32 whose activations stay near 1."""
+    e, h, i = SIZES[size]
+    torch.manual_seed(e + h + i)
+    config = config_of(family, {"e": e, "h": h, "i": i})
+    model = model_class(config)(config).float().eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    found = model(input_ids=torch.arange(16).view(2, 8) * 3 % 90 + 3, use_cache=False)
+    return found.logits if hasattr(found, "logits") else found[0]
+
+
+def saved(model: torch.nn.Module, folder: Path, original: bool) -> dict[str, torch.Tensor]:
+    """Key -> tensor, as `save_pretrained` writes them."""
+    from safetensors.torch import load_file
+
+    model.save_pretrained(folder, **({} if original else {"save_original_format": False}))
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+def _report(names: list[str]) -> None:
+    import sys
+    import tempfile
+    import time
+
+    from moeglot.formats import FAMILIES
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for family in (family for family in FAMILIES if not names or family.name in names):
+        start = time.time()
+        try:
+            model = model_of(family, "neither")
+            print(
+                f"## {family.name}: {type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters, finite {bool(logits(model).isfinite().all())}"
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                for way in (True, False):
+                    tensors = saved(model, Path(folder) / str(way), way)
+                    print(
+                        "  ",
+                        "original" if way else "memory",
+                        len(tensors),
+                        *[f"{k} {list(v.shape)}" for k, v in tensors.items() if "expert" in k and "shared" not in k][:4],
+                    )
+                if names:
+                    print((Path(folder) / "True" / "config.json").read_text())
+        except Exception as error:
+            print(f"## {family.name}: {type(error).__name__}: {str(error)[:300]}")
+        print(f"   {time.time() - start:.1f} s")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    import sys
+
+    _report(sys.argv[1:])
