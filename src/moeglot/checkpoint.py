@@ -121,12 +121,21 @@ class Checkpoint:
                 found[role] = LazyEncoded(encoding, shape, lambda expert, line=line, role=role: self.expert(line, layer, expert)[role])  # type: ignore[misc]
         return {role: found[role] for role in self.format.family.roles}
 
+    def is_expert(self, key: str) -> bool:
+        """A tensor of the experts, not of a layer for multi-token prediction."""
+        found = self.format.match(key)
+        return found is not None and found[2] not in self._carried
+
+    @cached_property
+    def _carried(self) -> range:
+        return self.format.family.carried_layers(self.config)
+
     @cached_property
     def dense(self) -> dict[str, HubTensor]:
         """Hub name -> tensor, for every tensor that is no expert; raises `TensorMismatch` for one that the format cannot name."""
         found: dict[str, HubTensor] = {}
         for key, entry in self.source.entries.items():
-            if self.format.match(key):
+            if self.is_expert(key):
                 continue
             for tensor in self._hub_tensors(key, entry):
                 if tensor.name in found:
@@ -146,7 +155,7 @@ class Checkpoint:
         line, numbers = named
         yield from self._cut(line, numbers, entry)
 
-    def _cut(self, line: Dense, numbers: Mapping[str, int], entry: Entry) -> Iterator[HubTensor]:
+    def _cut(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
         if len(line.hub) == 1:
             yield HubTensor(line.hub[0].format(**numbers), entry, 0, None)
             return
@@ -164,7 +173,7 @@ class Checkpoint:
 def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
     """Every structural problem of a checkpoint."""
     c = checkpoint
-    return structure_problems(c.source, c.format, c.sizes, c.layers, c.known)
+    return structure_problems(c.source, c.format, c.sizes, c.layers, c.config, c.known)
 
 
 def open(path: str | Path, format: str | None = None, *, headers_only: bool = False) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from moeglot.format import Config, ConfigForm, Family, Format, dig
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:
     """config.json of this format -> the same facts under the keys of the family's Hub release (transformers 4 reads them, and so does 5)."""
-    spec, hub = form.config, dict(config)
+    spec, hub = form.config, copy.deepcopy(dict(config))
     if spec.only:
         hub = {}
         for path, value in spec.hub_constants.items():
@@ -20,7 +21,8 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
             if key in config:
                 _put(hub, path, config[key])
     hub.pop("quantization_config", None)
-    _rename_rope(hub)
+    for part in (hub, *(value for value in hub.values() if isinstance(value, dict))):
+        _rename_rope(part)
     return _rename_sizes(hub, form.family)
 
 
@@ -38,11 +40,20 @@ def _rename_rope(hub: dict[str, Any]) -> None:
 
 
 def _rename_sizes(hub: dict[str, Any], family: Family) -> dict[str, Any]:
-    for first, *others in family.sizes.values():
-        found = [hub.pop(key) for key in others if hub.get(key) is not None and hub.get(first) in (None, hub[key])]
-        if found and hub.get(first) is None:
-            hub[first] = found[0]
+    for letter, (first, *others) in family.sizes.items():
+        for key in others if letter not in family.first_wins else ():
+            value = dig(hub, key)
+            if value is not None and dig(hub, first) in (None, value):
+                _put(hub, first, value)
+                _drop(hub, key)
     return hub
+
+
+def _drop(target: dict[str, Any], path: str) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        target = target[parent]
+    del target[last]
 
 
 def write_config(hub: Config, form: Format) -> dict[str, Any]:

@@ -103,7 +103,10 @@ class SparseLayers:
 class Family:
     """What an expert computes, and where config.json says how large it is.
 
-    `sizes`: letter -> the config keys that may hold it, the Hub's own first. Letters beyond e, h and i size what is no expert.
+    `sizes`: letter -> the config keys (dotted for nested ones) that may hold it, the Hub's own first; they are names of one fact, except for the
+    letters in `first_wins`, where the first key that is there decides. Letters beyond e, h and i size what is no expert.
+    `carried`: config keys that say how many layers for multi-token prediction follow the others; they are carried over as they are.
+    `unverified`: why nobody could compare this family with a real module or file, if so.
     """
 
     name: str
@@ -113,12 +116,22 @@ class Family:
     sizes: Mapping[str, tuple[str, ...]]
     sparse: SparseLayers = SparseLayers()
     source: str = ""
+    first_wins: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+    unverified: str = ""
+
+    def carried_layers(self, config: Config) -> range:
+        """Numbers of the layers after the last one, for multi-token prediction."""
+        count = dig(config, self.sparse.count)
+        extra = next((n for key in self.carried if isinstance(n := dig(config, key), int)), 0)
+        return range(count, count + min(extra, MAX_LAYERS)) if isinstance(count, int) else range(0)
 
     def read_sizes(self, config: Config) -> dict[str, int]:
         """letter -> size; raises `Contradiction` if a size is missing or if two keys for one size disagree."""
         sizes = {}
         for letter, keys in self.sizes.items():
-            found = {key: config[key] for key in keys if config.get(key) is not None}
+            found = {key: value for key in keys if (value := dig(config, key)) is not None}
+            found = dict([*found.items()][:1]) if letter in self.first_wins else found
             if not found or any(not isinstance(n, int) or n < 1 for n in found.values()):
                 raise Contradiction(
                     f"config.json does not say how large axis {letter} is",
@@ -137,7 +150,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Dense:
-    """A tensor that is no expert and that this format names, or packs, unlike the family's Hub format.
+    """A tensor that is no expert and that this format names, or packs, unlike the family's Hub format. `{rest}` in a key stands for any remainder.
 
     `hub`: the Hub's keys whose rows it holds in turn; `rows`: for each, the letters whose product is its number of rows.
     """
@@ -208,12 +221,17 @@ class Format:
                 return line, part, int(groups["layer"]), int(groups["expert"]) if "expert" in groups else None
         return None
 
-    def dense_line(self, key: str) -> tuple[Dense, dict[str, int]] | None:
-        """The `Dense` line of a key of this format, and the numbers in it."""
-        for line in self.dense:
-            if found := _pattern(line.key).fullmatch(key):
-                return line, {name: int(n) for name, n in found.groupdict().items()}
-        return None
+    def dense_line(self, key: str) -> tuple[Dense, dict[str, str]] | None:
+        """The first `Dense` line of a key of this format, and what stands in its braces."""
+        return next(((line, found.groupdict()) for line, pattern, _ in self._dense_patterns if (found := pattern.fullmatch(key))), None)
+
+    def from_hub(self, key: str) -> tuple[Dense, dict[str, str]] | None:
+        """The first `Dense` line that takes a tensor of this Hub name, and what stands in its braces."""
+        return next(((line, found.groupdict()) for line, _, hub in self._dense_patterns for one in hub if (found := one.fullmatch(key))), None)
+
+    @cached_property
+    def _dense_patterns(self) -> tuple[tuple[Dense, re.Pattern[str], tuple[re.Pattern[str], ...]], ...]:
+        return tuple((line, _pattern(line.key), tuple(map(_pattern, line.hub))) for line in self.dense)
 
     def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, Stored, str, int, int | None]]:
         """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
@@ -231,4 +249,4 @@ def _pattern(template: str) -> re.Pattern[str]:
     pattern = re.escape(template)
     for name in ("layer", "expert"):
         pattern = pattern.replace(re.escape("{" + name + "}"), f"(?P<{name}>0|[1-9][0-9]*)")
-    return re.compile(pattern)
+    return re.compile(pattern.replace(re.escape("{rest}"), "(?P<rest>.+)"))

@@ -14,7 +14,7 @@ from itertools import permutations
 from math import prod
 from typing import TYPE_CHECKING
 
-from moeglot.encoding import Encoded, Encoding, Part, Parts
+from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import FLOATS, Plain
 
 if TYPE_CHECKING:

@@ -152,7 +152,7 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     sources = tuple(encodings[role].encoding for role in line.roles)
     encoding = _target_encoding(source, target, line, sources, wanted)
     for part in encoding.parts:
-        line.part_shape(part, source.sizes)
+        line.slice_shape(part, source.sizes)
     movable = line.movable(encoding, source.sizes) and all(
         source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
     )
@@ -204,27 +204,33 @@ def _dense(source: Checkpoint, target: Format) -> dict[str, tuple[HubTensor, ...
     """Key in the target -> the Hub tensors whose rows it holds."""
     left = dict(source.dense)
     made: dict[str, tuple[HubTensor, ...]] = {}
-    for line, numbers in _dense_lines(source, target):
-        names = [name.format(**numbers) for name in line.hub]
+    for line, braces in _dense_lines(source, target):
+        names = [name.format(**braces) for name in line.hub]
         found = [left.pop(name) for name in names if name in left]
         if len(found) != len(names):
             raise TensorMismatch(
-                f"{line.key.format(**numbers)} needs {', '.join(name for name in names if name not in source.dense)}",
+                f"{line.key.format(**braces)} needs {', '.join(name for name in names if name not in source.dense)}",
                 f"{target.name} always has it ({target.source}); {source.known}",
                 "choose another target format",
             )
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
-        made[line.key.format(**numbers)] = tuple(found)
+        made[line.key.format(**braces)] = tuple(found)
     if left and target.config.only:
         raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it", f"its names: {target.source}", "choose another target format")
     return made | {name: (tensor,) for name, tensor in left.items()}
 
 
-def _dense_lines(source: Checkpoint, target: Format) -> Iterator[tuple[Dense, dict[str, int]]]:
-    for line in target.dense:
-        for layer in source.layers if "{layer}" in line.key else (0,):
-            yield line, {"layer": layer}
+def _dense_lines(source: Checkpoint, target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
+    """Each line of the target with what stands in its braces: for every tensor that it takes, and for what the target cannot do without."""
+    found = [taken for name in source.dense if (taken := target.from_hub(name))]
+    if target.config.only:
+        found += [(line, {"layer": str(layer)} if "{layer}" in line.key else {}) for line in target.dense for layer in source.layers]
+    seen = set()
+    for line, braces in found:
+        if (key := line.key.format(**braces)) not in seen:
+            seen.add(key)
+            yield line, braces
 
 
 def _dense_slot(key: str, parts: tuple[HubTensor, ...]) -> Slot:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
-from moeglot.format import Format
+from moeglot.format import Config, Format
 from moeglot.formats import FORMATS
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
 from moeglot.source import Source
 
 
-def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], known: str) -> Iterator[MoeglotError]:
+def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], config: Config, known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
     needed = {(line.key, part.name): (part.dtypes, line.part_shape(part, sizes)) for line in form.stored for part in line.encoding.parts}
     right = set()
@@ -27,9 +27,12 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
         dtypes, shape = needed[line.key, part]
         if entry.dtype not in dtypes or entry.shape != shape:
             yield from _tensor_problems(entry, line, part, sizes, form, known)
+    carried = form.family.carried_layers(config)
     stems = {_stem(line) for line in form.stored}
     for key in source.entries:
-        if key not in right and (form.match(key) or any(_under(key, stem) for stem in stems)) and not form.dense_line(key):
+        if key in right or ((found := form.match(key)) and found[2] in carried):
+            continue
+        if (found or any(_under(key, stem) for stem in stems)) and not form.dense_line(key):
             yield TensorMismatch(
                 f"{key}: extra, {form.name} has no such tensor",
                 f"{known}; it has layers {_spread(layers)} and {sizes['e']} experts",

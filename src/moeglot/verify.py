@@ -58,7 +58,7 @@ def structure(checkpoint: Checkpoint) -> Check:
     found: list[Exception] = list(problems(checkpoint))
     if not found:
         try:
-            tensors = sum(checkpoint.format.match(key) is not None for key in checkpoint.source.entries)
+            tensors = sum(map(checkpoint.is_expert, checkpoint.source.entries))
             checkpoint.dense  # noqa: B018  # raises for a tensor that the format cannot name
         except MoeglotError as error:
             found = [error]
