@@ -52,6 +52,13 @@ OFTEN_NONE = {"moe_intermediate_size", "num_experts_per_tok", "n_shared_experts"
 
 EXTRA: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "lfm2-moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "gemma4-text": {"enable_moe_block": True},
+    "gemma4": {"text_config.enable_moe_block": True},
+    "mimo-v2-flash": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "flint": {"mlp_only_layers": [1]},
     "qwen2-moe": {"mlp_only_layers": [1]},
     "qwen3-moe": {"mlp_only_layers": [1]},

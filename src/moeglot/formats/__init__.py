@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
-from moeglot.formats import gate_up_down, gpt_oss, mixtral
+from moeglot.formats import dbrx, deepseek_v4, fused, gate_up_down, gpt_oss, granite, nemotron_h, nested, text_only, w1_w3_w2
 
-FORMATS: tuple[Format, ...] = (*gpt_oss.FORMATS, *mixtral.FORMATS, *gate_up_down.FORMATS)
+FORMATS: tuple[Format, ...] = (
+    *gpt_oss.FORMATS,
+    *dbrx.FORMATS,
+    *deepseek_v4.FORMATS,
+    *fused.FORMATS,
+    *gate_up_down.FORMATS,
+    *granite.FORMATS,
+    *nemotron_h.FORMATS,
+    *nested.FORMATS,
+    *text_only.FORMATS,
+    *w1_w3_w2.FORMATS,
+)
 
 FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
 

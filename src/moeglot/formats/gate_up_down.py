@@ -1,24 +1,23 @@
 """The families whose releases hold one matrix each, as model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight; they differ in config keys alone."""
 
 from moeglot.format import SparseLayers
-from moeglot.formats.lines import KINDS, LAYER, QWEN, family, first_dense, usual
+from moeglot.formats.lines import KINDS, QWEN, family, first_dense, usual
 
-MLP = LAYER + "mlp."
 ROUTED = ("n_routed_experts", "num_local_experts")
 EXPERTS = ("num_experts", "num_local_experts")
 
 FORMATS = (
     *usual(family("afmoe", e=EXPERTS, sparse=first_dense("num_dense_layers", 1)), "arcee-ai/Trinity-Mini"),
-    *usual(family("axk1", e=ROUTED, sparse=first_dense(default=1)), "skt/A.X-K1", {MLP + "post_mlp_layernorm.weight": LAYER + "post_mlp_layernorm.weight"}),
+    *usual(family("axk1", e=ROUTED, sparse=first_dense(default=1)), "skt/A.X-K1", {"mlp.post_mlp_layernorm.{rest}": "post_mlp_layernorm.{rest}"}),
     *usual(
         family("axk2", e=ROUTED, sparse=first_dense(default=1)),
         "skt/A.X-K2",
         {
-            LAYER + "input_layernorm.mlp.fc1.weight": LAYER + "input_layernorm.W_down.weight",
-            LAYER + "input_layernorm.mlp.fc2.weight": LAYER + "input_layernorm.W_up.weight",
-            LAYER + "post_attention_layernorm.mlp.fc1.weight": LAYER + "post_attention_layernorm.W_down.weight",
-            LAYER + "post_attention_layernorm.mlp.fc2.weight": LAYER + "post_attention_layernorm.W_up.weight",
-            LAYER + "self_attn.q_gate_proj.weight": LAYER + "self_attn.q_b_proj.weight",
+            "input_layernorm.mlp.fc1.{rest}": "input_layernorm.W_down.{rest}",
+            "input_layernorm.mlp.fc2.{rest}": "input_layernorm.W_up.{rest}",
+            "post_attention_layernorm.mlp.fc1.{rest}": "post_attention_layernorm.W_down.{rest}",
+            "post_attention_layernorm.mlp.fc2.{rest}": "post_attention_layernorm.W_up.{rest}",
+            "self_attn.q_gate_proj.{rest}": "self_attn.q_b_proj.{rest}",
         },
     ),
     *usual(family("beam", e=EXPERTS, sparse=first_dense(default=3)), "reflection/Beam-1.0-501B-A23B"),
@@ -35,15 +34,15 @@ FORMATS = (
             sparse=SparseLayers(first=("moe_layer_start_index", 1), last="moe_layer_end_index", every="moe_layer_interval"),
         ),
         "baidu/ERNIE-4.5-21B-A3B-PT",
-        {MLP + "gate.moe_statics.e_score_correction_bias": MLP + "moe_statics.e_score_correction_bias"},
+        {"mlp.gate.moe_statics.e_score_correction_bias": "mlp.moe_statics.e_score_correction_bias"},
     ),
     *usual(
         family("exaone-moe", e=EXPERTS, sparse=first_dense(default=1)),
         "LGAI-EXAONE/K-EXAONE-236B-A23B",
-        {MLP + "gate.e_score_correction_bias": MLP + "e_score_correction_bias"},
+        {"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"},
     ),
     *usual(family("flex-olmo", e=EXPERTS, i="intermediate_size"), "allenai/FlexOlmo-7x7B-1T"),
-    *usual(family("flint", e=EXPERTS, sparse=QWEN), "RecursiveSI/flint", {LAYER + "self_attn.sinks": LAYER + "self_attn.softmax_offset"}),
+    *usual(family("flint", e=EXPERTS, sparse=QWEN), "RecursiveSI/flint", {"self_attn.sinks": "self_attn.softmax_offset"}),
     *usual(family("glm4-moe", e=ROUTED, sparse=first_dense(default=1)), "zai-org/GLM-4.5"),
     *usual(family("glm4-moe-lite", e=ROUTED, sparse=first_dense(default=1)), "zai-org/GLM-4.7-Flash"),
     *usual(family("glm-moe-dsa", e=ROUTED, sparse=first_dense(default=3)), "zai-org/GLM-5"),
@@ -52,37 +51,33 @@ FORMATS = (
         family("hy-v3", e=EXPERTS, sparse=first_dense(default=1)),
         "tencent/Hy3-preview",
         {
-            MLP + "e_score_correction_bias": MLP + "expert_bias",
-            MLP + "gate.weight": MLP + "router.gate.weight",
-            MLP + "shared_experts.gate_proj.weight": MLP + "shared_mlp.gate_proj.weight",
-            MLP + "shared_experts.up_proj.weight": MLP + "shared_mlp.up_proj.weight",
-            MLP + "shared_experts.down_proj.weight": MLP + "shared_mlp.down_proj.weight",
+            "mlp.e_score_correction_bias": "mlp.expert_bias",
+            "mlp.gate.{rest}": "mlp.router.gate.{rest}",
+            "mlp.shared_experts.{rest}": "mlp.shared_mlp.{rest}",
         },
     ),
     *usual(
         family("kolibri1", e=EXPERTS),
         "Aleph-Alpha/Kolibri-1",
         {
-            MLP + "gate.e_score_correction_bias": LAYER + "moe.router.expert_bias",
-            LAYER + "post_mlp_layernorm.weight": LAYER + "post_ffn_norm.weight",
-            LAYER + "post_self_attn_layernorm.weight": LAYER + "post_attn_norm.weight",
+            "mlp.gate.e_score_correction_bias": "moe.router.expert_bias",
+            "post_mlp_layernorm.{rest}": "post_ffn_norm.{rest}",
+            "post_self_attn_layernorm.{rest}": "post_attn_norm.{rest}",
         },
     ),
     *usual(
         family("laguna", e=EXPERTS, sparse=SparseLayers(kinds=KINDS, first=("first_k_dense_replace", 1))),
         "poolside/laguna-XS.2",
         {
-            MLP + "gate.e_score_correction_bias": MLP + "experts.e_score_correction_bias",
-            MLP + "shared_experts.gate_proj.weight": MLP + "shared_expert.gate_proj.weight",
-            MLP + "shared_experts.up_proj.weight": MLP + "shared_expert.up_proj.weight",
-            MLP + "shared_experts.down_proj.weight": MLP + "shared_expert.down_proj.weight",
+            "mlp.gate.e_score_correction_bias": "mlp.experts.e_score_correction_bias",
+            "mlp.shared_experts.{rest}": "mlp.shared_expert.{rest}",
         },
     ),
     *usual(family("mellum", e=EXPERTS, sparse=SparseLayers(kinds=KINDS)), "JetBrains/Mellum2-12B-A2.5B-Base"),
     *usual(
         family("mimo-v2-flash", e=ROUTED, sparse=first_dense(default=1)),
         "XiaomiMiMo/MiMo-V2-Flash",
-        {LAYER + "self_attn.sinks": LAYER + "self_attn.attention_sink_bias"},
+        {"self_attn.sinks": "self_attn.attention_sink_bias"},
     ),
     *usual(family("olmoe", e=EXPERTS, i="intermediate_size"), "allenai/OLMoE-1B-7B-0924"),
     *usual(family("qwen2-moe", e=EXPERTS, sparse=QWEN), "Qwen/Qwen1.5-MoE-A2.7B"),

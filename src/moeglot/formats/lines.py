@@ -95,23 +95,22 @@ def _all_below(keys: tuple[str, ...], under: str) -> tuple[str, ...]:
     return tuple(f"{under}.{key}" for key in keys)
 
 
-def hub(
-    family: Family, repository: str, lines: tuple[Stored, ...], about: str = "the release on the Hub: one matrix each", reads: str = "any transformers"
-) -> Format:
+def hub(family: Family, repository: str, lines: tuple[Stored, ...], about: str = "the release on the Hub: one matrix each") -> Format:
     """The format of a release: `"deepseek-ai/DeepSeek-V3"` is its repository on the Hub."""
-    return Format(f"{family.name}/hub", family, lines, f"https://huggingface.co/{repository}", about, reads=reads)
+    return Format(f"{family.name}/hub", family, lines, f"https://huggingface.co/{repository}", about)
 
 
-def memory(family: Family, lines: tuple[Stored, ...], dense: Mapping[str, str | tuple[str, ...]] | None = None) -> Format:
+def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str] | None = None, packed: tuple[Dense, ...] = ()) -> Format:
     """The modules of transformers 5, which are also what `save_pretrained(save_original_format=False)` writes.
 
-    `dense`: the name of a tensor that is no expert here -> its name on the Hub.
+    `renamed`: the name of a tensor that is no expert here -> its name on the Hub; `packed`: lines for those that are joined here.
     """
-    renamed = tuple(Dense(key, (name,) if isinstance(name, str) else name) for key, name in (dense or {}).items())
+    dense = (*packed, *(Dense(key, (name,)) for key, name in (renamed or {}).items()))
     about = "the experts module in memory, and save_pretrained(save_original_format=False)"
-    return Format(f"{family.name}/transformers-5", family, lines, family.source, about, renamed, reads="transformers 5")
+    return Format(f"{family.name}/transformers-5", family, lines, family.source, about, dense, reads="transformers 5")
 
 
-def usual(family: Family, repository: str, dense: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:
-    """One matrix each on the Hub, fused in transformers 5, under the same prefix."""
-    return hub(family, repository, separate(layer + "mlp.experts.")), memory(family, fused(layer + "mlp.experts."), dense)
+def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:
+    """One matrix each on the Hub, fused in transformers 5, under the same prefix. `renamed`: as in `memory`, within a layer."""
+    names = {layer + key: layer + name for key, name in (renamed or {}).items()}
+    return hub(family, repository, separate(layer + "mlp.experts.")), memory(family, fused(layer + "mlp.experts."), names)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 EXPERTS = re.compile(r"\.(?:layers|blocks)\.(\d+)\.(?:\w+\.)*experts$")
+BLOCK = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe)$")
 TOWERS = re.compile(r"vision|visual|audio|talker|mtp|self_attention")
 """Parts of a model whose experts, if they have any, are not those of the language model's layers."""
 
@@ -49,6 +50,12 @@ def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch
     """tokens [t, h] -> [t, h]: the output of one expert of an experts module, all tokens routed to it with weight 1."""
     if isinstance(module, torch.nn.ModuleList):
         found = module[expert](tokens)
+    elif hasattr(module, "input_linear"):
+        found = _routed_by(module, expert, tokens)
+    elif type(module).__name__ == "Llama4TextExperts":
+        each = torch.zeros(int(module.num_experts), *tokens.shape)  # it takes as many tokens for each expert, in the experts' order
+        each[expert] = tokens
+        found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
         routed = torch.full((len(tokens), 1), expert)
         # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
@@ -56,6 +63,32 @@ def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch
         found = module(tokens, routed, weights)
     assert isinstance(found, torch.Tensor)
     return found.reshape(len(tokens), -1)  # 4.57 adds an axis
+
+
+class _Everything(torch.nn.Module):
+    """A router that sends every token to one expert with weight 1, as JetMoE's and Granite's blocks ask theirs."""
+
+    def __init__(self, expert: int, experts: int) -> None:
+        super().__init__()
+        self.expert, self.experts = expert, experts
+
+    def forward(self, tokens: torch.Tensor) -> tuple[Any, ...]:
+        counts = [len(tokens) if n == self.expert else 0 for n in range(self.experts)]
+        places = torch.arange(len(tokens))
+        return places, places, torch.ones(len(tokens)), counts, None
+
+
+def _routed_by(block: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The block's own forward with another router; what it adds after the experts is taken off again."""
+    own: Any = block.router
+    try:
+        block.router = _Everything(expert, len(block.input_linear.weight))  # type: ignore[arg-type, union-attr]
+        found = block(tokens[None])
+    finally:
+        block.router = own
+    found = found[0] if isinstance(found, tuple) else found
+    bias = getattr(block, "bias", None)
+    return found[0] - bias if isinstance(bias, torch.Tensor) else found[0]
 
 
 def live(checkpoint: Checkpoint) -> Live:
@@ -76,7 +109,9 @@ def live(checkpoint: Checkpoint) -> Live:
 
 def experts_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """Layer -> the experts module of the language model."""
-    return {int(match[1]): module for name, module in model.named_modules() if (match := EXPERTS.search("." + name)) and not TOWERS.search(name)}
+    ours = {name: module for name, module in model.named_modules() if not TOWERS.search(name)}
+    found = {int(match[1]): module for name, module in ours.items() if (match := EXPERTS.search("." + name))}
+    return found or {int(match[1]): module for name, module in ours.items() if (match := BLOCK.search("." + name)) and hasattr(module, "input_linear")}
 
 
 def model_class(config: Any) -> Any:
