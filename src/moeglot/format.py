@@ -192,6 +192,7 @@ class ConfigForm:
 class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
+    `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
     Law: write∘read is the identity on bytes.
     """
 
@@ -203,6 +204,7 @@ class Format:
     dense: tuple[Dense, ...] = ()
     config: ConfigForm = ConfigForm()
     reads: str = "any transformers"
+    alone: str = ""
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)

@@ -129,6 +129,8 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family))
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
+    if target != source.format and (reason := target.alone or source.format.alone):
+        raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
     wanted = encoding_by_name(encode) if encode else None
     steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
     dense = _dense(source, target)

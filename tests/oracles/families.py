@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,17 @@ OFTEN_NONE = {"moe_intermediate_size", "num_experts_per_tok", "n_shared_experts"
 
 EXTRA: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2},
+    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "deepseek-v4": {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"], "num_hash_layers": 1},
+    "glm4v-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+    "glm5-next": {"text_config.index_kpool": 2, "text_config.qk_rope_head_dim": 0},
+    "minimax-m3-vl": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2-moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma4-text": {"enable_moe_block": True},
+    "deepseek-ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "gemma4": {"text_config.enable_moe_block": True},
-    "mimo-v2-flash": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "mimo-v2-flash": {"num_key_value_heads": 2, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "flint": {"mlp_only_layers": [1]},
     "qwen2-moe": {"mlp_only_layers": [1]},

@@ -1,6 +1,5 @@
 """Every family that the installed transformers has, as real modules: what it saves we read, what we write it loads, and both compute the same."""
 
-import contextlib
 
 import families
 import pytest

@@ -31,4 +31,15 @@ FORMATS = (
     hub(MISTRAL4, "mistralai/Mistral-Small-4-119B-2603", fused(LAYER + "mlp.experts."), BOTH),
     hub(ZAYA, "Zyphra/ZAYA1-8B", fused(LAYER + "mlp.experts."), BOTH),
     hub(HY_V4, "tencent/Hy4-preview", fused(LAYER + "mlp.experts."), "the release on the Hub: all experts in one tensor"),
+    memory(
+        HY_V4,
+        fused(LAYER + "mlp.experts."),
+        {
+            **{f"model.hc_head.hc_{name}": f"model.hc_pre.hc_head.hc_head_{name}" for name in ("base", "fn", "scale")},
+            **{LAYER + f"attn_hc.{name}": LAYER + f"hc_pre.hc_attn_layer.hc_{name}" for name in ("base", "fn", "scale")},
+            **{LAYER + f"ffn_hc.{name}": LAYER + f"hc_pre.hc_mlp_layer.hc_{name}" for name in ("base", "fn", "scale")},
+            **{LAYER + part + "gate_proj.{rest}": LAYER + part + "linear_gate.{rest}" for part in ("mlp.", "mlp.shared_experts.", "self_attn.")},
+            LAYER + "self_attn.sinks": LAYER + "self_attn.learnable_sink_param",
+        },
+    ),
 )

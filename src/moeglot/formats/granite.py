@@ -1,7 +1,7 @@
 """Granite and JetMoE: all experts in one tensor on the Hub too, gate's rows before up's, as input_linear and output_linear."""
 
-from moeglot.formats.lines import LAYER, family, fused, hub, memory
 from moeglot.format import Activation
+from moeglot.formats.lines import LAYER, family, fused, hub, memory
 
 SPARSE = LAYER + "block_sparse_moe."
 ROUTER = {SPARSE + "router.{rest}": SPARSE + "router.layer.{rest}"}
@@ -22,5 +22,10 @@ FORMATS = (
     hub(HYBRID, "ibm-granite/granite-4.0-h-tiny", fused(SPARSE, *LINEAR), ABOUT),
     memory(HYBRID, fused(SPARSE + "experts."), ROUTER),
     hub(SWA, "ibm-granite/granite-swash-3b-a600m", fused(SPARSE + "experts."), "the release on the Hub, and the experts module in memory"),
-    hub(JETMOE, "jetmoe/jetmoe-8b", fused(LAYER + "mlp.", *LINEAR), "the release on the Hub, and the module in memory; the experts of its attention are none of ours"),
+    hub(
+        JETMOE,
+        "jetmoe/jetmoe-8b",
+        fused(LAYER + "mlp.", *LINEAR),
+        "the release on the Hub, and the module in memory; the experts of its attention are none of ours",
+    ),
 )

@@ -61,11 +61,15 @@ def family(
     model_type: str | None = None,
     folder: str | None = None,
     under: str = "",
+    others: Mapping[str, str] | None = None,
 ) -> Family:
-    """A family by its config keys, all of them below the key `under` ("text_config") if that is given. `folder`: its name among transformers' models."""
+    """A family by its config keys, all of them below the key `under` ("text_config") if that is given.
+
+    `folder`: its name among transformers' models; `others`: letters that size what is no expert, and their keys.
+    """
     model_type = model_type or name.replace("-", "_")
     folder = folder or model_type
-    keys = {letter: (key,) if isinstance(key, str) else key for letter, key in (("e", e), ("h", h), ("i", i))}
+    keys = {letter: (key,) if isinstance(key, str) else key for letter, key in {"e": e, "h": h, "i": i, **(others or {})}.items()}
     found = Family(name, (model_type,), roles, activation, keys, sparse, source=f"{MODELS}{folder}/modeling_{folder}.py")
     return nested(found, under) if under else found
 
@@ -100,14 +104,22 @@ def hub(family: Family, repository: str, lines: tuple[Stored, ...], about: str =
     return Format(f"{family.name}/hub", family, lines, f"https://huggingface.co/{repository}", about)
 
 
-def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str] | None = None, packed: tuple[Dense, ...] = ()) -> Format:
+def each(family: Family, lines: tuple[Stored, ...]) -> Format:
+    """What derivatives of a fused release, and `save_pretrained`, store: one matrix each."""
+    return Format(
+        f"{family.name}/per-expert", family, lines, family.source, "what save_pretrained writes, and some derivatives: one matrix each", reads="transformers 5"
+    )
+
+
+def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str] | None = None, packed: tuple[Dense, ...] = (), alone: str = "") -> Format:
     """The modules of transformers 5, which are also what `save_pretrained(save_original_format=False)` writes.
 
-    `renamed`: the name of a tensor that is no expert here -> its name on the Hub; `packed`: lines for those that are joined here.
+    `renamed`: the name of a tensor that is no expert here -> its name on the Hub; `packed`: lines for those that are joined here;
+    `alone`: why those tensors cannot be told in the Hub's form, if so.
     """
     dense = (*packed, *(Dense(key, (name,)) for key, name in (renamed or {}).items()))
     about = "the experts module in memory, and save_pretrained(save_original_format=False)"
-    return Format(f"{family.name}/transformers-5", family, lines, family.source, about, dense, reads="transformers 5")
+    return Format(f"{family.name}/transformers-5", family, lines, family.source, about, dense, reads="transformers 5", alone=alone)
 
 
 def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:

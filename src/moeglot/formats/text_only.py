@@ -1,7 +1,7 @@
 """Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
 
 from moeglot.format import Activation, SparseLayers
-from moeglot.formats.lines import KINDS, LAYER, family, first_dense, fused, hub, memory, separate
+from moeglot.formats.lines import KINDS, LAYER, family, fused, hub, memory, separate
 
 EXPERTS = ("num_experts", "num_local_experts")
 ROUTED = ("n_routed_experts", "num_local_experts")
@@ -16,7 +16,7 @@ MINIMAX_M3 = family(
     sparse=SparseLayers(kinds=(*KINDS, "moe_layer_freq")),
     activation=CLAMPED,
 )
-QWEN3_5 = family("qwen3-5-moe-text", model_type="qwen3_5_moe_text", folder="qwen3_5_moe", e=EXPERTS)
+QWEN3_5 = family("qwen3.5-moe-text", model_type="qwen3_5_moe_text", folder="qwen3_5_moe", e=EXPERTS)
 QWEN4 = family("qwen4-exp-text", model_type="qwen4_exp_text", folder="qwen4_exp", e=EXPERTS)
 INKLING = family("inkling-text", folder="inkling", e=ROUTED, sparse=SparseLayers(kinds=KINDS))
 
