@@ -10,7 +10,7 @@ from typing import Literal
 from moeglot.config import hub_config
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.format import Format, dig
-from moeglot.formats import FORMATS, by_name
+from moeglot.formats import FORMATS, by_name, of_family
 from moeglot.layout import Sizes
 from moeglot.shards import Entry
 from moeglot.source import Source, read_source
@@ -97,6 +97,8 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
                 "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
             )
         return Identification(form, (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
+    if len(FORMATS) - len(ruled_out) > 1:
+        ruled_out |= {form.name: refutation for form in FORMATS if form.name not in ruled_out and (refutation := _misnamed(form, source))}
     candidates = tuple(form for form in FORMATS if form.name not in ruled_out)
     evidence = tuple(_producer_marks(source, candidates))
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
@@ -139,6 +141,17 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     if method is not None and method != expected:
         return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
     return _shape_refutation(form, sizes, first)
+
+
+def _misnamed(form: Format, source: Source) -> Refutation | None:
+    """Why this cannot be the format if only the names of tensors that are no experts tell: one has a name that it has only elsewhere."""
+    others = [other for other in of_family(form.family) if other != form]
+    for key in source.entries:
+        if form.match(key) or form.dense_line(key):
+            continue
+        if form.from_hub(key) or any((line := other.dense_line(key)) and line[0].hub != (line[0].key,) and not other.from_hub(key) for other in others):
+            return Refutation("names", f"{key} has another name there")
+    return None
 
 
 def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes) -> dict[tuple[str, str], Entry]:

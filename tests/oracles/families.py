@@ -25,7 +25,19 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_heads", "num_global_key_value_heads"), 4),
     **dict.fromkeys(("head_dim", "global_head_dim", "q_lora_rank", "kv_lora_rank", "o_lora_rank", "v_head_dim", "index_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_attn_head_dim"), 4),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size", "out_hidden_size"), 64),
+    **dict.fromkeys(
+        (
+            "linear_num_heads",
+            "linear_head_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_attn_head_dim",
+        ),
+        4,
+    ),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), 48),
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"), 32),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 2),
@@ -54,7 +66,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek-v4": {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"], "num_hash_layers": 1},
     "glm4v-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
-    "glm5-next": {"text_config.index_kpool": 2, "text_config.qk_rope_head_dim": 0},
+    "glm5-next": {"text_config.index_kpool": 2, "text_config.qk_rope_head_dim": 0, "text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "minimax-m3-vl": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2-moe": {"layer_types": ["conv", "full_attention", "conv"]},
@@ -128,6 +140,7 @@ def model_of(family: Family, size: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
+    torch.manual_seed(0)  # diffusion models draw noise
     found = model(input_ids=torch.arange(16).view(2, 8) * 3 % 90 + 3, use_cache=False)
     return found.logits if hasattr(found, "logits") else found[0]
 

@@ -1,6 +1,5 @@
 """Every family that the installed transformers has, as real modules: what it saves we read, what we write it loads, and both compute the same."""
 
-
 import families
 import pytest
 import torch
@@ -12,7 +11,7 @@ import moeglot
 from moeglot.formats import FAMILIES, of_family
 from moeglot.integrations.transformers import VERSION, model_class
 
-LIMIT = 1e-5
+LIMIT, POWER = 1e-5, 1e-3
 KNOWN = [family for family in FAMILIES if family.model_types[0] in CONFIG_MAPPING and not families.why_not(family)]
 CASES = [(family, size) for family in KNOWN for size in SIZES]
 
@@ -52,13 +51,11 @@ def test_what_it_saves_we_read_and_what_we_write_it_loads(case, tmp_path):
         assert report.verdict == "holds", report
         sources.append(source)
     for n, form in enumerate(readable(family)):
-        source = next((s for s in sources if s.format != form), sources[0])
+        source = next((s for s in sources if s.format != form and not (s.format.alone or form.alone)), None) or next(s for s in sources if s.format == form)
         out = tmp_path / f"{n}"
         assert moeglot.convert(source, form.name, out).report.verdict == "holds"
-        if (form.name, size) in MISREAD:
-            continue
         error = relative(logits(load(out)), expected)
-        assert error <= LIMIT, (form.name, error)
+        assert (error > POWER) if (form.name, size) in MISREAD else (error <= LIMIT), (form.name, error)
 
 
 def readable(family):
@@ -66,5 +63,5 @@ def readable(family):
     return [form for form in of_family(family) if form.reads in ("any transformers", "transformers 5") and form.config.quantization is None]
 
 
-MISREAD: set[tuple[str, str]] = set()
-"""(format, size) that transformers itself is known to misread."""
+MISREAD = {("qwen3-vl-moe/hub", "square"), ("qwen3-vl-moe/hub", "h=2i")}
+"""(format, size) that transformers itself misreads: it turns a matrix or not by its shape, and these shapes fit both ways."""

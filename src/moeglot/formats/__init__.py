@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
-from moeglot.formats import dbrx, deepseek_v4, fused, gate_up_down, gpt_oss, granite, nemotron_h, nested, text_only, w1_w3_w2
+from moeglot.formats import dbrx, deepseek_v4, fused, gate_up_down, gpt_oss, granite, linear_attention, nemotron_h, nested, text_only, w1_w3_w2
 
 FORMATS: tuple[Format, ...] = (
     *gpt_oss.FORMATS,
@@ -13,6 +13,7 @@ FORMATS: tuple[Format, ...] = (
     *fused.FORMATS,
     *gate_up_down.FORMATS,
     *granite.FORMATS,
+    *linear_attention.FORMATS,
     *nemotron_h.FORMATS,
     *nested.FORMATS,
     *text_only.FORMATS,

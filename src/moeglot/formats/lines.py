@@ -61,7 +61,7 @@ def family(
     model_type: str | None = None,
     folder: str | None = None,
     under: str = "",
-    others: Mapping[str, str] | None = None,
+    others: Mapping[str, str | tuple[str, ...]] | None = None,
 ) -> Family:
     """A family by its config keys, all of them below the key `under` ("text_config") if that is given.
 
@@ -99,9 +99,14 @@ def _all_below(keys: tuple[str, ...], under: str) -> tuple[str, ...]:
     return tuple(f"{under}.{key}" for key in keys)
 
 
-def hub(family: Family, repository: str, lines: tuple[Stored, ...], about: str = "the release on the Hub: one matrix each") -> Format:
-    """The format of a release: `"deepseek-ai/DeepSeek-V3"` is its repository on the Hub."""
-    return Format(f"{family.name}/hub", family, lines, f"https://huggingface.co/{repository}", about)
+def hub(
+    family: Family, repository: str, lines: tuple[Stored, ...], about: str = "the release on the Hub: one matrix each", beside: tuple[str, ...] = ()
+) -> Format:
+    """The format of a release: `"deepseek-ai/DeepSeek-V3"` is its repository on the Hub.
+
+    `beside`: tensors that are no experts although they are named as if they were.
+    """
+    return Format(f"{family.name}/hub", family, lines, f"https://huggingface.co/{repository}", about, tuple(Dense(name, (name,)) for name in beside))
 
 
 def each(family: Family, lines: tuple[Stored, ...]) -> Format:
@@ -124,5 +129,7 @@ def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str]
 
 def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:
     """One matrix each on the Hub, fused in transformers 5, under the same prefix. `renamed`: as in `memory`, within a layer."""
+    experts = layer + "mlp.experts."
     names = {layer + key: layer + name for key, name in (renamed or {}).items()}
-    return hub(family, repository, separate(layer + "mlp.experts.")), memory(family, fused(layer + "mlp.experts."), names)
+    beside = tuple(name for name in names.values() if name.startswith(experts))
+    return hub(family, repository, separate(experts), beside=beside), memory(family, fused(experts), names)

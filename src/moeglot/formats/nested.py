@@ -10,7 +10,6 @@ EXPERTS = ("num_experts", "num_local_experts")
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"
 VISION = "its vision tower joins, cuts or turns matrices that the Hub stores otherwise"
 GELU = Activation("swiglu", ("hidden_activation", "gelu_pytorch_tanh"))
-LIMITED = Activation("limited-swiglu", numbers={"limit": ("swiglu_limit", float("inf"))})
 CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
 
 ARIA = family("aria", under=TEXT, e="moe_num_experts", i="intermediate_size")
@@ -21,7 +20,6 @@ QWEN3_VL = family("qwen3-vl-moe", under=TEXT, e=EXPERTS, sparse=QWEN)
 QWEN3_5 = family("qwen3.5-moe", model_type="qwen3_5_moe", under=TEXT, e=EXPERTS)
 QWEN4 = family("qwen4-exp", under=TEXT, e=EXPERTS)
 GLM4V = family("glm4v-moe", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
-GLM5 = family("glm5-next", under=TEXT, e=ROUTED, sparse=first_dense(default=1), activation=LIMITED)
 UNLIMITED_OCR = family("unlimited-ocr", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
 DEEPSEEK_OCR2 = family("deepseek-ocr2", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
 KIMI = family("kimi-k25", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
@@ -52,7 +50,6 @@ FORMATS = (
     hub(QWEN4, "Qwen/Qwen4-Exp", fused(NESTED + "mlp.experts."), BOTH),
     each(QWEN4, separate(NESTED + "mlp.experts.")),
     *usual(GLM4V, "zai-org/GLM-4.5V", layer=NESTED),
-    *usual(GLM5, "zai-org/GLM-5.3-Flash", layer=NESTED),
     hub(UNLIMITED_OCR, "baidu/Unlimited-OCR", separate(LAYER + "mlp.experts.")),
     memory(UNLIMITED_OCR, fused(NESTED + "mlp.experts."), alone=VISION),
     hub(DEEPSEEK_OCR2, "deepseek-ai/DeepSeek-OCR-2", separate(LAYER + "mlp.experts.")),
