@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from moeglot.format import Family
@@ -145,11 +146,17 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found.logits if hasattr(found, "logits") else found[0]
 
 
+UNDONE = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}
+"""model_type -> a name that save_pretrained writes by mistake (a vision tower's rename undone on the language model), and the release's."""
+
+
 def saved(model: torch.nn.Module, folder: Path, original: bool) -> dict[str, torch.Tensor]:
     """Key -> tensor, as `save_pretrained` writes them."""
-    from safetensors.torch import load_file
-
     model.save_pretrained(folder, **({} if original else {"save_original_format": False}))
+    if original and model.config.model_type in UNDONE:
+        wrong, right = UNDONE[model.config.model_type]
+        file = folder / "model.safetensors"
+        save_file({key.replace(wrong, right): tensor for key, tensor in load_file(file).items()}, file, {"format": "pt"})
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 

@@ -9,7 +9,7 @@ ATTENTION, GATE = LAYER + "self_attn.", LAYER + "self_attn.forget_gate."
 QKV = ("n d", "n d", "n d")
 
 KIMI = family("kimi-linear", e=("num_experts", "num_local_experts"), sparse=first_dense(default=1), others=HEADS)
-LING = family("bailing-hybrid", e=("num_experts", "num_local_experts"), sparse=first_dense(default=2), others={"n": "num_attention_heads", "d": "head_dim"})
+LING = family("bailing-hybrid", e=("num_experts", "num_local_experts"), sparse=first_dense(default=2), others=HEADS)
 GLM = family(
     "glm5-next",
     under="text_config",
