@@ -54,7 +54,7 @@ def certify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, 
 
 def _verify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
     written = open(folder)
-    if written.format != plan.target:
+    if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
     rounded = Rounded(plan, losses)
     family, config = plan.source.format.family, plan.source.config
@@ -74,7 +74,7 @@ class Rounded:
     def __init__(self, plan: Plan, losses: Mapping[str, Loss]) -> None:
         self.plan = plan
         self.steps = {(step.layer, role): step for step in plan.steps if losses[step.verb].changed for role in step.line.roles}
-        self.stated = sum((loss for loss in losses.values() if loss.changed), Loss()).relative
+        self.stated = sum((losses[verb] for verb in {step.verb for step in self.steps.values()}), Loss()).relative
 
     def role(self, role: str, layer: int, expert: int) -> Encoded:
         """[out, in] of one expert, as the target must hold it."""

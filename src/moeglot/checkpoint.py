@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeglot.coding import WEIGHT
 from moeglot.config import hub_config
+from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
-from moeglot.errors import BadNumbers, TensorMismatch
+from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
 from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
 from moeglot.layout import Stored, values
@@ -31,8 +33,8 @@ class HubTensor:
 
     name: str
     entry: Entry
-    first: int
-    rows: int | None
+    first: int = 0
+    rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,8 +44,48 @@ class HubTensor:
     def dtype(self) -> str:
         return self.entry.dtype
 
+    @property
+    def origin(self) -> str:
+        """The stored tensor that it comes from."""
+        return self.entry.name
+
     def read(self) -> torch.Tensor:
         return self.entry.read(self.first, self.rows)
+
+
+@dataclass(frozen=True)
+class DecodedTensor:
+    """A matrix that is no expert and that is quantized as the experts are: what it decodes to."""
+
+    name: str
+    encoding: Encoding
+    parts: Mapping[str, Entry]
+    dtype: str
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return self.encoding.matrix_shape(self._read())
+
+    @property
+    def origin(self) -> str:
+        return " + ".join(entry.name for entry in self.parts.values())
+
+    def exact(self) -> Encoded:
+        """The matrix [out, in], still encoded."""
+        shape = self.encoding.matrix_shape(stored := self._read())
+        parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
+        if problem := self.encoding.check(parts):
+            raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
+        return Encoded(self.encoding, parts, shape)
+
+    def read(self) -> torch.Tensor:
+        return self.exact().decode(DTYPES[self.dtype].torch)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        return {part: entry.read() for part, entry in self.parts.items()}
+
+
+DenseTensor = HubTensor | DecodedTensor
 
 
 @dataclass(frozen=True)
@@ -80,7 +122,8 @@ class Checkpoint:
 
     def encoding(self, line: Stored, layer: int) -> Encoding:
         """How this layer's tensor is coded; for plain floats, the type that the file holds."""
-        found = {part: self.source.entries[key] for part, key in line.keys(layer, 0).items()}
+        key = line.key.format(layer=layer, expert=0)
+        found = {part: self.source.entries[key + suffix] for part, suffix in line.names.items() if key + suffix in self.source.entries}
         return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()})
 
     def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
@@ -88,13 +131,22 @@ class Checkpoint:
         encoding, parts = self.encoding(line, layer), {}
         for part in encoding.parts:
             entry = self.source.entries[line.key_of(part, layer, expert)]
-            rows = 0 if line.per_expert else entry.shape[0] // self.sizes["e"]
+            rows = 0 if line.per_expert or part.shared else entry.shape[0] // self.sizes["e"]
             stored = entry.read(expert * rows, rows) if rows else entry.read()
             parts[part.name] = stored.view(line.slice_shape(part, self.sizes))
         return Encoded(encoding, parts, line.expert_shape(self.sizes))
 
     def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""
+        stored = self.checked(line, layer, expert)
+        if not line.movable(stored.encoding, self.sizes):
+            import torch
+
+            stored = values(stored.decode(torch.float32))
+        return line.split(stored)
+
+    def checked(self, line: Stored, layer: int, expert: int) -> Encoded:
+        """As `stored`; raises `BadNumbers` for parts that are impossible."""
         stored = self.stored(line, layer, expert)
         if problem := stored.encoding.check(stored.parts):
             key = line.keys(layer, expert)
@@ -103,11 +155,7 @@ class Checkpoint:
                 self.known,
                 "fetch the file again from its producer; a model with it computes nothing",
             )
-        if not line.movable(stored.encoding, self.sizes):
-            import torch
-
-            stored = values(stored.decode(torch.float32))
-        return line.split(stored)
+        return stored
 
     def experts(self, layer: int) -> dict[str, LazyEncoded]:
         """role -> [e, out, in] of a layer, lazily: indexing by expert reads that expert's bytes and no others."""
@@ -142,6 +190,33 @@ class Checkpoint:
                     raise TensorMismatch(f"{tensor.name}: stored twice", f"as {found[tensor.name].entry.name} and as {key}", "remove the stale one")
                 found[tensor.name] = tensor
         return found
+
+    def decoded(self, dtype: str) -> dict[str, DenseTensor]:
+        """As `dense`, but quantized matrices decoded to a float type, under the name that they have unquantized; all else as it is."""
+        found: dict[str, DenseTensor] = {}
+        for module, parts in self._quantized.items():
+            coded = {part: self.dense[key].entry for part, key in parts.items()}
+            found[module + WEIGHT] = DecodedTensor(module + WEIGHT, self._encoding_of(module, coded), coded, dtype)
+        taken = {key for parts in self._quantized.values() for key in parts.values()}
+        return found | {name: tensor for name, tensor in self.dense.items() if name not in taken}
+
+    @cached_property
+    def _quantized(self) -> dict[str, dict[str, str]]:
+        """Module that is no expert -> part -> Hub name, for the quantized ones."""
+        coding, modules = self.format.coding, dict[str, dict[str, str]]()
+        for name in self.dense if coding else ():
+            if coding and (found := coding.module(name)):
+                modules.setdefault(found[0], {})[found[1]] = name
+        return {module: parts for module, parts in modules.items() if "scale" in parts}
+
+    def _encoding_of(self, module: str, parts: Mapping[str, Entry]) -> Encoding:
+        assert self.format.coding
+        declared = self.format.coding.read(self.source.config.get("quantization_config") or {}, module)
+        if declared is None:
+            raise Contradiction(
+                f"{module} has scales, and config.json does not say that it is quantized", self.known, "take config.json from the checkpoint's producer"
+            )
+        return declared.as_stored({part: (entry.dtype, entry.shape) for part, entry in parts.items()})
 
     def _hub_tensors(self, key: str, entry: Entry) -> Iterator[HubTensor]:
         named = self.format.dense_line(key)

@@ -117,8 +117,8 @@ def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, thr
             os.close(descriptor)
     by_verb: dict[str, Loss] = {}
     for unit in plan.units:
-        if unit.step:
-            by_verb[unit.step.verb] = by_verb.get(unit.step.verb, Loss()) + losses[unit.key]
+        if unit.verb:
+            by_verb[unit.verb] = by_verb.get(unit.verb, Loss()) + losses[unit.key]
     return by_verb
 
 
@@ -147,10 +147,10 @@ def _in_parallel(run: Callable[[Unit], None], units: list[Unit], threads: int, t
 
 
 def _refuse_loss(unit: Unit, loss: Loss) -> None:
-    assert unit.step
+    place = f"layer {unit.step.layer}, expert {unit.expert}" if unit.step else unit.key.removesuffix("|dense")
     raise LossRefused(
-        f"layer {unit.step.layer}, expert {unit.expert}: to {unit.step.verb} changes {loss.changed} of {loss.values} values",
-        f"relative error {loss.relative:.2g}; the experts sampled while planning lost nothing, this one does",
+        f"{place}: to {unit.verb} changes {loss.changed} of {loss.values} values",
+        f"relative error {loss.relative:.2g}; what was sampled while planning lost nothing, this does",
         "pass --resume --allow-loss if that is meant; the certificate will state the loss",
     )
 

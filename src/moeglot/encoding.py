@@ -23,6 +23,9 @@ ROWS = 128
 WHOLE = 0
 """A block as long as the axis of a matrix, whatever its size."""
 
+ANY = -1
+"""A length that each file settles for itself, as the bytes of a text do; only in a shape that is read, never in one that is written."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -30,6 +33,7 @@ class Part:
 
     `ragged`: the last block of an axis may be short. WHOLE in `block`: one entry, whatever the axis' size. If both are WHOLE (`is_single`), a file
     has the shape `single` in place of the two axes: none, or ones. `flat`: the axes are flattened, and each entry codes so many numbers.
+    `shared`: one [*trailing] for the whole stored tensor, whatever experts and projections it holds; `trailing` may be ANY there.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Part:
     ragged: bool = False
     single: tuple[int, ...] = ()
     flat: int = 0
+    shared: bool = False
 
     @property
     def is_single(self) -> bool:
@@ -51,6 +56,8 @@ class Part:
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of this part, for values of a shape [..., out, in]; a size that is no whole number of blocks is an error unless `ragged`."""
+        if self.shared:
+            return self.trailing
         if self.flat:
             return (-(-prod(shape) // self.flat), *self.trailing)
         blocks = tuple(block or size for size, block in zip(shape, self.blocks(len(shape)), strict=True))
@@ -61,6 +68,11 @@ class Part:
                 "choose an encoding without blocks, for example --encode bfloat16",
             )
         return (*(-(-n // b) for n, b in zip(shape, blocks, strict=True)), *self.trailing)
+
+
+def agree(declared: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """A tensor of a file has the shape that its format derives."""
+    return len(declared) == len(found) and all(size in (ANY, there) for size, there in zip(declared, found, strict=True))
 
 
 class Encoding(ABC):
@@ -91,6 +103,14 @@ class Encoding(ABC):
     @abstractmethod
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """values [..., out, in] of any float dtype -> parts; raises `BadNumbers` for values that are not finite."""
+
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        """[out, in] of a matrix that is no expert, from its parts as they lie in a file."""
+        raise NotImplementedError(f"{self.name} keeps no matrix but experts")
+
+    def like(self, other: Encoding) -> Encoding:
+        """This encoding with what a spec leaves open taken from another of its name, so that codes can be moved."""
+        return other if type(other) is type(self) else self
 
     @abstractmethod
     def check(self, parts: Parts) -> str | None:
@@ -148,8 +168,15 @@ class Encoded:
             yield Encoded(self.encoding, parts, (last - first, *self.shape[1:]))
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """Values [..., out, in]."""
-        return self.encoding.decode(self.parts, dtype)
+        """Values [..., out, in]; raises `TensorMismatch` if the parts themselves declare another shape."""
+        values = self.encoding.decode(self.parts, dtype)
+        if tuple(values.shape) != self.shape:
+            raise TensorMismatch(
+                f"parts of {self.encoding} declare a tensor of shape {list(values.shape)}, not {list(self.shape)}",
+                "the first is written beside the codes, the second follows from the format and config.json",
+                "check config.json against the producer's, or pass --format if the format is another",
+            )
+        return values
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from moeglot.coding import Coding
+from moeglot.encoding import Encoding
+from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
 from moeglot.layout import ROLES, Sizes, Stored
 
@@ -205,11 +208,22 @@ class Format:
     config: ConfigForm = ConfigForm()
     reads: str = "any transformers"
     alone: str = ""
+    coding: Coding | None = None
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)
         if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
             raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
+
+    def coded(self, coding: Coding) -> Format:
+        """This layout with its matrices as a producer quantizes them."""
+        lines = tuple(coding.line(line) for line in self.stored)
+        return replace(self, name=f"{self.name}+{coding.name}", stored=lines, coding=coding, about=f"{self.about}; {coding.about}", source=coding.source)
+
+    def with_encodings(self, settle: Callable[[Stored], Encoding]) -> Format:
+        """This format with the encodings of its coded lines settled by a file."""
+        lines = (line if isinstance(line.encoding, Plain) else replace(line, encoding=settle(line)) for line in self.stored)
+        return replace(self, stored=tuple(lines))
 
     @cached_property
     def _patterns(self) -> tuple[tuple[Stored, str, re.Pattern[str]], ...]:
@@ -239,9 +253,12 @@ class Format:
         """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
         for layer in layers:
             for line in self.stored:
+                before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
+                suffixes = [(part, after + suffix) for part, suffix in line.suffixes.items()]
                 for expert in range(sizes["e"]) if line.per_expert else (None,):
-                    for part, key in line.keys(layer, expert).items():
-                        yield key, line, part, layer, expert
+                    stem = before if expert is None else f"{before}{expert}"
+                    for part, suffix in suffixes:
+                        yield stem + suffix, line, part, layer, expert
 
     def line_of(self, role: str) -> Stored:
         return next(line for line in self.stored if role in line.roles)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from moeglot.coding import leaves_alone
 from moeglot.config import hub_config
+from moeglot.encoding import Encoding
+from moeglot.encodings.plain import Plain
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.format import Format, dig
 from moeglot.formats import FORMATS, by_name, of_family
-from moeglot.layout import Sizes
+from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
 from moeglot.source import Source, read_source
 
@@ -82,7 +85,7 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
     """Ask the user, our mark, the producer's marks. Raises `Contradiction` where two declarations disagree."""
     source = path if isinstance(path, Source) else read_source(path, headers_only=True)
     if format is not None:
-        form = by_name(format)
+        form = _settled(by_name(format), source)
         return Identification(form, (f"--format {format}",), (form,), {})
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
@@ -96,10 +99,10 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
                 str(ruled_out[form.name]),
                 "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
             )
-        return Identification(form, (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
+        return Identification(_settled(form, source), (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
     if len(FORMATS) - len(ruled_out) > 1:
         ruled_out |= {form.name: refutation for form in FORMATS if form.name not in ruled_out and (refutation := _misnamed(form, source))}
-    candidates = tuple(form for form in FORMATS if form.name not in ruled_out)
+    candidates = tuple(_settled(form, source) for form in FORMATS if form.name not in ruled_out)
     evidence = tuple(_producer_marks(source, candidates))
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
 
@@ -136,11 +139,26 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
             if (entry := first[line.key, part.name]).dtype not in part.dtypes:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
-    method = dig(source.config, "quantization_config.quant_method")
+    if refuted := _quantization_refutation(form, source):
+        return refuted
+    return _shape_refutation(_settled(form, source), sizes, first)
+
+
+def _quantization_refutation(form: Format, source: Source) -> Refutation | None:
+    """What config.json's quantization_config says against this format."""
+    said = source.config.get("quantization_config")
+    said = said if isinstance(said, Mapping) else {}
+    if form.coding:
+        if any(_declared(form, line, said) is None for line in form.stored if not isinstance(line.encoding, Plain)):
+            return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {_brief(said)}")
+        return None
+    method = said.get("quant_method")
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
-    if method is not None and method != expected:
-        return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
-    return _shape_refutation(form, sizes, first)
+    if method is None or method == expected or any(leaves_alone(said, _module(line)) for line in form.stored):
+        return None
+    if method == "bitsandbytes" and not any(line.per_expert for line in form.stored):
+        return None  # it quantizes Linear modules, and leaves stacked experts as they are without a word
+    return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
 
 
 def _misnamed(form: Format, source: Source) -> Refutation | None:
@@ -154,17 +172,50 @@ def _misnamed(form: Format, source: Source) -> Refutation | None:
     return None
 
 
-def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes) -> dict[tuple[str, str], Entry]:
-    """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one."""
+def _declared(form: Format, line: Stored, said: Mapping[str, Any]) -> Encoding | None:
+    assert form.coding
+    return form.coding.read(said, _module(line))
+
+
+def _module(line: Stored) -> str:
+    """The module of the first expert, as quantization_config would name it."""
+    return line.key.format(layer=0, expert=0).removesuffix(".weight")
+
+
+def _brief(said: Mapping[str, Any]) -> str:
+    told = {key: said[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if said.get(key) is not None}
+    return str(told or "nothing")
+
+
+def _settled(form: Format, source: Source) -> Format:
+    """The format with the encodings that config.json declares and the file's tensors settle; itself where they say nothing."""
+    if not form.coding:
+        return form
+    config = hub_config(source.config, form)
+    first = _first_tensors(form, source, form.family.sparse.layers(config), form.family.read_sizes(config), every=True)
+    said = source.config.get("quantization_config")
+
+    def settle(line: Stored) -> Encoding:
+        found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.key}
+        encoding = _declared(form, line, said) if isinstance(said, Mapping) else None
+        encoding = encoding or line.encoding
+        return encoding.as_stored(found) if found.keys() >= {part.name for part in encoding.parts} else encoding
+
+    return form.with_encodings(settle)
+
+
+def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, every: bool = False) -> dict[tuple[str, str], Entry]:
+    """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too."""
     found: dict[tuple[str, str], Entry] = {}
     for line in form.stored:
-        parts = [part.name for part in line.encoding.parts]
-        places = ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1))
-        for part, key in ((part, key) for layer, expert in places for part, key in line.keys(layer, expert).items()):
-            if key in source.entries:
-                found.setdefault((line.key, part), source.entries[key])
-                if all((line.key, name) in found for name in parts):
-                    break
+        suffixes = line.names if every else line.suffixes
+        for layer, expert in ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1)):
+            stem = line.key.format(layer=layer, expert=expert)
+            for part, suffix in suffixes.items():
+                if stem + suffix in source.entries:
+                    found.setdefault((line.key, part), source.entries[stem + suffix])
+            if all((line.key, part) in found for part in line.suffixes):
+                break
     return found
 
 

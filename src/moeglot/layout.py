@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import FLOATS, Plain
+from moeglot.errors import TensorMismatch
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,13 @@ class Stored:
 
     def part_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
         """Shape in a file of a part of the whole stored tensor; raises `TensorMismatch` for a size that is no whole number of blocks."""
-        if part.is_single:
+        if part.flat and not self.per_expert and sizes["e"] > 1 and prod(self.expert_shape(sizes)) % part.flat:
+            raise TensorMismatch(
+                f"{self.key}: an expert of {prod(self.expert_shape(sizes))} numbers is no whole number of {part.name} blocks of {part.flat}",
+                "the blocks run over the whole stored tensor, so one would hold numbers of two experts",
+                "choose a format that stores one tensor for each expert",
+            )
+        if part.is_single and not part.shared:
             letters = [letter for group in self.groups for letter in group if letter in "ep"]
             return (*self._shape(((letter,) for letter in letters), sizes), *part.single, *part.trailing)
         return self._part_shape(self.groups, part, sizes)
@@ -118,7 +125,7 @@ class Stored:
         return self._part_shape(self.expert_groups, part, sizes)
 
     def _part_shape(self, groups: tuple[tuple[str, ...], ...], part: Part, sizes: Sizes) -> tuple[int, ...]:
-        if part.flat:
+        if part.flat or part.shared:
             return part.shape(self._shape(groups, sizes))
         blocks = part.blocks(len(groups))
         kept = [tuple(letter for letter in group if block or letter in "ep") for group, block in zip(groups, blocks, strict=True)]

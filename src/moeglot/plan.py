@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from moeglot.checkpoint import Checkpoint, HubTensor, open
+from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor, open
+from moeglot.coding import WEIGHT
 from moeglot.config import declared_dtype, write_config
-from moeglot.dtypes import DTYPES, by_torch_name
+from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
@@ -36,16 +37,20 @@ class Step:
     sources: tuple[Encoding, ...]
     target: Encoding
     movable: bool
+    twin: Stored | None = None
+    """A line of the source that holds the same roles along the same axes, in the same parts: its slices are copied."""
 
     @property
     def moves_codes(self) -> bool:
         """Codes are moved as they are, without a decode."""
-        return self.movable and all(source.name == self.target.name for source in self.sources)
+        return self.twin is not None or (self.movable and all(source.recodes(self.target) for source in self.sources))
 
     @property
     def exact(self) -> bool:
         """Nothing is lost, whatever the numbers."""
-        return self.moves_codes or all(source.fits_in(self.target) for source in self.sources)
+        return (self.moves_codes and all(source.parts == self.target.parts for source in self.sources)) or all(
+            source.fits_in(self.target) for source in self.sources
+        )
 
     def nbytes(self, sizes: Sizes) -> int:
         """Bytes of one expert's slice."""
@@ -53,7 +58,7 @@ class Step:
 
     @property
     def verb(self) -> str:
-        if self.moves_codes:
+        if self.moves_codes and all(encoding.name == self.target.name for encoding in self.sources):
             return f"move {self.target.name} codes"
         source = " and ".join(sorted({encoding.name for encoding in self.sources}))
         if isinstance(self.target, Plain):
@@ -68,8 +73,16 @@ class Unit:
     key: str
     step: Step | None = None
     expert: int = 0
-    parts: tuple[HubTensor, ...] = ()
+    parts: tuple[DenseTensor, ...] = ()
     nbytes: int = 0
+
+    @property
+    def verb(self) -> str | None:
+        """What it does to numbers; None where bytes are copied."""
+        if self.step:
+            return self.step.verb
+        decoded = [part for part in self.parts if isinstance(part, DecodedTensor)]
+        return f"decode {decoded[0].encoding.name} to {DTYPES[decoded[0].dtype].torch_name} outside the experts" if decoded else None
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Plan:
     source: Checkpoint
     target: Format
     steps: tuple[Step, ...]
-    dense: Mapping[str, tuple[HubTensor, ...]]
+    dense: Mapping[str, tuple[DenseTensor, ...]]
     shards: tuple[ShardPlan, ...]
     config: Mapping[str, Any]
     others: tuple[Path, ...]
@@ -92,7 +105,7 @@ class Plan:
     @property
     def renamed(self) -> dict[str, str]:
         """New name -> the stored tensors it comes from, for tensors that are no experts and do not keep name and bytes."""
-        return {key: " + ".join(dict.fromkeys(p.entry.name for p in parts)) for key, parts in self.dense.items() if parts[0].entry.name != key}
+        return {key: " + ".join(dict.fromkeys(p.origin for p in parts)) for key, parts in self.dense.items() if parts[0].origin != key}
 
     @property
     def lossy(self) -> tuple[str, ...]:
@@ -125,19 +138,53 @@ class Plan:
 def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None, shard_size: int = SHARD_SIZE) -> Plan:
     """The plan of a conversion to the format named `to`; raises `MoeglotError` for what cannot be done, before a byte is written."""
     source = source if isinstance(source, Checkpoint) else open(source)
-    target = by_name(to)
+    wanted = encoding_by_name(encode) if encode else None
+    target = _variant(by_name(to), wanted)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family))
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
-    if target != source.format and (reason := target.alone or source.format.alone):
+    if target.alone != source.format.alone:
+        reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
-    wanted = encoding_by_name(encode) if encode else None
     steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
-    dense = _dense(source, target)
+    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key))
+    dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})
-    config = write_config({**source.config, **_dtype_note(source, steps)}, target)
+    config = write_config({**source.config, **_dtype_note(source, steps), **_quantization(source, target, dense)}, target)
     return Plan(source, target, steps, dense, shards, config, tuple(source.source.others()))
+
+
+def _variant(target: Format, wanted: Encoding | None) -> Format:
+    """The format that is meant by a plain one and an encoding that is not plain."""
+    if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
+        return target
+    coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.name == wanted.name]
+    if len(coded) > 1:
+        names = ", ".join(form.name for form in coded)
+        raise UsageError(f"{target.name} stores {wanted.name} in {len(coded)} ways", f"known: {names}", f"pass --to {coded[0].name}, or another of these")
+    return coded[0] if coded else target
+
+
+def _quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
+    """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
+    if not target.coding:
+        return {}
+    if _keeps(source, target):
+        return {"quantization_config": source.source.config["quantization_config"]}
+    kept = [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
+    encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
+    return {"quantization_config": target.coding.write(encoding, kept)}
+
+
+def _keeps(source: Checkpoint, target: Format) -> bool:
+    """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
+    mine, theirs = source.format.coding, target.coding
+    return bool(mine and theirs and mine.name == theirs.name and _encodings(source.format) == _encodings(target))
+
+
+def _encodings(form: Format) -> set[Encoding]:
+    return {line.encoding for line in form.stored if not isinstance(line.encoding, Plain)}
 
 
 def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
@@ -158,7 +205,16 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     movable = line.movable(encoding, source.sizes) and all(
         source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
     )
-    return Step(line, layer, sources, encoding, movable)
+    return Step(line, layer, sources, encoding, movable, _twin(source, line, layer, encoding))
+
+
+def _twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> Stored | None:
+    for mine in source.format.stored:
+        if mine.roles == line.roles and mine.expert_groups == line.expert_groups:
+            here = source.encoding(mine, layer)
+            if here.name == encoding.name and [part.name for part in here.parts] == [part.name for part in encoding.parts] and here.recodes(encoding):
+                return mine
+    return None
 
 
 def _target_encoding(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
@@ -167,14 +223,22 @@ def _target_encoding(source: Checkpoint, target: Format, line: Stored, sources: 
     if not isinstance(line.encoding, Plain):
         if wanted and wanted.name != line.encoding.name:
             raise _cannot_hold(target, line.encoding, wanted)
-        return wanted or line.encoding
+        found = line.encoding.like(wanted) if wanted else line.encoding
+        same = {encoding for encoding in sources if encoding.name == line.encoding.name}
+        return line.encoding.like(same.pop()) if len(same) == 1 and not wanted else found
     if wanted and not isinstance(wanted, Plain):
         raise _cannot_hold(target, line.encoding, wanted)
     if wanted:
         return wanted
     if all(isinstance(encoding, Plain) for encoding in sources):
         return _widest(line, sources)
-    return Plain(by_torch_name(declared_dtype(source.config) or "bfloat16").name)
+    return Plain(_float_type(source))
+
+
+def _float_type(source: Checkpoint) -> str:
+    """The float type to decode to, as config.json names it."""
+    named = by_torch_name(declared_dtype(source.config) or "bfloat16").name
+    return named if named in WEIGHT_DTYPES else "BF16"
 
 
 def _widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
@@ -202,16 +266,16 @@ def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]
                 yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape)
 
 
-def _dense(source: Checkpoint, target: Format) -> dict[str, tuple[HubTensor, ...]]:
+def _dense(source: Checkpoint, target: Format, dtype: str | None) -> dict[str, tuple[DenseTensor, ...]]:
     """Key in the target -> the Hub tensors whose rows it holds."""
-    left = dict(source.dense)
-    made: dict[str, tuple[HubTensor, ...]] = {}
-    for line, braces in _dense_lines(source, target):
+    left = dict(source.dense) if _keeps(source, target) else source.decoded(dtype or _float_type(source))
+    made: dict[str, tuple[DenseTensor, ...]] = {}
+    for line, braces in _dense_lines(source, left, target):
         names = [name.format(**braces) for name in line.hub]
         found = [left.pop(name) for name in names if name in left]
         if len(found) != len(names):
             raise TensorMismatch(
-                f"{line.key.format(**braces)} needs {', '.join(name for name in names if name not in source.dense)}",
+                f"{line.key.format(**braces)} needs {', '.join(set(names) - {tensor.name for tensor in found})}",
                 f"{target.name} always has it ({target.source}); {source.known}",
                 "choose another target format",
             )
@@ -223,9 +287,9 @@ def _dense(source: Checkpoint, target: Format) -> dict[str, tuple[HubTensor, ...
     return made | {name: (tensor,) for name, tensor in left.items()}
 
 
-def _dense_lines(source: Checkpoint, target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
+def _dense_lines(source: Checkpoint, names: Iterable[str], target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
     """Each line of the target with what stands in its braces: for every tensor that it takes, and for what the target cannot do without."""
-    found = [taken for name in source.dense if (taken := target.from_hub(name))]
+    found = [taken for name in names if (taken := target.from_hub(name))]
     if target.config.only:
         found += [(line, {"layer": str(layer)} if "{layer}" in line.key else {}) for line in target.dense for layer in source.layers]
     seen = set()
@@ -235,7 +299,7 @@ def _dense_lines(source: Checkpoint, target: Format) -> Iterator[tuple[Dense, di
             yield line, braces
 
 
-def _dense_slot(key: str, parts: tuple[HubTensor, ...]) -> Slot:
+def _dense_slot(key: str, parts: tuple[DenseTensor, ...]) -> Slot:
     first = parts[0].shape
     return Slot(key, parts[0].dtype, first if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first[1:]))
 

@@ -145,18 +145,17 @@ def _ask_safetensors(path: Path) -> None:
 def describe(path: Path, name: str, value: Any, base: int) -> Entry:
     """A tensor's description in a header -> Entry; `base`: where the data starts in the file. Raises `BrokenFile`."""
     try:
-        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         known = DTYPES.get(dtype)
-        whole = [*shape, start, end]
     except (TypeError, KeyError, ValueError) as error:
         raise _refuse(path, f"{name} is not described", f"it needs dtype, shape and data_offsets, it has {str(value)[:80]}") from error
     if not known:
         raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
-    if {*map(type, whole)} != {int} or min(whole) < 0:
+    if {int, *map(type, shape), type(start), type(end)} != {int} or min(shape, default=0) < 0 or start < 0:
         raise _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
     if end - start != prod(shape) * known.size:
-        raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {shape} of {dtype} needs {prod(shape) * known.size}")
-    return Entry(name, dtype, tuple(shape), path, base + start, base + end)
+        raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {list(shape)} of {dtype} needs {prod(shape) * known.size}")
+    return Entry(name, dtype, shape, path, base + start, base + end)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _read(name: str, folder: Path, shards: tuple[Path, ...], headers_only: bool) -> Source:
     entries: dict[str, Entry] = {}
+    held: dict[str, str] = {}
     metadata = []
     for shard in shards:
         found, marks = read_header(shard, ask_library=not headers_only)
@@ -149,18 +150,19 @@ def _read(name: str, folder: Path, shards: tuple[Path, ...], headers_only: bool)
                 "delete the stale one, or pass a single file",
             )
         entries.update(found)
+        held.update(dict.fromkeys(found, shard.name))
         metadata.append(marks)
     config = _json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
-    _check_index(folder, shards, entries)
+    _check_index(folder, shards, held)
     return Source(name, folder, shards, entries, config, tuple(metadata))
 
 
-def _check_index(folder: Path, shards: tuple[Path, ...], entries: Mapping[str, Entry]) -> None:
-    """Index and shards agree, tensor by tensor, if these shards are the ones that the index names."""
+def _check_index(folder: Path, shards: tuple[Path, ...], held: Mapping[str, str]) -> None:
+    """Index and shards agree, tensor by tensor, if these shards are the ones that the index names. `held`: tensor -> its file."""
     if not (folder / INDEX).is_file() or set((said := _weight_map(folder / INDEX)).values()) != {shard.name for shard in shards}:
         return
-    held = {name: entry.path.name for name, entry in entries.items()}
-    if wrong := sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name)):
+    if said != held:
+        wrong = sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name))
         name = wrong[0]
         raise BrokenFile(
             f"{INDEX} puts {name} in {said.get(name, 'no file')}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeglot.dtypes import WEIGHT_DTYPES
+from moeglot.encoding import agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
 from moeglot.format import Config, Format
@@ -25,7 +26,7 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
             continue
         right.add(key)
         dtypes, shape = needed[line.key, part]
-        if entry.dtype not in dtypes or entry.shape != shape:
+        if entry.dtype not in dtypes or not agree(shape, entry.shape):
             yield from _tensor_problems(entry, line, part, sizes, form, known)
     carried = form.family.carried_layers(config)
     stems = {_stem(line) for line in form.stored}
@@ -57,7 +58,7 @@ def _tensor_problems(entry: Entry, line: Stored, part: str, sizes: Sizes, form: 
         yield TensorMismatch(f"{entry.name}: {form.name} needs {' or '.join(spec.dtypes)}, the file has {entry.dtype}", known, _other_format(form, entry))
         return
     shape = line.part_shape(spec, sizes)
-    if entry.shape != shape:
+    if not agree(shape, entry.shape):
         yield TensorMismatch(f'{entry.name}: read as "{line.axes}" needs {list(shape)}, the file has {list(entry.shape)}', known, _other_format(form, entry))
 
 

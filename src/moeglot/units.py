@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moeglot.dtypes import by_torch_name
-from moeglot.encoding import Encoded
+from moeglot.checkpoint import DenseTensor, HubTensor
+from moeglot.dtypes import DTYPES, by_torch_name
+from moeglot.encoding import Encoded, Encoding
+from moeglot.encodings.plain import Plain
 from moeglot.layout import exactly, values
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.plan import Plan, Step, Unit
@@ -20,12 +22,19 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     import torch
 
     if unit.step is None:
-        tensors = [part.read() for part in unit.parts]
-        return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, Loss()
+        found = [_dense(part) for part in unit.parts]
+        tensors = [tensor for tensor, _ in found]
+        return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, sum((loss for _, loss in found), Loss())
     step, source = unit.step, plan.source
+    if step.twin:
+        stored = source.checked(step.twin, step.layer, unit.expert)
+        if (copied := stored.encoding.recode(stored.parts, step.target)) is not None:
+            return dict(copied), Loss()
     roles = {role: source.expert(source.format.line_of(role), step.layer, unit.expert)[role] for role in step.line.roles}
     if step.moves_codes:
-        return dict(step.line.join(roles.__getitem__).parts), Loss()
+        recoded = {role: _recoded(encoded, step.target) for role, encoded in roles.items()}
+        if all(recoded.values()):
+            return dict(step.line.join(lambda role: recoded[role] or roles[role]).parts), Loss()
     if step.exact:
         blocks = sum(blocks_of(encoded) for encoded in roles.values())
         undetermined = sum(encoded.encoding.undetermined(encoded.parts) for encoded in roles.values())
@@ -34,6 +43,22 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     stored = step.line.join(lambda role: exactly(roles[role])).parts["value"]
     coded = step.target.encode(stored)
     return coded, measure(stored, Encoded(step.target, coded, tuple(stored.shape)))
+
+
+def _recoded(encoded: Encoded, target: Encoding) -> Encoded | None:
+    parts = encoded.encoding.recode(encoded.parts, target)
+    return None if parts is None else Encoded(target, parts, encoded.shape)
+
+
+def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
+    """A tensor that is no expert, and what decoding it lost."""
+    if isinstance(part, HubTensor):
+        return part.read(), Loss()
+    import torch
+
+    given = part.exact().decode(torch.float32)
+    coded = {"value": given.to(DTYPES[part.dtype].torch)}
+    return coded["value"], measure(given, Encoded(Plain(part.dtype), coded, tuple(given.shape)))
 
 
 def _dtype(step: Step) -> torch.dtype:
@@ -45,9 +70,12 @@ def estimate(plan: Plan) -> Plan:
     found: dict[str, Loss] = {}
     experts = plan.source.sizes["e"]
     layers = {plan.source.layers[n] for n in (0, len(plan.source.layers) // 2, -1)}
+    decoded = next((unit for unit in plan.units if unit.step is None and unit.verb), None)
+    if decoded and decoded.verb:
+        found[decoded.verb] = make(plan, decoded)[1]
     for step in plan.steps:
         if not step.exact and step.layer in layers:
             _, loss = make(plan, Unit("sample", step, step.layer % experts))
-            # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
             found[step.verb] = found.get(step.verb, Loss()) + loss
+    # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
     return replace(plan, expected_error={verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()})

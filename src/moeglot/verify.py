@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeglot.checkpoint import Checkpoint, open, problems
+from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.encoding import Encoded
 from moeglot.errors import Contradiction, MoeglotError
@@ -135,7 +135,11 @@ def difference(mine: Encoded, theirs: Encoded) -> float:
     """0 if the numbers are the same, bit for bit (the sign of zero too); else their relative error, never 0."""
     import torch
 
-    if mine.encoding.name == theirs.encoding.name and all(_same_bits(mine.parts[name], theirs.parts[name]) for name in mine.parts):
+    if (
+        mine.encoding.name == theirs.encoding.name
+        and mine.parts.keys() == theirs.parts.keys()
+        and all(_same_bits(mine.parts[name], theirs.parts[name]) for name in mine.parts)
+    ):
         return 0.0
     error = size = 0.0
     same = True
@@ -159,14 +163,26 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def others(subject: Checkpoint, other: Checkpoint) -> Check:
     """Every tensor that is no expert, byte for byte, under its Hub name."""
-    mine, theirs = subject.dense, other.dense
+    mine, theirs = dict[str, DenseTensor](subject.dense), dict[str, DenseTensor](other.dense)
+    if mine.keys() != theirs.keys():  # one is quantized, the other is not
+        mine, theirs = subject.decoded("F32"), other.decoded("F32")
     if mine.keys() != theirs.keys():
         names = sorted(mine.keys() ^ theirs.keys())
         return Check("values", "does not hold", "other tensors", f"{len(names)} are on one side only, first {names[0]}")
-    changed = [name for name, tensor in mine.items() if not _same_bits(tensor.read(), theirs[name].read())]
+    changed = [name for name, tensor in mine.items() if not _same(tensor, theirs[name])]
     if changed:
         return Check("values", "does not hold", "other tensors", f"{len(changed)} of {len(mine)} differ, first {changed[0]}")
-    return Check("values", "holds", "other tensors", f"{len(mine)} equal byte for byte")
+    decoded = sum(isinstance(tensor, DecodedTensor) != isinstance(theirs[name], DecodedTensor) for name, tensor in mine.items())
+    told = f"{len(mine) - decoded} equal byte for byte" + (f", {decoded} as decoded and rounded" if decoded else "")
+    return Check("values", "holds", "other tensors", told)
+
+
+def _same(a: DenseTensor, b: DenseTensor) -> bool:
+    """The same bytes; or, if one is a quantized matrix, its values as the other's float type rounds them."""
+    x, y = a.read(), b.read()
+    if isinstance(a, DecodedTensor) != isinstance(b, DecodedTensor):
+        x, y = (x.to(y.dtype), y) if isinstance(a, DecodedTensor) else (x, y.to(x.dtype))
+    return _same_bits(x, y)
 
 
 def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:

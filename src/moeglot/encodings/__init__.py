@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
+from moeglot.encodings import bnb4
 from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
 
-NAMES = (*(DTYPES[name].torch_name for name in WEIGHT_DTYPES), "mxfp4", *(f"mxfp4:{rule}" for rule in RULES))
+NAMES = (*(DTYPES[name].torch_name for name in WEIGHT_DTYPES), "mxfp4", *(f"mxfp4:{rule}" for rule in RULES), "nf4", "nf4:nested", "fp4", "fp4:nested")
 
 
 def by_name(name: str) -> Encoding:
@@ -16,6 +17,8 @@ def by_name(name: str) -> Encoding:
     kind, _, rule = name.partition(":")
     if kind == "mxfp4" and (not rule or rule in RULES):
         return mxfp4(rule or "openai")
+    if kind in ("nf4", "fp4"):
+        return bnb4.by_name(name)
     try:
         dtype = by_torch_name(name)
     except UsageError:

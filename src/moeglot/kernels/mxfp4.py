@@ -7,26 +7,12 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
+from moeglot.kernels import e2m1
 
 GROUP = 32
 BIAS = 127
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-TIES_UP = (False, True, False, True, False, True, False)  # to the code whose last bit is 0
 LAST_FINITE = 252  # 6 × 2^(253 - 127) is more than the largest bfloat16 and float32
 CHUNK = 1 << 19  # values at a time: the scratch of an encode or a decode stays near 10 MB whatever the matrix
-
-
-@cache
-def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """int64 [65536]: for each pair of bytes, its four values as bfloat16 (two lookups of two values for float32)."""
-    nibbles = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=device)
-    byte = torch.arange(256, device=device)
-    values = torch.stack([nibbles[byte & 15], nibbles[byte >> 4]], -1)  # [256, 2]
-    if dtype == torch.float32:
-        return values.view(torch.int64).flatten()  # one byte is one int64
-    low = values.view(torch.int32).flatten().to(torch.int64) & 0xFFFFFFFF
-    return (low[None, :] | (low[:, None] << 32)).flatten()  # little endian: the first byte is the low one
 
 
 @cache
@@ -55,9 +41,7 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
 
 def _decode_groups(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [n, 16], scale u8 [n] -> out [n, 32]."""
-    words = packed.int() if out.dtype == torch.float32 else packed.view(torch.int16).int().bitwise_and_(0xFFFF)
-    torch.index_select(_pairs(out.dtype, packed.device), 0, words.view(-1), out=out.view(torch.int64).view(-1))
-    out.mul_(_scales(out.dtype, packed.device)[scale.int()].unsqueeze(-1))
+    e2m1.unpack(packed, out).mul_(_scales(out.dtype, packed.device)[scale.int()].unsqueeze(-1))
     if len(scale) and int(scale.max()) > LAST_FINITE and not bool(out.isfinite().all()):
         raise BadNumbers(
             f"an MXFP4 scale of {int(scale.max())} makes a value that is not finite",
@@ -78,16 +62,6 @@ def _exponents(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
     return torch.where(amax == 0, -BIAS, exponent - 3 + bump.int()).clamp_(-BIAS, 254 - BIAS)
 
 
-@cache
-def _thresholds(ties: str, device: torch.device) -> torch.Tensor:
-    """float32 [7]: the smallest magnitude that gets each code but the first."""
-    middle = torch.tensor(MIDPOINTS, device=device)
-    if ties == "away":
-        return middle
-    after = torch.nextafter(middle, torch.full_like(middle, 10))
-    return torch.where(torch.tensor(TIES_UP, device=device), middle, after)
-
-
 def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tensor, torch.Tensor]:
     """values [n, 32] -> packed u8 [n, 16], scale u8 [n]."""
     exact = values.to(torch.float32)
@@ -100,9 +74,7 @@ def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torc
         )
     exponent = _exponents(amax, scale_rule)
     magnitude = torch.ldexp(exact.abs(), -exponent.unsqueeze(-1)).contiguous()
-    codes = torch.bucketize(magnitude, _thresholds(ties, values.device), out_int32=True, right=True).to(torch.uint8)
-    codes |= torch.signbit(exact).to(torch.uint8) << 3
-    return codes[:, ::2] | (codes[:, 1::2] << 4), (exponent + BIAS).to(torch.uint8)
+    return e2m1.pack(e2m1.nearest(magnitude, ties), exact), (exponent + BIAS).to(torch.uint8)
 
 
 def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tensor, torch.Tensor]:

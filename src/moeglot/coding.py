@@ -1,0 +1,111 @@
+"""Coding: how a producer keeps quantized matrices: their encoding, what it adds to each key, and what config.json says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moeglot.encoding import Encoding
+from moeglot.encodings.plain import Plain
+from moeglot.layout import Stored
+
+WEIGHT = ".weight"
+
+Quantization = Mapping[str, Any]
+"""config.json's quantization_config."""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """One producer's way to quantize the matrices of any layout.
+
+    `linear`: part -> what takes the place of `.weight` in a key; `stacked`: part -> what follows a key that does not end so.
+    `read(quantization_config, module)` -> the encoding that it declares for a module, None if it declares none of this kind.
+    `write(encoding, kept)` -> quantization_config, where `kept` are the modules that stay as they are.
+    """
+
+    name: str
+    encoding: Encoding
+    linear: Mapping[str, str]
+    stacked: Mapping[str, str]
+    read: Callable[[Quantization, str], Encoding | None] = field(compare=False)
+    write: Callable[[Encoding, Sequence[str]], dict[str, Any]] = field(compare=False)
+    source: str = ""
+    about: str = ""
+
+    def line(self, line: Stored) -> Stored:
+        """A line of a plain layout as this producer stores it; vectors stay as they are."""
+        if not isinstance(line.encoding, Plain) or len(line.role_axes.split()) != 2:
+            return line
+        if line.key.endswith(WEIGHT):
+            return replace(line, key=line.key.removesuffix(WEIGHT), encoding=self.encoding, names=self.linear)
+        return replace(line, encoding=self.encoding, names=self.stacked)
+
+    def module(self, key: str) -> tuple[str, str] | None:
+        """A key of a Linear module -> (module, part), the longest suffix first; None if no part is named so."""
+        for part, suffix in sorted(self.linear.items(), key=lambda item: -len(item[1])):
+            if key.endswith(suffix):
+                return key.removesuffix(suffix), part
+        return None
+
+
+def method(quantization: Quantization) -> str:
+    """The name of the library that quantization_config is for."""
+    return str(quantization.get("quant_method") or "").lower()
+
+
+def leaves_alone(quantization: Quantization, module: str) -> bool:
+    """quantization_config says that this module is not quantized, by name."""
+    kept = [*(quantization.get("modules_to_not_convert") or ()), *(quantization.get("llm_int8_skip_modules") or ())]
+    if any(isinstance(name, str) and (name in module or _names("re:" + name.replace("*", ".*"), module)) for name in kept):
+        return True
+    return any(_names(pattern, module) for pattern in quantization.get("ignore") or ())
+
+
+# --- compressed-tensors ----------------------------------------------------------------------------------------------------------------
+# https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/quantization/quant_config.py
+
+
+def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
+    """The `weights` arguments of the group that a module belongs to, None if it is ignored or in none."""
+    if any(_names(pattern, module) for pattern in quantization.get("ignore") or ()):
+        return None
+    found = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    named = [group for group in found if any(_names(target, module) for target in group.get("targets") or ())]
+    chosen = named or [group for group in found if "Linear" in (group.get("targets") or ())]
+    weights = chosen[0].get("weights") if chosen else None
+    return weights if isinstance(weights, Mapping) else None
+
+
+def _names(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], module) is not None
+        except re.error:
+            return False
+    return pattern == module
+
+
+def compressed(quantization: Quantization, module: str, **expected: Any) -> Mapping[str, Any] | None:
+    """The `weights` arguments that compressed-tensors declares for a module, if they are what is expected."""
+    if method(quantization) not in ("compressed-tensors", "compressed_tensors"):
+        return None
+    weights = groups(quantization, module)
+    return weights if weights and all(weights.get(key) == value for key, value in expected.items()) else None
+
+
+def declare_compressed(format: str, weights: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+    """quantization_config of a folder that compressed-tensors reads; activations are left as they are."""
+    arguments = {"dynamic": False, "symmetric": True, "actorder": None, "observer": None, "block_structure": None, "group_size": None, **weights}
+    group = {"targets": ["Linear"], "weights": arguments, "input_activations": None, "output_activations": None, "format": format}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

@@ -1,0 +1,252 @@
+"""bitsandbytes' NF4 and FP4: 4-bit codes under one absmax for each run of the flattened matrix, and the quant_state that declares how.
+
+Of a matrix [out, in] of n numbers, flattened row by row (blocks cross rows; the last may be short):
+packed u8 [⌈n/2⌉, 1], high nibble first; scale (`absmax`) float32 [⌈n/blocksize⌉]; map (`quant_map`) float32 [16];
+state (`quant_state`) u8: JSON that declares kind, block size, shape and dtype. Nested: scale is u8, and absmax = nested_map[scale] × nested_scale
++ nested_offset, with nested_scale float32 for every 256 of them, nested_map float32 [256] and nested_offset in the JSON.
+Producer: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py (QuantState, quantize_4bit)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isfinite, prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from moeglot.dtypes import DTYPES
+from moeglot.encoding import ANY, WHOLE, Encoding, Part, Parts, Stored
+from moeglot.encodings.plain import Plain
+from moeglot.errors import BadNumbers, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["nf4", "fp4"]
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the library takes
+NESTED_BLOCK = 256
+STATE_BYTES = 256
+"""Length of the JSON that we write, filled up with blanks: a file's header is written before the numbers in it are known."""
+
+STATE_DTYPES = ("F32", "BF16", "F16")
+
+
+def names(kind: Kind) -> dict[str, str]:
+    """part -> what the library appends to the key of the weight."""
+    return {
+        "packed": "",
+        "scale": ".absmax",
+        "map": ".quant_map",
+        "nested_scale": ".nested_absmax",
+        "nested_map": ".nested_quant_map",
+        "state": f".quant_state.bitsandbytes__{kind}",
+    }
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What the JSON declares. `shape` is that of the whole stored tensor; `dtype` is what a decoded number is rounded to."""
+
+    kind: str
+    blocksize: int
+    dtype: str
+    shape: tuple[int, ...]
+    offset: float | None = None
+
+    @classmethod
+    def read(cls, text: torch.Tensor) -> QuantState:
+        """u8 [n] -> QuantState; raises `BadNumbers` for what is no such JSON."""
+        try:
+            told = json.loads(bytes(text.tolist()))
+            dtype = next(name for name in STATE_DTYPES if DTYPES[name].torch_name == told["dtype"])
+            offset = float(told["nested_offset"]) if "nested_offset" in told else None
+            state = cls(str(told["quant_type"]), int(told["blocksize"]), dtype, tuple(int(size) for size in told["shape"]), offset)
+        except (ValueError, TypeError, KeyError, StopIteration) as error:
+            raise _refuse(f"a quant_state that cannot be read: {type(error).__name__} {error}") from error
+        if state.blocksize not in BLOCKSIZES or told.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK or not isfinite(offset or 0):
+            raise _refuse(f"a quant_state with blocks of {told['blocksize']} and {told.get('nested_blocksize')}, offset {offset}")
+        return state
+
+    def write(self, length: int) -> torch.Tensor:
+        """u8 [length], blanks at the end; `ANY` is as long as the text."""
+        import torch
+
+        told: dict[str, Any] = {"quant_type": self.kind, "blocksize": self.blocksize, "dtype": DTYPES[self.dtype].torch_name, "shape": list(self.shape)}
+        if self.offset is not None:
+            told |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset}
+        text = json.dumps(told).encode().ljust(max(length, 0))
+        assert length in (ANY, len(text)), f"{len(text)} bytes of quant_state do not fit in {length}"
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    def slice_shape(self, packed: torch.Tensor) -> tuple[int, ...] | None:
+        """Shape of the values that these codes are: the declared one, or that of one expert of it; None if neither fits."""
+        for first in range(max(0, len(self.shape) - 2), -1, -1):
+            if -(-prod(self.shape[first:]) // 2) == packed.numel():
+                return self.shape[first:]
+        return None
+
+
+def _refuse(what: str) -> BadNumbers:
+    return BadNumbers(
+        f"a 4-bit tensor has {what}",
+        "bitsandbytes writes quant_type, blocksize, dtype and shape there (functional.py, QuantState.as_dict)",
+        "fetch the file again from its producer",
+    )
+
+
+@dataclass(frozen=True)
+class BNB4(Encoding):
+    """`nested`: the absmax are coded as well. `state_bytes`: length of the JSON, ANY for a file whose producer did not fix it.
+
+    Decoded numbers are those of bitsandbytes on a CPU: code × absmax in float32, rounded once to the dtype of the quant_state.
+    Encoding writes its bytes, and that dtype is the one of the values. A matrix that lies on the grid with other absmax than the library
+    would choose gets those absmax, so that decode∘encode∘decode = decode; nested absmax are rounded anew, and the law holds for their codes alone.
+    """
+
+    kind: Kind = "nf4"
+    blocksize: int = 64
+    nested: bool = False
+    state_bytes: int = STATE_BYTES
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("nf4", "fp4") or self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"no such 4-bit encoding: {self.kind}, blocks of {self.blocksize}")
+
+    @property
+    def name(self) -> str:
+        return self.kind + (":nested" if self.nested else "") + (f":{self.blocksize}" if self.blocksize != 64 else "")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        def whole(name: str, dtype: str, length: int) -> Part:
+            return Part(name, (dtype,), (WHOLE, WHOLE), (length,), shared=True)
+
+        nested = (Part("nested_scale", ("F32",), flat=self.blocksize * NESTED_BLOCK), whole("nested_map", "F32", 256)) if self.nested else ()
+        return (
+            Part("packed", ("U8",), trailing=(1,), flat=2),
+            Part("scale", ("U8" if self.nested else "F32",), flat=self.blocksize),
+            whole("map", "F32", 16),
+            *nested,
+            whole("state", "U8", self.state_bytes),
+        )
+
+    def as_stored(self, found: Mapping[str, Stored]) -> BNB4:
+        """Nested or not, and the block size that gives the number of absmax; a tensor of a single block has it with every larger size too."""
+        numbers, scales = 2 * prod(found["packed"][1]), prod(found["scale"][1])
+        fits = [size for size in (self.blocksize, *BLOCKSIZES) if scales in (-(-numbers // size), -(-(numbers - 1) // size))]
+        return replace(self, nested=found["scale"][0] == "U8", blocksize=fits[0] if fits else self.blocksize, state_bytes=ANY)
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        from moeglot.kernels import bnb4
+
+        state = QuantState.read(parts["state"])
+        shape = state.slice_shape(parts["packed"])
+        if shape is None:
+            raise _refuse(f"a quant_state of shape {list(state.shape)} beside {parts['packed'].numel()} bytes of codes")
+        values = bnb4.decode(parts["packed"], absmax(parts), self.kind, state.blocksize, prod(shape), DTYPES[state.dtype].torch)
+        return values.view(shape).to(dtype)
+
+    def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        from moeglot.dtypes import by_torch_name
+        from moeglot.kernels import bnb4
+
+        packed, scale, dtype = bnb4.encode(values, self.kind, self.blocksize)
+        state = QuantState(self.kind, self.blocksize, by_torch_name(str(dtype).removeprefix("torch.")).name, tuple(values.shape))
+        parts = {"packed": packed, "scale": scale, "map": bnb4.codebook(self.kind).clone()}
+        if self.nested:
+            parts["scale"], parts["nested_scale"], offset = bnb4.encode_nested(scale)
+            parts["nested_map"], state = bnb4.nested_codebook().clone(), replace(state, offset=offset)
+        return parts | {"state": state.write(self.state_bytes)}
+
+    def check(self, parts: Parts) -> str | None:
+        from moeglot.kernels import bnb4
+
+        if any(part.is_meta for part in parts.values()):
+            return "is a placeholder without numbers (meta device)"
+        try:
+            state = QuantState.read(parts["state"])
+        except BadNumbers as error:
+            return error.wrong.removeprefix("a 4-bit tensor ")
+        shape, nested = state.slice_shape(parts["packed"]), "nested_scale" in parts
+        if state.kind != self.kind or nested != (state.offset is not None):
+            return f"has a quant_state of {'nested ' if state.offset is not None else ''}{state.kind}, which its tensors are not"
+        if shape is None or -(-prod(shape) // state.blocksize) != parts["scale"].numel():
+            return f"has a quant_state of {list(state.shape)} in blocks of {state.blocksize}, which its codes and absmax are not"
+        if not bool(parts["map"].sub(bnb4.codebook(self.kind)).abs().max() < 1e-6):
+            return f"has a quant_map that is not the codebook of {self.kind}, which bitsandbytes uses whatever is stored"
+        return self._check_scales(absmax(parts), parts["packed"], nested)
+
+    def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor, nested: bool) -> str | None:
+        if not bool(scale.isfinite().all()):
+            return "has absmax that are NaN or infinite"
+        if not nested and bool((scale < 0).any()):
+            return "has negative absmax"
+        zero = 0x77 if self.kind == "nf4" else 0
+        if bool((scale == 0).all()) and bool((packed != zero).any()):
+            return "has absmax that are all zero beside codes that are not, as in a file that was never filled"
+        return None
+
+    def fits_in(self, other: Encoding) -> bool:
+        """Whatever dtype a quant_state says, float32 holds its numbers."""
+        if isinstance(other, Plain):
+            return other.dtype is not None and DTYPES["F32"].fits_in(DTYPES[other.dtype])
+        return self.recodes(other)
+
+    def recodes(self, other: Encoding) -> bool:
+        """Nested absmax become plain ones, and longer blocks shorter ones."""
+        if not isinstance(other, BNB4) or other.kind != self.kind or other.state_bytes == ANY != self.state_bytes:
+            return False
+        same = self.nested and self.blocksize == other.blocksize
+        return same if other.nested else self.blocksize % other.blocksize == 0
+
+    def recode(self, parts: Parts, other: Encoding) -> Parts:
+        assert isinstance(other, BNB4)
+        state = QuantState.read(parts["state"])
+        if other.nested == self.nested and other.blocksize == self.blocksize:
+            return {**parts, "state": parts["state"] if other.state_bytes == self.state_bytes else state.write(other.state_bytes)}
+        shape = state.slice_shape(parts["packed"])
+        assert shape, "`check` has seen these parts"
+        scale = absmax(parts).repeat_interleave(self.blocksize // other.blocksize)[: -(-prod(shape) // other.blocksize)]
+        state = replace(state, blocksize=other.blocksize, offset=None)
+        return {"packed": parts["packed"], "scale": scale, "map": parts["map"], "state": state.write(other.state_bytes)}
+
+    def undetermined(self, parts: Parts) -> int:
+        """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold, or with FP4's second zero; every nested one."""
+        from moeglot.kernels import bnb4
+
+        state, scale = QuantState.read(parts["state"]), absmax(parts)
+        if "nested_scale" in parts:
+            return scale.numel()
+        return bnb4.undetermined(parts["packed"], scale, self.kind, state.blocksize, DTYPES[state.dtype].torch)
+
+    def inverted(self, parts: Parts) -> Parts:
+        """With plain absmax: the reciprocals of nested ones cannot be coded as such."""
+        import torch
+
+        scale = absmax(parts)
+        rest = {name: part for name, part in parts.items() if not name.startswith("nested")}
+        return {**rest, "scale": torch.where(scale == 0, scale, scale.reciprocal())}
+
+
+def absmax(parts: Parts) -> torch.Tensor:
+    """float32 [⌈n/blocksize⌉], whether stored so or nested."""
+    from moeglot.kernels import bnb4
+
+    if "nested_scale" not in parts:
+        return parts["scale"]
+    offset = QuantState.read(parts["state"]).offset
+    if offset is None:
+        raise _refuse("nested absmax and a quant_state without nested_offset")
+    return bnb4.decode_nested(parts["scale"], parts["nested_scale"], parts["nested_map"], offset)
+
+
+def by_name(name: str) -> BNB4:
+    """`"nf4:nested:128"` -> BNB4; raises `UsageError`."""
+    kind, *options = name.split(":")
+    sizes = [int(option) for option in options if option.isdecimal() and int(option) in BLOCKSIZES]
+    nested = "nested" in options
+    found = BNB4("fp4" if kind == "fp4" else "nf4", sizes[0] if sizes else 64, nested)
+    if found.kind != kind or len(options) != nested + len(sizes):
+        raise UsageError(f"{name!r} is no 4-bit encoding", f"nf4 or fp4, then :nested, then one of {BLOCKSIZES} if not 64", "for example nf4:nested:128")
+    return found

@@ -1,0 +1,231 @@
+"""bitsandbytes' 4-bit codes with torch: codebooks, blocks over the flattened matrix, and its CPU kernels' arithmetic and roundings, bit for bit.
+
+https://github.com/bitsandbytes-foundation/bitsandbytes (backends/default/ops.py, backends/cpu/ops.py, csrc/cpu_ops.cpp, functional.py), 0.50.2.
+decode: codebook × absmax in float32, then one rounding to the dtype of the quant_state; the high nibble of a byte is the first value.
+encode: absmax of each block, values × (1 / absmax) (a short last block: values / absmax), the nearest code; halfway is the lower value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from moeglot.errors import BadNumbers
+
+# Normal quantiles, as the library has them to the last digit; 0.0 is code 7.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # codes 8 to 15 are the same, negative; 8 is +0 like 0
+NESTED_BLOCK = 256  # scales that share a scale
+SMALLEST = 1e-38  # what the library divides by instead of less, and what it stores for a short last block of zeros
+POSITIONS = 65535  # its CPU kernel rounds a scale to one of these steps of [-1, 1] before it takes the nearest of the 256
+CHUNK = 1 << 19  # values at a time, a multiple of every block size
+
+
+@cache
+def codebook(kind: str) -> torch.Tensor:
+    """float32 [16]: the value of each code, in units of a block's absmax."""
+    if kind == "nf4":
+        return torch.tensor(NF4)
+    positive = torch.tensor(FP4_TWELFTHS) / 12
+    return torch.cat([positive, torch.tensor([0.0]), -positive[1:]])
+
+
+@cache
+def _nearest_table(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [15] midpoints between neighbouring values, uint8 [16] codes by value; of FP4's two zeros 0 comes before 8."""
+    values, codes = codebook(kind).sort(stable=True)
+    return (values[:-1] + values[1:]) / 2, codes.to(torch.uint8)
+
+
+def _nearest(scaled: torch.Tensor, kind: str) -> torch.Tensor:
+    """float32 in [-1, 1] -> u8 codes. A value at a midpoint gets the lower one, so that FP4 codes small positive numbers as its second zero."""
+    midpoints, codes = _nearest_table(kind)
+    return codes[torch.bucketize(scaled, midpoints, out_int32=True)]
+
+
+@cache
+def _pairs(kind: str) -> torch.Tensor:
+    """float32 [256, 2]: the two values of a byte, high nibble first."""
+    byte = torch.arange(256)
+    return torch.stack([codebook(kind)[byte >> 4], codebook(kind)[byte & 15]], -1)
+
+
+def _blocks(values: torch.Tensor, blocksize: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of the first block, [b, blocksize]) for runs of whole blocks of a flat tensor, then the short block as [1, rest]."""
+    whole = values.numel() // blocksize
+    step = max(1, CHUNK // blocksize)
+    for at in range(0, whole, step):
+        yield at, values[at * blocksize : min(at + step, whole) * blocksize].view(-1, blocksize)
+    if values.numel() % blocksize:
+        yield whole, values[whole * blocksize :].view(1, -1)
+
+
+def decode(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """packed u8 [⌈n/2⌉, 1], absmax float32 [⌈n/blocksize⌉] -> [n] in `dtype`: one product in float32, then one rounding."""
+    values = torch.empty(count, dtype=dtype)
+    flat = packed.reshape(-1)
+    for first, out in _blocks(values, blocksize):
+        at = first * blocksize
+        numbers = _pairs(kind)[flat[at // 2 : (at + out.numel() + 1) // 2].int()].flatten()[: out.numel()]
+        out.copy_(numbers.view(out.shape) * absmax[first : first + len(out)].unsqueeze(-1))
+    return values
+
+
+def encode(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """values [...] -> packed u8 [⌈n/2⌉, 1], absmax float32 [⌈n/blocksize⌉], and the dtype that decoding rounds to.
+
+    A matrix whose every block lies on the grid (it was decoded from such codes, whatever their absmax) is coded without loss, and values held in
+    float32 that lie on it in bfloat16 or float16 get that dtype. Any other is rounded as bitsandbytes does, and has its own dtype.
+    """
+    values = _supported(values).reshape(-1)
+    for dtype in (values.dtype, torch.bfloat16, torch.float16) if values.dtype == torch.float32 else (values.dtype,):
+        held = values.to(dtype)
+        if dtype == values.dtype or torch.equal(held.to(values.dtype), values):
+            codes, absmax, exact = _encode(held, kind, blocksize)
+            if exact:
+                return _pack(codes, kind), absmax, dtype
+    codes, absmax, _ = _encode(values, kind, blocksize, search=False)
+    return _pack(codes, kind), absmax, values.dtype
+
+
+def _supported(values: torch.Tensor) -> torch.Tensor:
+    held = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.to(torch.float32)
+    if not bool(held.isfinite().all()):
+        raise BadNumbers(
+            "a weight is NaN or infinite, which 4-bit codes cannot hold",
+            "the largest code is one absmax, and float32 holds that",
+            "find where the source lost its numbers; moeglot verify PATH names the tensor",
+        )
+    return held
+
+
+def _encode(values: torch.Tensor, kind: str, blocksize: int, search: bool = True) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """flat values -> codes u8 [n], absmax [blocks], whether they decode to the same bits. A search ends where the first block is on no grid."""
+    codes = torch.empty(values.numel(), dtype=torch.uint8)
+    absmax = torch.empty(-(-values.numel() // blocksize))
+    for first, block in _blocks(values, blocksize):
+        found, scale = _round(block, kind, short=block.shape[1] < blocksize)
+        if search:
+            wrong = ~_same(found, scale, block, kind)
+            again = _on_grid(block[wrong], kind)
+            if again is None:
+                return codes, absmax, False
+            found[wrong], scale[wrong] = again
+        codes[first * blocksize : first * blocksize + block.numel()] = found.flatten()
+        absmax[first : first + len(block)] = scale
+    return codes, absmax, search
+
+
+def _round(block: torch.Tensor, kind: str, short: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """[b, s] -> codes u8 [b, s], absmax [b], as bitsandbytes rounds."""
+    block = block.float()
+    absmax = block.abs().amax(-1)
+    if short:
+        absmax = absmax.clamp(min=SMALLEST)
+        scaled = block / absmax.unsqueeze(-1)
+    else:
+        scaled = block * (1.0 / absmax.clamp(min=SMALLEST)).unsqueeze(-1)
+    return _nearest(scaled.clamp(-1, 1), kind), absmax
+
+
+def _same(codes: torch.Tensor, absmax: torch.Tensor, block: torch.Tensor, kind: str) -> torch.Tensor:
+    """bool [b]: the codes decode to these bits, the sign of zero included."""
+    integer = torch.int32 if block.dtype == torch.float32 else torch.int16
+    decoded = (codebook(kind)[codes.int()] * absmax.unsqueeze(-1)).to(block.dtype)
+    return (decoded.view(integer) == block.contiguous().view(integer)).all(-1)
+
+
+def _on_grid(block: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """[b, s] -> codes [b, s] and absmax [b] that decode to it exactly, or None if a block has none.
+
+    Its largest magnitude is one of the codebook's magnitudes times the absmax (negative ones come from nested scales), rounded.
+    """
+    if bool((block.float().sort(-1).values.diff(dim=-1) != 0).sum(-1).gt(15).any()):
+        return None
+    codes, absmax, left = torch.zeros(block.shape, dtype=torch.uint8), torch.zeros(len(block)), torch.arange(len(block))
+    magnitudes = sorted({abs(value) for value in codebook(kind).tolist()} - {0.0}, reverse=True)
+    for unit in (sign * magnitude for magnitude in magnitudes for sign in (1, -1)):
+        if not len(left):
+            break
+        rows = block[left]
+        found = _nearest((rows.float() / (rows.float().abs().amax(-1) / unit).unsqueeze(-1)).clamp(-1, 1), kind)
+        middle = math.copysign(1, unit) * _middle_absmax(rows, found, kind)
+        for scale in (middle, torch.nextafter(middle, 2 * middle), torch.nextafter(middle, 0 * middle)):
+            right = _same(found, scale, rows, kind)
+            codes[left[right]], absmax[left[right]] = found[right], scale[right]
+        left = left[~_same(codes[left], absmax[left], rows, kind)]
+    return None if len(left) else (codes, absmax)
+
+
+def _middle_absmax(block: torch.Tensor, codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """float32 [b]: the middle of the magnitudes of absmax with which every code [b, s] is rounded to its value [b, s]."""
+    bits = block.contiguous().view(torch.int32 if block.dtype == torch.float32 else torch.int16)
+    bits = bits & torch.iinfo(bits.dtype).max  # magnitudes of floats are in the order of their bits
+    below, exact, above = ((bits + step).clamp(min=0).view(block.dtype).double() for step in (-1, 0, 1))
+    unit = codebook(kind)[codes.int()].abs().double()
+    counts = (exact > 0) & (unit > 0)
+    least = torch.where(counts, (below + exact) / 2 / unit, 0).amax(-1)
+    most = torch.where(counts, (exact + above) / 2 / unit, torch.inf).amin(-1)
+    return ((least + most) / 2).float()
+
+
+def _pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """u8 [n] -> [⌈n/2⌉, 1], high nibble first; a missing last value is coded as zero."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, _nearest(torch.zeros(1), kind)])
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(-1)
+
+
+def undetermined(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, dtype: torch.dtype) -> int:
+    """How many blocks the values do not show: no code of ±1 gives away the absmax, it is more exact than `dtype`, or FP4's second zero is used."""
+    largest, second_zero = torch.zeros(16, dtype=torch.bool), torch.zeros(16, dtype=torch.bool)
+    largest[codebook(kind).abs() == 1] = True
+    second_zero[8] = kind == "fp4"
+    shown = torch.zeros(len(absmax), dtype=torch.bool)
+    for first, codes in _blocks(torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], -1).flatten(), blocksize):
+        shown[first : first + len(codes)] = largest[codes.int()].any(-1) & ~second_zero[codes.int()].any(-1)
+    return int((~shown | (absmax.to(dtype).float() != absmax)).sum())
+
+
+# --- double quantization: absmax = nested codebook × nested scale + offset ---------------------------------------------------------------
+
+
+@cache
+def nested_codebook() -> torch.Tensor:
+    """float32 [256]: the signed dynamic 8-bit type. Decade d of 7 is cut in 2^d steps, whose middles are its values; 0 and 1 are added."""
+    values = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        middles = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
+
+
+def decode_nested(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, offset: float) -> torch.Tensor:
+    """codes u8 [b], scale float32 [⌈b/256⌉], values float32 [256] -> absmax float32 [b]: a product, then a sum, each rounded to float32."""
+    spread = scale.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+    return values[codes.int()] * spread + torch.tensor(offset, dtype=torch.float32)
+
+
+def encode_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset; the offset is the mean of all."""
+    offset = absmax.mean()
+    centred = absmax - offset
+    padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    scale = padded.abs().amax(-1)
+    scaled = (padded * (1.0 / scale).unsqueeze(-1)).nan_to_num(-1.0).clamp(-1, 1)  # of equal absmax, code 0
+    position = ((scaled + 1) * (POSITIONS / 2) + 0.5).int()
+    return _nested_table()[position].flatten()[: len(absmax)], scale, offset.item()
+
+
+@cache
+def _nested_table() -> torch.Tensor:
+    """u8 [65536]: the nearest code of each position."""
+    values = nested_codebook().double()
+    return torch.bucketize(torch.arange(POSITIONS + 1).double() * 2 / POSITIONS - 1, (values[:-1] + values[1:]) / 2).to(torch.uint8)

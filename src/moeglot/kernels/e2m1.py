@@ -1,0 +1,52 @@
+"""E2M1: the sixteen numbers of four bits, two to a byte, low nibble first; MXFP4 and NVFP4 differ in their scales alone."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+TIES_UP = (False, True, False, True, False, True, False)  # to the code whose last bit is 0
+
+
+@cache
+def pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """int64 [65536]: for each pair of bytes, its four values as bfloat16 (two lookups of two values for float32)."""
+    nibbles = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=device)
+    byte = torch.arange(256, device=device)
+    values = torch.stack([nibbles[byte & 15], nibbles[byte >> 4]], -1)  # [256, 2]
+    if dtype == torch.float32:
+        return values.view(torch.int64).flatten()  # one byte is one int64
+    low = values.view(torch.int32).flatten().to(torch.int64) & 0xFFFFFFFF
+    return (low[None, :] | (low[:, None] << 32)).flatten()  # little endian: the first byte is the low one
+
+
+def unpack(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """packed u8 [n, k], k even -> out [n, 2 k], bfloat16 or float32."""
+    words = packed.int() if out.dtype == torch.float32 else packed.view(torch.int16).int().bitwise_and_(0xFFFF)
+    torch.index_select(pairs(out.dtype, packed.device), 0, words.view(-1), out=out.view(torch.int64).view(-1))
+    return out
+
+
+@cache
+def thresholds(ties: str, device: torch.device) -> torch.Tensor:
+    """float32 [7]: the smallest magnitude that gets each code but the first."""
+    middle = torch.tensor(MIDPOINTS, device=device)
+    if ties == "away":
+        return middle
+    after = torch.nextafter(middle, torch.full_like(middle, 10))
+    return torch.where(torch.tensor(TIES_UP, device=device), middle, after)
+
+
+def nearest(magnitudes: torch.Tensor, ties: str) -> torch.Tensor:
+    """float32 [...] of any size, contiguous -> index of the nearest magnitude, int32; more than 6 is 6."""
+    return torch.bucketize(magnitudes, thresholds(ties, magnitudes.device), out_int32=True, right=True)
+
+
+def pack(index: torch.Tensor, signed_like: torch.Tensor) -> torch.Tensor:
+    """Indices of magnitudes [n, 2 k] with the signs of numbers of that shape (zero has one too) -> u8 [n, k]."""
+    codes = index.to(torch.uint8)
+    codes |= torch.signbit(signed_like).to(torch.uint8) << 3
+    return codes[:, ::2] | (codes[:, 1::2] << 4)

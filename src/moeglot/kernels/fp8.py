@@ -1,0 +1,161 @@
+"""FP8 E4M3 with torch: code × scale in float32, and back, for blocks of any size."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from moeglot.errors import BadNumbers, TensorMismatch
+from moeglot.kernels.grid import Block, Grid, largest, runs, scaled, settle, shape_of, tile_rows, tiled
+
+LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
+NAN = 0x7F
+BIAS = 127
+LEAST = 2.0**-117
+"""The smallest float scale under which products with every code are normal, so that values tell their scale."""
+
+
+def _nearest(quotients: torch.Tensor) -> torch.Tensor:
+    return quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(torch.float32)
+
+
+@cache
+def _grid(dtype: str) -> Grid:
+    magnitudes = torch.arange(1, NAN, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    if dtype == "F32":
+        return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: torch.ones_like(scale, dtype=torch.bool))
+    return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: scale.bfloat16().float() == scale, ulps=0)  # 4 + 8 bits are exact in 24
+
+
+def scale_values(scale: torch.Tensor) -> torch.Tensor:
+    """A scale of any of the four types -> float32; U8 and E8M0 are powers of two biased by 127, 255 is NaN."""
+    if scale.dtype == torch.uint8:
+        return scale.view(torch.float8_e8m0fnu).to(torch.float32)
+    return scale.to(torch.float32)
+
+
+def scale_as(values: torch.Tensor, dtype: str) -> torch.Tensor | None:
+    """The same numbers (float32) in another type, or None if it does not have all of them."""
+    if dtype == "F32":
+        return values
+    if dtype == "BF16":
+        rounded = values.to(torch.bfloat16)
+        return rounded if torch.equal(rounded.to(torch.float32), values) else None
+    mantissa, exponent = torch.frexp(values)
+    byte = exponent - 1 + BIAS
+    if bool(((mantissa != 0.5) | (byte < 0) | (byte > 254)).any()):
+        return None
+    return byte.to(torch.uint8) if dtype == "U8" else byte.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:
+    """weight F8_E4M3 [..., out, in], scale [..., ⌈out / block[0]⌉, ⌈in / block[1]⌉] -> [..., out, in], computed in float32.
+
+    Raises `TensorMismatch` for a scale of another shape, `BadNumbers` for values that `dtype` cannot hold.
+    """
+    expected = shape_of(tuple(weight.shape), block)
+    if tuple(scale.shape) != expected:
+        raise TensorMismatch(
+            f"a scale of shape {list(scale.shape)} does not belong to a weight of shape {list(weight.shape)}",
+            f"blocks of {block[0] or 'all'} × {block[1] or 'all'} numbers have scales of shape {list(expected)}",
+            "check weight_block_size in config.json",
+        )
+    factors = scale_values(scale)
+    _representable(factors, dtype)
+    values = torch.empty(weight.shape, dtype=dtype)
+    for codes, factor, out in zip(_matrices(weight), _matrices(factors), _matrices(values), strict=True):
+        scaled(codes, factor, block, out)
+    if dtype == torch.bfloat16 and scale.dtype not in (torch.float32, torch.bfloat16) and bool((factors < 2.0**-124).any()):
+        _exact(weight, factors, block, values)
+    return values
+
+
+def _representable(scale: torch.Tensor, dtype: torch.dtype) -> None:
+    if bool((scale * LARGEST).isfinite().all()) or not scale.numel():
+        return
+    raise BadNumbers(
+        f"an FP8 scale of {scale.nan_to_num(nan=float('inf')).max().item():g} makes values that are not finite",
+        f"a value is code × scale, and codes go to {LARGEST:g}",
+        "the file is damaged or its scales are not what its format says; compare its hash with its producer's",
+    )
+
+
+def _exact(weight: torch.Tensor, scale: torch.Tensor, block: Block, values: torch.Tensor) -> None:
+    """A power of two under 2^-124 times a small code is less than bfloat16 has."""
+    for codes, factor, out in zip(_matrices(weight), _matrices(scale), _matrices(values), strict=True):
+        if not torch.equal(scaled(codes, factor, block, torch.empty(codes.shape)), out.float()):
+            raise BadNumbers(
+                "a value is too small for bfloat16",
+                f"the smallest FP8 scale here is {scale.min().item():g}, and codes go down to 2^-9",
+                "decode to float32, for example with --encode float32",
+            )
+
+
+def _matrices(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., rows, columns] -> [n, rows, columns], as a view."""
+    return tensor.unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(0, -3)
+
+
+def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
+    weight = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
+    factors = torch.empty(shape_of(tuple(values.shape), block))
+    for given, codes, factor in zip(_matrices(values), _matrices(weight), _matrices(factors), strict=True):
+        step = block[0] * max(1, (1 << 20) // (block[0] * given.shape[1])) if block[0] else given.shape[0]
+        for at in range(0, given.shape[0], step):
+            some = given[at : at + step]
+            scale = _scales(some, block, dtype)
+            first = at // block[0] if block[0] else 0
+            factor[first : first + len(scale)] = scale
+            _codes(some, scale, block, codes[at : at + step])
+    stored = scale_as(factors, dtype)
+    assert stored is not None
+    return weight, stored
+
+
+def _scales(values: torch.Tensor, block: Block, dtype: str) -> torch.Tensor:
+    """float32 [tiles, tiles], each a number of `dtype`; 1 for blocks of zeros, as transformers' Fp8Quantize writes."""
+    amax = largest(values, block)
+    if not bool(amax.isfinite().all()):
+        raise BadNumbers(
+            "a weight is NaN or infinite, which FP8 E4M3 cannot hold beside a finite scale",
+            f"its codes go to {LARGEST:g}, and there is none for infinity (arXiv 2209.05433)",
+            "find where the source lost its numbers; moeglot verify PATH names the tensor",
+        )
+    if dtype in ("U8", "F8_E8M0"):
+        mantissa, exponent = torch.frexp(amax)  # amax = mantissa × 2^exponent, 448 = .875 × 2^9
+        power = (exponent - 9 + (mantissa > 0.875).int()).clamp_(-BIAS, BIAS)
+        return torch.where(amax == 0, 1.0, torch.ldexp(torch.ones_like(amax), power))
+    scale = (amax / LARGEST).clamp_(min=LEAST)
+    if dtype == "BF16":
+        scale = scale.to(torch.bfloat16).to(torch.float32)  # the largest quotient is at most 448 × (1 + 2^-8), which rounds to 448
+    return settle(values, torch.where(amax == 0, 1.0, scale), block, _grid(dtype), LEAST)
+
+
+def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.Tensor) -> None:
+    """The quotient in float32, rounded to the nearest code, ties to even."""
+    for rows in runs(*values.shape):
+        factor, quotients = scale[tile_rows(rows, block)], values[rows].to(torch.float32, copy=True)
+        for part, place in tiled(quotients, block[1]):
+            part /= factor[:, place].unsqueeze(-1)
+        out[rows] = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
+def largest_codes(weight: torch.Tensor, block: Block) -> torch.Tensor:
+    """float32 [..., tiles, tiles]: the largest magnitude of a code in each block."""
+    return torch.stack([largest(codes, block) for codes in _matrices(weight)]).view(shape_of(tuple(weight.shape), block))
+
+
+def has_nan(weight: torch.Tensor) -> bool:
+    return any(bool(((codes[rows].view(torch.uint8) & NAN) == NAN).any()) for codes in _matrices(weight) for rows in runs(*codes.shape))
+
+
+def changed(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str) -> int:
+    """How many blocks have another scale, or other codes, after decoding and encoding them."""
+    again, scale_again = encode(decode(weight, scale, block, torch.float32), block, dtype)
+    count = 0
+    for codes, other, factor, factor_again in zip(*map(_matrices, (weight, again, scale, scale_again)), strict=True):
+        differ = codes.contiguous().view(torch.uint8) != other.view(torch.uint8)
+        count += int(((largest(differ, block) > 0) | (scale_values(factor) != scale_values(factor_again))).sum())
+    return count

@@ -1,0 +1,161 @@
+"""Blocks that share a scale: their largest numbers, and the scale of numbers that are codes × a float32 already.
+
+A tile is block[0] × block[1] numbers of a matrix [rows, columns]; 0 (WHOLE) is the whole axis; the last tile of an axis may be short.
+The scale of a tile is found from its largest magnitude, which must be one of the codes × the scale, and from the numbers that refute a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB whatever the matrix
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes that are multiplied by a scale.
+
+    `largest`: the magnitudes of codes that the largest number of a tile may have, the likeliest first. `nearest`: quotients (float32, may be overwritten)
+    -> the nearest codes, as float32. `holds`: which scales (float32) the scale's own type has. `ulps`: how far a scale may be from the quotient of the
+    largest number and its code: 1 where a product is rounded, 0 where none is.
+    """
+
+    largest: tuple[float, ...]
+    nearest: Callable[[torch.Tensor], torch.Tensor]
+    holds: Callable[[torch.Tensor], torch.Tensor]
+    ulps: int = 1
+
+
+def shape_of(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
+    """[..., rows, columns] -> [..., tiles, tiles]."""
+    return (*shape[:-2], *(-(-n // (b or n or 1)) for n, b in zip(shape[-2:], block, strict=True)))
+
+
+def runs(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of about CHUNK numbers."""
+    step = max(1, CHUNK // max(1, columns))
+    for at in range(0, rows, step):
+        yield slice(at, min(at + step, rows))
+
+
+def tiled(values: torch.Tensor, width: int) -> Iterator[tuple[torch.Tensor, slice]]:
+    """[rows, columns] as views [rows, tiles, width] with the tiles' place: the whole ones, and a short one if there is one."""
+    width = width or values.shape[-1]
+    full = values.shape[-1] // width
+    if full:
+        whole = values[:, : full * width]
+        yield whole.as_strided((len(values), full, width), (whole.stride(0), width * whole.stride(1), whole.stride(1))), slice(0, full)
+    if full * width < values.shape[-1]:
+        yield values[:, full * width :].unsqueeze(1), slice(full, full + 1)
+
+
+def tile_rows(rows: slice, block: Block) -> torch.Tensor:
+    """int64: the row of tiles that each row is in."""
+    numbers = torch.arange(rows.start, rows.stop)
+    return numbers // block[0] if block[0] else torch.zeros_like(numbers)
+
+
+def scaled(codes: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.Tensor) -> torch.Tensor:
+    """codes [rows, columns] of any type × scale float32 [tiles, tiles] -> out, by one multiplication in float32."""
+    for rows in runs(*codes.shape):
+        product, factor = codes[rows].to(torch.float32), scale[tile_rows(rows, block)]
+        for part, place in tiled(product, block[1]):
+            part *= factor[:, place].unsqueeze(-1)
+        out[rows] = product
+    return out
+
+
+def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor, how: str) -> None:
+    """[rows, tiles] of these rows reduced into [tiles, tiles]."""
+    index = tile_rows(rows, block).unsqueeze(-1).expand(found.shape)
+    into.scatter_reduce_(0, index, found, how)
+
+
+def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
+    """float32 [tiles, tiles]: the largest magnitude; NaN and infinity stay."""
+    amax = torch.zeros(shape_of(tuple(values.shape), block))
+    for rows in runs(*values.shape):
+        magnitude = values[rows].to(torch.float32).abs()
+        found = torch.cat([part.amax(-1) for part, _ in tiled(magnitude, block[1])], -1)
+        _reduced(found, rows, block, amax, "amax")
+    return amax
+
+
+def refuted(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [tiles, tiles], twice: the smallest and the largest number that codes × scale do not reproduce; inf and -inf where all are reproduced."""
+    low, high = torch.full_like(scale, inf), torch.full_like(scale, -inf)
+    for rows in runs(*values.shape):
+        factor = scale[tile_rows(rows, block)]
+        lows, highs = [], []
+        for part, place in tiled(values[rows].to(torch.float32), block[1]):
+            by = factor[:, place].unsqueeze(-1)
+            wrong = grid.nearest(part / by).mul_(by) != part
+            lows.append(torch.where(wrong, part, inf).amin(-1))
+            highs.append(torch.where(wrong, part, -inf).amax(-1))
+        _reduced(torch.cat(lows, -1), rows, block, low, "amin")
+        _reduced(torch.cat(highs, -1), rows, block, high, "amax")
+    return low, high
+
+
+def neighbours(numbers: torch.Tensor, ulps: int) -> torch.Tensor:
+    """[..., n] -> [..., n × (2 ulps + 1)]: each positive float32 followed by those beside it, the nearest first."""
+    steps = torch.tensor([0, *(step for n in range(1, ulps + 1) for step in (n, -n))], dtype=torch.int32)
+    return (numbers.contiguous().view(torch.int32).unsqueeze(-1) + steps).clamp_(min=0).view(torch.float32).flatten(-2)
+
+
+def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, least: float = 0.0) -> torch.Tensor:
+    """The scale [tiles, tiles], with those of tiles that lie on a grid replaced by one (≥ `least`) that reproduces every number of the tile."""
+    low, high = refuted(values, scale, block, grid)
+    if not bool((high > -inf).any()):
+        return scale
+    scale = scale.clone()
+    step = block[0] or values.shape[0]
+    guesses = len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
+    count = max(1, CHUNK // max(guesses, step * values.shape[1]))
+    for first in range(0, scale.shape[0], count):
+        tiles = slice(first, first + count)
+        if bool((high[tiles] > -inf).any()):
+            rows = slice(first * step, min((first + count) * step, values.shape[0]))
+            _search(values[rows], scale[tiles], low[tiles], high[tiles], block, grid, least)
+    return scale
+
+
+def _search(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, block: Block, grid: Grid, least: float) -> None:
+    """Replace in `scale` what can be replaced. Each guess that fails names two more numbers, and these rule out nearly all of the other guesses."""
+    where = (high > -inf).nonzero()
+    amax = largest(values, block)[where[:, 0], where[:, 1]]
+    guesses = neighbours(amax.unsqueeze(-1) / torch.tensor(grid.largest), grid.ulps)
+    alive = grid.holds(guesses) & (guesses >= least) & guesses.isfinite() & (guesses > 0)
+    low, high = low[where[:, 0], where[:, 1]], high[where[:, 0], where[:, 1]]
+    while len(where):
+        for witness in (low.unsqueeze(-1), high.unsqueeze(-1)):
+            alive &= grid.nearest(witness / guesses) * guesses == witness
+        left = alive.any(-1)
+        where, guesses, alive = where[left], guesses[left], alive[left]
+        if not len(where):
+            return
+        choice = alive.int().argmax(-1, keepdim=True)
+        guess = guesses.gather(1, choice).squeeze(1)
+        low, high = _refuted_at(values, scale, where, guess, block, grid)
+        done = high == -inf
+        scale[where[done, 0], where[done, 1]] = guess[done]
+        alive.scatter_(1, choice, False)
+        where, guesses, alive, low, high = where[~done], guesses[~done], alive[~done], low[~done], high[~done]
+
+
+def _refuted_at(
+    values: torch.Tensor, scale: torch.Tensor, where: torch.Tensor, guess: torch.Tensor, block: Block, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`refuted` [k], twice, for the tiles `where` [k, 2] under a guess [k] each; looks at the rows of these tiles only."""
+    above, place = torch.unique(where[:, 0], return_inverse=True)
+    height = block[0] or values.shape[0]
+    rows = (above.unsqueeze(-1) * height + torch.arange(height)).flatten()
+    tried = scale[above]
+    tried[place, where[:, 1]] = guess
+    low, high = refuted(values[rows[rows < values.shape[0]]], tried, block, grid)
+    return low[place, where[:, 1]], high[place, where[:, 1]]
