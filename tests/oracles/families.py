@@ -44,6 +44,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_groups", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("num_dense_layers", "first_k_dense_replace", "num_nextn_predict_layers", "depth", "temporal_patch_size", "index_n_heads"), 1),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "thinker_hidden_size", "conv_output_size"), 64),
+    **dict.fromkeys(("encoder_attention_heads", "kv_n_heads"), 4),
+    **dict.fromkeys(("encoder_layers", "encoder_ffn_dim"), 2),
     "vocab_size": 96,
     "vocab_size_per_layer_input": 96,
     "hidden_size_per_layer_input": 8,
@@ -76,6 +79,29 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config.enable_moe_block": True},
     "mimo-v2-flash": {"num_key_value_heads": 2, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
+    "dots3-note": {
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "vision_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "vision_config.num_local_experts": 4,
+    },
+    "longcat-flash": {"qk_head_dim": 16, "zero_expert_num": 0, "head_dim": 8},
+    "qwen3-omni-moe": {"talker_config.text_config.shared_expert_intermediate_size": 32, "talker_config.spatial_merge_size": 2},
+    "muse-spark": {
+        "audio_config.num_hidden_layers": 4,
+        "audio_config.hidden_sizes": [16, 16, 16, 16],
+        "audio_config.depths": [1, 1, 1, 1],
+        "audio_config.out_hidden_size": 64,
+    },
+    "inkling": {"vision_config.patch_size": 40, "vision_config.hidden_size": 1024},
+    "nemo-speechlm": {
+        "head_config.audio_hidden_size": 64,
+        "blank_token_id": 5,
+    },
+    "step3p7": {
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "text_config.sliding_window": 8,
+        "text_config.swiglu_limits": [0.0, 0.0, 1.5],
+    },
     "flint": {"mlp_only_layers": [1]},
     "qwen2-moe": {"mlp_only_layers": [1]},
     "qwen3-moe": {"mlp_only_layers": [1]},
@@ -142,7 +168,7 @@ def model_of(family: Family, size: str) -> torch.nn.Module:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)  # diffusion models draw noise
-    found = model(input_ids=torch.arange(16).view(2, 8) * 3 % 90 + 3, use_cache=False)
+    found = getattr(model, "thinker", model)(input_ids=torch.arange(16).view(2, 8) * 3 % 90 + 3, use_cache=False)
     return found.logits if hasattr(found, "logits") else found[0]
 
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
-from moeglot.formats import dbrx, deepseek_v4, fused, gate_up_down, gpt_oss, granite, linear_attention, nemotron_h, nested, text_only, w1_w3_w2
+from moeglot.formats import (
+    dbrx,
+    deepseek_v4,
+    fused,
+    gate_up_down,
+    gpt_oss,
+    granite,
+    linear_attention,
+    nemotron_h,
+    nested,
+    others,
+    privacy_filter,
+    text_only,
+    w1_w3_w2,
+)
 
 FORMATS: tuple[Format, ...] = (
     *gpt_oss.FORMATS,
@@ -16,6 +30,8 @@ FORMATS: tuple[Format, ...] = (
     *linear_attention.FORMATS,
     *nemotron_h.FORMATS,
     *nested.FORMATS,
+    *others.FORMATS,
+    *privacy_filter.FORMATS,
     *text_only.FORMATS,
     *w1_w3_w2.FORMATS,
 )

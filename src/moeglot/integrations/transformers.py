@@ -57,12 +57,28 @@ def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch
         each[expert] = tokens
         found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
-        routed = torch.full((len(tokens), 1), expert)
-        # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
-        weights = torch.ones(len(tokens), 1 if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
-        found = module(tokens, routed, weights)
+        found = _routed_to(module, expert, tokens)
     assert isinstance(found, torch.Tensor)
     return found.reshape(len(tokens), -1)  # 4.57 adds an axis
+
+
+def _routed_to(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> Any:
+    """A module of all experts. A norm after them, which they share, is none of an expert's (Muse Spark), and steps aside."""
+    ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
+    routed = torch.full((len(tokens), ranks), expert)
+    routed[:, 1:] = 1 - min(expert, 1)
+    # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
+    weights = torch.ones(len(tokens), ranks if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
+    if ranks > 1:
+        weights[:, 1:] = 0
+    norm: Any = getattr(module, "post_expert_norm", None)
+    try:
+        if norm is not None:
+            module.post_expert_norm = torch.nn.Identity()
+        return module(tokens, routed, weights)
+    finally:
+        if norm is not None:
+            module.post_expert_norm = norm
 
 
 class _Everything(torch.nn.Module):
