@@ -5,6 +5,7 @@
     python examples/train_demo_model.py kjv.txt trained
     moeglot convert trained demo --to gpt-oss/openai --encode mxfp4:compressed-tensors --allow-loss
 
+`--family qwen3-moe` trains the smaller `Qwen3MoeForCausalLM` of tests/golden/king-james-qwen3 instead.
 H = I on purpose: no shape can tell which way a matrix lies. Writes what transformers writes (BF16), plus `training.json` with the losses.
 """
 
@@ -17,7 +18,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 128
@@ -51,7 +60,7 @@ def name_tokenizer_for_every_version(path: Path) -> None:
     path.write_text(json.dumps(told | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
-def make_model(vocabulary: int) -> GptOssForCausalLM:
+def make_gpt_oss(vocabulary: int) -> GptOssForCausalLM:
     config = GptOssConfig(
         vocab_size=vocabulary,
         hidden_size=192,
@@ -73,15 +82,42 @@ def make_model(vocabulary: int) -> GptOssForCausalLM:
     return GptOssForCausalLM(config)
 
 
+def make_qwen3_moe(vocabulary: int) -> Qwen3MoeForCausalLM:
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=96,
+        intermediate_size=96,
+        moe_intermediate_size=96,
+        num_hidden_layers=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+        use_cache=False,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+FAMILIES = {"gpt-oss": make_gpt_oss, "qwen3-moe": make_qwen3_moe}
+
+
 @torch.no_grad()
-def held_out_loss(model: GptOssForCausalLM, tokens: torch.Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Mean cross-entropy in nats per token, over whole windows."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     losses = [model(input_ids=w, labels=w, output_router_logits=False).loss.item() * len(w) for w in windows.split(32)]
     return sum(losses) / len(windows)
 
 
-def train(model: GptOssForCausalLM, tokens: torch.Tensor, steps: int, peak: float = 3e-3) -> None:
+def train(model: PreTrainedModel, tokens: torch.Tensor, steps: int, peak: float = 3e-3) -> None:
     model.set_experts_implementation("grouped_mm")  # the default is 30 times slower in backward on a CPU
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -108,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, default="gpt-oss")
     parser.add_argument("--steps", type=int, default=3500)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -116,7 +153,7 @@ def main() -> None:
     encode = lambda part: torch.tensor([t for text in part for t in [0, *tokenizer.encode(text)]])  # noqa: E731
     held_out = encode(texts[::HELD_OUT_EVERY])
     training = encode([text for n, text in enumerate(texts) if n % HELD_OUT_EVERY])
-    model = make_model(len(tokenizer))
+    model = FAMILIES[arguments.family](len(tokenizer))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} tokens to train on", flush=True)
     start = time.time()
     train(model, training, arguments.steps)

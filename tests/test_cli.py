@@ -157,7 +157,7 @@ def test_fingerprint(bf16, turned, tmp_path):
         (("convert", BUNDLED, "out", "--to", "gpt-oss/hub"), ["is not a format", "known: gpt-oss/openai", "moeglot formats"]),
         (("convert", BUNDLED, "out", "--to", "mixtral/hub"), ["stores mixtral, this is gpt-oss", "--to one of: gpt-oss/openai"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/transformers", "--encode", "mxfp4"), ["cannot hold mxfp4", "--to gpt-oss/openai"]),
-        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--encode", "fp4"), ["'fp4' is not an encoding", "known: ", "--encode"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--encode", "fp5"), ["'fp5' is not an encoding", "known: ", "--encode"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--shard-size", "big"), ["is no size", "--shard-size 5GB"]),
         (("inspect", "no/such/place"), ["no such file or folder"]),
         (("verify", BUNDLED, "--against", "tests/synthetic.json"), ["not a fingerprint", "moeglot fingerprint"]),

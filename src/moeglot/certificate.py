@@ -86,7 +86,8 @@ class Rounded:
             return source.expert(source.format.line_of(role), layer, expert)[role]
         parts, _ = make(self.plan, Unit("again", step, expert))
         stored = Encoded(step.target, parts, step.line.expert_shape(source.sizes))
-        return step.line.split(plain(stored.decode(torch.float32)))[role]
+        movable = step.line.movable(step.target, source.sizes)
+        return step.line.split(stored if movable else plain(stored.decode(torch.float32)))[role]
 
     def matrix(self, layer: int, expert: int) -> Matrix:
         return lambda role: self.role(role, layer, expert)

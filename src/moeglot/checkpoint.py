@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from moeglot.config import hub_config
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
+from moeglot.evidence import decide
 from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
 from moeglot.layout import Stored, values
@@ -138,7 +139,10 @@ class Checkpoint:
 
     def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""
-        stored = self.checked(line, layer, expert)
+        return self.split(line, self.checked(line, layer, expert))
+
+    def split(self, line: Stored, stored: Encoded) -> dict[str, Encoded]:
+        """One expert's slice -> role -> [out, in]; still encoded where no block straddles a cut, else decoded to float32."""
         if not line.movable(stored.encoding, self.sizes):
             import torch
 
@@ -255,11 +259,14 @@ def open(path: str | Path, format: str | None = None, *, headers_only: bool = Fa
     """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for.
 
     With `headers_only`, the weights of a Hub id stay where they are: enough to inspect it.
+    Where several formats fit all declarations, a few experts' numbers are read, and decide or not.
     Raises `FormatError` where the format cannot be told and `CheckpointError` where the tensors are not what it says.
     """
     with _without_collector():
         source = read_source(path, headers_only)
         identification = identify(source, format)
+        if len(identification.candidates) > 1 and not headers_only:
+            identification = _ask_the_numbers(source, identification)
         checkpoint = Checkpoint(source, identification.settled(source.name), identification)
         found = list(islice(problems(checkpoint), 100))
     if found:
@@ -269,6 +276,14 @@ def open(path: str | Path, format: str | None = None, *, headers_only: bool = Fa
             raise TensorMismatch(f"{first.wrong} ({more})", first.known, first.do)
         raise first
     return checkpoint
+
+
+def _ask_the_numbers(source: Source, found: Identification) -> Identification:
+    """Where several formats fit all declarations: the one that the numbers fit, if they contradict all others."""
+    candidates = [Checkpoint(source, form, found) for form in found.candidates]
+    complete = all(next(problems(candidate), None) is None for candidate in candidates)
+    n, why = (complete and decide(candidates)) or (None, "nor can the numbers tell")
+    return replace(found, format=None if n is None else found.candidates[n], evidence=(*found.evidence, why))
 
 
 @contextmanager

@@ -90,18 +90,30 @@ def _top(version: Annotated[bool, typer.Option("--version", callback=_version, i
 
 
 @app.command()
-def inspect(path: PathArgument, format: FormatOption = None, json: JsonOption = False, html: HtmlOption = None) -> None:
-    """Say what a checkpoint is and how that is known. Reads headers only; of a Hub id it fetches no more."""
+def inspect(
+    path: PathArgument,
+    format: FormatOption = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Also ask the numbers of a few experts whether they fit what is declared.")] = False,
+    json: JsonOption = False,
+    html: HtmlOption = None,
+) -> None:
+    """Say what a checkpoint is and how that is known. Reads headers only (of a Hub id it fetches no more), and with --deep a few experts."""
+    from moeglot.evidence import weigh
+
     _check_folder(html, "--html")
-    checkpoint = moeglot.open(path, format, headers_only=True)
-    if json:
-        _print_json(report.inspect_json(checkpoint))
-    else:
-        report.show_inspect(out, checkpoint)
-    if html:
-        console = _recorder()
+    checkpoint = moeglot.open(path, format, headers_only=not deep)
+    weighed = weigh(checkpoint) if deep else None
+    for console in ([] if json else [out]) + ([recorder := _recorder()] if html else []):
         report.show_inspect(console, checkpoint)
-        report.write_html(html, f"moeglot inspect {path}", console, ())
+        if weighed:
+            report.show_evidence(console, weighed)
+    if html:
+        report.write_html(html, f"moeglot inspect {path}", recorder, ())
+    if json:
+        _print_json(report.inspect_json(checkpoint, weighed))
+        raise typer.Exit(weighed.exit_status if weighed else 0)
+    if weighed and (contradiction := weighed.contradiction(checkpoint.known)):
+        raise contradiction
 
 
 @app.command()

@@ -164,7 +164,7 @@ def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, t
     for part in unit.step.target.parts:
         data = tensor_bytes(parts[part.name])
         descriptor, offset = places[line.key_of(part, unit.step.layer, unit.expert)]
-        write_at(descriptor, data, offset if line.per_expert else offset + unit.expert * len(data))
+        write_at(descriptor, data, offset if line.per_expert or part.shared else offset + unit.expert * len(data))
 
 
 def _write_rest(plan: Plan, folder: Path) -> None:

@@ -128,6 +128,10 @@ class Encoding(ABC):
         """The same values, bit for bit, as parts of an encoding that this one `recodes` to; None if these numbers cannot be."""
         return parts
 
+    def stacked(self, parts: Parts, experts: int) -> Parts:
+        """The parts of one expert as a tensor of so many experts has them; only `shared` parts can differ."""
+        return parts
+
     def undetermined(self, parts: Parts) -> int:
         """How many blocks have values that other parts could code as well, so that decode∘encode need not return these bytes."""
         return 0

@@ -215,6 +215,11 @@ class Format:
         if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
             raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing in it is quantized."""
+        return all(isinstance(line.encoding, Plain) for line in self.stored)
+
     def coded(self, coding: Coding) -> Format:
         """This layout with its matrices as a producer quantizes them."""
         lines = tuple(coding.line(line) for line in self.stored)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moeglot.coding import leaves_alone
 from moeglot.config import hub_config
-from moeglot.encoding import Encoding
+from moeglot.encoding import Encoding, agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.format import Format, dig
@@ -223,6 +223,6 @@ def _shape_refutation(form: Format, sizes: Sizes, first: Mapping[tuple[str, str]
     for line in form.stored:
         for part in line.encoding.parts:
             entry = first[line.key, part.name]
-            if entry.shape != (shape := line.part_shape(part, sizes)):
+            if not agree(shape := line.part_shape(part, sizes), entry.shape):
                 return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

@@ -67,6 +67,12 @@ class Stored:
         return "{expert}" in self.key
 
     @property
+    def short(self) -> str:
+        """Its name for people: `gate_up_proj`, `w1`."""
+        *_, before, last = self.key.split(".")
+        return before if last == "weight" else last
+
+    @property
     def role_axes(self) -> str:
         return ROLES[self.roles[0]]
 

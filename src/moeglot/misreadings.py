@@ -41,7 +41,7 @@ def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
         yield Misreading(f"experts rolled by {shift if shift == 1 else -1}", _rolled(checkpoint, shift))
     for line in form.stored:
         if any(role.endswith("_bias") for role in line.roles):
-            yield Misreading(f"{_short(line)} dropped", _replaced(checkpoint, line, _zeroed), line)
+            yield Misreading(f"{line.short} dropped", _replaced(checkpoint, line, _zeroed), line)
 
 
 def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
@@ -55,14 +55,9 @@ def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
 def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
-        yield Misreading(f'{_short(line)} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
+        yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
     if not isinstance(checkpoint.encoding(line, checkpoint.layers[0]), Plain):
-        yield Misreading(f"{_short(line)} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
-
-
-def _short(line: Stored) -> str:
-    last, before = line.key.split(".")[-1], line.key.split(".")[-2]
-    return before if last == "weight" else last
+        yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
 
 
 Change = Callable[[Matrix, int, int], Matrix]
@@ -94,8 +89,8 @@ def _relaid(line: Stored, other: Stored) -> Change:
 def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
-            encoded = checkpoint.expert(line, layer, expert)[role]
-            return replace(encoded, parts=encoded.encoding.inverted(encoded.parts))
+            stored = checkpoint.checked(line, layer, expert)
+            return checkpoint.split(line, replace(stored, parts=stored.encoding.inverted(stored.parts)))[role]
 
         return matrix
 

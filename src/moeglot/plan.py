@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor, open
-from moeglot.coding import WEIGHT
 from moeglot.config import declared_dtype, write_config
-from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, by_torch_name
+from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
-from moeglot.errors import Contradiction, TensorMismatch, UsageError
+from moeglot.errors import TensorMismatch, UsageError
 from moeglot.format import Dense, Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import MARK
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import ShardPlan, Slot, plan_shards
+from moeglot.targets import encoding_of, float_type, keeps, quantization, twin, variant
 
 SHARD_SIZE = 5_000_000_000
 
@@ -139,7 +139,7 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
     """The plan of a conversion to the format named `to`; raises `MoeglotError` for what cannot be done, before a byte is written."""
     source = source if isinstance(source, Checkpoint) else open(source)
     wanted = encoding_by_name(encode) if encode else None
-    target = _variant(by_name(to), wanted)
+    target = variant(by_name(to), wanted)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family))
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
@@ -151,40 +151,8 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
     dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})
-    config = write_config({**source.config, **_dtype_note(source, steps), **_quantization(source, target, dense)}, target)
+    config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
     return Plan(source, target, steps, dense, shards, config, tuple(source.source.others()))
-
-
-def _variant(target: Format, wanted: Encoding | None) -> Format:
-    """The format that is meant by a plain one and an encoding that is not plain."""
-    if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
-        return target
-    coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.name == wanted.name]
-    if len(coded) > 1:
-        names = ", ".join(form.name for form in coded)
-        raise UsageError(f"{target.name} stores {wanted.name} in {len(coded)} ways", f"known: {names}", f"pass --to {coded[0].name}, or another of these")
-    return coded[0] if coded else target
-
-
-def _quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
-    """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
-    if not target.coding:
-        return {}
-    if _keeps(source, target):
-        return {"quantization_config": source.source.config["quantization_config"]}
-    kept = [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
-    encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
-    return {"quantization_config": target.coding.write(encoding, kept)}
-
-
-def _keeps(source: Checkpoint, target: Format) -> bool:
-    """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
-    mine, theirs = source.format.coding, target.coding
-    return bool(mine and theirs and mine.name == theirs.name and _encodings(source.format) == _encodings(target))
-
-
-def _encodings(form: Format) -> set[Encoding]:
-    return {line.encoding for line in form.stored if not isinstance(line.encoding, Plain)}
 
 
 def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
@@ -199,63 +167,13 @@ def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
 def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None) -> Step:
     encodings = source.experts(layer)
     sources = tuple(encodings[role].encoding for role in line.roles)
-    encoding = _target_encoding(source, target, line, sources, wanted)
+    encoding = encoding_of(source, target, line, sources, wanted)
     for part in encoding.parts:
         line.slice_shape(part, source.sizes)
     movable = line.movable(encoding, source.sizes) and all(
         source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
     )
-    return Step(line, layer, sources, encoding, movable, _twin(source, line, layer, encoding))
-
-
-def _twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> Stored | None:
-    for mine in source.format.stored:
-        if mine.roles == line.roles and mine.expert_groups == line.expert_groups:
-            here = source.encoding(mine, layer)
-            if here.name == encoding.name and [part.name for part in here.parts] == [part.name for part in encoding.parts] and here.recodes(encoding):
-                return mine
-    return None
-
-
-def _target_encoding(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
-    if len(line.role_axes.split()) == 1:
-        return _widest(line, sources)
-    if not isinstance(line.encoding, Plain):
-        if wanted and wanted.name != line.encoding.name:
-            raise _cannot_hold(target, line.encoding, wanted)
-        found = line.encoding.like(wanted) if wanted else line.encoding
-        same = {encoding for encoding in sources if encoding.name == line.encoding.name}
-        return line.encoding.like(same.pop()) if len(same) == 1 and not wanted else found
-    if wanted and not isinstance(wanted, Plain):
-        raise _cannot_hold(target, line.encoding, wanted)
-    if wanted:
-        return wanted
-    if all(isinstance(encoding, Plain) for encoding in sources):
-        return _widest(line, sources)
-    return Plain(_float_type(source))
-
-
-def _float_type(source: Checkpoint) -> str:
-    """The float type to decode to, as config.json names it."""
-    named = by_torch_name(declared_dtype(source.config) or "bfloat16").name
-    return named if named in WEIGHT_DTYPES else "BF16"
-
-
-def _widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
-    """The one of the sources' float types that holds them all."""
-    for candidate in sources:
-        if all(source.fits_in(candidate) for source in sources):
-            return candidate
-    names = " and ".join(sorted({source.name for source in sources}))
-    raise Contradiction(f"{line.key}: its roles come as {names}", "one tensor has one dtype, and neither holds the other", "pass --encode float32")
-
-
-def _cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
-    able = [form.name for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
-    do = f"pass --to {' or '.join(able)}" if able else f"leave --encode out; no format of {target.family.name} that we know holds {wanted.name}"
-    return UsageError(
-        f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do
-    )
+    return Step(line, layer, sources, encoding, movable, twin(source, line, layer, encoding))
 
 
 def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]:
@@ -268,7 +186,7 @@ def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]
 
 def _dense(source: Checkpoint, target: Format, dtype: str | None) -> dict[str, tuple[DenseTensor, ...]]:
     """Key in the target -> the Hub tensors whose rows it holds."""
-    left = dict(source.dense) if _keeps(source, target) else source.decoded(dtype or _float_type(source))
+    left = dict(source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
     made: dict[str, tuple[DenseTensor, ...]] = {}
     for line, braces in _dense_lines(source, left, target):
         names = [name.format(**braces) for name in line.hub]

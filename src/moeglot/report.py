@@ -16,12 +16,13 @@ from rich.table import Table
 from moeglot.certificate import Certificate, report_json
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Report
+from moeglot.evidence import Weighed, evidence_json
 from moeglot.format import Format
 from moeglot.forward import LIMIT
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 
-COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow"}
+COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
 
 
 def size(nbytes: float) -> str:
@@ -50,7 +51,7 @@ def table(console: Console, title: str, header: Iterable[str], rows: Iterable[It
 # --- inspect ---------------------------------------------------------------------------------------------------------------------------
 
 
-def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
+def inspect_json(checkpoint: Checkpoint, deep: Weighed | None = None) -> dict[str, Any]:
     c, experts = checkpoint, _expert_bytes(checkpoint)
     return {
         "schema": "moeglot/inspect/1",
@@ -65,6 +66,7 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(c.source.entries),
         "shards": len(c.source.shards),
         "bytes": {"experts": experts, "other": c.source.nbytes - experts},
+        **({"deep": evidence_json(deep, c.known)} if deep else {}),
     }
 
 
@@ -94,6 +96,22 @@ def show_inspect(console: Console, checkpoint: Checkpoint) -> None:
     table(console, c.source.name, ("", ""), rows)
     lines = [(s["key"], " ".join(s["roles"]), s["axes"], " × ".join(map(str, s["shape"])), s["encoding"]) for s in told["stored"]]
     table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
+
+
+def show_evidence(console: Console, deep: Weighed) -> None:
+    rows = [(e.test, _verdict(console, e.verdict), e.what, _safe(console, e.detail)) for e in deep.evidence]
+    sampled = f"layers {', '.join(map(str, deep.layers))}, experts {', '.join(map(str, deep.experts))}"
+    table(console, f"what the numbers say ({sampled})", ("test", "verdict", "of", "detail"), rows)
+    told = {
+        "as declared": "the numbers fit the declared reading; which of gate and up is which they cannot tell",
+        "another reading": "the numbers fit another reading",
+        "cannot tell": "the numbers cannot tell" + (f"; not excluded: {', '.join(deep.open)}" if deep.open else ""),
+    }
+    console.print(told[deep.verdict], style=COLOURS[deep.verdict], highlight=False)
+
+
+def _verdict(console: Console, verdict: str) -> str:
+    return f"[{COLOURS[verdict]}]{verdict}[/]" if console.is_terminal or console.record else verdict
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------------------------
@@ -188,10 +206,7 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
 
 
 def show_report(console: Console, report: Report, title: str) -> None:
-    rows = [
-        (c.level, f"[{COLOURS[c.verdict]}]{c.verdict}[/]" if console.is_terminal or console.record else c.verdict, c.what, _safe(console, c.detail))
-        for c in report.checks
-    ]
+    rows = [(c.level, _verdict(console, c.verdict), c.what, _safe(console, c.detail)) for c in report.checks]
     table(console, title, ("level", "verdict", "what", "detail"), rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,24 +26,44 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
         found = [_dense(part) for part in unit.parts]
         tensors = [tensor for tensor, _ in found]
         return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, sum((loss for _, loss in found), Loss())
-    step, source = unit.step, plan.source
+    parts, loss = _slice(plan, unit.step, unit.expert)
+    return dict(parts if unit.step.line.per_expert else unit.step.target.stacked(parts, plan.source.sizes["e"])), loss
+
+
+def _slice(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss]:
+    """One expert's slice of a stored tensor: copied, moved in the same codes, or encoded."""
+    source = plan.source
     if step.twin:
-        stored = source.checked(step.twin, step.layer, unit.expert)
-        if (copied := stored.encoding.recode(stored.parts, step.target)) is not None:
+        twin = source.checked(step.twin, step.layer, expert)
+        if (copied := twin.encoding.recode(twin.parts, step.target)) is not None:
             return dict(copied), Loss()
-    roles = {role: source.expert(source.format.line_of(role), step.layer, unit.expert)[role] for role in step.line.roles}
+    roles = {role: source.expert(source.format.line_of(role), step.layer, expert)[role] for role in step.line.roles}
     if step.moves_codes:
         recoded = {role: _recoded(encoded, step.target) for role, encoded in roles.items()}
         if all(recoded.values()):
             return dict(step.line.join(lambda role: recoded[role] or roles[role]).parts), Loss()
+    return _encoded(plan, step, roles)
+
+
+def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
+    """The roles in the target's encoding: each by itself where it codes them so, else all together as they are stored."""
+    lost: list[Loss] = []
+
+    def given(role: str) -> Encoded:
+        exact = step.exact and isinstance(step.target, Plain)
+        return values(roles[role].decode(by_torch_name(step.target.name).torch)) if exact else exactly(roles[role])
+
+    def encode(found: Encoded) -> Encoded:
+        coded = Encoded(step.target, step.target.encode(found.parts["value"]), found.shape)
+        if not step.exact:
+            lost.append(measure(found.parts["value"], coded))
+        return coded
+
     if step.exact:
-        blocks = sum(blocks_of(encoded) for encoded in roles.values())
-        undetermined = sum(encoded.encoding.undetermined(encoded.parts) for encoded in roles.values())
-        stored = step.line.join(lambda role: values(roles[role].decode(_dtype(step)))).parts["value"]
-        return dict(step.target.encode(stored)), Loss(blocks=blocks, undetermined=undetermined)
-    stored = step.line.join(lambda role: exactly(roles[role])).parts["value"]
-    coded = step.target.encode(stored)
-    return coded, measure(stored, Encoded(step.target, coded, tuple(stored.shape)))
+        lost += [Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts)) for encoded in roles.values()]
+    if step.line.movable(step.target, plan.source.sizes):
+        return dict(step.line.join(lambda role: encode(given(role))).parts), sum(lost, Loss())
+    return dict(encode(step.line.join(given)).parts), sum(lost, Loss())
 
 
 def _recoded(encoded: Encoded, target: Encoding) -> Encoded | None:
@@ -59,10 +80,6 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
     given = part.exact().decode(torch.float32)
     coded = {"value": given.to(DTYPES[part.dtype].torch)}
     return coded["value"], measure(given, Encoded(Plain(part.dtype), coded, tuple(given.shape)))
-
-
-def _dtype(step: Step) -> torch.dtype:
-    return by_torch_name(step.target.name).torch
 
 
 def estimate(plan: Plan) -> Plan:

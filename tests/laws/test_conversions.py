@@ -8,11 +8,11 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.encodings.plain import Plain
-from moeglot.formats import FORMATS
+from moeglot.formats import PLAIN
 from moeglot.shards import tensor_bytes
 
 SIZES = {"square": (2, 64, 64), "h=2i": (2, 64, 32), "2h=i": (3, 32, 64), "e=h=i": (32, 32, 32), "one": (1, 32, 32)}
-PAIRS = [(a.name, b.name) for a, b in permutations(FORMATS, 2) if a.family == b.family]
+PAIRS = [(a.name, b.name) for a, b in permutations(PLAIN, 2) if a.family == b.family]
 
 
 def entries(path):
@@ -47,7 +47,7 @@ def test_there_and_back_returns_every_byte(a, b, sizes, tmp_path):
     if "openai" in a or "original" in a:
         determined(source)
     from_plain = isinstance(moeglot.open(source).format.stored[0].encoding, Plain)
-    to_plain = all(isinstance(line.encoding, Plain) for line in next(f for f in FORMATS if f.name == b).stored)
+    to_plain = all(isinstance(line.encoding, Plain) for line in next(f for f in PLAIN if f.name == b).stored)
     if from_plain and not to_plain:
         with pytest.raises(moeglot.LossRefused):
             moeglot.convert(source, b, tmp_path / "b")
@@ -62,7 +62,7 @@ def test_there_and_back_returns_every_byte(a, b, sizes, tmp_path):
     assert same_tensors(source, tmp_path / "back") == []
 
 
-@pytest.mark.parametrize("a", [form.name for form in FORMATS])
+@pytest.mark.parametrize("a", [form.name for form in PLAIN])
 def test_to_itself_is_the_identity_on_bytes(a, sizes, tmp_path):
     source = write_checkpoint(tmp_path / "a", a, sizes, 1 if sizes["e"] == 32 else 2, shards=2)
     moeglot.convert(source, a, tmp_path / "again", shard_size=20_000)
@@ -91,7 +91,7 @@ def test_directly_is_by_way_of_the_canonical_form(a, b, sizes, tmp_path):
                     assert tensor_bytes(part) == tensor_bytes(expected[name])
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=[form.name for form in FORMATS])
+@pytest.mark.parametrize("form", PLAIN, ids=[form.name for form in PLAIN])
 def test_lazy_tensors_are_the_whole_ones(form, tmp_path):
     checkpoint = moeglot.open(write_checkpoint(tmp_path / "a", form.name, {"e": 3, "h": 64, "i": 32}))
     for role, lazy in checkpoint.experts(1).items():

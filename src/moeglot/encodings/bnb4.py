@@ -137,6 +137,13 @@ class BNB4(Encoding):
         fits = [size for size in (self.blocksize, *BLOCKSIZES) if scales in (-(-numbers // size), -(-(numbers - 1) // size))]
         return replace(self, nested=found["scale"][0] == "U8", blocksize=fits[0] if fits else self.blocksize, state_bytes=ANY)
 
+    def like(self, other: Encoding) -> BNB4:
+        return replace(other, state_bytes=self.state_bytes) if isinstance(other, BNB4) else self
+
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        rows, columns = QuantState.read(parts["state"]).shape
+        return rows, columns
+
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         from moeglot.kernels import bnb4
 
@@ -203,13 +210,25 @@ class BNB4(Encoding):
     def recode(self, parts: Parts, other: Encoding) -> Parts:
         assert isinstance(other, BNB4)
         state = QuantState.read(parts["state"])
+        state = replace(state, shape=state.slice_shape(parts["packed"]) or state.shape)
         if other.nested == self.nested and other.blocksize == self.blocksize:
-            return {**parts, "state": parts["state"] if other.state_bytes == self.state_bytes else state.write(other.state_bytes)}
+            return {**parts, "state": state.write(other.state_bytes)}
         shape = state.slice_shape(parts["packed"])
         assert shape, "`check` has seen these parts"
         scale = absmax(parts).repeat_interleave(self.blocksize // other.blocksize)[: -(-prod(shape) // other.blocksize)]
         state = replace(state, blocksize=other.blocksize, offset=None)
         return {"packed": parts["packed"], "scale": scale, "map": parts["map"], "state": state.write(other.state_bytes)}
+
+    def stacked(self, parts: Parts, experts: int) -> Parts:
+        if self.nested:
+            raise UsageError(
+                "nested absmax cannot be stacked expert by expert",
+                "their offset is the mean over all experts, and each is coded by itself",
+                "choose the encoding without :nested, or a format with one matrix each",
+            )
+        state = QuantState.read(parts["state"])
+        shape = state.slice_shape(parts["packed"]) or state.shape
+        return {**parts, "state": replace(state, shape=(experts, *shape)).write(self.state_bytes)}
 
     def undetermined(self, parts: Parts) -> int:
         """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold, or with FP4's second zero; every nested one."""

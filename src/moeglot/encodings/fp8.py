@@ -57,6 +57,10 @@ class FP8(Encoding):
         single = single_of(shape, found["weight"][1]) if self.block == (WHOLE, WHOLE) else ()
         return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried_parts(found, ("input_scale",)))
 
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        rows, columns = parts["weight"].shape
+        return rows, columns
+
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         from moeglot.kernels import fp8
 

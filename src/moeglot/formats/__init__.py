@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
 from moeglot.formats import (
@@ -20,7 +21,7 @@ from moeglot.formats import (
     w1_w3_w2,
 )
 
-FORMATS: tuple[Format, ...] = (
+PLAIN: tuple[Format, ...] = (
     *gpt_oss.FORMATS,
     *dbrx.FORMATS,
     *deepseek_v4.FORMATS,
@@ -35,6 +36,10 @@ FORMATS: tuple[Format, ...] = (
     *text_only.FORMATS,
     *w1_w3_w2.FORMATS,
 )
+"""Every layout as its producer stores it, without what other libraries make of it."""
+
+FORMATS: tuple[Format, ...] = (*PLAIN, *(form.coded(coding) for form in PLAIN if form.is_plain for coding in CODINGS))
+"""Every layout, and every plain one with its matrices quantized: `"qwen3-moe/hub+fp8-block"`."""
 
 FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
 

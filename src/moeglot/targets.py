@@ -1,0 +1,99 @@
+"""What a target gets: which of its formats is meant, in which encoding each line is written, and what quantization_config then says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeglot.checkpoint import Checkpoint, DenseTensor
+from moeglot.coding import WEIGHT
+from moeglot.config import declared_dtype
+from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
+from moeglot.encoding import Encoding
+from moeglot.encodings.plain import Plain
+from moeglot.errors import Contradiction, UsageError
+from moeglot.format import Format
+from moeglot.formats import of_family
+from moeglot.layout import Stored
+
+
+def variant(target: Format, wanted: Encoding | None) -> Format:
+    """The format that is meant by a plain one and an encoding that is not plain."""
+    if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
+        return target
+    coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.name == wanted.name]
+    if len(coded) > 1:
+        names = ", ".join(form.name for form in coded)
+        raise UsageError(f"{target.name} stores {wanted.name} in {len(coded)} ways", f"known: {names}", f"pass --to {coded[0].name}, or another of these")
+    return coded[0] if coded else target
+
+
+def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
+    """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
+    if not target.coding:
+        return {}
+    if keeps(source, target):
+        return {"quantization_config": source.source.config["quantization_config"]}
+    kept = [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
+    encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
+    return {"quantization_config": target.coding.write(encoding, kept)}
+
+
+def keeps(source: Checkpoint, target: Format) -> bool:
+    """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
+    mine, theirs = source.format.coding, target.coding
+    return bool(mine and theirs and mine.name == theirs.name and encodings(source.format) == encodings(target))
+
+
+def encodings(form: Format) -> set[Encoding]:
+    return {line.encoding for line in form.stored if not isinstance(line.encoding, Plain)}
+
+
+def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
+    if len(line.role_axes.split()) == 1:
+        return widest(line, sources)
+    if not isinstance(line.encoding, Plain):
+        if wanted and wanted.name != line.encoding.name:
+            raise cannot_hold(target, line.encoding, wanted)
+        found = line.encoding.like(wanted) if wanted else line.encoding
+        same = {encoding for encoding in sources if encoding.name == line.encoding.name}
+        return line.encoding.like(same.pop()) if len(same) == 1 and not wanted else found
+    if wanted and not isinstance(wanted, Plain):
+        raise cannot_hold(target, line.encoding, wanted)
+    if wanted:
+        return wanted
+    if all(isinstance(encoding, Plain) for encoding in sources):
+        return widest(line, sources)
+    return Plain(float_type(source))
+
+
+def float_type(source: Checkpoint) -> str:
+    """The float type to decode to, as config.json names it."""
+    named = by_torch_name(declared_dtype(source.config) or "bfloat16").name
+    return named if named in WEIGHT_DTYPES else "BF16"
+
+
+def widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
+    """The one of the sources' float types that holds them all."""
+    for candidate in sources:
+        if all(source.fits_in(candidate) for source in sources):
+            return candidate
+    names = " and ".join(sorted({source.name for source in sources}))
+    raise Contradiction(f"{line.key}: its roles come as {names}", "one tensor has one dtype, and neither holds the other", "pass --encode float32")
+
+
+def cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
+    able = [form.name for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
+    do = f"pass --to {' or '.join(able)}" if able else f"leave --encode out; no format of {target.family.name} that we know holds {wanted.name}"
+    return UsageError(
+        f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do
+    )
+
+
+def twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> Stored | None:
+    for mine in source.format.stored:
+        if mine.roles == line.roles and mine.expert_groups == line.expert_groups:
+            here = source.encoding(mine, layer)
+            if here.name == encoding.name and [part.name for part in here.parts] == [part.name for part in encoding.parts] and here.recodes(encoding):
+                return mine
+    return None
