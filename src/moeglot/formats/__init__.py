@@ -17,6 +17,7 @@ from moeglot.formats import (
     nested,
     others,
     privacy_filter,
+    remote,
     text_only,
     w1_w3_w2,
 )
@@ -33,6 +34,7 @@ PLAIN: tuple[Format, ...] = (
     *nested.FORMATS,
     *others.FORMATS,
     *privacy_filter.FORMATS,
+    *remote.FORMATS,
     *text_only.FORMATS,
     *w1_w3_w2.FORMATS,
 )

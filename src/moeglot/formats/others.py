@@ -22,7 +22,7 @@ STEP = family(
     sparse=SparseLayers(kinds=KINDS, listed="moe_layers_enum", first=("first_k_dense_replace", 3)),
     activation=Activation("capped-swiglu", numbers={"limit": ("swiglu_limits", float("inf"))}),
 )
-SOFTCAPPED = Activation("softcapped-swiglu", numbers={"gate_cap": ("mlp_gate_softcap", float("inf")), "up_cap": ("mlp_up_softcap", float("inf"))})
+SOFTCAPPED = Activation("softcapped-swiglu", numbers={"gate_cap": ("mlp_gate_softcap", 4.0), "up_cap": ("mlp_up_softcap", 25.0)})
 INKLING = family("inkling", model_type="inkling_mm_model", folder="inkling", under="text_config", e=ROUTED, sparse=SparseLayers(kinds=KINDS))
 INKLING2 = family("inkling2", under="text_config", e=ROUTED, activation=SOFTCAPPED)
 INKLING2_TEXT = family("inkling2-text", folder="inkling2", e=ROUTED, activation=SOFTCAPPED)
