@@ -8,7 +8,7 @@ from families import SIZES, logits, model_of, saved
 from transformers import CONFIG_MAPPING
 
 import moeglot
-from moeglot.formats import FAMILIES, of_family
+from moeglot.formats import FAMILIES, PLAIN
 from moeglot.integrations.transformers import VERSION, model_class
 
 LIMIT, POWER = 1e-5, 1e-3
@@ -47,9 +47,10 @@ def test_what_it_saves_we_read_and_what_we_write_it_loads(case, tmp_path):
         saved(model, folder, original)
         source = moeglot.open(folder)
         assert source.format.family == family
-        report = moeglot.verify(source, "transformers")
-        assert report.verdict == "holds", report
-        sources.append(source)
+        if source.format not in [other.format for other in sources]:  # else it wrote the same again
+            report = moeglot.verify(source, "transformers")
+            assert report.verdict == "holds", report
+            sources.append(source)
     for n, form in enumerate(readable(family)):
         source = next((s for s in sources if s.format != form and not (s.format.alone or form.alone)), None) or next(s for s in sources if s.format == form)
         out = tmp_path / f"{n}"
@@ -60,7 +61,7 @@ def test_what_it_saves_we_read_and_what_we_write_it_loads(case, tmp_path):
 
 def readable(family):
     """The formats of a family that hold plain floats and that transformers 5 reads."""
-    return [form for form in of_family(family) if form.reads in ("any transformers", "transformers 5") and form.config.quantization is None]
+    return [form for form in PLAIN if form.family == family and form.is_plain and form.reads in ("any transformers", "transformers 5")]
 
 
 MISREAD = {("qwen3-vl-moe/hub", "square"), ("qwen3-vl-moe/hub", "h=2i")}
