@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from math import prod
@@ -12,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from moeglot.encodings.mxfp4 import MXFP4
-from moeglot.format import Dense, Format, dig
-from moeglot.formats import by_name
+from moeglot.format import Format, dig
+from moeglot.formats import by_name, of_family
 from moeglot.layout import parse_axes
 
-SIZES = {"e": 4, "h": 64, "i": 64, "q": 4, "k": 2, "d": 16, "v": 32}
-"""Letter -> size; square (h = i), so that no shape gives a wrong orientation away. q and k heads of d numbers, v words."""
+SIZES = {"e": 4, "h": 64, "i": 64, "q": 4, "k": 2, "d": 16, "v": 32, "n": 3, "s": 24, "f": 40}
+"""Letter -> size; square (h = i), so that no shape gives a wrong orientation away. q, k and n heads of d numbers, v words, s and f rows of other MLPs."""
 
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
@@ -48,7 +49,7 @@ DENSE = {
     "qwen3-moe": TRUNK | {ATTENTION + "q_norm.weight": "d", ATTENTION + "k_norm.weight": "d", LAYER + "mlp.gate.weight": "e h"},
     "mixtral": TRUNK | {LAYER + "block_sparse_moe.gate.weight": "e h"},
 }
-"""Family -> Hub name -> axes of every tensor that is no expert."""
+"""Family -> Hub name -> axes of every tensor that is no expert; the other families have one tensor for each name that some format of theirs changes."""
 
 CONFIG = {
     "gpt-oss": {
@@ -90,7 +91,7 @@ CONFIG = {
         "tie_word_embeddings": False,
     },
 }
-"""Family -> what its config.json on the Hub says beyond sizes."""
+"""Family -> what its config.json on the Hub says beyond sizes; of the other families, their model_type."""
 
 
 def write_checkpoint(
@@ -133,19 +134,30 @@ def tensors(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, see
 def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """config.json of this format."""
     family = form.family
-    hub = {
-        **CONFIG[family.name],
-        **{keys[0]: sizes[letter] for letter, keys in family.sizes.items()},
+    hub = copy.deepcopy(CONFIG.get(family.name, {"architectures": [], "model_type": family.model_types[0]}))
+    hub |= {
         "num_attention_heads": sizes["q"],
         "num_key_value_heads": sizes["k"],
         "head_dim": sizes["d"],
-        "num_hidden_layers": layers,
         "vocab_size": sizes["v"],
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    for letter, keys in family.sizes.items():
+        put(hub, keys[0], sizes[letter])
+    put(hub, family.sparse.count, layers)
+    if family.sparse.first:
+        put(hub, family.sparse.first[0], 0)
     if form.config.only:
         return {key: dig(hub, path) for path, key in form.config.names.items()}
     return {**hub, **form.config.constants, **({"quantization_config": dict(form.config.quantization)} if form.config.quantization else {})}
+
+
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted key."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[last] = value
 
 
 def _experts(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dtype, random: torch.Generator) -> dict[str, torch.Tensor]:
@@ -163,19 +175,25 @@ def _experts(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.d
 
 def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dtype, random: torch.Generator) -> dict[str, torch.Tensor]:
     hub = {}
-    for name, axes in DENSE[form.family.name].items():
+    for name, axes in (DENSE.get(form.family.name) or _renamed(form)).items():
         shape = tuple(prod(sizes[letter] for letter in group) for group in parse_axes(axes))
         for layer in range(layers) if "{layer}" in name else (0,):
-            hub[name.format(layer=layer)] = _floats(shape, dtype, random)
-    for line in form.dense:
-        for layer in range(layers) if "{layer}" in line.key else (0,):
-            hub[line.key.format(layer=layer)] = _rows(line, hub, layer)
-    return hub
+            hub[name.format(layer=layer, rest="weight")] = _floats(shape, dtype, random)
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in hub.items():
+        if named := form.from_hub(name):
+            line, braces = named
+            found[line.key.format(**braces)] = torch.cat([hub[part.format(**braces)] for part in line.hub])
+        else:
+            found[name] = tensor
+    return found
 
 
-def _rows(line: Dense, hub: dict[str, torch.Tensor], layer: int) -> torch.Tensor:
-    """Take the tensors that a format names or packs in its own way out of `hub`."""
-    return torch.cat([hub.pop(name.format(layer=layer)) for name in line.hub])
+def _renamed(form: Format) -> dict[str, str]:
+    """Hub name -> axes of a tensor for each name that some format of this family changes, and of one that none does."""
+    lines = [line for other in of_family(form.family) if not other.coding for line in other.dense]
+    names = {name: f"({rows}) h" for line in lines for name, rows in zip(line.hub, line.rows or ("h",), strict=True)}
+    return {"unrelated.weight": "v h", **names}
 
 
 def _floats(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) -> torch.Tensor:

@@ -57,7 +57,8 @@ def _verify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, 
     if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
     rounded = Rounded(plan, losses)
-    side = Matrices("the source, rounded" if rounded.steps else "the source", Expert.of(plan.source.format.family, plan.source.config), rounded.matrix)
+    family, config = plan.source.format.family, plan.source.config
+    side = Matrices("the source, rounded" if rounded.steps else "the source", lambda layer: Expert.of(family, config, layer), rounded.matrix)
     checks = [
         structure(written),
         rounded.values(written, threads, progress),

@@ -27,16 +27,16 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
 
 
 def _rename_rope(hub: dict[str, Any]) -> None:
-    """transformers 5 keeps `rope_parameters`; 4 reads `rope_theta` and `rope_scaling`, and 5 reads those too."""
+    """transformers 5 keeps `rope_parameters`; 4 reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`, and 5 reads those too."""
     rope = hub.get("rope_parameters")
-    if isinstance(rope, Mapping) and not any(isinstance(value, Mapping) for value in rope.values()):  # else it has one entry a kind of layer
-        del hub["rope_parameters"]
-        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        if "partial_rotary_factor" in rope:
-            hub["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if "rope_theta" in rope:
-            hub["rope_theta"] = rope["rope_theta"]
-        hub["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        return  # one set for each kind of layer: 4 has no names for those
+    del hub["rope_parameters"]
+    scaling = dict(rope)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in scaling:
+            hub[key] = scaling.pop(key)
+    hub["rope_scaling"] = None if scaling in ({}, {"rope_type": "default"}) else scaling
 
 
 def _rename_sizes(hub: dict[str, Any], family: Family) -> dict[str, Any]:

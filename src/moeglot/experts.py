@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
-from moeglot.format import Config, Family
+from moeglot.format import Config, Family, dig
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,18 @@ class Expert:
     roles: tuple[str, ...]
 
     @classmethod
-    def of(cls, family: Family, config: Config) -> Expert:
-        """The expert that `config` (the Hub's keys) describes."""
+    def of(cls, family: Family, config: Config, layer: int = 0) -> Expert:
+        """The expert of a layer that `config` (the Hub's keys) describes."""
         activation = family.activation
         key, default = activation.function
-        numbers = {name: float(config.get(key, value)) for name, (key, value) in activation.numbers.items()}
-        return cls(activation.kind, str(config.get(key) or default), numbers, family.roles)
+        numbers = {name: _number(config, key, value, layer) for name, (key, value) in activation.numbers.items()}
+        return cls(activation.kind, str((key and dig(config, key)) or default), numbers, family.roles)
 
     def forward(self, tokens: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """tokens [t, h] -> [t, h] in float32."""
-        return self._down(self._inner(self.linear(tokens, matrix, "gate"), self.linear(tokens, matrix, "up")), matrix)
+        up = self.linear(tokens, matrix, "up")
+        inner = self._inner(self.linear(tokens, matrix, "gate"), up) if "gate" in self.roles else _function(self.function)(up)
+        return self._down(inner, matrix)
 
     def linear(self, x: torch.Tensor, matrix: Matrix, role: str) -> torch.Tensor:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
@@ -52,10 +54,26 @@ class Expert:
         return self.linear(inner, matrix, "down")
 
     def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.kind == "softcapped-swiglu":
+            return _softcap(gate, self.numbers["gate_cap"]) * gate.sigmoid() * _softcap(up, self.numbers["up_cap"])
+        act, limit = _function(self.function), self.numbers.get("limit", float("inf"))
+        up = up.clamp(-limit, limit)
         if self.kind == "clamped-swiglu":
-            gate, up = gate.clamp(max=self.numbers["limit"]), up.clamp(-self.numbers["limit"], self.numbers["limit"])
+            gate = gate.clamp(max=limit)
             return gate * (gate * self.numbers["alpha"]).sigmoid() * (up + 1)
-        return _function(self.function)(gate) * up
+        return (act(gate).clamp(max=limit) if self.kind == "capped-swiglu" else act(gate.clamp(max=limit))) * up
+
+
+def _number(config: Config, key: str, default: float, layer: int) -> float:
+    value = dig(config, key)
+    if isinstance(value, (list, tuple)):
+        value = value[layer] if layer < len(value) else None
+        return float(value) if value else default
+    return float(default if value is None else value)
+
+
+def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return cap * (x / cap).tanh()
 
 
 def _function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -63,9 +81,12 @@ def _function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
     known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": functional.silu,
+        "swish": functional.silu,
         "gelu": functional.gelu,
         "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
         "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
     }
     if name not in known:
         raise UsageError(f"the activation {name!r} is not known", f"config.json names it in hidden_act; known are {', '.join(known)}", "check config.json")
@@ -82,10 +103,11 @@ def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
 
 
 def loudness(expert: Expert, tokens: torch.Tensor, matrix: Matrix) -> float:
-    """The factor that gives the gate's pre-activations on these tokens a standard deviation of about 3."""
+    """The factor that gives the gate's pre-activations (up's where there is no gate) on these tokens a standard deviation of about 3."""
     import torch
 
-    spread = float(torch.cat([tokens @ block.decode(torch.float32).mT for block in matrix("gate").row_blocks()], -1).std())
+    first = matrix("gate" if "gate" in expert.roles else "up")
+    spread = float(torch.cat([tokens @ block.decode(torch.float32).mT for block in first.row_blocks()], -1).std())
     return LOUD / spread if spread > 0 else 1.0
 
 

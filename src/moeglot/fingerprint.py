@@ -87,13 +87,13 @@ def project(layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
 def fingerprint(checkpoint: Checkpoint | str | Path) -> Fingerprint:
     """The fingerprint of a checkpoint in any format; reads every expert once."""
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
-    model, h = Expert.of(subject.format.family, subject.config), subject.sizes["h"]
-    found = {}
+    h, found = subject.sizes["h"], {}
     for layer in subject.layers:
+        model = Expert.of(subject.format.family, subject.config, layer)
         for expert in range(subject.sizes["e"]):
             matrix = right(subject, layer, expert)
             tokens = probe((layer, expert), TOKENS, h)
-            scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}") if "gate" in model.roles else 1.0
+            scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}")
             numbers = project(layer, expert, model.forward(tokens * scale, matrix))
             found[f"{layer}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in numbers.tolist()))
     return Fingerprint(subject.source.name, subject.format.family.name, {letter: subject.sizes[letter] for letter in "ehi"}, found)

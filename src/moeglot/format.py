@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -31,12 +31,15 @@ def dig(config: Config, path: str) -> Any:
 class Activation:
     """What stands between the first and the second matrix of an expert; `experts.py` computes each kind.
 
-    swiglu: act(gate) * up. clamped-swiglu: gate <= limit, |up| <= limit, then gate * sigmoid(alpha * gate) * (up + 1).
-    `function`: config key of the activation's name and its default; `numbers`: name -> (config key, default).
+    swiglu: act(gate) * up. ungated: act(up). clamped-swiglu: gate <= limit, |up| <= limit, then gate * sigmoid(alpha * gate) * (up + 1).
+    limited-swiglu: gate <= limit, |up| <= limit, then act(gate) * up. capped-swiglu: act(gate) <= limit, |up| <= limit, then their product.
+    softcapped-swiglu: cap(gate) * sigmoid(gate) * cap(up), where cap(x) = c * tanh(x / c), with c = gate_cap and c = up_cap.
+    `function`: config key of the activation's name (None: no key says it) and its default; `numbers`: name -> (config key, default).
+    A number that config.json gives as a list has one entry for each layer; 0 and null are no limit.
     """
 
     kind: str
-    function: tuple[str, str] = ("hidden_act", "silu")
+    function: tuple[str | None, str] = ("hidden_act", "silu")
     numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
 
@@ -45,22 +48,58 @@ MAX_LAYERS = 10_000  # a config.json that claims more is not believed, so that a
 
 @dataclass(frozen=True)
 class SparseLayers:
-    """Which layers have experts: config keys of how many layers there are, every how many one is sparse, and which are dense."""
+    """Which layers have experts, by the config keys (dotted for nested ones) that say so. A rule whose key config.json lacks does not apply.
+
+    `count`: how many layers there are. `kinds`: one word or number a layer, in a list or a string; the first key that is there decides alone,
+    and the layers whose word is in `sparse` have experts. `listed`: the layers that have experts, as a list or as "3,4,5"; decides alone.
+    `first`: how many dense layers come first, and the family's default; `last`: the last layer that has experts, -1 for the last of all.
+    `every`: layer n has experts if (n + 1) % every = 0; `period` and `offset`: if n % period = offset. `dense`: the layers that have none.
+    """
 
     count: str = "num_hidden_layers"
+    kinds: tuple[str, ...] = ()
+    sparse: tuple[str | int, ...] = ("sparse", "moe", "hash_moe", "E", 1)
+    listed: str | None = None
+    first: tuple[str, int] | None = None
+    last: str | None = None
     every: str | None = None
+    period: str | None = None
+    offset: str | None = None
     dense: str | None = None
 
     def layers(self, config: Config) -> tuple[int, ...]:
-        """Raises `Contradiction` if config.json has no usable count."""
-        count, every = config.get(self.count), (config.get(self.every) if self.every else None) or 1
-        dense = (config.get(self.dense) if self.dense else None) or ()
-        usable = isinstance(every, int) and every > 0 and isinstance(dense, (list, tuple)) and all(isinstance(n, int) for n in dense)
-        found = tuple(n for n in range(count) if (n + 1) % every == 0 and n not in dense) if usable and isinstance(count, int) and count <= MAX_LAYERS else ()
+        """Raises `Contradiction` if config.json names no layer, or in a way that is not usable."""
+        kinds = next((value for key in self.kinds if isinstance(value := dig(config, key), (list, tuple, str))), None)
+        count = dig(config, self.count)
+        if count is None and kinds is not None:
+            count = len(kinds)
+        usable = isinstance(count, int) and count <= MAX_LAYERS and (kinds is None or len(kinds) >= count)
+        found = self._found(config, count, kinds) if usable else ()
         if not found:
-            said = {key: config.get(key) for key in (self.count, self.every, self.dense) if key}
+            keys = (self.count, *self.kinds, self.listed, self.first and self.first[0], self.last, self.every, self.period, self.offset, self.dense)
+            said = {key: value for key in keys if key and (value := dig(config, key)) is not None}
             raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")
         return found
+
+    def _found(self, config: Config, count: int, kinds: Sequence[Any] | None) -> tuple[int, ...]:
+        if kinds is not None:
+            return tuple(n for n, kind in enumerate(kinds[:count]) if kind in self.sparse)
+        if (listed := dig(config, self.listed) if self.listed else None) is not None:
+            words = listed.split(",") if isinstance(listed, str) else listed
+            usable = isinstance(words, (list, tuple)) and all(str(word).strip().isdecimal() for word in words)
+            return tuple(sorted({n for n in map(int, words) if n < count})) if usable else ()
+        dense = (dig(config, self.dense) if self.dense else None) or ()
+        first, last = self._number(config, self.first and self.first[0], self.first[1] if self.first else 0), self._number(config, self.last, -1)
+        every, period, offset = (self._number(config, key, default) for key, default in ((self.every, 1), (self.period, 1), (self.offset, 0)))
+        if None in (first, last, every, period, offset) or every < 1 or period < 1 or not isinstance(dense, (list, tuple)):
+            return ()
+        end = count if last == -1 else min(count, last + 1)
+        return tuple(n for n in range(first, end) if (n + 1) % every == 0 and n % period == offset and n not in dense)
+
+    def _number(self, config: Config, key: str | None, default: int) -> Any:
+        """The whole number that a key gives, the default if it is not there, None if it is something else."""
+        value = dig(config, key) if key else None
+        return default if value is None else value if isinstance(value, int) else None
 
 
 @dataclass(frozen=True)
@@ -156,6 +195,7 @@ class ConfigForm:
 class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
+    `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
     Law: write∘read is the identity on bytes.
     """
 
@@ -167,6 +207,7 @@ class Format:
     dense: tuple[Dense, ...] = ()
     config: ConfigForm = ConfigForm()
     reads: str = "any transformers"
+    alone: str = ""
     coding: Coding | None = None
 
     def __post_init__(self) -> None:

@@ -43,14 +43,14 @@ class Matrices:
     """A side that computes with our reference on matrices from elsewhere."""
 
     name: str
-    model: Expert
+    model: Callable[[int], Expert]
     matrix: Callable[[int, int], Matrix]
 
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         return loud_tokens(layer, expert, model, matrix, h)
 
     def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.forward(tokens, self.matrix(layer, expert))
+        return self.model(layer).forward(tokens, self.matrix(layer, expert))
 
     def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
         return response
@@ -59,11 +59,15 @@ class Matrices:
 def loud_tokens(layer: int, expert: int, model: Expert, matrix: Matrix, h: int, count: int = TOKENS) -> torch.Tensor:
     """[t, h]: pseudo-random tokens, scaled so that the gate's pre-activations spread by about 3."""
     tokens = probe((layer, expert), count, h)
-    return tokens * loudness(model, tokens, matrix) if "gate" in model.roles else tokens
+    return tokens * loudness(model, tokens, matrix)
 
 
 def checkpoint_side(other: Checkpoint) -> Matrices:
-    return Matrices(other.source.name, Expert.of(other.format.family, other.config), lambda layer, expert: right(other, layer, expert))
+    return Matrices(
+        other.source.name,
+        lambda layer: Expert.of(other.format.family, other.config, layer),
+        lambda layer, expert: right(other, layer, expert),
+    )
 
 
 class Probe:
@@ -71,7 +75,7 @@ class Probe:
 
     def __init__(self, subject: Checkpoint, side: Side, layer: int, expert: int) -> None:
         self.subject, self.side, self.layer, self.expert = subject, side, layer, expert
-        self.model = Expert.of(subject.format.family, subject.config)
+        self.model = Expert.of(subject.format.family, subject.config, layer)
         self.declared = right(subject, layer, expert)
         self.tokens = side.tokens(layer, expert, self.model, self.declared, subject.sizes["h"])
         self.answer = side.answer(layer, expert, self.tokens)

@@ -13,7 +13,7 @@ from moeglot.encoding import Encoding, agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.format import Format, dig
-from moeglot.formats import FORMATS, by_name
+from moeglot.formats import FORMATS, by_name, of_family
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
 from moeglot.source import Source, read_source
@@ -100,6 +100,8 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
                 "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
             )
         return Identification(_settled(form, source), (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
+    if len(FORMATS) - len(ruled_out) > 1:
+        ruled_out |= {form.name: refutation for form in FORMATS if form.name not in ruled_out and (refutation := _misnamed(form, source))}
     candidates = tuple(_settled(form, source) for form in FORMATS if form.name not in ruled_out)
     evidence = tuple(_producer_marks(source, candidates))
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
@@ -157,6 +159,17 @@ def _quantization_refutation(form: Format, source: Source) -> Refutation | None:
     if method == "bitsandbytes" and not any(line.per_expert for line in form.stored):
         return None  # it quantizes Linear modules, and leaves stacked experts as they are without a word
     return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
+
+
+def _misnamed(form: Format, source: Source) -> Refutation | None:
+    """Why this cannot be the format if only the names of tensors that are no experts tell: one has a name that it has only elsewhere."""
+    others = [other for other in of_family(form.family) if other != form]
+    for key in source.entries:
+        if form.match(key) or form.dense_line(key):
+            continue
+        if form.from_hub(key) or any((line := other.dense_line(key)) and line[0].hub != (line[0].key,) and not other.from_hub(key) for other in others):
+            return Refutation("names", f"{key} has another name there")
+    return None
 
 
 def _declared(form: Format, line: Stored, said: Mapping[str, Any]) -> Encoding | None:

@@ -213,7 +213,7 @@ class Stored:
         for roles in permutations(self.roles):
             for axes in self._arrangements():
                 other = replace(self, roles=roles, axes=axes)
-                if other.expert_shape(sizes) == self.expert_shape(sizes) and (roles, axes) != (self.roles, self.axes):
+                if other.expert_shape(sizes) == self.expert_shape(sizes) and (roles, other.pattern) != (self.roles, self.pattern):
                     yield other
 
     def _arrangements(self) -> Iterator[str]:

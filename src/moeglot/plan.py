@@ -143,6 +143,9 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family))
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
+    if target.alone != source.format.alone:
+        reason = target.alone or source.format.alone
+        raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
     steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
     target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key))
     dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None)

@@ -5,9 +5,39 @@ from __future__ import annotations
 from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
-from moeglot.formats import gpt_oss, mixtral, qwen3_moe
+from moeglot.formats import (
+    dbrx,
+    deepseek_v4,
+    fused,
+    gate_up_down,
+    gpt_oss,
+    granite,
+    linear_attention,
+    nemotron_h,
+    nested,
+    others,
+    privacy_filter,
+    remote,
+    text_only,
+    w1_w3_w2,
+)
 
-PLAIN: tuple[Format, ...] = (*gpt_oss.FORMATS, *qwen3_moe.FORMATS, *mixtral.FORMATS)
+PLAIN: tuple[Format, ...] = (
+    *gpt_oss.FORMATS,
+    *dbrx.FORMATS,
+    *deepseek_v4.FORMATS,
+    *fused.FORMATS,
+    *gate_up_down.FORMATS,
+    *granite.FORMATS,
+    *linear_attention.FORMATS,
+    *nemotron_h.FORMATS,
+    *nested.FORMATS,
+    *others.FORMATS,
+    *privacy_filter.FORMATS,
+    *remote.FORMATS,
+    *text_only.FORMATS,
+    *w1_w3_w2.FORMATS,
+)
 """Every layout as its producer stores it, without what other libraries make of it."""
 
 FORMATS: tuple[Format, ...] = (*PLAIN, *(form.coded(coding) for form in PLAIN if form.is_plain for coding in CODINGS))

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-EXPERTS = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts$")
+EXPERTS = re.compile(r"\.(?:layers|blocks)\.(\d+)\.(?:\w+\.)*experts$")
+BLOCK = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe)$")
+TOWERS = re.compile(r"vision|visual|audio|talker|mtp|self_attention")
+"""Parts of a model whose experts, if they have any, are not those of the language model's layers."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,61 @@ def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch
     """tokens [t, h] -> [t, h]: the output of one expert of an experts module, all tokens routed to it with weight 1."""
     if isinstance(module, torch.nn.ModuleList):
         found = module[expert](tokens)
+    elif hasattr(module, "input_linear"):
+        found = _routed_by(module, expert, tokens)
+    elif type(module).__name__ == "Llama4TextExperts":
+        each = torch.zeros(int(module.num_experts), *tokens.shape)  # it takes as many tokens for each expert, in the experts' order
+        each[expert] = tokens
+        found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
-        routed = torch.full((len(tokens), 1), expert)
-        # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
-        weights = torch.ones(len(tokens), 1 if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
-        found = module(tokens, routed, weights)
+        found = _routed_to(module, expert, tokens)
     assert isinstance(found, torch.Tensor)
     return found.reshape(len(tokens), -1)  # 4.57 adds an axis
+
+
+def _routed_to(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> Any:
+    """A module of all experts. A norm after them, which they share, is none of an expert's (Muse Spark), and steps aside."""
+    ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
+    routed = torch.full((len(tokens), ranks), expert)
+    routed[:, 1:] = 1 - min(expert, 1)
+    # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
+    weights = torch.ones(len(tokens), ranks if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
+    if ranks > 1:
+        weights[:, 1:] = 0
+    norm: Any = getattr(module, "post_expert_norm", None)
+    try:
+        if norm is not None:
+            module.post_expert_norm = torch.nn.Identity()
+        return module(tokens, routed, weights)
+    finally:
+        if norm is not None:
+            module.post_expert_norm = norm
+
+
+class _Everything(torch.nn.Module):
+    """A router that sends every token to one expert with weight 1, as JetMoE's and Granite's blocks ask theirs."""
+
+    def __init__(self, expert: int, experts: int) -> None:
+        super().__init__()
+        self.expert, self.experts = expert, experts
+
+    def forward(self, tokens: torch.Tensor) -> tuple[Any, ...]:
+        counts = [len(tokens) if n == self.expert else 0 for n in range(self.experts)]
+        places = torch.arange(len(tokens))
+        return places, places, torch.ones(len(tokens)), counts, None
+
+
+def _routed_by(block: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The block's own forward with another router; what it adds after the experts is taken off again."""
+    own: Any = block.router
+    try:
+        block.router = _Everything(expert, len(block.input_linear.weight))  # type: ignore[arg-type, union-attr]
+        found = block(tokens[None])
+    finally:
+        block.router = own
+    found = found[0] if isinstance(found, tuple) else found
+    bias = getattr(block, "bias", None)
+    return found[0] - bias if isinstance(bias, torch.Tensor) else found[0]
 
 
 def live(checkpoint: Checkpoint) -> Live:
@@ -62,7 +113,7 @@ def live(checkpoint: Checkpoint) -> Live:
     Raises `UsageError` for a format that the installed transformers does not read and `NotVerified` if it finds tensors missing or unexpected.
     """
     model = load(checkpoint)
-    found = {int(match[1]): module for name, module in model.named_modules() if (match := EXPERTS.search("." + name))}
+    found = experts_of(model)
     if missing := set(checkpoint.layers) - found.keys():
         raise NotVerified(
             f"transformers {transformers.__version__} has no experts in layers {sorted(missing)}",
@@ -70,6 +121,30 @@ def live(checkpoint: Checkpoint) -> Live:
             "check config.json against the producer's",
         )
     return Live(f"transformers {transformers.__version__}", found)
+
+
+def experts_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """Layer -> the experts module of the language model."""
+    ours = {name: module for name, module in model.named_modules() if not TOWERS.search(name)}
+    found = {int(match[1]): module for name, module in ours.items() if (match := EXPERTS.search("." + name))}
+    return found or {int(match[1]): module for name, module in ours.items() if (match := BLOCK.search("." + name)) and hasattr(module, "input_linear")}
+
+
+def model_class(config: Any) -> Any:
+    """The class that computes with a config: the one that it names, else the largest that the library has for its type."""
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForTokenClassification", "AutoModel"):
+        known = getattr(transformers, auto, None)
+        found = known._model_mapping.get(type(config), None) if known else None
+        if found is not None and (found.config_class is type(config) or auto == "AutoModel"):
+            return found
+    raise UsageError(
+        f"transformers {transformers.__version__} has no model for {type(config).__name__}",
+        f"config.json says model_type = {config.model_type}",
+        "pass --against another checkpoint",
+    )
 
 
 def load(checkpoint: Checkpoint) -> Any:
@@ -88,7 +163,7 @@ def load(checkpoint: Checkpoint) -> Any:
     options: dict[str, Any] = {"dtype": torch.bfloat16 if quantized else torch.float32, "output_loading_info": True}
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.source.folder, **options)
+    model, info = model_class(transformers.AutoConfig.from_pretrained(checkpoint.source.folder)).from_pretrained(checkpoint.source.folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))

@@ -1,0 +1,135 @@
+"""How the families of this folder say the same few things: the lines of an expert, a family's sizes, a Hub format and its twin in transformers 5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from moeglot.format import Activation, Dense, Family, Format, SparseLayers
+from moeglot.layout import Stored
+
+LAYER = "model.layers.{layer}."
+NESTED = "model.language_model.layers.{layer}."
+GATED = ("gate", "up", "down")
+SWIGLU = Activation("swiglu")
+KINDS = ("mlp_layer_types",)
+MODELS = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/"
+
+
+def separate(experts: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Stored, ...]:
+    """One matrix each, [out, in]: EXPERTS{expert}.GATE.weight and so on."""
+    each = experts + "{expert}."
+    return (
+        Stored(f"{each}{gate}.weight", ("gate",), "i h"),
+        Stored(f"{each}{up}.weight", ("up",), "i h"),
+        Stored(f"{each}{down}.weight", ("down",), "h i"),
+    )
+
+
+def numbered(experts: str) -> tuple[Stored, ...]:
+    """One matrix each, by Mixtral's names: w1 is gate, w3 is up, w2 is down."""
+    return separate(experts, "w1", "w3", "w2")
+
+
+def fused(experts: str, gate_up: str = "gate_up_proj", down: str = "down_proj") -> tuple[Stored, ...]:
+    """All experts in one tensor, gate's rows before up's, [out, in]."""
+    return Stored(experts + gate_up, ("gate", "up"), "e (p i) h"), Stored(experts + down, ("down",), "e h i")
+
+
+def turned(experts: str, gate_up: str = "gate_up_proj", down: str = "down_proj") -> tuple[Stored, ...]:
+    """All experts in one tensor, gate's columns before up's, [in, out]."""
+    return Stored(experts + gate_up, ("gate", "up"), "e h (p i)"), Stored(experts + down, ("down",), "e i h")
+
+
+def first_dense(key: str = "first_k_dense_replace", default: int = 0, count: str = "num_hidden_layers") -> SparseLayers:
+    """The layers that transformers 5 lists by kind; else all but the first few, and of those every `moe_layer_freq`-th."""
+    return SparseLayers(count, kinds=(*KINDS, "moe_layer_freq"), first=(key, default), period="moe_layer_freq")
+
+
+QWEN = SparseLayers(every="decoder_sparse_step", dense="mlp_only_layers")
+
+
+def family(
+    name: str,
+    *,
+    e: str | tuple[str, ...],
+    i: str | tuple[str, ...] = "moe_intermediate_size",
+    h: str | tuple[str, ...] = "hidden_size",
+    sparse: SparseLayers = SparseLayers(),  # noqa: B008  # a frozen value
+    activation: Activation = SWIGLU,
+    roles: tuple[str, ...] = GATED,
+    model_type: str | None = None,
+    folder: str | None = None,
+    under: str = "",
+    others: Mapping[str, str | tuple[str, ...]] | None = None,
+) -> Family:
+    """A family by its config keys, all of them below the key `under` ("text_config") if that is given.
+
+    `folder`: its name among transformers' models; `others`: letters that size what is no expert, and their keys.
+    """
+    model_type = model_type or name.replace("-", "_")
+    folder = folder or model_type
+    keys = {letter: (key,) if isinstance(key, str) else key for letter, key in {"e": e, "h": h, "i": i, **(others or {})}.items()}
+    found = Family(name, (model_type,), roles, activation, keys, sparse, source=f"{MODELS}{folder}/modeling_{folder}.py")
+    return nested(found, under) if under else found
+
+
+def nested(plain: Family, under: str) -> Family:
+    """The family with every config key below another: `"text_config"` -> `"text_config.hidden_size"`."""
+    sparse, activation = plain.sparse, plain.activation
+    return replace(
+        plain,
+        sizes={letter: _all_below(keys, under) for letter, keys in plain.sizes.items()},
+        sparse=replace(
+            sparse,
+            count=f"{under}.{sparse.count}",
+            kinds=_all_below(sparse.kinds, under),
+            first=sparse.first and (f"{under}.{sparse.first[0]}", sparse.first[1]),
+            **{name: key and f"{under}.{key}" for name in ("listed", "last", "every", "period", "offset", "dense") for key in (getattr(sparse, name),)},
+        ),
+        activation=replace(
+            activation,
+            function=(activation.function[0] and f"{under}.{activation.function[0]}", activation.function[1]),
+            numbers={name: (f"{under}.{key}", default) for name, (key, default) in activation.numbers.items()},
+        ),
+    )
+
+
+def _all_below(keys: tuple[str, ...], under: str) -> tuple[str, ...]:
+    return tuple(f"{under}.{key}" for key in keys)
+
+
+def hub(
+    family: Family, repository: str, lines: tuple[Stored, ...], about: str = "the release on the Hub: one matrix each", beside: tuple[str, ...] = ()
+) -> Format:
+    """The format of a release: `"deepseek-ai/DeepSeek-V3"` is its repository on the Hub.
+
+    `beside`: tensors that are no experts although they are named as if they were.
+    """
+    return Format(f"{family.name}/hub", family, lines, f"https://huggingface.co/{repository}", about, tuple(Dense(name, (name,)) for name in beside))
+
+
+def each(family: Family, lines: tuple[Stored, ...]) -> Format:
+    """What derivatives of a fused release, and `save_pretrained`, store: one matrix each."""
+    return Format(
+        f"{family.name}/per-expert", family, lines, family.source, "what save_pretrained writes, and some derivatives: one matrix each", reads="transformers 5"
+    )
+
+
+def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str] | None = None, packed: tuple[Dense, ...] = (), alone: str = "") -> Format:
+    """The modules of transformers 5, which are also what `save_pretrained(save_original_format=False)` writes.
+
+    `renamed`: the name of a tensor that is no expert here -> its name on the Hub; `packed`: lines for those that are joined here;
+    `alone`: why those tensors cannot be told in the Hub's form, if so.
+    """
+    dense = (*packed, *(Dense(key, (name,)) for key, name in (renamed or {}).items()))
+    about = "the experts module in memory, and save_pretrained(save_original_format=False)"
+    return Format(f"{family.name}/transformers-5", family, lines, family.source, about, dense, reads="transformers 5", alone=alone)
+
+
+def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:
+    """One matrix each on the Hub, fused in transformers 5, under the same prefix. `renamed`: as in `memory`, within a layer."""
+    experts = layer + "mlp.experts."
+    names = {layer + key: layer + name for key, name in (renamed or {}).items()}
+    beside = tuple(name for name in names.values() if name.startswith(experts))
+    return hub(family, repository, separate(experts), beside=beside), memory(family, fused(experts), names)

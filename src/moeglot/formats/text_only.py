@@ -1,0 +1,30 @@
+"""Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
+
+from moeglot.format import Activation, SparseLayers
+from moeglot.formats.lines import KINDS, LAYER, family, fused, hub, memory, separate
+
+EXPERTS = ("num_experts", "num_local_experts")
+ROUTED = ("n_routed_experts", "num_local_experts")
+BOTH = "what save_pretrained writes, and the experts module in memory: all experts in one tensor"
+CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
+
+MINIMAX_M3 = family(
+    "minimax-m3-vl-text",
+    folder="minimax_m3_vl",
+    e="num_local_experts",
+    i="intermediate_size",
+    sparse=SparseLayers(kinds=(*KINDS, "moe_layer_freq")),
+    activation=CLAMPED,
+)
+QWEN3_5 = family("qwen3.5-moe-text", model_type="qwen3_5_moe_text", folder="qwen3_5_moe", e=EXPERTS)
+QWEN4 = family("qwen4-exp-text", model_type="qwen4_exp_text", folder="qwen4_exp", e=EXPERTS)
+INKLING = family("inkling-text", folder="inkling", e=ROUTED, sparse=SparseLayers(kinds=KINDS))
+
+FORMATS = (
+    hub(MINIMAX_M3, "MiniMaxAI/MiniMax-M3", fused(LAYER + "mlp.experts."), BOTH),
+    hub(QWEN3_5, "Qwen/Qwen3.5-35B-A3B", separate(LAYER + "mlp.experts.")),
+    memory(QWEN3_5, fused(LAYER + "mlp.experts.")),
+    hub(QWEN4, "Qwen/Qwen4-Exp", separate(LAYER + "mlp.experts.")),
+    memory(QWEN4, fused(LAYER + "mlp.experts.")),
+    hub(INKLING, "thinkingmachines/Inkling", fused(LAYER + "mlp.experts."), BOTH),
+)

@@ -1,0 +1,29 @@
+"""The families whose releases name an expert's matrices as Mixtral does: w1 is gate, w3 is up, w2 is down; transformers 5 moves most of them to `mlp`."""
+
+from moeglot.formats.lines import LAYER, family, first_dense, fused, hub, memory, numbered
+
+SPARSE = LAYER + "block_sparse_moe."
+MLP = LAYER + "mlp."
+
+MIXTRAL = family("mixtral", e=("num_local_experts", "num_experts"), i="intermediate_size")
+PHIMOE = family("phimoe", e=("num_local_experts", "num_experts"), i="intermediate_size")
+MINIMAX = family("minimax", e=("num_local_experts", "num_experts"), i="intermediate_size")
+MINIMAX_M2 = family("minimax-m2", e=("num_local_experts", "num_experts"), i="intermediate_size")
+LFM2 = family("lfm2-moe", e="num_experts", sparse=first_dense("num_dense_layers", 2))
+
+FORMATS = (
+    hub(MIXTRAL, "mistralai/Mixtral-8x7B-v0.1", numbered(SPARSE + "experts.")),
+    memory(MIXTRAL, fused(MLP + "experts."), {MLP + "gate.{rest}": SPARSE + "gate.{rest}"}),
+    hub(PHIMOE, "microsoft/Phi-3.5-MoE-instruct", numbered(SPARSE + "experts.")),
+    memory(PHIMOE, fused(MLP + "experts."), {MLP + "router.{rest}": SPARSE + "gate.{rest}"}),
+    hub(MINIMAX, "MiniMaxAI/MiniMax-Text-01-hf", numbered(SPARSE + "experts.")),
+    memory(MINIMAX, fused(MLP + "experts."), {MLP + "gate.{rest}": SPARSE + "gate.{rest}"}),
+    hub(MINIMAX_M2, "MiniMaxAI/MiniMax-M2", numbered(SPARSE + "experts.")),
+    memory(
+        MINIMAX_M2,
+        fused(MLP + "experts."),
+        {MLP + "gate.{rest}": SPARSE + "gate.{rest}", MLP + "e_score_correction_bias": SPARSE + "e_score_correction_bias"},
+    ),
+    hub(LFM2, "LiquidAI/LFM2-8B-A1B", numbered(LAYER + "feed_forward.experts.")),
+    memory(LFM2, fused(LAYER + "feed_forward.experts.")),
+)

@@ -1,0 +1,68 @@
+"""Every family that the installed transformers has, as real modules: what it saves we read, what we write it loads, and both compute the same."""
+
+import families
+import pytest
+import torch
+import transformers
+from families import SIZES, logits, model_of, saved
+from transformers import CONFIG_MAPPING
+
+import moeglot
+from moeglot.formats import FAMILIES, PLAIN
+from moeglot.integrations.transformers import VERSION, model_class
+
+LIMIT, POWER = 1e-5, 1e-3
+KNOWN = [family for family in FAMILIES if family.model_types[0] in CONFIG_MAPPING and not families.why_not(family)]
+CASES = [(family, size) for family in KNOWN for size in SIZES]
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(params=CASES, ids=[f"{family.name}-{size}" for family, size in CASES])
+def case(request):
+    family, size = request.param
+    return family, size, model_of(family, size)
+
+
+def load(path) -> torch.nn.Module:
+    """By transformers alone; not one key missing or unexpected."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    model, info = model_class(config).from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 knows one format a family; test_transformers.py covers it")
+def test_what_it_saves_we_read_and_what_we_write_it_loads(case, tmp_path):
+    family, size, model = case
+    expected = logits(model)
+    sources = []
+    for original in (True, False):
+        folder = tmp_path / f"saved-{original}"
+        saved(model, folder, original)
+        source = moeglot.open(folder)
+        assert source.format.family == family
+        if source.format not in [other.format for other in sources]:  # else it wrote the same again
+            report = moeglot.verify(source, "transformers")
+            assert report.verdict == "holds", report
+            sources.append(source)
+    for n, form in enumerate(readable(family)):
+        source = next((s for s in sources if s.format != form and not (s.format.alone or form.alone)), None) or next(s for s in sources if s.format == form)
+        out = tmp_path / f"{n}"
+        assert moeglot.convert(source, form.name, out).report.verdict == "holds"
+        error = relative(logits(load(out)), expected)
+        assert (error > POWER) if (form.name, size) in MISREAD else (error <= LIMIT), (form.name, error)
+
+
+def readable(family):
+    """The formats of a family that hold plain floats and that transformers 5 reads."""
+    return [form for form in PLAIN if form.family == family and form.is_plain and form.reads in ("any transformers", "transformers 5")]
+
+
+MISREAD = {("qwen3-vl-moe/hub", "square"), ("qwen3-vl-moe/hub", "h=2i")}
+"""(format, size) that transformers itself misreads: it turns a matrix or not by its shape, and these shapes fit both ways."""
