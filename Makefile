@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao bitsandbytes
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes
 
 .PRECIOUS: .venvs/%/ready
 .PHONY: demo test lint matrix docs clean
@@ -22,8 +22,8 @@ lint: .venv/ready
 # The oracles again, in an environment for each other library and version that we speak to.
 matrix: $(ENVIRONMENTS:%=matrix-%)
 
-matrix-torchao: .venvs/torchao/ready
-	.venvs/torchao/bin/python -m pytest tests/oracles/test_torchao.py
+matrix-torchao matrix-modelopt: matrix-%: .venvs/%/ready
+	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
 	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py

@@ -4,8 +4,8 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from moeglot.encoding import Encoded, Encoding
-from moeglot.encodings.mxfp4 import MXFP4
+from moeglot.dtypes import DTYPES
+from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import Plain
 
 settings.register_profile("moeglot", deadline=None, max_examples=60, derandomize=True, print_blob=False)
@@ -24,9 +24,22 @@ def make_parts(encoding: Encoding, shape: tuple[int, ...], seed: int) -> Encoded
     random = torch.Generator().manual_seed(seed)
     if isinstance(encoding, Plain):
         return Encoded(encoding, {"value": torch.randn(shape, generator=random).to(torch.bfloat16)}, shape)
-    assert isinstance(encoding, MXFP4)
-    packed, scale = (
-        torch.randint(low, high, part.shape(shape), dtype=torch.uint8, generator=random)
-        for part, low, high in zip(encoding.parts, (0, 90), (256, 160), strict=True)
-    )
-    return Encoded(encoding, {"packed": packed, "scale": scale}, shape)
+    parts = {part.name: _random_part(encoding, part, part.shape(shape), random) for part in encoding.parts}
+    if "shape" in parts:
+        parts["shape"] = torch.tensor(shape[-2:], dtype=parts["shape"].dtype).expand(parts["shape"].shape).clone()
+    return Encoded(encoding, parts, shape)
+
+
+def _random_part(encoding: Encoding, part: Part, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
+    """Any code that is a number; scales within what the part's type and `check` allow."""
+    dtype = DTYPES[part.dtypes[0]].torch
+    if part.name == "packed":
+        return torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=random).view(dtype).squeeze(-1)
+    if part.name == "weight":
+        codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+        return torch.where((codes & 0x7F) == 0x7F, 0x7E, codes).view(dtype)
+    if dtype in (torch.uint8, torch.float8_e8m0fnu):
+        return torch.randint(90, 160, shape, dtype=torch.uint8, generator=random).view(dtype)
+    if dtype == torch.float8_e4m3fn:
+        return torch.randint(0x20, 0x7F, shape, dtype=torch.uint8, generator=random).view(dtype)
+    return ((torch.rand(shape, generator=random) + 0.5) * torch.exp2(torch.randint(-12, 4, shape, generator=random).float())).to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
 from moeglot.format import Family, Format
@@ -56,7 +58,9 @@ def by_name(name: str) -> Format:
     for form in FORMATS:
         if form.name == name:
             return form
-    raise UsageError(f"{name!r} is not a format", "known: " + ", ".join(form.name for form in FORMATS), "run `moeglot formats` for what each one is")
+    near = [form.name for form in FORMATS if form.family.name == name.partition("/")[0]] or get_close_matches(name, [form.name for form in FORMATS])
+    known = "known: " + ", ".join(near) if near else f"known are {len(PLAIN)} layouts of {len(FAMILIES)} families, and their quantized variants"
+    raise UsageError(f"{name!r} is not a format", known, "run `moeglot formats` for what each one is")
 
 
 def of_family(family: Family) -> tuple[Format, ...]:
