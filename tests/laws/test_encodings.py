@@ -338,6 +338,17 @@ def test_nvfp4_encode_is_the_definition(values, convention):
 
 
 @pytest.mark.parametrize("convention", ["modelopt", "compressed-tensors"])
+def test_nvfp4_ties_go_to_even(convention):
+    """Halfway between two codes, under scales that are powers of two times 448."""
+    middles = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    group = torch.tensor([6.0, *middles, *(-m for m in middles), 0.1]) * 448
+    parts = NVFP4(convention).encode(group.view(1, 16))
+    assert (float(parts["global"]), float(parts["scale"].float())) == (1, 448)
+    expected = [6, 0, 1, 1, 2, 2, 4, 4, 0, -1, -1, -2, -2, -4, -4, 0]
+    assert (NVFP4(convention).decode(parts, torch.float32) / 448).tolist() == [expected]
+
+
+@pytest.mark.parametrize("convention", ["modelopt", "compressed-tensors"])
 def test_nvfp4_in_the_other_convention(convention):
     ours = NVFP4(convention)
     other = NVFP4("compressed-tensors" if convention == "modelopt" else "modelopt")
