@@ -30,6 +30,7 @@ from moeglot.convert import convert
 from moeglot.fingerprint import Fingerprint, fingerprint
 from moeglot.formats import formats
 from moeglot.identify import Identification, identify
+from moeglot.lint import Finding, lint
 from moeglot.plan import Plan, plan
 from moeglot.verify import compare, verify
 from moeglot.version import __version__
@@ -42,6 +43,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Contradiction",
+    "Finding",
     "Fingerprint",
     "FormatError",
     "Identification",
@@ -63,6 +65,7 @@ __all__ = [
     "fingerprint",
     "formats",
     "identify",
+    "lint",
     "open",
     "plan",
     "verify",

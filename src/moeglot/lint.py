@@ -238,6 +238,11 @@ DEFECTS = (
         "dequantizing FP8 with a ragged last block raises, or divides the scales over the wrong rows (192 rows: 10 % off, silently)",
         _ragged,
     ),
+    Defect(
+        "transformers 5.23",
+        "it dequantizes NVFP4 experts without their global scale, so that they are too large by it, without a word",
+        lambda c: _coded(c, "nvfp4:compressed-tensors"),
+    ),
     Defect("transformers 5.5", "it takes the packed bytes of 4-bit experts for weights", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect("transformers 5.23", "it refuses 4-bit experts that are stored one by one (size mismatch)", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect(
