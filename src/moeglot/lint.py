@@ -79,8 +79,11 @@ def _orphans(c: Checkpoint) -> Iterator[Finding]:
     for key in names - c.expert_keys:
         for suffix, others in SIBLINGS.items():
             stem = key.removesuffix(suffix)
-            if stem != key and not any(stem + other in names for other in others):
+            here = [stem + other for other in others if stem + other in names]
+            if stem != key and not here:
                 yield Finding("orphan tensor", f"{key} is there, and none of {', '.join(stem + other for other in others)}", {"tensor": key})
+            elif stem != key and "scale" in suffix and (plain := c.source.entries[here[0]].dtype) in WEIGHT_DTYPES:
+                yield Finding("unused scales", f"{key} is there, and {here[0]} is {plain}, which no scale belongs to", {"tensor": key})
 
 
 SIBLINGS = {

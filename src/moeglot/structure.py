@@ -33,7 +33,8 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
     for key in source.entries:
         if key in right or ((found := form.match(key)) and found[2] in carried):
             continue
-        if (found or any(_under(key, stem) for stem in stems)) and not form.dense_line(key):
+        below = {number for stem in stems if (number := _layer_under(key, stem)) is not None} - set(carried)
+        if (found or below) and not form.dense_line(key):
             yield TensorMismatch(
                 f"{key}: extra, {form.name} has no such tensor",
                 f"{known}; it has layers {_spread(layers)} and {sizes['e']} experts",
@@ -77,12 +78,13 @@ def _stem(line: Stored) -> str:
     return line.key.split("{expert}")[0] if line.per_expert else line.key[: line.key.rindex(".") + 1]
 
 
-def _under(key: str, stem: str) -> bool:
+def _layer_under(key: str, stem: str) -> int | None:
+    """The number of the layer, if the key begins as the stem does."""
     before, _, after = stem.partition("{layer}")
     if not key.startswith(before):
-        return False
+        return None
     number, _, rest = key[len(before) :].partition(".")
-    return number.isdecimal() and ("." + rest).startswith(after)
+    return int(number) if number.isdecimal() and ("." + rest).startswith(after) else None
 
 
 def _spread(layers: tuple[int, ...]) -> str:

@@ -1,0 +1,129 @@
+"""What `inspect` finds worth knowing: each finding on a folder that has it, and none on one that does not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.demo import BUNDLED
+from moeglot.outline import outline
+from moeglot.source import read_source
+
+HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
+SIZES = {"e": 4, "h": 128, "i": 128}
+
+
+def change_config(folder, **changes):
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, **changes}))
+
+
+def change(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def findings(folder):
+    return {finding.about: finding for finding in moeglot.lint(moeglot.open(folder))}
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return write_checkpoint(tmp_path / "plain", HUB, SIZES, 2)
+
+
+def test_a_good_folder_has_nothing_to_say(plain):
+    assert findings(plain) == {}
+
+
+def test_experts_left_unquantized(tmp_path):
+    """As bitsandbytes does in transformers 5: it says 4 bits and leaves stacked experts BF16."""
+    folder = write_checkpoint(tmp_path / "a", STACKED, SIZES, 2)
+    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    found = findings(folder)["experts are not quantized"]
+    numbers = 2 * 4 * 3 * 128 * 128
+    assert found.figures["bytes"] == 2 * numbers
+    assert found.figures["could_save"] == 2 * numbers - numbers // 2
+
+
+def test_numbers_that_no_training_gives(plain):
+    change(plain, lambda tensors: tensors["model.layers.1.mlp.experts.3.up_proj.weight"].mul_(1153))
+    found = findings(plain)["numbers"]
+    assert "a scale is wrong or missing" in found.what
+    assert (found.figures["layer"], found.figures["expert"]) == (1, 3)
+
+
+def test_zero_scales(plain, tmp_path):
+    moeglot.convert(plain, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
+    change(tmp_path / "fp8", lambda tensors: tensors["model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"].zero_())
+    assert "never filled" in findings(tmp_path / "fp8")["numbers"].what
+
+
+def test_scales_that_belong_to_nothing(plain):
+    change(plain, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)}))
+    assert "q_proj.weight_scale_inv is there" in findings(plain)["unused scales"].what
+    change(plain, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight"))
+    assert "q_proj.weight_scale_inv is there" in findings(plain)["orphan tensor"].what
+
+
+def test_tensors_that_are_not_aligned(plain):
+    raw = (plain / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    (plain / "model.safetensors").write_bytes((length + 4).to_bytes(8, "little") + raw[8 : 8 + length] + b"    " + raw[8 + length :])
+    assert findings(plain)["not aligned"].figures["tensors"] > 0
+
+
+def test_rows_that_grouped_gemms_refuse(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", HUB, {"e": 2, "h": 64, "i": 36}, 1)
+    assert findings(folder)["rows not aligned"].figures["row_bytes"] == 72
+
+
+def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
+    change_config(plain, num_nextn_predict_layers=1)
+    change(plain, lambda tensors: tensors.update({"model.layers.2.mlp.experts.gate_up_proj": torch.ones(4, 256, 128).bfloat16()}))
+    assert "model.layers.{n}.mlp.experts.gate_up_proj" in findings(plain)["mixed layouts"].what
+
+
+@pytest.mark.parametrize(
+    ("make", "reader", "words"),
+    [
+        (lambda path: write_checkpoint(path, STACKED, SIZES, 2), "transformers 4.57", "leaves the experts random"),
+        (lambda path: BUNDLED, "transformers 5.5", "bfloat16 without a word"),
+        (lambda path: _with_rope_parameters(path), "transformers 4.57", "rope_theta 10 000"),
+        (lambda path: _coded(path, "fp8-block", {"e": 2, "h": 192, "i": 192}), "transformers 5.23", "10 % off"),
+        (lambda path: _coded(path, "fp8-block", SIZES), "transformers 5.5", "drops the FP8 scales"),
+        (lambda path: _coded(path, "nf4", SIZES), "transformers 5.5", "packed bytes"),
+    ],
+)
+def test_loaders_that_would_misread_it(make, reader, words, tmp_path):
+    found = [finding.what for finding in moeglot.lint(moeglot.open(make(tmp_path / "a")), sample=False) if finding.about == f"misread by {reader}"]
+    assert any(words in what for what in found), found
+
+
+def _with_rope_parameters(path):
+    folder = write_checkpoint(path, HUB, SIZES, 1)
+    told = json.loads((folder / "config.json").read_text())
+    told["rope_parameters"] = {"rope_theta": told.pop("rope_theta", 1e6), "rope_type": "default"}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def _coded(path, coding, sizes):
+    moeglot.convert(write_checkpoint(path.parent / "before", HUB, sizes, 1), f"{HUB}+{coding}", path, allow_loss=True)
+    return path
+
+
+def test_an_unknown_family_is_outlined_and_refused(plain):
+    change_config(plain, model_type="brand_new_moe")
+    rows = {row.template: row for row in outline(read_source(plain, headers_only=True))}
+    experts = rows["model.layers.{}.mlp.experts.{}.up_proj.weight"]
+    assert experts.ranges == ((0, 1), (0, 3))
+    assert experts.shapes == ((128, 128),)
+    assert experts.tensors == 8
+    with pytest.raises(moeglot.UnknownFormat, match="brand_new_moe"):
+        moeglot.open(plain)
