@@ -81,10 +81,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mimo-v2-flash": {"num_key_value_heads": 2, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "nemotron-h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "dots3-note": {
+        "text_config.layer_types": ["indexed_attention"] * 3,
         "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
         "vision_config.mlp_layer_types": ["dense", "sparse", "sparse"],
         "vision_config.num_local_experts": 4,
     },
+    "dots3-note-text": {"layer_types": ["indexed_attention"] * 3},
     "longcat-flash": {"qk_head_dim": 16, "zero_expert_num": 0, "head_dim": 8},
     "qwen3-omni-moe": {
         "talker_config.text_config.shared_expert_intermediate_size": 32,
@@ -202,9 +204,8 @@ def _report(names: list[str]) -> None:
         start = time.time()
         try:
             model = model_of(family, "neither")
-            print(
-                f"## {family.name}: {type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters, finite {bool(logits(model).isfinite().all())}"
-            )
+            count, finite = sum(p.numel() for p in model.parameters()), bool(logits(model).isfinite().all())
+            print(f"## {family.name}: {type(model).__name__}, {count} parameters, finite {finite}")
             with tempfile.TemporaryDirectory() as folder:
                 for way in (True, False):
                     tensors = saved(model, Path(folder) / str(way), way)

@@ -25,8 +25,6 @@ MISSING = {
     "switch_transformers": "an encoder and a decoder: two stacks of layers, each with experts",
 }
 """Folder among transformers' models -> why we have no spec of its experts."""
-UNUSED = {("nemo-speechlm", "mixer.experts.up_proj"), ("nemo-speechlm", "mixer.experts.down_proj")}
-"""(family, target): the mapping of a language model that is part of a larger one, which has a mapping of its own."""
 MODELS = Path(transformers.__file__).parent / "models"
 KNOWN = [family for family in FAMILIES if family.model_types[0] in CONFIG_MAPPING and not why_not(family)]
 
@@ -76,8 +74,6 @@ def unlike_mapping(model, forms) -> list[str]:
             continue
         memory = _line(forms, target)
         sources = [_line(forms, _plain(pattern), other=memory) for pattern in conversion.source_patterns]
-        if (forms[0].family.name, target) in UNUSED:
-            continue
         if memory is None or None in sources:
             found.append(f"{conversion.source_patterns} -> {target}: no such line of ours")
             continue

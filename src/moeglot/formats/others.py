@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from moeglot.format import Activation, SparseLayers
 from moeglot.formats import nemotron_h
-from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, family, first_dense, fused, hub, memory, nested, separate
+from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, nested, separate
 from moeglot.layout import Stored
 
 ROUTED = ("n_routed_experts", "num_local_experts")
@@ -107,5 +107,6 @@ FORMATS = (
         (Stored(SPEECH_HUB + "gate_and_up_projs", ("up",), "e h i"), Stored(SPEECH_HUB + "down_projs", ("down",), "e i h")),
         "the release on the Hub: all experts in one tensor, [in, out]",
     ),
+    each(SPEECH, (Stored(SPEECH_HUB + "{expert}.up_proj.weight", ("up",), "i h"), Stored(SPEECH_HUB + "{expert}.down_proj.weight", ("down",), "h i"))),
     memory(SPEECH, (Stored(SPEECH_MEMORY + "up_proj", ("up",), "e i h"), Stored(SPEECH_MEMORY + "down_proj", ("down",), "e h i")), alone=VISION),
 )
