@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/moeglot demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ matrix-bitsandbytes: .venvs/bitsandbytes/ready
 	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py
 
 matrix-%: .venvs/%/ready
-	.venvs/$*/bin/python -m pytest tests/oracles
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from moeglot.coding import Coding
+from moeglot.codings import CODINGS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.mxfp4 import RULES
 from moeglot.encodings.plain import Plain
 from moeglot.format import Activation, Family, Format
-from moeglot.formats import FAMILIES, FORMATS, of_family
+from moeglot.formats import FAMILIES, PLAIN
 from moeglot.layout import Stored
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,12 +89,20 @@ def versions(package: str) -> list[str]:
     return sorted(found, key=lambda version: [int(n) for n in version.split(".")])
 
 
+EVERYWHERE = ("gpt-oss", "qwen3-moe", "mixtral")
+"""Families whose formats the tests have every version of transformers read; the others are read by the newest."""
+
+
 def checked_against(form: Format) -> str:
     """Which real library the tests let read this format and compute with it."""
+    if form.family.unverified:
+        return f"nothing: {form.family.unverified}"
     if form.reads == "openai's gpt_oss":
         return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
     if form.reads not in ("any transformers", "transformers 5"):
-        raise SystemExit(f"{form.name}: say in docs/generate.py what {form.reads!r} is checked against")
+        return f"what {form.reads} documents; its own code is not run"
+    if form.family.name not in EVERYWHERE:
+        return f"transformers {versions('transformers')[-1]}"
     return "transformers " + ", ".join(v for v in versions("transformers") if form.reads == "any transformers" or v.startswith("5."))
 
 
@@ -104,20 +114,41 @@ def encoding(line: Stored) -> str:
 
 
 def activation(of: Activation) -> str:
-    if of.kind == "clamped-swiglu":
-        numbers = ", ".join(f"{name} = {code(key)} (default {default:g})" for name, (key, default) in of.numbers.items())
-        return f"clamped SwiGLU, `gate * sigmoid(alpha * gate) * (up + 1)` with gate and up clamped to limit; {numbers}"
-    if of.kind != "swiglu":
+    key = f"{code(of.function[0])} of config.json, by default {of.function[1]}" if of.function[0] else of.function[1]
+    numbers = "".join(f", {name} = {code(key)} (default {default:g})" for name, (key, default) in of.numbers.items())
+    kinds = {
+        "swiglu": "`act(gate) * up`",
+        "ungated": "`act(up)`, without a gate",
+        "clamped-swiglu": "`gate * sigmoid(alpha * gate) * (up + 1)`, with gate and up clamped to limit",
+        "limited-swiglu": "`act(gate) * up`, with gate and up clamped to limit",
+        "capped-swiglu": "`act(gate) * up`, with act(gate) and up clamped to limit",
+        "softcapped-swiglu": "`cap(gate) * sigmoid(gate) * cap(up)`, where cap(x) = c * tanh(x / c)",
+    }
+    if of.kind not in kinds:
         raise SystemExit(f"say in docs/generate.py what {of.kind!r} computes")
-    return f"`act(gate) * up`, where act is {code(of.function[0])} of config.json (default {of.function[1]})"
+    return kinds[of.kind] + ("" if of.kind in ("clamped-swiglu", "softcapped-swiglu") else f", act is {key}") + numbers
 
 
 # --- the pages -----------------------------------------------------------------------------------------------------------------------
 
 
 def readme_table() -> tuple[list[str], list[list[str]]]:
-    rows = [[code(form.name), form.about, form.reads, checked_against(form)] for form in FORMATS]
-    return ["format", "what it is", "read by", "checked against"], rows
+    rows = [[code(coding.name), coding.about, judges(coding)] for coding in CODINGS]
+    return ["quantized variant", "what it is", "checked against"], rows
+
+
+def judges(coding: Coding) -> str:
+    return ", ".join(f"{package} {versions(package)[-1]}" for package in coding.judges)
+
+
+def coverage() -> tuple[list[str], list[list[str]]]:
+    """One row a layout: whose experts, how they lie, in which encodings, and what verified it."""
+    rows = []
+    for form in PLAIN:
+        native = " and ".join(sorted({line.encoding.name for line in form.stored if not isinstance(line.encoding, Plain)}))
+        encodings = native or ("any float type, and every variant below" if form.is_upright else "any float type")
+        rows.append([f"[{form.family.name}](#{form.family.name})", code(form.name), encodings, form.reads, checked_against(form)])
+    return ["family", "format", "encodings", "read by", "verified by"], rows
 
 
 def file_table() -> tuple[list[str], list[list[str]]]:
@@ -150,17 +181,37 @@ template of its key, the roles it holds, its axes and its encoding. The letters 
 `e` expert, `h` hidden, `i` intermediate, `p` which of the roles.
 
 """
-    overview = table(*readme_table())
-    note = """
+    plain = sum(not family.unverified for family in FAMILIES)
+    overview = f"""{len(FAMILIES)} families in {len(PLAIN)} layouts; real modules of {plain} of these families compute in the tests what moeglot reads.
 
-"Read by" is the software that loads such a folder. "Checked against" is the real library, by version, whose own code loads checkpoints of this format
-in the tests. With transformers, each expert must compute the same as moeglot's reading of it, to a relative error of 1e-5. With openai's gpt_oss,
-the expert matrices must be equal bit for bit, and the logits of the whole model within 2e-4 of those of transformers.
+{table(*coverage())}
 
-The checkpoints of these tests are small: random weights of several sizes, and one trained model of 4.35 million parameters.
-Full-size releases are not converted in the tests.
+"Read by" is the software that loads such a folder. "Verified by" is the real library, by version, whose own code loads checkpoints of this format
+in the tests, with H = I, H = 2I and neither: each expert must compute the same as moeglot's reading of it, and the model that is loaded from what moeglot
+writes the same as the original, to a relative error of 1e-5 in float32. With openai's gpt_oss the matrices must be equal bit for bit.
+The checkpoints of these tests are small and random, but for two trained ones; full-size releases are not converted in the tests.
+
+## Quantized variants
+
+Where every matrix of a layout lies `[out, in]`, the layout exists with its matrices quantized too: `qwen3-moe/hub+fp8-block`.
+`--encode fp8-block` with `--to qwen3-moe/hub` means the same. What is no expert is carried as it is where the quantization stays, and decoded with the experts
+where it goes.
+
+{table(*readme_table())}
+
+{table(*parts_table())}
 """
-    return head + overview + note + "".join(_family(family) for family in FAMILIES) + _encodings()
+    return head + overview + "".join(_family(family) for family in FAMILIES) + _encodings()
+
+
+def parts_table() -> tuple[list[str], list[list[str]]]:
+    """What each variant calls its tensors."""
+    rows = []
+    for coding in CODINGS:
+        parts = {part.name: "/".join(part.dtypes) for part in coding.encoding.parts}
+        names = [f"{code(suffix)} {parts.get(part, 'if there')}" for part, suffix in coding.linear.items()]
+        rows.append([code(coding.name), ", ".join(names), ", ".join(code(suffix or "(the name alone)") for suffix in coding.stacked.values())])
+    return ["variant", "in place of `.weight`", "after the name of a stacked tensor"], rows
 
 
 def _family(family: Family) -> str:
@@ -169,8 +220,9 @@ def _family(family: Family) -> str:
         f"- config.json: `model_type` is {' or '.join(map(code, family.model_types))}; sizes are {sizes}",
         f"- an expert computes: {activation(family.activation)}",
         f"- where that is from: {link(family.source)}",
+        *([f"- **unverified**: {family.unverified}"] if family.unverified else []),
     ]
-    return f"\n## {family.name}\n\n" + "\n".join(facts) + "\n" + "".join(_format(form) for form in of_family(family))
+    return f"\n## {family.name}\n\n" + "\n".join(facts) + "\n" + "".join(_format(form) for form in PLAIN if form.family == family)
 
 
 def _format(form: Format) -> str:

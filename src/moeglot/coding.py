@@ -34,6 +34,8 @@ class Coding:
     write: Callable[[Encoding, Sequence[str]], dict[str, Any]] = field(compare=False)
     source: str = ""
     about: str = ""
+    judges: tuple[str, ...] = ()
+    """Packages whose own code decodes what we encode in the tests, and whose output we decode."""
 
     def line(self, line: Stored) -> Stored:
         """A line of a plain layout as this producer stores it; vectors stay as they are."""

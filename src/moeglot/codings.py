@@ -16,6 +16,7 @@ from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.errors import UnknownFormat
 
 DEEPSEEK = "https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md"
+CT = ("compressed-tensors", "transformers")
 COMPRESSED = "https://github.com/vllm-project/compressed-tensors"
 BITSANDBYTES = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py"
 MODELOPT = "https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/unified_export_hf.py"
@@ -53,6 +54,7 @@ FP8_BLOCK = Coding(
     write=_write_fp8_block,
     source=DEEPSEEK,
     about="FP8 E4M3 with a scale for each block of 128 × 128",
+    judges=("transformers",),
 )
 
 
@@ -74,7 +76,17 @@ def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: s
 
     linear = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
     stacked = {"weight": "", "scale": "_weight_scale", "input_scale": "_input_scale"}
-    return Coding(name, FP8(default), linear, stacked, read, write, COMPRESSED, f"compressed-tensors' float-quantized, FP8 E4M3 with {about}")
+    return Coding(
+        name,
+        FP8(default),
+        linear,
+        stacked,
+        read,
+        write,
+        COMPRESSED,
+        f"compressed-tensors' float-quantized, FP8 E4M3 with {about}",
+        CT if strategy != "block" else CT[:1],
+    )
 
 
 FP8_CHANNEL = _compressed_fp8("fp8-channel", "channel", (1, WHOLE), "a scale for each output channel")
@@ -101,6 +113,7 @@ MXFP4_PACK = Coding(
     write=_write_mxfp4,
     source=COMPRESSED,
     about="compressed-tensors' mxfp4-pack-quantized",
+    judges=CT,
 )
 
 
@@ -123,6 +136,7 @@ NVFP4_PACK = Coding(
     write=_write_nvfp4_compressed,
     source=COMPRESSED,
     about="compressed-tensors' nvfp4-pack-quantized, whose global scale divides",
+    judges=("compressed-tensors",),
 )
 
 
@@ -155,6 +169,7 @@ INT4_PACK = Coding(
     write=_write_int4,
     source=COMPRESSED,
     about="compressed-tensors' pack-quantized INT4, offset binary; Kimi-K2's group of 32",
+    judges=CT,
 )
 
 
@@ -186,6 +201,7 @@ NVFP4_MODELOPT = Coding(
     write=_write_nvfp4_modelopt,
     source=MODELOPT,
     about="ModelOpt's NVFP4, whose second scale multiplies",
+    judges=("nvidia-modelopt",),
 )
 
 
@@ -213,7 +229,7 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
         }
 
     about = f"bitsandbytes' {kind.upper()}, in runs of the flattened matrix"
-    return Coding(kind, BNB4(kind), {part: WEIGHT + suffix for part, suffix in names.items()}, names, read, write, BITSANDBYTES, about)
+    return Coding(kind, BNB4(kind), {part: WEIGHT + suffix for part, suffix in names.items()}, names, read, write, BITSANDBYTES, about, ("bitsandbytes",))
 
 
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")

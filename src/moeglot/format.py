@@ -77,7 +77,7 @@ class SparseLayers:
         found = self._found(config, count, kinds) if usable else ()
         if not found:
             keys = (self.count, *self.kinds, self.listed, self.first and self.first[0], self.last, self.every, self.period, self.offset, self.dense)
-            said = {key: value for key in keys if key and (value := dig(config, key)) is not None}
+            said = {key: value for key in keys if key and ((value := dig(config, key)) is not None or key == self.count)}
             raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")
         return found
 
@@ -217,8 +217,13 @@ class Format:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing in it is quantized, and every matrix lies [out, in], as quantizers want it: their blocks run along what is summed."""
-        return all(isinstance(line.encoding, Plain) and line.upright for line in self.stored)
+        """Nothing in it is quantized."""
+        return all(isinstance(line.encoding, Plain) for line in self.stored)
+
+    @property
+    def is_upright(self) -> bool:
+        """Every matrix lies [out, in], as quantizers want it: their blocks run along what is summed."""
+        return all(line.upright for line in self.stored)
 
     def coded(self, coding: Coding) -> Format:
         """This layout with its matrices as a producer quantizes them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from moeglot.format import Activation, Dense, Family, Format, SparseLayers
 from moeglot.layout import Stored
@@ -74,9 +75,13 @@ def family(
     return nested(found, under) if under else found
 
 
+SPARSE_KEYS = ("listed", "last", "every", "period", "offset", "dense")
+
+
 def nested(plain: Family, under: str) -> Family:
     """The family with every config key below another: `"text_config"` -> `"text_config.hidden_size"`."""
     sparse, activation = plain.sparse, plain.activation
+    keys: dict[str, Any] = {name: key and f"{under}.{key}" for name in SPARSE_KEYS for key in (getattr(sparse, name),)}
     return replace(
         plain,
         sizes={letter: _all_below(keys, under) for letter, keys in plain.sizes.items()},
@@ -85,7 +90,7 @@ def nested(plain: Family, under: str) -> Family:
             count=f"{under}.{sparse.count}",
             kinds=_all_below(sparse.kinds, under),
             first=sparse.first and (f"{under}.{sparse.first[0]}", sparse.first[1]),
-            **{name: key and f"{under}.{key}" for name in ("listed", "last", "every", "period", "offset", "dense") for key in (getattr(sparse, name),)},
+            **keys,
         ),
         activation=replace(
             activation,

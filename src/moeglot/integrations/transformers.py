@@ -53,7 +53,7 @@ def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch
     elif hasattr(module, "input_linear"):
         found = _routed_by(module, expert, tokens)
     elif type(module).__name__ == "Llama4TextExperts":
-        each = torch.zeros(int(module.num_experts), *tokens.shape)  # it takes as many tokens for each expert, in the experts' order
+        each = torch.zeros(int(module.num_experts), *tokens.shape)  # type: ignore[arg-type]  # it takes as many tokens for each expert, in the experts' order
         each[expert] = tokens
         found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
@@ -104,7 +104,8 @@ def _routed_by(block: torch.nn.Module, expert: int, tokens: torch.Tensor) -> tor
         block.router = own
     found = found[0] if isinstance(found, tuple) else found
     bias = getattr(block, "bias", None)
-    return found[0] - bias if isinstance(bias, torch.Tensor) else found[0]
+    own_output: torch.Tensor = found[0] - bias if isinstance(bias, torch.Tensor) else found[0]
+    return own_output
 
 
 def live(checkpoint: Checkpoint) -> Live:
