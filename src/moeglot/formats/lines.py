@@ -85,7 +85,12 @@ def nested(plain: Family, under: str) -> Family:
             count=f"{under}.{sparse.count}",
             kinds=_all_below(sparse.kinds, under),
             first=sparse.first and (f"{under}.{sparse.first[0]}", sparse.first[1]),
-            **{name: key and f"{under}.{key}" for name in ("listed", "last", "every", "period", "offset", "dense") for key in (getattr(sparse, name),)},
+            listed=_below(sparse.listed, under),
+            last=_below(sparse.last, under),
+            every=_below(sparse.every, under),
+            period=_below(sparse.period, under),
+            offset=_below(sparse.offset, under),
+            dense=_below(sparse.dense, under),
         ),
         activation=replace(
             activation,
@@ -93,6 +98,10 @@ def nested(plain: Family, under: str) -> Family:
             numbers={name: (f"{under}.{key}", default) for name, (key, default) in activation.numbers.items()},
         ),
     )
+
+
+def _below(key: str | None, under: str) -> str | None:
+    return key and f"{under}.{key}"
 
 
 def _all_below(keys: tuple[str, ...], under: str) -> tuple[str, ...]:
