@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from moeglot.format import Activation, Dense, Family, Format, SparseLayers
 from moeglot.layout import Stored
@@ -75,13 +74,9 @@ def family(
     return nested(found, under) if under else found
 
 
-SPARSE_KEYS = ("listed", "last", "every", "period", "offset", "dense")
-
-
 def nested(plain: Family, under: str) -> Family:
     """The family with every config key below another: `"text_config"` -> `"text_config.hidden_size"`."""
     sparse, activation = plain.sparse, plain.activation
-    keys: dict[str, Any] = {name: key and f"{under}.{key}" for name in SPARSE_KEYS for key in (getattr(sparse, name),)}
     return replace(
         plain,
         sizes={letter: _all_below(keys, under) for letter, keys in plain.sizes.items()},
@@ -90,7 +85,12 @@ def nested(plain: Family, under: str) -> Family:
             count=f"{under}.{sparse.count}",
             kinds=_all_below(sparse.kinds, under),
             first=sparse.first and (f"{under}.{sparse.first[0]}", sparse.first[1]),
-            **keys,
+            listed=_below(sparse.listed, under),
+            last=_below(sparse.last, under),
+            every=_below(sparse.every, under),
+            period=_below(sparse.period, under),
+            offset=_below(sparse.offset, under),
+            dense=_below(sparse.dense, under),
         ),
         activation=replace(
             activation,
@@ -98,6 +98,10 @@ def nested(plain: Family, under: str) -> Family:
             numbers={name: (f"{under}.{key}", default) for name, (key, default) in activation.numbers.items()},
         ),
     )
+
+
+def _below(key: str | None, under: str) -> str | None:
+    return key and f"{under}.{key}"
 
 
 def _all_below(keys: tuple[str, ...], under: str) -> tuple[str, ...]:

@@ -6,6 +6,9 @@ The second implementation of `verify --against transformers`. Speaks 4.57, 5.5 a
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,14 +74,25 @@ def _routed_to(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> An
     weights = torch.ones(len(tokens), ranks if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
     if ranks > 1:
         weights[:, 1:] = 0
-    norm: Any = getattr(module, "post_expert_norm", None)
-    try:
-        if norm is not None:
-            module.post_expert_norm = torch.nn.Identity()
+    if not hasattr(module, "post_expert_norm"):
         return module(tokens, routed, weights)
-    finally:
-        if norm is not None:
-            module.post_expert_norm = norm
+    with _instead(module, "post_expert_norm", torch.nn.Identity()):
+        return module(tokens, routed, weights)
+
+
+_SWAPPING = threading.Lock()
+
+
+@contextmanager
+def _instead(module: torch.nn.Module, name: str, other: torch.nn.Module) -> Iterator[None]:
+    """Another part of a module for as long as it computes one answer; one thread at a time."""
+    with _SWAPPING:
+        own = getattr(module, name)
+        try:
+            setattr(module, name, other)
+            yield
+        finally:
+            setattr(module, name, own)
 
 
 class _Everything(torch.nn.Module):
@@ -96,16 +110,11 @@ class _Everything(torch.nn.Module):
 
 def _routed_by(block: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     """The block's own forward with another router; what it adds after the experts is taken off again."""
-    own: Any = block.router
-    try:
-        block.router = _Everything(expert, len(block.input_linear.weight))  # type: ignore[arg-type, union-attr]
-        found = block(tokens[None])
-    finally:
-        block.router = own
-    found = found[0] if isinstance(found, tuple) else found
+    with _instead(block, "router", _Everything(expert, len(block.input_linear.weight))):  # type: ignore[arg-type, union-attr]
+        found: Any = block(tokens[None])
+    output: torch.Tensor = (found[0] if isinstance(found, tuple) else found)[0]
     bias = getattr(block, "bias", None)
-    own_output: torch.Tensor = found[0] - bias if isinstance(bias, torch.Tensor) else found[0]
-    return own_output
+    return output - bias if isinstance(bias, torch.Tensor) else output
 
 
 def live(checkpoint: Checkpoint) -> Live:
