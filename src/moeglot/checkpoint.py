@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeglot.coding import WEIGHT
+from moeglot.coding import WEIGHT, Coding, said
 from moeglot.config import hub_config
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
@@ -200,18 +200,23 @@ class Checkpoint:
         taken = {key for parts in self._quantized.values() for key in parts.values()}
         return found | {name: tensor for name, tensor in self.dense.items() if name not in taken}
 
+    @property
+    def _coding(self) -> Coding | None:
+        """How matrices that are no experts are quantized, if they are."""
+        return self.format.coding and (self.format.coding.others or self.format.coding)
+
     @cached_property
     def _quantized(self) -> dict[str, dict[str, str]]:
         """Module that is no expert -> part -> Hub name, for the quantized ones."""
-        coding, modules = self.format.coding, dict[str, dict[str, str]]()
+        coding, modules = self._coding, dict[str, dict[str, str]]()
         for name in self.dense if coding else ():
             if coding and (found := coding.module(name)):
                 modules.setdefault(found[0], {})[found[1]] = name
         return {module: parts for module, parts in modules.items() if "scale" in parts}
 
     def _encoding_of(self, module: str, parts: Mapping[str, Entry]) -> Encoding:
-        assert self.format.coding
-        declared = self.format.coding.read(self.source.config.get("quantization_config") or {}, module)
+        assert self._coding
+        declared = self._coding.read(said(self.source.config), module)
         if declared is None:
             raise Contradiction(
                 f"{module} has scales, and config.json does not say that it is quantized", self.known, "take config.json from the checkpoint's producer"

@@ -36,6 +36,16 @@ class Coding:
     about: str = ""
     judges: tuple[str, ...] = ()
     """Packages whose own code decodes what we encode in the tests, and whose output we decode."""
+    families: tuple[str, ...] = ()
+    """The only families whose experts are coded so, if there are such."""
+    others: Coding | None = None
+    """How the same producer codes matrices that are no routed experts, if otherwise."""
+
+    def codes(self, family: str, lines: Sequence[Stored]) -> bool:
+        """It can code a plain layout of this family: every matrix lies upright, under a key that it has names for."""
+        matrices = [line for line in lines if len(line.role_axes.split()) == 2]
+        named = all(self.stacked if not line.key.endswith(WEIGHT) else self.linear for line in matrices)
+        return named and all(line.upright for line in matrices) and family in (self.families or (family,))
 
     def line(self, line: Stored) -> Stored:
         """A line of a plain layout as this producer stores it; vectors stay as they are."""
@@ -51,6 +61,13 @@ class Coding:
             if key.endswith(suffix):
                 return key.removesuffix(suffix), part
         return None
+
+
+def said(config: Mapping[str, Any]) -> Quantization:
+    """quantization_config of a config.json, wherever its producer keeps it; empty if nowhere."""
+    text = config.get("text_config")
+    places = (config.get("quantization_config"), config.get("compression_config"), text.get("quantization_config") if isinstance(text, Mapping) else None)
+    return next((place for place in places if isinstance(place, Mapping)), {})
 
 
 def method(quantization: Quantization) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moeglot.coding import WEIGHT, Coding, Quantization, compressed, declare_compressed, method
@@ -15,6 +16,7 @@ from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.errors import UnknownFormat
 
+DEEPSEEK_4 = "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash"
 DEEPSEEK = "https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md"
 CT = ("compressed-tensors", "transformers")
 COMPRESSED = "https://github.com/vllm-project/compressed-tensors"
@@ -26,11 +28,13 @@ MODELOPT = "https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/e
 
 
 def _read_fp8_block(said: Quantization, module: str) -> Encoding | None:
-    if method(said) != "fp8":
+    if method(said) != "fp8" or (said.get("expert_dtype") == "fp4" and ".experts." in module):
         return None
     block = said.get("weight_block_size")
+    if "weight_block_size" in said and block is None:
+        return FP8((WHOLE, WHOLE))  # one scale for a matrix, as Mistral has it
     if not (isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        return None  # per tensor, or without a word on the block: no size is taken from a shape
+        return None  # without a word on the block: no size is taken from a shape
     return FP8((block[0], block[1]))
 
 
@@ -40,7 +44,7 @@ def _write_fp8_block(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": list(encoding.block),
+        "weight_block_size": list(encoding.block) if all(encoding.block) else None,
         "modules_to_not_convert": list(kept),
     }
 
@@ -54,6 +58,42 @@ FP8_BLOCK = Coding(
     write=_write_fp8_block,
     source=DEEPSEEK,
     about="FP8 E4M3 with a scale for each block of 128 × 128",
+    judges=("transformers",),
+)
+
+
+FP8_SCALE = replace(
+    FP8_BLOCK, name="fp8-block-scale", linear={"weight": ".weight", "scale": ".scale"}, stacked={}, source=DEEPSEEK_4, about="the same with `.scale`"
+)
+FP8_QSCALE = replace(
+    FP8_BLOCK,
+    name="fp8-qscale",
+    linear={"weight": ".weight", "scale": ".qscale_weight", "input_scale": ".qscale_act"},
+    stacked={},
+    source="https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_finegrained_fp8.py",
+    about="FP8 E4M3 with `.qscale_weight`, Mistral's name",
+)
+
+
+def _read_deepseek_fp4(said: Quantization, module: str) -> Encoding | None:
+    return MXFP4(container="int8") if method(said) == "fp8" and said.get("expert_dtype") == "fp4" else None
+
+
+def _write_deepseek_fp4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    return {**_write_fp8_block(FP8(), kept), "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
+
+
+DEEPSEEK_FP4 = Coding(
+    "fp4-experts",
+    MXFP4(container="int8"),
+    linear={"packed": ".weight", "scale": ".scale"},
+    stacked={},
+    read=_read_deepseek_fp4,
+    write=_write_deepseek_fp4,
+    source=DEEPSEEK_4,
+    about="DeepSeek-V4's MXFP4 in I8, beside FP8 with `.scale` for what is no routed expert",
+    families=("deepseek-v4",),
+    others=FP8_SCALE,
     judges=("transformers",),
 )
 
@@ -234,5 +274,9 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
 
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 
-CODINGS = (FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP4_PACK, NVFP4_PACK, NVFP4_MODELOPT, INT4_PACK, NF4, FP4)
-"""What quantizes the Linear modules of any family."""
+CODINGS = (
+    *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, DEEPSEEK_FP4),
+    *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
+    *(NVFP4_MODELOPT, NF4, FP4),
+)
+"""Every known way to quantize the matrices of a layout."""

@@ -20,7 +20,10 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
         for path, key in spec.names.items():
             if key in config:
                 _put(hub, path, config[key])
-    hub.pop("quantization_config", None)
+    for part in (hub, hub.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+            part.pop("compression_config", None)
     for part in (hub, *(value for value in hub.values() if isinstance(value, dict))):
         _rename_rope(part)
     return _rename_sizes(hub, form.family)

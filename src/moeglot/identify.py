@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeglot.coding import leaves_alone
+from moeglot.coding import said as quantization
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding, agree
 from moeglot.encodings.plain import Plain
@@ -146,8 +147,7 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
 
 def _quantization_refutation(form: Format, source: Source) -> Refutation | None:
     """What config.json's quantization_config says against this format."""
-    said = source.config.get("quantization_config")
-    said = said if isinstance(said, Mapping) else {}
+    said = quantization(source.config)
     if form.coding:
         if any(_declared(form, line, said) is None for line in form.stored if not isinstance(line.encoding, Plain)):
             return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {_brief(said)}")
@@ -193,12 +193,11 @@ def _settled(form: Format, source: Source) -> Format:
         return form
     config = hub_config(source.config, form)
     first = _first_tensors(form, source, form.family.sparse.layers(config), form.family.read_sizes(config), every=True)
-    said = source.config.get("quantization_config")
+    said = quantization(source.config)
 
     def settle(line: Stored) -> Encoding:
         found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.key}
-        encoding = _declared(form, line, said) if isinstance(said, Mapping) else None
-        encoding = encoding or line.encoding
+        encoding = _declared(form, line, said) or line.encoding
         return encoding.as_stored(found, line.leading) if found.keys() >= {part.name for part in encoding.parts} else encoding
 
     return form.with_encodings(settle)

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import method
+from moeglot.coding import method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
@@ -48,15 +48,10 @@ def _matrices(c: Checkpoint) -> list[Stored]:
     return [line for line in c.format.stored if len(line.role_axes.split()) == 2]
 
 
-def _quantization(c: Checkpoint) -> Mapping[str, Any]:
-    said = c.source.config.get("quantization_config")
-    return said if isinstance(said, Mapping) else {}
-
-
 def _unquantized(c: Checkpoint) -> Iterator[Finding]:
-    said = _quantization(c)
+    declared = said(c.source.config)
     plain = [line for line in _matrices(c) if isinstance(line.encoding, Plain)]
-    if not said or not plain:
+    if not declared or not plain:
         return
     keys = [
         key
@@ -66,11 +61,11 @@ def _unquantized(c: Checkpoint) -> Iterator[Finding]:
         for key in line.keys(layer, expert).values()
     ]
     held = sum(c.source.entries[key].nbytes for key in keys)
-    bits = 4 if said.get("load_in_4bit") or "4" in str(said.get("quant_algo", "")) or method(said) in ("mxfp4", "bitsandbytes") else 8
+    bits = 4 if declared.get("load_in_4bit") or "4" in str(declared.get("quant_algo", "")) or method(declared) in ("mxfp4", "bitsandbytes") else 8
     saved = held - sum(prod(c.source.entries[key].shape) * bits // 8 for key in keys)
-    stored = f"config.json says {method(said)}, the experts are {c.encoding(plain[0], c.layers[0]).name}"
+    stored = f"config.json says {method(declared)}, the experts are {c.encoding(plain[0], c.layers[0]).name}"
     what = f"{stored}: {held / 1e9:.2f} GB, of which {bits} bits a number would save {saved / 1e9:.2f} GB"
-    yield Finding("experts are not quantized", what, {"bytes": held, "could_save": saved, "quant_method": method(said)})
+    yield Finding("experts are not quantized", what, {"bytes": held, "could_save": saved, "quant_method": method(declared)})
 
 
 def _orphans(c: Checkpoint) -> Iterator[Finding]:
@@ -260,6 +255,6 @@ DEFECTS = (
 def _native(c: Checkpoint) -> bool:
     return (
         c.format.family.name == "gpt-oss"
-        and method(_quantization(c)) == "mxfp4"
+        and method(said(c.source.config)) == "mxfp4"
         and any(dtype not in WEIGHT_DTYPES for line in _matrices(c) for dtype in line.encoding.parts[0].dtypes)
     )

@@ -26,6 +26,8 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.targets import encoding_of, float_type, keeps, quantization, twin, variant
 
 SHARD_SIZE = 5_000_000_000
+MODELOPT_CONFIG = "hf_quant_config.json"
+"""Says again what config.json says of the quantization; it goes with it."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
-    return Plan(source, target, steps, dense, shards, config, tuple(source.source.others()))
+    others = tuple(path for path in source.source.others() if path.name != MODELOPT_CONFIG or keeps(source, target))
+    return Plan(source, target, steps, dense, shards, config, others)
 
 
 def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:

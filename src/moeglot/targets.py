@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint, DenseTensor
-from moeglot.coding import WEIGHT
+from moeglot.coding import WEIGHT, said
 from moeglot.config import declared_dtype
 from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
@@ -35,7 +35,7 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
     if not target.coding:
         return {}
     if keeps(source, target):
-        return {"quantization_config": source.source.config["quantization_config"]}
+        return {"quantization_config": dict(said(source.source.config))}
     kept = [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
     encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
     return {"quantization_config": target.coding.write(encoding, kept)}

@@ -57,7 +57,10 @@ class MXFP4(Encoding):
         return replace(self, scale="F8_E8M0" if found["scale"][0] == "F8_E8M0" else "U8") if self.container == "int8" else self
 
     def like(self, other: Encoding) -> Encoding:
-        return replace(self, scale_rule=other.scale_rule, ties=other.ties) if isinstance(other, MXFP4) else self
+        if not isinstance(other, MXFP4):
+            return self
+        scale = other.scale if other.container == self.container else self.scale
+        return replace(self, scale_rule=other.scale_rule, ties=other.ties, scale=scale)
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows = parts["scale"].shape[0]

@@ -42,7 +42,8 @@ PLAIN: tuple[Format, ...] = (
 )
 """Every layout as its producer stores it, without what other libraries make of it."""
 
-FORMATS: tuple[Format, ...] = (*PLAIN, *(form.coded(coding) for form in PLAIN if form.is_plain and form.is_upright for coding in CODINGS))
+CODED = tuple(form.coded(coding) for form in PLAIN if form.is_plain for coding in CODINGS if coding.codes(form.family.name, form.stored))
+FORMATS: tuple[Format, ...] = (*PLAIN, *CODED)
 """Every layout, and every plain one with its matrices quantized: `"qwen3-moe/hub+fp8-block"`."""
 
 FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
