@@ -117,12 +117,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 """Family -> what its config needs beyond `SMALL`, by dotted key."""
 
 
-CANNOT = {"inkling": "its vision tower plans its scales with scipy, which the library does not require"}
-"""Family -> why no tiny model of it can be built here."""
-
-
 def why_not(family: Family) -> str | None:
-    return family.unverified or CANNOT.get(family.name)
+    return family.unverified or None
 
 
 def put(config: dict[str, Any], path: str, value: Any) -> None:

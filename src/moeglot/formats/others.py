@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moeglot.format import Activation, SparseLayers
+from moeglot.format import Activation, Format, SparseLayers
 from moeglot.formats import nemotron_h
 from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, nested, separate
 from moeglot.layout import Stored
@@ -23,7 +23,10 @@ STEP = family(
     activation=Activation("capped-swiglu", numbers={"limit": ("swiglu_limits", float("inf"))}),
 )
 SOFTCAPPED = Activation("softcapped-swiglu", numbers={"gate_cap": ("mlp_gate_softcap", 4.0), "up_cap": ("mlp_up_softcap", 25.0)})
-INKLING = family("inkling", model_type="inkling_mm_model", folder="inkling", under="text_config", e=ROUTED, sparse=SparseLayers(kinds=KINDS))
+INKLING = replace(
+    family("inkling", model_type="inkling_mm_model", folder="inkling", under="text_config", e=ROUTED, sparse=SparseLayers(kinds=KINDS)),
+    unverified="no tiny model of it could be built; its text model, inkling-text, is verified",
+)
 INKLING2 = family("inkling2", under="text_config", e=ROUTED, activation=SOFTCAPPED)
 INKLING2_TEXT = family("inkling2-text", folder="inkling2", e=ROUTED, activation=SOFTCAPPED)
 MUSE = family("muse-spark", under="text_config", e="num_local_experts", h="moe_hidden_size", sparse=SparseLayers(kinds=KINDS))
@@ -101,11 +104,12 @@ FORMATS = (
     ),
     hub(LONGCAT, "meituan-longcat/LongCat-Flash-Chat", separate(LAYER + "mlp.experts.")),
     memory(LONGCAT, fused(LAYER + "mlp.experts.")),
-    hub(
+    Format(
+        "nemo-speechlm/hub",
         SPEECH,
-        "nvidia/nemotron-speech",
         (Stored(SPEECH_HUB + "gate_and_up_projs", ("up",), "e h i"), Stored(SPEECH_HUB + "down_projs", ("down",), "e i h")),
-        "the release on the Hub: all experts in one tensor, [in, out]",
+        SPEECH.source,
+        "what transformers' conversion reads: all experts in one tensor, [in, out]",
     ),
     each(SPEECH, (Stored(SPEECH_HUB + "{expert}.up_proj.weight", ("up",), "i h"), Stored(SPEECH_HUB + "{expert}.down_proj.weight", ("down",), "h i"))),
     memory(SPEECH, (Stored(SPEECH_MEMORY + "up_proj", ("up",), "e i h"), Stored(SPEECH_MEMORY + "down_proj", ("down",), "e h i")), alone=VISION),
