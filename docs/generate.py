@@ -14,6 +14,7 @@ from pathlib import Path
 from moeglot.coding import Coding
 from moeglot.codings import CODINGS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
+from moeglot.encodings import NAMES
 from moeglot.encodings.mxfp4 import RULES
 from moeglot.encodings.plain import Plain
 from moeglot.format import Activation, Family, Format
@@ -241,20 +242,31 @@ def _format(form: Format) -> str:
 
 def _encodings() -> str:
     rows = [[code(f"mxfp4:{name}"), RULE_MEANINGS[scale], "away from zero" if ties == "away" else "to even"] for name, (scale, ties) in RULES.items()]
+    others = ", ".join(code(name) for name in NAMES if not name.startswith("mxfp4") and name not in {DTYPES[dtype].torch_name for dtype in WEIGHT_DTYPES})
     return f"""
 ## Encodings
 
-`--encode` takes {", ".join(code(DTYPES[name].torch_name) for name in WEIGHT_DTYPES)} for formats that store any float type, and `mxfp4` or
-`mxfp4:RULE` for those that store MXFP4. The rule says how the scale of a group is chosen from its largest magnitude (amax), and how a value halfway
-between two codes is rounded. It matters only when numbers are encoded: the rule is not in the file, and every rule is decoded alike.
-`mxfp4` alone is `mxfp4:openai`.
+`--encode` takes {", ".join(code(DTYPES[name].torch_name) for name in WEIGHT_DTYPES)} for formats that store any float type, `mxfp4` or `mxfp4:RULE`, and
+{others}.
+A target that is plain becomes its quantized variant. Numbers that were coded in an encoding before get the scales that they had, so that every value returns;
+blocks whose scale the values do not show are counted in the certificate.
+
+A rule says how MXFP4's scale of a group is chosen from its largest magnitude (amax), and how a value halfway between two codes is rounded. It matters only when
+numbers are encoded: the rule is not in the file, and every rule is decoded alike. `mxfp4` alone is `mxfp4:openai`.
 
 {table(["name", "scale of a group", "ties"], rows)}
 
-What the tests compare: transformers decodes what moeglot encodes to the same bits, under the first three rules.
-torchao {" and ".join(versions("torchao"))} writes the same bytes under `ocp`, `compressed-tensors` and `rceil`.
-compressed-tensors {" and ".join(versions("compressed-tensors"))} decodes the first four to the same bits, and writes the same bytes under its own rule,
-but for the sign of zero, which it drops. The rule `openai` is taken from the source of triton_kernels; its encoder is not run in the tests.
+What the tests compare, both ways and bit for bit unless said otherwise:
+
+- MXFP4: transformers, compressed-tensors {versions("compressed-tensors")[-1]} and torchao {versions("torchao")[-1]}, each under its own rule. compressed-tensors
+  drops the sign of zero. The rule `openai` is taken from the source of triton_kernels; its encoder is not run in the tests.
+- FP8: compressed-tensors and torchao write the same bytes; transformers' scales are ours to one unit in the last place.
+- NVFP4: ModelOpt {versions("nvidia-modelopt")[-1]} and compressed-tensors write the same bytes, but for the sign of zero. transformers 5.23 loads such experts
+  without their global scale; `inspect` says so.
+- INT4: compressed-tensors writes the same bytes.
+- NF4 and FP4: bitsandbytes {versions("bitsandbytes")[-1]} writes the same bytes, plain and nested.
+- Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the numbers that
+  moeglot decodes.
 """
 
 
