@@ -30,6 +30,7 @@ from moeglot.convert import convert
 from moeglot.fingerprint import Fingerprint, fingerprint
 from moeglot.formats import formats
 from moeglot.identify import Identification, identify
+from moeglot.live import load, save
 from moeglot.plan import Plan, plan
 from moeglot.verify import compare, verify
 from moeglot.version import __version__
@@ -63,7 +64,9 @@ __all__ = [
     "fingerprint",
     "formats",
     "identify",
+    "load",
     "open",
     "plan",
+    "save",
     "verify",
 ]
