@@ -28,11 +28,11 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 LIMIT, POWER = 1e-5, 1e-2
-SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (4, 64, 32), "mixtral": (2, 64, 32)}
+SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (3, 64, 32), "mixtral": (2, 64, 32)}
 """Family -> e, h, i: square, or gate and up together square, so that no shape tells how a matrix lies."""
 CODINGS = ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4")
 EXPERTS = {
-    "qwen3-moe": "model.layers.0.mlp.experts.{}.{}_proj.weight",
+    "qwen3-moe": "model.layers.{layer}.mlp.experts.{}.{}_proj.weight",
     "mixtral": "model.layers.{layer}.block_sparse_moe.experts.{}.{}.weight",
 }
 
@@ -207,7 +207,6 @@ def test_the_bundled_model(tmp_path):
         assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
     assert getattr(model.config, "quantization_config", None) is None
     assert moeglot.load(BUNDLED).dtype == torch.bfloat16  # config.json says so
-    assert moeglot.load(BUNDLED).generation_config.to_diff_dict().items() >= {"pad_token_id": 0}.items() or True
 
 
 # --- what its own loader makes of the same folders -------------------------------------------------------------------------------------
@@ -280,13 +279,13 @@ def refused(folder: Path, kind: type[MoeglotError], name: str, **options) -> Non
 
 def test_a_partial_load_is_an_error_that_names_the_tensors(tmp_path):
     _, folder = folder_of("qwen3-moe", "hub+fp8-block", tmp_path)
-    key = EXPERTS["qwen3-moe"].format(1, "up").removesuffix(".weight")
+    key = EXPERTS["qwen3-moe"].format(1, "up", layer=0).removesuffix(".weight")
     norm = "model.layers.1.input_layernorm.weight"
     refused(changed(folder, tmp_path / "1", lambda file: file.pop(key + ".weight_scale_inv")), TensorMismatch, key)
     refused(changed(folder, tmp_path / "2", lambda file: file[key + ".weight_scale_inv"].zero_()), BadNumbers, key)
     refused(changed(folder, tmp_path / "3", lambda file: file.pop(norm)), NotVerified, norm)
     refused(changed(folder, tmp_path / "4", lambda file: file.update({"model.layers.0.more.weight": torch.ones(4)})), NotVerified, "model.layers.0.more.weight")
-    refused(changed(folder, tmp_path / "5", lambda file: file.update({norm: torch.ones(7)})), MoeglotError, norm)
+    refused(changed(folder, tmp_path / "5", lambda file: file.update({norm: torch.ones(7)})), NotVerified, norm)
     refused(changed(folder, tmp_path / "6", lambda file: file["lm_head.weight"].fill_(math.nan)), BadNumbers, "lm_head.weight")
     moeglot.load(changed(folder, tmp_path / "7", lambda file: None))
 
@@ -392,10 +391,9 @@ print((peak - base) / sum(p.nbytes for p in model.parameters()), sum(p.nbytes fo
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_memory_holds_the_model_and_little_more(dtype, tmp_path):
-    """MXFP4 blocks to floats; RssAnon, so that mapped files do not count."""
-    e, h, i, layers = 16, 512, 512, 6
+def test_memory_holds_the_model_and_little_more(tmp_path):
+    """MXFP4 blocks to bfloat16; RssAnon, so that mapped files do not count."""
+    e, h, i, layers = 16, 512, 512, 4
     config = transformers.GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config).state_dict()
@@ -410,7 +408,7 @@ def test_memory_holds_the_model_and_little_more(dtype, tmp_path):
     save_file(file, tmp_path / "model.safetensors", {"format": "pt"})
     said = {**json.loads((BUNDLED / "config.json").read_text()), **json.loads(config.to_json_string())}
     (tmp_path / "config.json").write_text(json.dumps({**said, "architectures": ["GptOssForCausalLM"]}))
-    command = [sys.executable, "-c", PEAK, str(tmp_path), str(BUNDLED), dtype]
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(BUNDLED), "bfloat16"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert float(found[1]) > 1e8
+    assert float(found[1]) > 9e7
     assert 0.9 < float(found[0]) <= 1.1, found

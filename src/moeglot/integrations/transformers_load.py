@@ -42,7 +42,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.
         empty = cls(config)
     chosen = layout(checkpoint, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}, kind)
     state = state_dict(chosen, kind)
-    given = {**options, **_placement(device, options), "dtype": kind.torch, "output_loading_info": True}
+    given = {**options, **_placement(device, options), "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     except Exception as error:
@@ -134,7 +134,7 @@ def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], mode
 
 def _name(key: Any) -> str:
     """A key of the loading report: a name, or a name with the shapes that do not fit."""
-    return " ".join(map(str, key)) if isinstance(key, (tuple, list)) else str(key)
+    return " ".join(str(part if isinstance(part, str) else list(part)) for part in key) if isinstance(key, (tuple, list)) else str(key)
 
 
 def _is_carried(name: str, checkpoint: Checkpoint) -> bool:
