@@ -191,6 +191,7 @@ def test_other_families(family, tmp_path):
         expected = families.logits(live)
     except Exception as error:
         pytest.skip(f"no tiny model of it here: {error}")
+    live.generation_config.do_sample = True  # else 4.57 finds the config's top_k strange
     for original in (True, False) if VERSION >= (5, 0) else (True,):
         families.saved(live, tmp_path / f"{original}", original)
         found = families.logits(moeglot.load(tmp_path / f"{original}", dtype="float32"))
@@ -393,7 +394,7 @@ print((peak - base) / sum(p.nbytes for p in model.parameters()), sum(p.nbytes fo
 
 def test_memory_holds_the_model_and_little_more(tmp_path):
     """MXFP4 blocks to bfloat16; RssAnon, so that mapped files do not count."""
-    e, h, i, layers = 16, 512, 512, 4
+    e, h, i, layers = 32, 512, 512, 6
     config = transformers.GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config).state_dict()
@@ -410,5 +411,5 @@ def test_memory_holds_the_model_and_little_more(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**said, "architectures": ["GptOssForCausalLM"]}))
     command = [sys.executable, "-c", PEAK, str(tmp_path), str(BUNDLED), "bfloat16"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert float(found[1]) > 9e7
+    assert float(found[1]) > 3e8
     assert 0.9 < float(found[0]) <= 1.1, found
