@@ -33,6 +33,7 @@ LAYERS = (
     {"convert"},
     {"report"},
     {"integrations", "inspection"},
+    {"live"},
     {"demo"},
     {"cli"},
 )

@@ -31,6 +31,7 @@ from moeglot.fingerprint import Fingerprint, fingerprint
 from moeglot.formats import formats
 from moeglot.identify import Identification, identify
 from moeglot.lint import Finding, lint
+from moeglot.live import load, save
 from moeglot.plan import Plan, plan
 from moeglot.verify import compare, verify
 from moeglot.version import __version__
@@ -66,7 +67,9 @@ __all__ = [
     "formats",
     "identify",
     "lint",
+    "load",
     "open",
     "plan",
+    "save",
     "verify",
 ]

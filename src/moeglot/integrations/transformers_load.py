@@ -1,0 +1,158 @@
+"""A live transformers model from any checkpoint: which of the family's layouts the installed version's modules hold, and whether all of it arrived.
+
+One way for 4.57, 5.5 and 5.23, on any device and in any float type: the concrete class, a config without `quantization_config`, and the documented
+`state_dict=` of `from_pretrained`. Nothing is patched and no private attribute is used.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from moeglot.certificate import write_json
+from moeglot.checkpoint import Checkpoint, open
+from moeglot.dtypes import WEIGHT_DTYPES, DType, by_torch_name
+from moeglot.encodings.plain import Plain
+from moeglot.errors import MoeglotError, NotVerified, UsageError
+from moeglot.format import Format
+from moeglot.formats import of_family
+from moeglot.integrations.transformers import VERSION, model_class
+from moeglot.integrations.transformers_state import Lazy, expert_names, refusal, state_dict
+from moeglot.plan import Plan, plan
+from moeglot.targets import float_type
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+SHOWN = 3
+INSTALLED = f"transformers {transformers.__version__}"
+
+
+def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.device | int | None, format: str | None, options: Mapping[str, Any]) -> Any:
+    """See `moeglot.load`."""
+    checkpoint = open(path, format)
+    kind = _dtype(checkpoint, dtype)
+    config = config_of(checkpoint)
+    cls = model_class(config)
+    with torch.device("meta"):
+        empty = cls(config)
+    chosen = layout(checkpoint, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}, kind)
+    state = state_dict(chosen, kind)
+    given = {**options, **_placement(device, options), "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
+    except Exception as error:
+        raise (refusal(state) or error) from error
+    _check(checkpoint, chosen, state, model, info)
+    _finish(checkpoint, model)
+    return model
+
+
+def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
+    """The float type to load in; without a word, the one that config.json declares."""
+    found = by_torch_name(str(dtype).removeprefix("torch.") if dtype not in (None, "auto") else float_type(checkpoint))
+    if found.name not in WEIGHT_DTYPES:
+        raise UsageError(f"dtype {found.torch_name} holds no weights without scales", "a model is loaded in a float type", "pass dtype='bfloat16' or 'float32'")
+    return found
+
+
+def config_of(checkpoint: Checkpoint) -> Any:
+    """The config under the Hub's keys, which every version reads, as the installed one understands a file of it; not quantized."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", checkpoint.config)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder)
+        except (ValueError, KeyError) as error:
+            raise UsageError(
+                f"{INSTALLED} knows no model_type {checkpoint.config.get('model_type')}", checkpoint.known, "install a version that has the family"
+            ) from error
+    config.name_or_path = str(checkpoint.source.folder)
+    return config
+
+
+def layout(checkpoint: Checkpoint, modules: Mapping[str, tuple[int, ...]], dtype: DType) -> Plan:
+    """The checkpoint in the layout of the live modules, so that nothing is left to convert; if none is theirs, in the Hub's, which the library converts.
+
+    `modules`: name -> shape of the live tensors.
+    """
+    plans = [plan(checkpoint, form.name, encode=dtype.torch_name) for form in layouts(checkpoint.format)]
+    if not plans:
+        raise UsageError(
+            f"{INSTALLED} reads no format of {checkpoint.format.family.name} that {checkpoint.format.name} can become",
+            checkpoint.known,
+            "install another version of transformers",
+        )
+    for found in plans:
+        if all(modules.get(name) == shape for name, shape in expert_names(found).items()):
+            return found
+    return plans[-1]
+
+
+def layouts(source: Format) -> list[Format]:
+    """The plain layouts of a family that the installed version reads, memory's before the Hub's.
+
+    The order matters where two have the same names and only axes differ: version 5 turns Qwen3-VL's Hub tensors by their shapes, and a square fits both ways.
+    """
+    reads = ("transformers 5", "any transformers") if VERSION >= (5, 0) else ("any transformers",)
+    plain = [form for form in of_family(source.family) if form.reads in reads and all(isinstance(line.encoding, Plain) for line in form.stored)]
+    return sorted((form for form in plain if form.alone == source.alone), key=lambda form: reads.index(form.reads))
+
+
+def _placement(device: str | torch.device | int | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    if device is None:
+        return {}
+    if "device_map" in options:
+        raise UsageError(f"device={device} and device_map={options['device_map']}", "both say where the model goes", "pass one of them")
+    return {} if torch.device(device) == torch.device("cpu") else {"device_map": {"": device}}
+
+
+# --- did all of it arrive? -------------------------------------------------------------------------------------------------------------
+
+
+def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], model: Any, info: Mapping[str, Any]) -> None:
+    """Raises where a tensor is missing, left over, not of its module's shape, never read, or a placeholder."""
+    if refused := refusal(state):
+        raise refused
+    for kind, found in info.items():
+        names = sorted(map(_name, found))
+        if kind == "unexpected_keys":
+            names = [name for name in names if not _is_carried(name, checkpoint)]
+        if names:
+            raise _partial(checkpoint, f"{len(names)} {kind.replace('_', ' ')}", names)
+    experts = expert_names(chosen).keys()
+    if unread := [name for name in state if name in experts and not state[name].reads]:
+        raise _partial(checkpoint, f"{len(unread)} tensors of experts that it never read", unread)
+    offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    placeholders = [] if offloaded else [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if placeholders:
+        raise _partial(checkpoint, f"{len(placeholders)} placeholders without numbers (meta device)", placeholders)
+
+
+def _name(key: Any) -> str:
+    """A key of the loading report: a name, or a name with the shapes that do not fit."""
+    return " ".join(str(part if isinstance(part, str) else list(part)) for part in key) if isinstance(key, (tuple, list)) else str(key)
+
+
+def _is_carried(name: str, checkpoint: Checkpoint) -> bool:
+    """It belongs to a layer for multi-token prediction, which transformers' modules do not have."""
+    layer = LAYER.search(name)
+    return bool(layer and int(layer[1]) in checkpoint.format.family.carried_layers(checkpoint.config))
+
+
+def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotError:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return NotVerified(
+        f"{INSTALLED} builds the model with {what}: {', '.join(names[:SHOWN])}{more}",
+        checkpoint.known,
+        "check config.json against the producer's; a model without all its tensors is not returned",
+    )
+
+
+def _finish(checkpoint: Checkpoint, model: Any) -> None:
+    """What lies beside the weights and belongs to a model: how it generates."""
+    if model.can_generate() and not checkpoint.source.single and (checkpoint.source.folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.source.folder)

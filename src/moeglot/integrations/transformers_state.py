@@ -1,0 +1,137 @@
+"""A state dict that decodes itself: tensors under transformers' names, each made from the checkpoint's bytes when it is asked for and not before.
+
+What `from_pretrained(None, config=..., state_dict=...)` asks of a tensor is what it asks of a safetensors slice: a shape, a dtype, `to`, and an index
+(https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/core_model_loading.py, `spawn_materialize`; the same in 4.57 and 5.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor
+from moeglot.dtypes import DTYPES, DType
+from moeglot.encoding import Encoded
+from moeglot.errors import BadNumbers, MoeglotError
+from moeglot.layout import values
+from moeglot.plan import Plan, Step
+
+
+@dataclass(eq=False)
+class Lazy:
+    """A tensor that is made when it is indexed. `reads`: how often that was; `refusal`: why it could not be made, which the caller may swallow."""
+
+    name: str
+    shape: torch.Size
+    stored: DType
+    make: Callable[[], torch.Tensor] = field(repr=False)
+    reads: int = 0
+    refusal: MoeglotError | None = None
+
+    device = torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.torch
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """As in a safetensors header: `"BF16"`."""
+        return self.stored.name
+
+    def to(self, *args: Any, **kwargs: Any) -> Lazy:
+        """Itself: whoever indexes it moves and casts what comes out."""
+        return self
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        try:
+            self.reads += 1
+            return self.make()[index]
+        except MoeglotError as error:
+            self.refusal = error
+            raise
+
+
+def state_dict(plan: Plan, dtype: DType) -> dict[str, Lazy]:
+    """Every tensor of a plan's target by name: experts in `dtype`, the others in the type that they are stored in, or `dtype` if they are quantized."""
+    experts = {lazy.name: lazy for step in plan.steps for lazy in _experts(plan.source, step, dtype)}
+    return experts | {name: _others(name, parts) for name, parts in plan.dense.items()}
+
+
+def expert_names(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the experts."""
+    sizes = plan.source.sizes
+    return {
+        step.line.keys(step.layer, expert)["value"]: step.line.expert_shape(sizes) if step.line.per_expert else step.line.shape(sizes)
+        for step in plan.steps
+        for expert in (range(sizes["e"]) if step.line.per_expert else (None,))
+    }
+
+
+def _experts(source: Checkpoint, step: Step, dtype: DType) -> list[Lazy]:
+    line, sizes = step.line, source.sizes
+    if line.per_expert:
+        shape = torch.Size(line.expert_shape(sizes))
+        return [
+            Lazy(line.keys(step.layer, expert)["value"], shape, dtype, lambda expert=expert: _slice(source, step, expert, dtype))  # type: ignore[misc]
+            for expert in range(sizes["e"])
+        ]
+    return [Lazy(line.keys(step.layer)["value"], torch.Size(line.shape(sizes)), dtype, lambda: _stacked(source, step, dtype))]
+
+
+def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.Tensor:
+    """One expert's slice in the target's axes; each stored tensor that it comes from is read and decoded once."""
+    roles: dict[str, Encoded] = {}
+    for line in source.format.stored:
+        if set(line.roles) & set(step.line.roles):
+            roles |= source.expert(line, step.layer, expert)
+    found = step.line.join(lambda role: values(roles[role].decode(dtype.torch))).parts["value"]
+    if not bool(found.isfinite().all()):
+        raise BadNumbers(
+            f"{step.line.keys(step.layer, expert)['value']}, expert {expert}: holds numbers that {dtype.torch_name} cannot",
+            source.known,
+            "load it in bfloat16 or float32",
+        )
+    return found
+
+
+def _stacked(source: Checkpoint, step: Step, dtype: DType) -> torch.Tensor:
+    """The tensor of all experts, filled one expert at a time."""
+    line, sizes = step.line, source.sizes
+    whole = torch.empty(line.shape(sizes), dtype=dtype.torch)
+    each = whole.view(sizes["e"], *line.expert_shape(sizes))
+    for expert in range(sizes["e"]):
+        each[expert].copy_(_slice(source, step, expert, dtype))
+    if len(line.role_axes.split()) > 1 and not bool(whole.any()):
+        raise BadNumbers(
+            f"{line.keys(step.layer)['value']}: every number of every expert is zero",
+            f"layer {step.layer} of {source.source.name}: that is a placeholder, not a weight",
+            "fetch the files again from their producer, or save the model again",
+        )
+    return whole
+
+
+def _others(name: str, parts: tuple[DenseTensor, ...]) -> Lazy:
+    rows = sum(part.shape[0] for part in parts) if len(parts) > 1 else 0
+    shape = (rows, *parts[0].shape[1:]) if rows else parts[0].shape
+
+    def make() -> torch.Tensor:
+        """A tensor of its own: nothing in a model may hang on a mapped file."""
+        found = [part.read() for part in parts]
+        whole = torch.cat(found) if len(found) > 1 else found[0] if isinstance(parts[0], DecodedTensor) else found[0].clone()
+        if prod(whole.shape[:2]) > 1 and whole.ndim > 1 and whole.is_floating_point() and not bool(whole.isfinite().all()):
+            raise BadNumbers(f"{name}: holds NaN or infinite numbers", f"it is stored as {parts[0].origin}", "fetch the file again from its producer")
+        return whole
+
+    return Lazy(name, torch.Size(shape), DTYPES[parts[0].dtype], make)
+
+
+def refusal(state: Mapping[str, Lazy]) -> MoeglotError | None:
+    """The first refusal of a tensor to be made."""
+    return next((lazy.refusal for lazy in state.values() if lazy.refusal), None)

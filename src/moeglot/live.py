@@ -1,0 +1,60 @@
+"""Live models: `load` and `save`, which are the only verbs that need transformers; it is imported when one of them is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeglot.certificate import Certificate
+from moeglot.checks import Progress
+from moeglot.errors import UsageError
+from moeglot.plan import SHARD_SIZE
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | int | None = None, format: str | None = None, **options: Any
+) -> Any:
+    """A stock transformers model that computes what the checkpoint says, from any format and encoding; evaluation mode.
+
+    `path`: a folder, a safetensors file or a Hub id. `dtype`: float32, bfloat16 or float16; without it, the one that config.json declares.
+    `device`: where the whole model goes, the CPU by default. `options` go to `from_pretrained`: `device_map`, `attn_implementation` and so on.
+    Experts are decoded one at a time, straight into the parameters, so that memory holds the model and little more.
+    Raises `MoeglotError`: `FormatError` where nobody may say what the tensors mean, `CheckpointError` for broken tensors, `NotVerified` where transformers
+    would leave a tensor out, unread or without numbers.
+    """
+    _require("load")
+    from moeglot.integrations import transformers_load
+
+    return transformers_load.load(path, dtype, device, format, options)
+
+
+def save(
+    model: Any,
+    out: str | Path,
+    *,
+    to: str,
+    encode: str | None = None,
+    allow_loss: bool = False,
+    shard_size: int = SHARD_SIZE,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Write a live transformers model to the folder `out` in the format named `to`, verify what lies there, and certify it as `convert` does.
+
+    Tensors are taken from the model's `state_dict()`, not from `save_pretrained`. The tokenizer is no part of the model: save it yourself.
+    Raises `MoeglotError`, as `convert` does.
+    """
+    _require("save")
+    from moeglot.integrations import transformers_save
+
+    return transformers_save.save(model, Path(out), to, encode, allow_loss, shard_size, workers, progress)
+
+
+def _require(verb: str) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"moeglot.{verb} needs transformers", str(error), "pip install 'moeglot[transformers]'") from error

@@ -1,0 +1,415 @@
+"""`moeglot.load` and `moeglot.save` in whichever transformers is installed: every format, every encoding, and what its own loader makes of the same folder.
+
+The reference is the random model itself, its experts overwritten with what the producers' rules, written down here by hand, say that the file holds.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_transformers import GOLDEN, logits, model_of, relative
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import moeglot
+from moeglot.demo import BUNDLED
+from moeglot.errors import BadNumbers, MoeglotError, NotVerified, TensorMismatch, UnknownFormat, UsageError
+from moeglot.formats import FAMILIES
+from moeglot.integrations.transformers import VERSION
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+LIMIT, POWER = 1e-5, 1e-2
+SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (3, 64, 32), "mixtral": (2, 64, 32)}
+"""Family -> e, h, i: square, or gate and up together square, so that no shape tells how a matrix lies."""
+CODINGS = ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4")
+EXPERTS = {
+    "qwen3-moe": "model.layers.{layer}.mlp.experts.{}.{}_proj.weight",
+    "mixtral": "model.layers.{layer}.block_sparse_moe.experts.{}.{}.weight",
+}
+
+
+# --- what the producers' rules say -----------------------------------------------------------------------------------------------------
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """[..., n] bytes -> [..., 2 n], low nibble first."""
+    packed = packed.view(torch.uint8).long()
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def spread(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """FP8's scales: one for all, one for each row, or one for each block of 128 × 128, the last of which may be short."""
+    if scale.ndim < 2 or scale.shape[-2:] == (rows, 1):
+        return scale.float()
+    return scale.float().repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+
+
+def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> torch.Tensor:
+    """The float32 matrix that a file holds as KEY (…weight), from the names and dtypes of its parts."""
+    if key in file and file[key].dtype in (torch.float32, torch.bfloat16):
+        return file[key].float()
+    if key + ".absmax" in file:  # bitsandbytes: high nibble first, runs of 64 over the flattened matrix
+        codes = file[key].flatten().long()
+        codes = torch.stack([codes >> 4, codes & 15], -1).flatten()
+        return (file[key + ".quant_map"][codes] * file[key + ".absmax"].repeat_interleave(64)[: codes.numel()]).view(shape)
+    packed = file.get(key + "_packed", file.get(key))
+    scale = file.get(key + "_scale", file.get(key + "_scale_inv"))
+    if packed.dtype == torch.float8_e4m3fn:
+        return packed.float() * spread(scale, *shape)
+    if packed.dtype == torch.int32:  # eight nibbles, the lowest first, each 8 more than its number
+        codes = torch.stack([(packed.long() >> 4 * n) & 15 for n in range(8)], -1).flatten(-2) - 8
+        return codes * scale.float().repeat_interleave(32, -1)
+    if scale.dtype == torch.uint8:
+        return E2M1[nibbles(packed)] * torch.exp2(scale.float() - 127).repeat_interleave(32, -1)
+    both = scale.float() / file[key + "_global_scale"] if key + "_global_scale" in file else scale.float() * file[key + "_scale_2"]
+    return E2M1[nibbles(packed)] * both.repeat_interleave(16, -1)
+
+
+def of_file(live: torch.nn.Module, family: str, folder: Path, e: int, h: int, i: int) -> torch.nn.Module:
+    """The model with the experts that the folder holds, one matrix each."""
+    file = load_file(folder / "model.safetensors")
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate", "up", "down")
+    with torch.no_grad():
+        for layer, module in modules(live).items():
+            for expert in range(e):
+                keys = [EXPERTS[family].format(expert, name, layer=layer) for name in names]
+                gate, up, down = (matrix(file, key, shape) for key, shape in zip(keys, ((i, h), (i, h), (h, i)), strict=True))
+                if isinstance(module, torch.nn.ModuleList):
+                    parts = names if family == "mixtral" else [f"{name}_proj" for name in names]
+                    for part, found in zip(parts, (gate, up, down), strict=True):
+                        getattr(module[expert], part).weight.copy_(found)
+                else:
+                    module.gate_up_proj[expert].copy_(torch.cat([gate, up]))
+                    module.down_proj[expert].copy_(down)
+    return live
+
+
+def modules(live: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    return {int(name.split(".")[2]): module for name, module in live.named_modules() if name.endswith("experts")}
+
+
+def folder_of(family: str, to: str, folder: Path) -> tuple[torch.nn.Module, Path]:
+    """A random model, and what moeglot writes of it in a format, whatever that loses."""
+    live = model_of(family, *SIZES[family])
+    live.save_pretrained(folder / "saved")
+    moeglot.convert(folder / "saved", f"{family}/{to}", folder / "out", allow_loss=True)
+    return live, folder / "out"
+
+
+def holds(folder: Path, expected: torch.nn.Module) -> None:
+    """Float32: the same logits. 16 bits: every weight is the reference's, rounded once."""
+    assert relative(logits(moeglot.load(folder, dtype="float32")), logits(expected)) <= LIMIT
+    for dtype in (torch.bfloat16, torch.float16):
+        model = moeglot.load(folder, dtype=dtype)
+        found, right = model.state_dict(), expected.state_dict()
+        assert found.keys() == right.keys()
+        assert model.dtype == dtype
+        for name, tensor in found.items():
+            assert torch.equal(tensor, right[name].to(tensor.dtype)), name
+
+
+# --- every format and encoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_one_matrix_each(family, coding, tmp_path):
+    live, folder = folder_of(family, f"hub+{coding}", tmp_path)
+    before = logits(live)
+    expected = of_file(live, family, folder, *SIZES[family])
+    assert relative(before, logits(expected)) > POWER  # the encoding shows, so it matters that it is decoded
+    holds(folder, expected)
+
+
+@pytest.mark.parametrize("to", ["openai", "transformers"])
+def test_gpt_oss(to, tmp_path):
+    """transformers' own function decodes the blocks: [e, out, in] to the modules' [e, in, out]."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    live, folder = folder_of("gpt-oss", to, tmp_path)
+    file = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for layer, module in modules(live).items():
+            for name in ("gate_up_proj", "down_proj") if to == "openai" else ():
+                key = f"model.layers.{layer}.mlp.experts.{name}"
+                getattr(module, name).copy_(convert_moe_packed_tensors(file[key + "_blocks"], file[key + "_scales"], dtype=torch.bfloat16).float())
+    holds(folder, live)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("to", ["transformers-5", "transformers-5+fp8-block"])
+def test_all_experts_in_one_tensor(family, to, tmp_path):
+    """Also in 4.57, whose own loader knows no such names."""
+    live, folder = folder_of(family, to, tmp_path)
+    file = load_file(folder / "model.safetensors")
+    (e, h, i), hub = SIZES[family], {}
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate", "up", "down")
+    for layer in modules(live):
+        both, down = (matrix(file, f"model.layers.{layer}.mlp.experts.{name}", shape) for name, shape in (("gate_up_proj", (2 * i, h)), ("down_proj", (h, i))))
+        for expert in range(e):
+            for name, found in zip(names, (both[expert, :i], both[expert, i:], down[expert]), strict=True):
+                hub[EXPERTS[family].format(expert, name, layer=layer)] = found.clone()
+    (tmp_path / "hub").mkdir()
+    save_file(hub, tmp_path / "hub" / "model.safetensors")
+    holds(folder, of_file(live, family, tmp_path / "hub", e, h, i))
+
+
+def test_matrices_that_are_no_experts_are_decoded_too(tmp_path):
+    live, folder = folder_of("qwen3-moe", "hub+fp8-block", tmp_path)
+    file, key = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj"
+    file[key + ".weight"] = file[key + ".weight"].to(torch.float8_e4m3fn)
+    file[key + ".weight_scale_inv"] = torch.tensor([[0.75]])
+    save_file(file, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].remove(key)
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = of_file(live, "qwen3-moe", folder, *SIZES["qwen3-moe"])
+    with torch.no_grad():
+        expected.model.layers[0].self_attn.q_proj.weight.copy_(file[key + ".weight"].float() * 0.75)
+    holds(folder, expected)
+
+
+GENERIC = ("deepseek-v3", "glm4-moe", "olmoe", "qwen3-vl-moe", "llama4-text", "granitemoe", "phimoe", "nemotron-h", "gemma4-text", "qwen3.5-moe", "aria")
+KNOWN = [family for family in FAMILIES if family.name in GENERIC and family.model_types[0] in CONFIG_MAPPING]
+
+
+@pytest.mark.parametrize("family", KNOWN, ids=[family.name for family in KNOWN])
+def test_other_families(family, tmp_path):
+    try:
+        live = families.model_of(family, "h=2i")
+        expected = families.logits(live)
+    except Exception as error:
+        pytest.skip(f"no tiny model of it here: {error}")
+    live.generation_config.do_sample = True  # else 4.57 finds the config's top_k strange
+    for original in (True, False) if VERSION >= (5, 0) else (True,):
+        families.saved(live, tmp_path / f"{original}", original)
+        found = families.logits(moeglot.load(tmp_path / f"{original}", dtype="float32"))
+        assert relative(found, expected) <= LIMIT
+
+
+def test_the_bundled_model(tmp_path):
+    golden = json.loads(GOLDEN.read_text())
+    for to in ("gpt-oss/openai", "gpt-oss/original", "gpt-oss/transformers"):
+        moeglot.convert(BUNDLED, to, folder := tmp_path / to.split("/")[1])
+        model = moeglot.load(folder, dtype="float32")
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([golden["tokens"]])).logits[0, -1]
+        assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
+    assert getattr(model.config, "quantization_config", None) is None
+    assert moeglot.load(BUNDLED).dtype == torch.bfloat16  # config.json says so
+
+
+# --- what its own loader makes of the same folders -------------------------------------------------------------------------------------
+
+
+def theirs(folder: Path) -> torch.Tensor | str:
+    """The logits that the installed release's own loader arrives at, in silence or with a warning; or its error."""
+    try:
+        return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def wrong(found: torch.Tensor | str, expected: torch.Tensor) -> bool:
+    return isinstance(found, str) or not relative(found, expected) < POWER
+
+
+@pytest.mark.skipif(VERSION >= (5, 0), reason="transformers 5 reads its own format")
+def test_4_57_leaves_fused_experts_random(tmp_path):
+    live, folder = folder_of("qwen3-moe", "transformers-5", tmp_path)
+    found = theirs(folder)
+    assert isinstance(found, torch.Tensor)
+    assert wrong(found, logits(live))
+    assert relative(logits(moeglot.load(folder)), logits(live)) <= LIMIT
+
+
+def test_fp8_with_a_short_last_block_on_a_cpu(tmp_path):
+    """192 rows under blocks of 128: 4.57 refuses a CPU, 5.5 drops the scales, 5.23 takes the block for 96."""
+    e, h, i = 2, 64, 192
+    live = model_of("mixtral", e, h, i)
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if "experts" in name:
+                parameter.mul_(torch.arange(1, parameter.shape[-2] + 1).unsqueeze(-1) / parameter.shape[-2])
+    live.save_pretrained(tmp_path / "saved")
+    moeglot.convert(tmp_path / "saved", "mixtral/hub+fp8-block", tmp_path / "out", allow_loss=True)
+    expected = logits(of_file(live, "mixtral", tmp_path / "out", e, h, i))
+    assert relative(logits(moeglot.load(tmp_path / "out", dtype="float32")), expected) <= LIMIT
+    assert wrong(theirs(tmp_path / "out"), expected)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="4.57 keeps Qwen3-VL's experts as the Hub does")
+@pytest.mark.parametrize("size", ["square", "h=2i"])
+def test_qwen3_vl_is_turned_by_its_shape(size, tmp_path):
+    live = families.model_of(next(family for family in FAMILIES if family.name == "qwen3-vl-moe"), size)
+    expected = families.logits(live)
+    live.save_pretrained(tmp_path / "saved", save_original_format=False)
+    moeglot.convert(tmp_path / "saved", "qwen3-vl-moe/hub", folder := tmp_path / "hub")
+    plain = type(live).from_pretrained(folder, dtype=torch.float32).eval()
+    assert relative(families.logits(plain), expected) > POWER
+    assert relative(families.logits(moeglot.load(folder)), expected) <= LIMIT
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, out: Path, change) -> Path:
+    """A copy of a folder with its tensors changed."""
+    shutil.copytree(folder, out)
+    file = load_file(out / "model.safetensors")
+    change(file)
+    save_file(file, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def refused(folder: Path, kind: type[MoeglotError], name: str, **options) -> None:
+    with pytest.raises(kind, match=name.replace(".", r"\.")):
+        moeglot.load(folder, **options)
+
+
+def test_a_partial_load_is_an_error_that_names_the_tensors(tmp_path):
+    _, folder = folder_of("qwen3-moe", "hub+fp8-block", tmp_path)
+    key = EXPERTS["qwen3-moe"].format(1, "up", layer=0).removesuffix(".weight")
+    norm = "model.layers.1.input_layernorm.weight"
+    refused(changed(folder, tmp_path / "1", lambda file: file.pop(key + ".weight_scale_inv")), TensorMismatch, key)
+    refused(changed(folder, tmp_path / "2", lambda file: file[key + ".weight_scale_inv"].zero_()), BadNumbers, key)
+    refused(changed(folder, tmp_path / "3", lambda file: file.pop(norm)), NotVerified, norm)
+    refused(changed(folder, tmp_path / "4", lambda file: file.update({"model.layers.0.more.weight": torch.ones(4)})), NotVerified, "model.layers.0.more.weight")
+    refused(changed(folder, tmp_path / "5", lambda file: file.update({norm: torch.ones(7)})), NotVerified, norm)
+    refused(changed(folder, tmp_path / "6", lambda file: file["lm_head.weight"].fill_(math.nan)), BadNumbers, "lm_head.weight")
+    moeglot.load(changed(folder, tmp_path / "7", lambda file: None))
+
+
+def test_placeholders_and_overflow(tmp_path):
+    _, folder = folder_of("gpt-oss", "transformers", tmp_path)
+    key = "model.layers.1.mlp.experts.down_proj"
+    refused(changed(folder, tmp_path / "1", lambda file: file[key].zero_()), BadNumbers, key)
+    big = changed(folder, tmp_path / "2", lambda file: file[key][3, 0, 0].fill_(1e6))
+    refused(big, BadNumbers, key + ", expert 3", dtype="float16")
+    moeglot.load(big, dtype="bfloat16")
+    with pytest.raises(UsageError, match="float8"):
+        moeglot.load(folder, dtype=torch.float8_e4m3fn)
+    with pytest.raises(UsageError, match="device_map"):
+        moeglot.load(folder, device="cpu", device_map="auto")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GptOssModel"]}))
+    refused(folder, NotVerified, "lm_head.weight")
+
+
+# --- save ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt_oss_that_it_dequantized_returns_byte_for_byte(tmp_path):
+    """5.5.4 and 5.23 lose the experts in save_pretrained after this load."""
+    live = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16)
+    certificate = moeglot.save(live, tmp_path / "ours", to="gpt-oss/openai")
+    assert certificate.report.verdict == "holds"
+    ours, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", BUNDLED))
+    assert ours.keys() == source.keys()
+    assert all(torch.equal(tensor.view(torch.uint8), source[name].view(torch.uint8)) for name, tensor in ours.items())
+    golden = json.loads(GOLDEN.read_text())
+    with torch.no_grad():
+        found = moeglot.load(tmp_path / "ours", dtype="float32")(input_ids=torch.tensor([golden["tokens"]])).logits[0, -1]
+    assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
+    if VERSION >= (5, 0):
+        live.save_pretrained(tmp_path / "theirs")
+        with pytest.raises(MoeglotError):
+            moeglot.open(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("to", ["hub", "hub+fp8-block", "transformers-5", "transformers-5+nf4"])
+def test_a_live_model_is_written_in_any_format(to, tmp_path):
+    live = model_of("qwen3-moe", *SIZES["qwen3-moe"])
+    assert moeglot.save(live, tmp_path / "out", to=f"qwen3-moe/{to}", allow_loss=True).report.verdict == "holds"
+    again = moeglot.load(tmp_path / "out", dtype="float32")
+    assert (relative(logits(again), logits(live)) <= LIMIT) == ("+" not in to)
+    if to == "hub+fp8-block":
+        assert relative(logits(again), logits(of_file(live, "qwen3-moe", tmp_path / "out", *SIZES["qwen3-moe"]))) <= LIMIT
+    assert moeglot.save(again, tmp_path / "again", to="qwen3-moe/hub").report.verdict == "holds"
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)), logits(again)) <= LIMIT
+
+
+def test_tied_embeddings_are_written_once(tmp_path):
+    config = transformers.MixtralConfig(**{**model_of("mixtral", *SIZES["mixtral"]).config.to_dict(), "tie_word_embeddings": True})
+    live = AutoModelForCausalLM.from_config(config).float().eval()
+    moeglot.save(live, tmp_path / "out", to="mixtral/hub")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    again = moeglot.load(tmp_path / "out")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert relative(logits(again), logits(live)) <= LIMIT
+
+
+def test_what_is_no_whole_model_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model_of("mixtral", *SIZES["mixtral"]).config)
+    with pytest.raises(NotVerified, match="placeholder"):
+        moeglot.save(empty, tmp_path / "out", to="mixtral/hub")
+    with pytest.raises(UsageError, match="Linear"):
+        moeglot.save(torch.nn.Linear(2, 2), tmp_path / "out", to="mixtral/hub")
+    live = model_of("mixtral", *SIZES["mixtral"])
+    live.model.layers[0].input_layernorm.extra = torch.nn.Parameter(torch.ones(1))
+    moeglot.save(live, tmp_path / "out", to="mixtral/hub")
+    refused(tmp_path / "out", NotVerified, "input_layernorm.extra")
+    for module in modules(live).values():
+        for name, parameter in [*module.named_parameters()]:
+            if "." not in name or name.startswith("0."):
+                delattr(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+    with pytest.raises((UnknownFormat, TensorMismatch)):
+        moeglot.save(live, tmp_path / "more", to="mixtral/hub")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys, threading, time, torch, transformers, moeglot
+from moeglot.integrations import transformers_load
+from pathlib import Path
+transformers.utils.logging.disable_progress_bar()
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+moeglot.load(sys.argv[2])  # imports, allocators and threads
+base, peak, going = anonymous(), 0, True
+def watch():
+    global peak
+    while going:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+thread = threading.Thread(target=watch); thread.start()
+model = moeglot.load(sys.argv[1], dtype=sys.argv[3])
+going = False; thread.join()
+print((peak - base) / sum(p.nbytes for p in model.parameters()), sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def test_memory_holds_the_model_and_little_more(tmp_path):
+    """MXFP4 blocks to bfloat16; RssAnon, so that mapped files do not count."""
+    e, h, i, layers = 32, 512, 512, 6
+    config = transformers.GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    random, file = torch.Generator().manual_seed(1), {}
+    for name, tensor in shapes.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            rows, columns = tensor.shape[2], tensor.shape[1]
+            file[name + "_blocks"] = torch.randint(256, (e, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
+            file[name + "_scales"] = torch.full((e, rows, columns // 32), 120, dtype=torch.uint8)
+        else:
+            file[name] = torch.randn(tensor.shape, generator=random).bfloat16()
+    save_file(file, tmp_path / "model.safetensors", {"format": "pt"})
+    said = {**json.loads((BUNDLED / "config.json").read_text()), **json.loads(config.to_json_string())}
+    (tmp_path / "config.json").write_text(json.dumps({**said, "architectures": ["GptOssForCausalLM"]}))
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(BUNDLED), "bfloat16"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert float(found[1]) > 3e8
+    assert 0.9 < float(found[0]) <= 1.1, found
