@@ -52,7 +52,9 @@ class AdapterConfig:
         """Raises `AdapterError` if it says none: without it there is no scale."""
         alpha = self.raw.get("lora_alpha")
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-            raise AdapterError(f"{CONFIG} has no lora_alpha", "the scale is lora_alpha / rank, and no default is right for every writer", "ask its writer and add it")
+            raise AdapterError(
+                f"{CONFIG} has no lora_alpha", "the scale is lora_alpha / rank, and no default is right for every writer", "ask its writer and add it"
+            )
         return float(alpha)
 
     @property
@@ -76,7 +78,7 @@ class AdapterConfig:
 
     def scale(self, name: str, rank: int) -> float:
         """The scale of a module or parameter, from the rank that its tensors have."""
-        alpha = self._pattern("alpha_pattern", name, self.alpha)
+        alpha = float(self._pattern("alpha_pattern", name, self.alpha))
         return alpha / (sqrt(rank) if self.rslora else rank)
 
     def rank(self, name: str) -> int | None:
@@ -129,7 +131,9 @@ class AdapterConfig:
 
 def _unsupported(what: str, why: str) -> UnsupportedAdapter:
     return UnsupportedAdapter(
-        f"this adapter is more than LoRA: {what}", f"{CONFIG} says so; {why}", "merge it with the library that trained it, into a 16-bit base, and convert the result"
+        f"this adapter is more than LoRA: {what}",
+        f"{CONFIG} says so; {why}",
+        "merge it with the library that trained it, into a 16-bit base, and convert the result",
     )
 
 
@@ -159,7 +163,9 @@ def read_files(path: str | Path, adapter: str | None = None) -> AdapterFiles:
     folder = _choose(folder, adapter)
     if not (folder / TENSORS).is_file():
         if (folder / "adapter_model.bin").exists():
-            raise PickleRefused(f"{path}: only adapter_model.bin is here", "loading a pickle runs the code in it; moeglot never does", "save it as safetensors first")
+            raise PickleRefused(
+                f"{path}: only adapter_model.bin is here", "loading a pickle runs the code in it; moeglot never does", "save it as safetensors first"
+            )
         raise AdapterError(f"{path}: no {TENSORS}", f"looked in {folder}", "pass the folder that PEFT's save_pretrained wrote")
     config = AdapterConfig(_read_json(folder / CONFIG))
     config.check()

@@ -110,7 +110,7 @@ def places(convention: Convention, family: Family, layer: int, experts: int, rol
         for n, line in enumerate(wrapped):  # the first parameter is wrapped first, so it is the innermost
             name = line.key.format(layer=layer)
             stem = name.rpartition(".")[0] + WRAP * (len(wrapped) - 1 - n)
-            yield Place(*(stem + key for key in convention.keys), name, line.roles, _joined(line), layer, None)  # type: ignore[misc]
+            yield _place(convention, stem, name, line.roles, _joined(line), layer, None)
         return
     slots: Sequence[tuple[tuple[str, ...], str, str]]
     if convention.leaves:
@@ -122,7 +122,12 @@ def places(convention: Convention, family: Family, layer: int, experts: int, rol
             continue
         for expert in range(experts) if not convention.stacked else (None,):
             name = stem.format(layer=layer, expert=expert)
-            yield Place(*(name + key for key in convention.keys), name, held, joined, layer, expert)  # type: ignore[misc]
+            yield _place(convention, name, name, held, joined, layer, expert)
+
+
+def _place(convention: Convention, stem: str, name: str, roles: tuple[str, ...], joined: str, layer: int, expert: int | None) -> Place:
+    a, b = (stem + key for key in convention.keys)
+    return Place(a, b, name, roles, joined, layer, expert)
 
 
 # --- shapes --------------------------------------------------------------------------------------------------------------------------
@@ -149,7 +154,9 @@ def shapes(convention: Convention, place: Place, sizes: Sizes, rank: int, shared
     """Shapes of both tensors; `shared`: which of them hold one factor for all experts."""
     known = {**place.sizes(sizes), "r": rank}
     sized = ({**known, "e": 1} if alone else known for alone in shared)
-    return tuple(tuple(prod(of[letter] for letter in group) for group in parse_axes(axes)) for axes, of in zip((convention.a, convention.b), sized, strict=True))
+    return tuple(
+        tuple(prod(of[letter] for letter in group) for group in parse_axes(axes)) for axes, of in zip((convention.a, convention.b), sized, strict=True)
+    )
 
 
 # --- moving axes ---------------------------------------------------------------------------------------------------------------------
