@@ -6,23 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft import __version__ as PEFT_VERSION
+import transformers
 from test_transformers import logits, model_of, relative
-from transformers import __version__ as TRANSFORMERS_VERSION
 
 import moeglot
 from moeglot.adapter_convert import changes
 from moeglot.conventions import CONVENTIONS
 
+peft = pytest.importorskip("peft")
+LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
+
 LIMIT = 1e-5
 FAMILIES = ("gpt-oss", "qwen3-moe", "mixtral")
 SIZES = {"square": (4, 32, 32, 3), "h=2i": (4, 64, 32, 3), "r=e": (4, 32, 48, 4), "neither": (3, 48, 32, 5)}
 """e, h, i and the rank."""
-FUSED = int(TRANSFORMERS_VERSION.split(".")[0]) >= 5
-SWAPS = tuple(map(int, PEFT_VERSION.split(".")[:2])) >= (0, 19)
+FUSED = int(transformers.__version__.split(".")[0]) >= 5
+SWAPS = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 19)
 
 
 def written_by_this_cell(family: str) -> str:
@@ -59,7 +58,7 @@ class Trained:
     adapter: Path
     sizes: tuple[int, ...]
     live: torch.Tensor
-    model: PeftModel
+    model: torch.nn.Module
 
     def plain(self) -> torch.nn.Module:
         return model_of(self.family, *self.sizes)
@@ -101,13 +100,14 @@ def matrices(model: torch.nn.Module, family: str, layer: int) -> dict[tuple[str,
     return found
 
 
+@torch.no_grad()
 def worst_against_merge(adapter: moeglot.Adapter, merged: torch.nn.Module, plain: torch.nn.Module, family: str) -> float:
     worst = 0.0
     for layer in adapter.layers:
         after, before = matrices(merged, family, layer), matrices(plain, family, layer)
         for role, expert in before:
             left, right = adapter.factors(layer, role, expert)
-            change = after[role, expert].detach().double() - before[role, expert].detach().double()
+            change = after[role, expert].double() - before[role, expert].double()
             worst = max(worst, relative(left.double() @ right.double(), change))
     return worst
 
@@ -164,7 +164,7 @@ def test_without_a_word_it_is_refused_or_read_as_written(trained):
     assert convention in refused.value.wrong.split()
 
 
-def load(trained: Trained, path: Path) -> PeftModel:
+def load(trained: Trained, path: Path) -> torch.nn.Module:
     """By PEFT alone; not one key missing or unexpected."""
     model = PeftModel.from_pretrained(trained.plain(), path)
     result = model.load_adapter(path, "default")
