@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_transformers import logits, model_of, relative
 
 import moeglot
@@ -122,6 +123,10 @@ def apply(adapter: moeglot.Adapter, model: torch.nn.Module, family: str) -> torc
     for name, dense in adapter.dense.items():
         left, right = dense.factors()
         model.get_submodule(name).weight += left @ right
+        if dense.bias() is not None:
+            model.get_submodule(name).bias += dense.bias()
+    for name, replaced in adapter.replaced.items():
+        model.get_parameter(name).copy_(replaced.entry.read())
     return model
 
 
@@ -130,12 +135,13 @@ def test_our_factors_are_the_change_that_it_applies(trained):
     adapter = moeglot.open_adapter(trained.adapter, trained.base, convention)
     assert adapter.convention.name == convention
     assert relative(logits(apply(adapter, trained.plain(), trained.family)), trained.live) <= LIMIT
+    names = [name for name, _ in trained.model.named_modules()]
     merged, plain = trained.model.merge_and_unload(), trained.plain()
     assert worst_against_merge(adapter, merged, plain, trained.family) <= LIMIT
     for name, dense in adapter.dense.items():
         left, right = dense.factors()
         assert relative(left @ right, merged.get_submodule(name).weight - plain.get_submodule(name).weight) <= LIMIT
-    assert len(adapter.dense) == 2 * len(plain.model.layers)
+    assert len(adapter.dense) == sum(name.endswith("lora_A") and "experts" not in name for name in names)
 
 
 def test_every_other_reading_is_refused_or_far_off(trained):
@@ -164,10 +170,28 @@ def test_without_a_word_it_is_refused_or_read_as_written(trained):
     assert convention in refused.value.wrong.split()
 
 
+BROKEN = peft.__version__ == "0.19.1" and transformers.__version__ == "5.23.0"
+"""PEFT 0.19.1 cannot load any adapter of Qwen3-MoE or Mixtral, its own included, on transformers 5.23.0."""
+
+
 def load(trained: Trained, path: Path) -> torch.nn.Module:
     """By PEFT alone; not one key missing or unexpected."""
+    if BROKEN and trained.family != "gpt-oss":
+        with pytest.raises(TypeError, match=r"WeightConverter.__init__\(\) got an unexpected keyword argument 'distributed_operation'"):
+            PeftModel.from_pretrained(trained.plain(), trained.adapter)
+        return load_into_its_modules(trained, path)
     model = PeftModel.from_pretrained(trained.plain(), path)
     result = model.load_adapter(path, "default")
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora_" in key]
+    return model.eval()
+
+
+def load_into_its_modules(trained: Trained, path: Path) -> torch.nn.Module:
+    """PEFT's modules as its own config makes them, filled by torch."""
+    model = get_peft_model(trained.plain(), LoraConfig.from_pretrained(path))
+    tensors = load_file(path / "adapter_model.safetensors")
+    result = model.load_state_dict({key.removesuffix(".weight") + ".default.weight": tensor for key, tensor in tensors.items()}, strict=False)
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key]
     return model.eval()
@@ -211,7 +235,7 @@ def test_patterns_and_rslora(family, tmp_path):
         assert relative(logits(load(trained, tmp_path / f"{n}-same")), trained.live) <= LIMIT
 
 
-@pytest.mark.skipif(not FUSED or not SWAPS, reason="only PEFT >= 0.19 on transformers 5 joins the modules of an adapter from transformers 4")
+@pytest.mark.skipif(not FUSED or not SWAPS or BROKEN, reason="only PEFT >= 0.19 on transformers 5 joins the modules of an adapter from transformers 4")
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
 def test_an_adapter_of_transformers_4_that_it_joins(family, tmp_path):
     """It loads one module an expert, puts gate and up side by side and saves that; both files are one change."""
@@ -240,3 +264,21 @@ def test_one_of_two_parameters(family, tmp_path):
         assert relative(logits(apply(adapter, trained.plain(), family)), trained.live) <= LIMIT
         moeglot.convert_adapter(adapter, READER, tmp_path / f"{only}-back")
         assert relative(logits(load(trained, tmp_path / f"{only}-back")), trained.live) <= LIMIT
+
+
+def test_what_is_no_expert(tmp_path):
+    """Attention with biases of its own, an embedding, a head that was trained as a whole; no expert."""
+    options = {"target_modules": ["q_proj", "embed_tokens"], "target_parameters": None, "modules_to_save": ["lm_head"]}
+    for n, more in enumerate(({}, {"lora_bias": True, "target_modules": ["q_proj", "o_proj"]})):
+        trained = train(tmp_path / str(n), "gpt-oss", SIZES["neither"], **{**options, **more})
+        with torch.no_grad():
+            trained.model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").mul_(1.5)
+        trained.model.save_pretrained(trained.adapter)
+        live = logits(trained.model)
+        adapter = moeglot.open_adapter(trained.adapter, trained.base)
+        assert adapter.convention is None
+        assert not adapter.layers
+        assert list(adapter.replaced) == ["lm_head.weight"]
+        assert relative(logits(apply(adapter, trained.plain(), "gpt-oss")), live) <= LIMIT
+        moeglot.convert_adapter(adapter, READER, tmp_path / f"{n}-back")
+        assert relative(logits(load(trained, tmp_path / f"{n}-back")), live) <= LIMIT

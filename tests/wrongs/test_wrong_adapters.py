@@ -57,11 +57,11 @@ def test_into_every_other_convention(writer, family, tmp_path):
     path, made, base = make(tmp_path, writer, family, "r=e")
     found, reached = moeglot.open_adapter(path, base, WRITERS[writer][0]), []
     for to in CONVENTIONS:
-        try:
-            moeglot.convert_adapter(found, to.name, tmp_path / to.name)
-        except moeglot.AdapterError as refused:
-            assert "cannot hold" in refused.wrong
+        if (to.families and family not in to.families) or (to.name == "per-expert" and family == "gpt-oss"):
+            with pytest.raises(moeglot.AdapterError, match="cannot hold"):
+                moeglot.convert_adapter(found, to.name, tmp_path / to.name)
             continue
+        moeglot.convert_adapter(found, to.name, tmp_path / to.name)
         reached.append(to.name)
         assert worst(moeglot.open_adapter(tmp_path / to.name, base), made) <= LIMIT
     assert {"peft", "peft-turned", "grouped", "grouped-turned", "tinker", "sglang"} <= set(reached)
