@@ -35,6 +35,7 @@ def test_an_open_convention_is_exit_2_and_says_what_to_type(folder):
     error = told("adapter", "inspect", folder / "peft", "--base", folder / "base", status=2)
     assert error["error"] == "AmbiguousConvention"
     assert "margin" in error["known"]
+    assert "cannot tell" in error["known"], "random factors have no order"
     assert "--convention peft" in error["do"]
     assert told("adapter", "inspect", folder / "peft", "--base", folder / "base", "--convention", "peftt", status=2)["error"] == "UsageError"
     assert told("adapter", "inspect", folder / "peft", "--base", folder / "base", "--convention", "tinker", status=2)["error"] == "UsageError"

@@ -129,7 +129,7 @@ def _contradict(name: str, left: Mapping[Convention, Reading], evidence: tuple[s
 
 def _ambiguous(name: str, left: Sequence[Convention], evidence: Sequence[str], config: AdapterConfig, numbers: Clustering | None) -> AmbiguousConvention:
     names = [convention.name for convention in left]
-    known = [f"{convention.name}: {convention.about}" for convention in left]
+    known = [f"{convention.name}: {convention.about.partition(':')[0]}" for convention in left]
     known += evidence or [f"no mark in {CONFIG} decides, and no shape"]
     if "unsloth_fixed" in (config.raw.get("auto_mapping") or {}):
         known.append(f"{CONFIG} has unsloth's trace (auto_mapping.unsloth_fixed)")

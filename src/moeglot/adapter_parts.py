@@ -89,7 +89,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A tensor that takes the place of the base's of this Hub name."""
+    """A tensor that takes the place of the base's of this Hub name, before any factors are added to it."""
 
     name: str
     alias: str

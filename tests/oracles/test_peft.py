@@ -116,6 +116,8 @@ def worst_against_merge(adapter: moeglot.Adapter, merged: torch.nn.Module, plain
 @torch.no_grad()
 def apply(adapter: moeglot.Adapter, model: torch.nn.Module, family: str) -> torch.nn.Module:
     """Our factors added to the weights of a live model without PEFT."""
+    for name, replaced in adapter.replaced.items():
+        model.get_parameter(name).copy_(replaced.entry.read())
     for layer in adapter.layers:
         for (role, expert), weight in matrices(model, family, layer).items():
             left, right = adapter.factors(layer, role, expert)
@@ -125,8 +127,6 @@ def apply(adapter: moeglot.Adapter, model: torch.nn.Module, family: str) -> torc
         model.get_submodule(name).weight += left @ right
         if dense.bias() is not None:
             model.get_submodule(name).bias += dense.bias()
-    for name, replaced in adapter.replaced.items():
-        model.get_parameter(name).copy_(replaced.entry.read())
     return model
 
 
@@ -278,7 +278,7 @@ def test_what_is_no_expert(tmp_path):
         adapter = moeglot.open_adapter(trained.adapter, trained.base)
         assert adapter.convention is None
         assert not adapter.layers
-        assert list(adapter.replaced) == ["lm_head.weight"]
+        assert set(adapter.replaced) == {"lm_head.weight"} | ({"model.embed_tokens.weight"} if not more else set())  # PEFT adds a copy of the base's
         assert relative(logits(apply(adapter, trained.plain(), "gpt-oss")), live) <= LIMIT
         moeglot.convert_adapter(adapter, READER, tmp_path / f"{n}-back")
         assert relative(logits(load(trained, tmp_path / f"{n}-back")), live) <= LIMIT
