@@ -41,6 +41,19 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of init_lora_weights that also change the base, so that the adapter fits a base that nobody has."""
 
 
+TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "auto_mapping": dict,
+    "target_parameters": list,
+    "modules_to_save": list,
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "layers_to_transform": (list, int),
+}
+"""What we read, where it is not null."""
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """What adapter_config.json says."""
@@ -118,7 +131,12 @@ class AdapterConfig:
         return bool(found) and int(found[1]) in (only if isinstance(only, list) else [only])  # type: ignore[index]
 
     def check(self) -> None:
-        """Raises `UnsupportedAdapter` for what is more than LoRA."""
+        """Raises `UnsupportedAdapter` for what is more than LoRA, and `BrokenFile` for values that are none of that key."""
+        for key, kinds in TYPES.items():
+            value = self.raw.get(key)
+            numbers = value.values() if isinstance(value, dict) and key.endswith("_pattern") else ()
+            if (value is not None and not isinstance(value, kinds)) or not all(isinstance(number, (int, float)) for number in numbers):
+                raise BrokenFile(f"{CONFIG}: {key} = {str(value)[:80]}", "PEFT's LoraConfig writes another type there", "fetch it again from its writer")
         if (kind := self.raw.get("peft_type", "LORA")) != "LORA":
             raise _unsupported(f"peft_type is {kind}", "moeglot reads LoRA")
         for key, why in REFUSED.items():

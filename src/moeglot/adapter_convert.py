@@ -60,7 +60,7 @@ class Conversion:
 def plan_conversion(adapter: Adapter, to: str) -> Conversion:
     """`to`: a convention, or a reader who needs one. Raises `AdapterError` where it cannot hold this adapter."""
     family, experts = adapter.base.format.family, adapter.base.sizes["e"]
-    convention = target(to, in_out(family))
+    convention, patterns = target(to, in_out(family))
     if not holds(convention, family):
         raise AdapterError(f"{convention.name} cannot hold experts of {family.name}", convention.about, "`moeglot adapter conventions` says which are for all")
     found = [_place(adapter, convention, place) for layer in adapter.layers for place in places(convention, family, layer, experts, adapter.roles(layer))]
@@ -69,7 +69,7 @@ def plan_conversion(adapter: Adapter, to: str) -> Conversion:
         Written(Place("", "", alias, (), "", 0, None), one.rank, one.scale, False, (False, False), _common(one.a.dtype, one.b.dtype)) for alias, one in dense
     ]
     notes = list(_notes(adapter, convention, found))
-    if not convention.patterns:
+    if not patterns:
         found, others = _uniform(found, others, notes)
     modules = [Module(written.place.name, written.rank, written.scale, bool(written.place.roles)) for written in (*found, *others)]
     config = written_config(adapter, convention, modules)

@@ -74,14 +74,16 @@ def _words(config: AdapterConfig, family: Family, asked: str | None, left: Mappi
             raise UsageError(
                 f"--convention {asked}: the key names are not that convention's", f"they are those of {', '.join(names)}", "pass one of these, or none"
             )
-        return [(f"--convention {asked}", lambda convention: convention.name == asked)]
+        marked = config.raw.get(MARK, asked)
+        against = f", against {CONFIG}, which says {MARK} = {marked}" if marked != asked else ""
+        return [(f"--convention {asked}{against}", lambda convention: convention.name == asked)]
     if marked := config.raw.get(MARK):
         return [(f"{CONFIG} says {MARK} = {marked}", lambda convention: convention.name == marked)]
     if not any(convention.wraps for convention in left):
         return []
     words: list[tuple[str, Callable[[Convention], bool]]] = []
     if layout := config.raw.get(UNSLOTH_MARK):
-        words.append((f"{CONFIG} says {UNSLOTH_MARK} = {layout}", lambda convention: convention.grouped == PACKINGS.get(layout)))
+        words.append((f"{CONFIG} says {UNSLOTH_MARK} = {layout}", lambda convention: convention.grouped == PACKINGS.get(str(layout))))
     return words + _traces(config, family)
 
 

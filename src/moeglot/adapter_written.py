@@ -76,7 +76,9 @@ def _brief(names: Iterable[str], every: Iterable[str], parts: int) -> list[str]:
 
 
 def _end(name: str, parts: int) -> str:
-    return ".".join(name.split(".")[-parts:])
+    """The last parts of a name; a number says nothing alone."""
+    pieces = name.split(".")
+    return ".".join(pieces[-parts - pieces[-1].isdigit() :])
 
 
 def _every_place(adapter: Adapter, to: Convention) -> list[str]:

@@ -113,9 +113,9 @@ def conventions(json: JsonOption = False) -> None:
 
     if json:
         known = [{"name": c.name, "a": c.a, "b": c.b, "about": c.about, "source": c.source, "families": list(c.families)} for c in CONVENTIONS]
-        readers = [{"name": r.name, "out_in": r.upright.name, "in_out": r.turned.name, "about": r.about} for r in READERS]
+        readers = [{"name": r.name, "out_in": r.out_in.name, "in_out": r.in_out.name, "about": r.about} for r in READERS]
         print(report.dump({"schema": "moeglot/conventions/1", "conventions": known, "readers": readers}))
         return
     report.table(_console(), "conventions (y = out, x = in)", ("name", "A", "B", "what it is"), [(c.name, c.a, c.b, c.about) for c in CONVENTIONS])
-    rows = [(r.name, r.upright.name, r.turned.name, r.about) for r in READERS]
+    rows = [(r.name, r.out_in.name, r.in_out.name, r.about) for r in READERS]
     report.table(_console(), "readers", ("--to", "experts [out, in]", "gpt-oss [in, out]", "who"), rows)

@@ -6,7 +6,6 @@ of one expert follow each other; `"y (r e)"`: columns of one rank follow each ot
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from moeglot.errors import UsageError
@@ -157,12 +156,16 @@ CONVENTIONS = (PEFT, PEFT_TURNED, GROUPED, GROUPED_TURNED, PER_EXPERT, UNSLOTH_B
 
 @dataclass(frozen=True)
 class Reader:
-    """Someone who reads adapters, and which convention he needs: for parameters stored [e, in, out] and for those stored [e, out, in]."""
+    """Someone who reads adapters, and which convention he needs: for experts stored [e, out, in] and for those stored [e, in, out].
+
+    `patterns`: he knows rank_pattern and alpha_pattern, where the convention's readers do.
+    """
 
     name: str
-    upright: Convention
-    turned: Convention
+    out_in: Convention
+    in_out: Convention
     about: str
+    patterns: bool = True
 
 
 READERS = (
@@ -171,7 +174,7 @@ READERS = (
     Reader("peft-0.18-transformers-5", PEFT_TURNED, PEFT, "PEFT 0.18 on transformers 5"),
     Reader("peft-0.18-transformers-4.57", PER_EXPERT, PEFT, "PEFT 0.18 on transformers 4.57"),
     Reader("unsloth", PEFT, PEFT, "unsloth_zoo >= 2026.9.6, which reads lora_B_layout"),
-    Reader("vllm", PER_EXPERT, PEFT, "vLLM: keys of one expert each; for gpt-oss PEFT's own"),
+    Reader("vllm", PER_EXPERT, PEFT, "vLLM: keys of one expert each; for gpt-oss PEFT's own", patterns=False),
 )
 """Names that `--to` takes beside those of the conventions."""
 
@@ -184,12 +187,13 @@ def by_name(name: str) -> Convention:
     raise UsageError(f"{name!r} is not a convention", f"known: {', '.join(c.name for c in CONVENTIONS)}", "`moeglot adapter conventions` says what each one is")
 
 
-def target(name: str, in_out: bool) -> Convention:
-    """The convention of a name, or the one that a reader of this name needs where parameters are stored [e, in, out] (or not)."""
+def target(name: str, in_out: bool) -> tuple[Convention, bool]:
+    """The convention of a name, or the one that a reader of this name needs where experts are stored [e, in, out] (or not); whether patterns are read."""
     for reader in READERS:
         if reader.name == name:
-            return reader.turned if in_out else reader.upright
-    if re.fullmatch("|".join(re.escape(c.name) for c in CONVENTIONS), name):
-        return by_name(name)
-    known = ", ".join([*(c.name for c in CONVENTIONS), *(r.name for r in READERS)])
+            convention = reader.in_out if in_out else reader.out_in
+            return convention, convention.patterns and reader.patterns
+    if name in (convention.name for convention in CONVENTIONS):
+        return by_name(name), by_name(name).patterns
+    known = ", ".join(known.name for known in (*CONVENTIONS, *READERS))
     raise UsageError(f"{name!r} is neither a convention nor a reader", f"known: {known}", "`moeglot adapter conventions` says what each one is")

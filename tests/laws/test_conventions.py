@@ -96,6 +96,33 @@ def test_gate_and_up_of_their_own_need_twice_the_rank(tmp_path):
         assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 
 
+def test_a_reader_without_patterns_gets_one_rank_and_one_scale(tmp_path):
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "gpt-oss/openai", {"e": 4, "h": 64, "i": 64}))
+    found = moeglot.open_adapter(WRITERS["tinker"][2](Job("gpt-oss", 4, 64, 64, 3)).save(tmp_path / "adapter"), base)
+    for reader, patterns in (("unsloth", {"down_proj": 3}), ("vllm", {})):
+        done = moeglot.convert_adapter(found, reader, tmp_path / reader)
+        config = json.loads((tmp_path / reader / "adapter_config.json").read_text())
+        assert (done.to.name, config["r"], config["rank_pattern"]) == ("peft", 6, patterns)
+        assert moeglot.open_adapter(tmp_path / reader, base).rank(1, "down", 2) == (6 if reader == "vllm" else 3)
+
+
+def test_the_config_names_what_is_adapted_and_nothing_else(tmp_path):
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "gpt-oss/transformers", {"e": 4, "h": 64, "i": 32}, layers=3))
+    for layers, named in ((3, ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]), (2, None)):
+        made = WRITERS["PEFT"][2](Job("gpt-oss", 4, 64, 32, 3, layers=layers))
+        made.config["target_parameters"] = [f"layers.{n}.mlp.experts.{which}_proj" for n in range(layers) for which in ("gate_up", "down")]
+        found = moeglot.open_adapter(made.save(tmp_path / f"adapter{layers}"), base, "peft")
+        assert found.layers == tuple(range(layers))
+        moeglot.convert_adapter(found, "grouped", tmp_path / f"grouped{layers}")
+        config = json.loads((tmp_path / f"grouped{layers}" / "adapter_config.json").read_text())
+        every = [f"model.layers.{n}.mlp.experts.{which}_proj" for n in range(layers) for which in ("down", "gate_up")]
+        assert config["target_parameters"] == (named or every)
+        moeglot.convert_adapter(found, "unsloth-bnb", tmp_path / f"bnb{layers}")
+        targets = json.loads((tmp_path / f"bnb{layers}" / "adapter_config.json").read_text())["target_modules"]
+        assert len(targets) == (8 if layers == 3 else 16)
+        assert all(("gate_up_projs." in name) or ("down_projs." in name) for name in targets)
+
+
 def test_factors_for_all_experts_are_kept_or_repeated(tmp_path):
     base = moeglot.open(write_checkpoint(tmp_path / "base", "qwen3-moe/hub", {"e": 4, "h": 64, "i": 32}))
     found = moeglot.open_adapter(WRITERS["SGLang, shared outer"][2](Job("qwen3-moe", 4, 64, 32, 3)).save(tmp_path / "adapter"), base)

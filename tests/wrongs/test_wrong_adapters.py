@@ -190,6 +190,9 @@ HALVES = {
     "no scale": ("PEFT", lambda t: None, {"lora_alpha": None}, moeglot.AdapterError),
     "DoRA": ("PEFT", lambda t: None, {"use_dora": True}, moeglot.UnsupportedAdapter),
     "DoRA without a word": ("PEFT", add("model.layers.0.self_attn.q_proj.lora_magnitude_vector"), {}, moeglot.UnsupportedAdapter),
+    "patterns that are none": ("PEFT", lambda t: None, {"rank_pattern": ["q_proj"]}, moeglot.BrokenFile),
+    "an alpha that is no number": ("PEFT", lambda t: None, {"alpha_pattern": {"down_proj": "4"}}, moeglot.BrokenFile),
+    "targets that are no expression": ("PEFT", lambda t: None, {"target_modules": "*.q_proj"}, moeglot.BrokenFile),
     "PiSSA": ("PEFT", lambda t: None, {"init_lora_weights": "pissa_niter_4"}, moeglot.UnsupportedAdapter),
     "IA3": ("PEFT", lambda t: None, {"peft_type": "IA3"}, moeglot.UnsupportedAdapter),
     "a bias of experts": ("PEFT", lambda t: None, {"target_parameters": ["gate_up_proj", "down_proj", "gate_up_proj_bias"]}, moeglot.UnsupportedAdapter),
@@ -206,6 +209,12 @@ def test_never_half_applied(half, tmp_path):
     change_config(path, **config)
     with pytest.raises(error):
         moeglot.open_adapter(path, base, WRITERS[writer][0])
+
+
+def test_a_word_against_the_mark_is_told(tmp_path):
+    path, _, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
+    change_config(path, moeglot_convention="grouped")
+    assert any("against" in reason for reason in moeglot.open_adapter(path, base, "peft").evidence)
 
 
 def test_an_adapter_for_another_base(tmp_path):
