@@ -266,6 +266,37 @@ def test_one_of_two_parameters(family, tmp_path):
         assert relative(logits(load(trained, tmp_path / f"{only}-back")), trained.live) <= LIMIT
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_adapter(family, tmp_path):
+    """From PEFT's own start (B is zero, so the change is) and after real steps; by then the columns of lora_B tell how they are packed."""
+    convention, size = written_by_this_cell(family), (8, 32, 64)
+    model = model_of(family, *size)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **targets(family)))
+    trained = Trained(family, tmp_path / "base", tmp_path / "start", size, logits(wrapped), wrapped)
+    wrapped.save_pretrained(tmp_path / "start")
+    start = moeglot.open_adapter(tmp_path / "start", tmp_path / "base", convention)
+    assert start.clustering is None
+    assert all(float((left @ right).abs().max()) == 0 for left, right in (start.factors(*key) for key in start.pairs))
+    moeglot.convert_adapter(start, READER, tmp_path / "start-back")
+    assert relative(logits(load(trained, tmp_path / "start-back")), trained.live) <= LIMIT
+
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(30):
+        tokens = torch.randint(0, 96, (4, 12)) // 3
+        wrapped(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapter = moeglot.open_adapter(tmp_path / "adapter", tmp_path / "base", convention)
+    live = logits(wrapped)
+    assert relative(live, trained.live) > 100 * LIMIT
+    assert relative(logits(apply(adapter, trained.plain(), family)), live) <= LIMIT
+    if convention != "per-expert":
+        assert adapter.clustering.better == "rank-major"
+
+
 def test_what_is_no_expert(tmp_path):
     """Attention with biases of its own, an embedding, a head that was trained as a whole; no expert."""
     options = {"target_modules": ["q_proj", "embed_tokens"], "target_parameters": None, "modules_to_save": ["lm_head"]}
