@@ -4,12 +4,15 @@ Importing it does not import torch: that waits for the first number that is read
 """
 
 from moeglot.errors import (
+    AdapterError,
+    AmbiguousConvention,
     AmbiguousFormat,
     BadNumbers,
     BrokenFile,
     CheckpointError,
     Contradiction,
     FormatError,
+    HalfAdapter,
     LossRefused,
     MoeglotError,
     NoSpace,
@@ -19,10 +22,13 @@ from moeglot.errors import (
     PickleRefused,
     TensorMismatch,
     UnknownFormat,
+    UnsupportedAdapter,
     UsageError,
 )
 
 # isort: split
+from moeglot.adapter import Adapter, open_adapter
+from moeglot.adapter_convert import convert_adapter
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Report
@@ -37,6 +43,9 @@ from moeglot.verify import compare, verify
 from moeglot.version import __version__
 
 __all__ = [
+    "Adapter",
+    "AdapterError",
+    "AmbiguousConvention",
     "AmbiguousFormat",
     "BadNumbers",
     "BrokenFile",
@@ -47,6 +56,7 @@ __all__ = [
     "Finding",
     "Fingerprint",
     "FormatError",
+    "HalfAdapter",
     "Identification",
     "LossRefused",
     "MoeglotError",
@@ -59,16 +69,19 @@ __all__ = [
     "Report",
     "TensorMismatch",
     "UnknownFormat",
+    "UnsupportedAdapter",
     "UsageError",
     "__version__",
     "compare",
     "convert",
+    "convert_adapter",
     "fingerprint",
     "formats",
     "identify",
     "lint",
     "load",
     "open",
+    "open_adapter",
     "plan",
     "save",
     "verify",

@@ -10,6 +10,10 @@ MoeglotError
 │   ├── UnknownFormat         no registered format fits
 │   ├── AmbiguousFormat       several do
 │   └── Contradiction         two declarations disagree
+├── AdapterError              an adapter cannot be applied as it is
+│   ├── AmbiguousConvention   several readings of its tensors fit
+│   ├── HalfAdapter           a tensor is missing, is not used, or has no place in the base
+│   └── UnsupportedAdapter    it is more than a low-rank change of matrices
 ├── OutputError               the result cannot be written as asked
 │   ├── OutputExists          something is there that this run did not write
 │   ├── NoSpace               the disk is full, or would be
@@ -76,6 +80,24 @@ class Contradiction(FormatError):
     """Two declarations disagree, for example config.json and the tensors."""
 
     exit_status = 1
+
+
+class AdapterError(MoeglotError):
+    """An adapter cannot be applied as it is."""
+
+
+class AmbiguousConvention(AdapterError):
+    """Several readings of an adapter's tensors fit, and they are different changes."""
+
+
+class HalfAdapter(AdapterError):
+    """A tensor of an adapter is missing, is not used, or has no place in the base: an adapter is never half applied."""
+
+    exit_status = 1
+
+
+class UnsupportedAdapter(AdapterError):
+    """More than a low-rank change of matrices, for example DoRA."""
 
 
 class OutputError(MoeglotError):

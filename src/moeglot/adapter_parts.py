@@ -1,0 +1,189 @@
+"""The parts of an adapter: pairs of tensors for experts, factors of other modules, and tensors that it replaces as a whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moeglot.adapter_config import CONFIG, AdapterFiles
+from moeglot.checkpoint import Checkpoint
+from moeglot.conventions import Convention
+from moeglot.errors import BadNumbers, HalfAdapter, TensorMismatch, UnsupportedAdapter
+from moeglot.factors import Place, stacked_form, take
+from moeglot.format import Family
+from moeglot.shards import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+Factors = tuple["torch.Tensor", "torch.Tensor"]
+KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias", "lora_embedding_A": "a", "lora_embedding_B": "b"}
+"""What follows a module's name -> which part of its change it is. https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py"""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two stored tensors, and what they hold. `scale`: what their product is multiplied by."""
+
+    convention: Convention
+    place: Place
+    a: Entry
+    b: Entry
+    rank: int
+    scale: float
+    sizes: Mapping[str, int] = field(repr=False)
+
+    def raw(self, role: str, expert: int) -> Factors:
+        """(left [out, r], right [r, in]) as stored: any float dtype, unscaled, views where strides allow it."""
+        left, right = take(self.convention, self.place, self.sizes, (self.a.read(), self.b.read()), role, expert)
+        return left, right
+
+    def factors(self, role: str, expert: int) -> Factors:
+        """(left [out, r], right [r, in]) in float32, the scale in left; raises `BadNumbers`."""
+        left, right = self.raw(role, expert)
+        return _scaled(left, right, self.scale, f"{self.place.name}, expert {expert}, {role}")
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float, what: str) -> Factors:
+    import torch
+
+    left, right = left.to(torch.float32) * scale, right.to(torch.float32)
+    if not bool(left.isfinite().all() and right.isfinite().all()):
+        raise BadNumbers(f"{what}: the factors are not finite", f"the scale is {scale:g}", "the training diverged; ask for an earlier checkpoint")
+    return left, right
+
+
+@dataclass(frozen=True)
+class Dense:
+    """LoRA of a module that is no expert, under its Hub name; `alias`: what the adapter calls it. An embedding's factors lie the other way round."""
+
+    name: str
+    alias: str
+    a: Entry
+    b: Entry
+    scale: float
+    bias_entry: Entry | None = None
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def raw(self) -> Factors:
+        """(left [out, r], right [r, in]) as stored, unscaled."""
+        a, b = self.a.read(), self.b.read()
+        return (a.mT, b.mT) if self.embedding else (b, a)
+
+    def factors(self) -> Factors:
+        """(left [out, r], right [r, in]) in float32, the scale in left; raises `BadNumbers`."""
+        return _scaled(*self.raw(), self.scale, self.alias)
+
+    def bias(self) -> torch.Tensor | None:
+        """The change of the module's bias in float32, where lora_bias was on."""
+        import torch
+
+        return self.bias_entry.read().to(torch.float32) * self.scale if self.bias_entry else None
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor that takes the place of the base's of this Hub name, before any factors are added to it."""
+
+    name: str
+    alias: str
+    entry: Entry
+
+
+def aliases(name: str, family: Family) -> tuple[str, ...]:
+    """Hub name of a tensor -> that, and its name in the memory of transformers 5."""
+    found = [name]
+    form = stacked_form(family)
+    if form and (line := form.from_hub(name)):
+        found.append(line[0].key.format(**line[1]))
+    return tuple(found)
+
+
+def read_dense(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], convention: Convention | None) -> tuple[dict[str, Dense], dict[str, Replaced]]:
+    """The tensors that are no factors of experts -> (Hub name of a module -> its factors, Hub name of a tensor -> what replaces it).
+
+    Raises `HalfAdapter` for one that has no place in the base, and `TensorMismatch` for a shape that is not the base's.
+    """
+    weights = base.decoded("F32")
+    hub = {alias: name for name in weights for alias in aliases(name, base.format.family)}
+    modules: dict[str, dict[str, Entry]] = {}
+    replaced: dict[str, Replaced] = {}
+    for key in keys:
+        module, kind = _split(key)
+        if kind:
+            modules.setdefault(module, {})[kind] = files.entries[key]
+        else:
+            name = _replaced_name(files, key, hub)
+            replaced[name] = Replaced(name, key, files.entries[key])
+    dense = {}
+    for module, parts in modules.items():
+        known = module
+        for theirs, ours in convention.modules if convention else ():
+            known = known.replace(theirs, ours)
+        if known + ".weight" not in hub:
+            raise HalfAdapter(
+                f"{module}: adapted, and the base has no such module",
+                base.known,
+                "check that the base is the one that it was trained on; an adapter is never half applied",
+            )
+        found = _dense(files, module, hub[known + ".weight"].removesuffix(".weight"), parts)
+        _check(found, weights[found.name + ".weight"].shape, base)
+        dense[found.name] = found
+    return dense, replaced
+
+
+def _split(key: str) -> tuple[str, str]:
+    found = re.fullmatch(rf"(.+)\.({'|'.join(map(re.escape, KINDS))})", key)
+    return (found[1], found[2]) if found else (key, "")
+
+
+def _dense(files: AdapterFiles, module: str, name: str, parts: Mapping[str, Entry]) -> Dense:
+    kinds = {KINDS[kind]: entry for kind, entry in parts.items()}
+    if missing := [kind for kind in ("a", "b") if kind not in kinds]:
+        raise HalfAdapter(f"{module}: lora_{missing[0].upper()} is missing", "a change needs both factors", "fetch the adapter again from its writer")
+    embedding = any("embedding" in kind for kind in parts)
+    return Dense(name, module, kinds["a"], kinds["b"], files.config.scale(module, kinds["a"].shape[0]), kinds.get("bias"), embedding)
+
+
+def _check(dense: Dense, shape: tuple[int, ...], base: Checkpoint) -> None:
+    a, b = dense.a.shape, dense.b.shape
+    out, inner = (a[-1], b[0]) if dense.embedding else (b[0], a[-1])
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (out, inner) != tuple(shape):
+        raise TensorMismatch(
+            f"{dense.alias}: factors {list(a)} and {list(b)}, the base's weight is {list(shape)}",
+            base.known,
+            "check that the base is the one that the adapter was trained on",
+        )
+
+
+def _replaced_name(files: AdapterFiles, key: str, hub: Mapping[str, str]) -> str:
+    """The Hub name of a tensor that the config says was trained as a whole."""
+    name = key.replace(".modules_to_save", "").replace(".original_module", "").replace(".base_layer", "")
+    module, _, leaf = name.rpartition(".")
+    told = any(module == saved or module.endswith(f".{saved}") for saved in files.config.saved)
+    told = told or (leaf == "bias" and files.config.raw.get("bias", "none") != "none") or module.endswith(("embed_tokens", "lm_head"))
+    if name not in hub or not told or "lora_" in key:
+        raise HalfAdapter(
+            f"{key}: no part of the change that {CONFIG} describes",
+            "it holds no factor of a module that the base has" if name not in hub else "modules_to_save and bias do not name it",
+            "check that the base is the one that it was trained on; an adapter is never half applied",
+        )
+    return hub[name]
+
+
+def check_replaced(replaced: Mapping[str, Replaced], base: Checkpoint) -> None:
+    """Raises `UnsupportedAdapter` for a tensor that was resized."""
+    weights = base.decoded("F32")
+    for name, found in replaced.items():
+        if tuple(found.entry.shape) != tuple(weights[name].shape):
+            raise UnsupportedAdapter(
+                f"{found.alias} is {list(found.entry.shape)}, the base's is {list(weights[name].shape)}",
+                "the vocabulary was resized, which no change of weights expresses",
+                "resize the base first, with transformers' resize_token_embeddings",
+            )

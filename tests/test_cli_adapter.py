@@ -1,0 +1,61 @@
+"""`moeglot adapter` as a user meets it: exit statuses, JSON, plain lines."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import WRITERS, Job
+from synthetic import write_checkpoint
+from test_cli import run, told
+
+import moeglot
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    write_checkpoint(folder / "base", "qwen3-moe/hub", {"e": 4, "h": 64, "i": 32}, dtype=torch.float32)
+    for name, writer in (("peft", "PEFT"), ("tinker", "tinker")):
+        WRITERS[writer][2](Job("qwen3-moe", 4, 64, 32, 3)).save(folder / name)
+    return folder
+
+
+def test_inspect(folder):
+    found = told("adapter", "inspect", folder / "tinker", "--base", folder / "base")
+    assert (found["schema"], found["convention"], found["numbers"]) == ("moeglot/adapter/1", "tinker", None)
+    assert found["experts"]["adapted"] == 2 * 4 * 3
+    assert found["experts"]["roles"][0] == {"role": "gate", "layers": [0, 1], "ranks": [3], "scale": "2"}
+    plain = run("adapter", "inspect", folder / "peft", "--base", folder / "base", "--convention", "peft").stdout
+    assert "because\t--convention peft" in plain
+    assert "numbers\t" in plain
+    assert "down\t3\t2" in plain
+
+
+def test_an_open_convention_is_exit_2_and_says_what_to_type(folder):
+    error = told("adapter", "inspect", folder / "peft", "--base", folder / "base", status=2)
+    assert error["error"] == "AmbiguousConvention"
+    assert "margin" in error["known"]
+    assert "cannot tell" in error["known"], "random factors have no order"
+    assert "--convention peft" in error["do"]
+    assert told("adapter", "inspect", folder / "peft", "--base", folder / "base", "--convention", "peftt", status=2)["error"] == "UsageError"
+    assert told("adapter", "inspect", folder / "peft", "--base", folder / "base", "--convention", "tinker", status=2)["error"] == "UsageError"
+    assert told("adapter", "inspect", folder / "tinker", "--base", folder / "base", "--adapter", "other", status=2)["error"] == "AdapterError"
+
+
+def test_convert(folder, tmp_path):
+    done = told("adapter", "convert", folder / "peft", tmp_path / "vllm", "--base", folder / "base", "--convention", "peft", "--to", "vllm")
+    assert (done["schema"], done["convention"], done["tensors"]) == ("moeglot/adapter-written/1", "per-expert", 2 * 4 * 3 * 2)
+    assert done["notes"] == ["the right factor that gate and up shared is written twice"]
+    assert moeglot.open_adapter(tmp_path / "vllm", folder / "base").convention.name == "per-expert"
+    again = told("adapter", "convert", folder / "tinker", tmp_path / "vllm", "--base", folder / "base", "--to", "peft", status=2)
+    assert again["error"] == "OutputExists"
+    plain = run("adapter", "convert", tmp_path / "vllm", tmp_path / "unsloth", "--base", folder / "base", "--to", "unsloth").stdout
+    assert "8 tensors, peft" in plain
+    assert not (tmp_path / "unsloth.partial").exists()
+    assert told("adapter", "convert", folder / "tinker", tmp_path / "x", "--base", folder / "base", "--to", "nobody", status=2)["error"] == "UsageError"
+
+
+def test_conventions():
+    found = told("adapter", "conventions")
+    assert {known["name"] for known in found["conventions"]} >= {"peft", "grouped", "tinker"}
+    assert "transformers-5" in run("adapter", "conventions").stdout
