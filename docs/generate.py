@@ -258,15 +258,15 @@ numbers are encoded: the rule is not in the file, and every rule is decoded alik
 
 What the tests compare, both ways and bit for bit unless said otherwise:
 
-- MXFP4: transformers, compressed-tensors {versions("compressed-tensors")[-1]} and torchao {versions("torchao")[-1]}, each under its own rule. compressed-tensors
-  drops the sign of zero. The rule `openai` is taken from the source of triton_kernels; its encoder is not run in the tests.
+- MXFP4: transformers, compressed-tensors {versions("compressed-tensors")[-1]} and torchao {versions("torchao")[-1]}, each under its own rule.
+  compressed-tensors drops the sign of zero. The rule `openai` is taken from the source of triton_kernels; its encoder is not run in the tests.
 - FP8: compressed-tensors and torchao write the same bytes; transformers' scales are ours to one unit in the last place.
 - NVFP4: ModelOpt {versions("nvidia-modelopt")[-1]} and compressed-tensors write the same bytes, but for the sign of zero. transformers 5.23 loads such experts
   without their global scale; `inspect` says so.
 - INT4: compressed-tensors writes the same bytes.
 - NF4 and FP4: bitsandbytes {versions("bitsandbytes")[-1]} writes the same bytes, plain and nested.
-- Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the numbers that
-  moeglot decodes.
+- Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the
+  numbers that moeglot decodes.
 """
 
 
