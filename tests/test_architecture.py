@@ -34,7 +34,7 @@ LAYERS = (
     {"report"},
     {"integrations", "inspection"},
     {"live"},
-    {"demo"},
+    {"demo", "cli_run"},
     {"cli"},
 )
 """An import points to the same row or to one above it."""
