@@ -40,7 +40,7 @@ LAYERS = (
     {"report"},
     {"integrations", "inspection"},
     {"live"},
-    {"demo"},
+    {"demo", "cli_run"},
     {"cli_adapter"},
     {"cli"},
 )

@@ -16,6 +16,7 @@ from rich.text import Text
 
 import moeglot
 from moeglot import cli_adapter, inspection, report
+from moeglot.cli_run import run
 from moeglot.convert import WRITING, default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
@@ -249,6 +250,9 @@ def demo(keep: Annotated[Optional[Path], typer.Option("--keep", metavar="DIR", h
     from moeglot.demo import tell
 
     raise typer.Exit(tell(out, keep))
+
+
+app.command()(run)
 
 
 def parse_size(text: str) -> int:

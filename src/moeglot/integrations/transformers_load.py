@@ -23,7 +23,7 @@ from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations.transformers import VERSION, model_class
-from moeglot.integrations.transformers_state import Lazy, expert_names, refusal, state_dict
+from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.targets import float_type
 
@@ -49,6 +49,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.
         raise (refusal(state) or error) from error
     _check(checkpoint, chosen, state, model, info)
     _finish(checkpoint, model)
+    give_back()
     return model
 
 

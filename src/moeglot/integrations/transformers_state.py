@@ -6,6 +6,7 @@ What `from_pretrained(None, config=..., state_dict=...)` asks of a tensor is wha
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -114,7 +115,15 @@ def _stacked(source: Checkpoint, step: Step, dtype: DType) -> torch.Tensor:
             f"layer {step.layer} of {source.source.name}: that is a placeholder, not a weight",
             "fetch the files again from their producer, or save the model again",
         )
+    give_back()
     return whole
+
+
+def give_back() -> None:
+    """Have glibc give what decoding freed back to the system: each of the loader's threads has a heap of its own, which would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _others(name: str, parts: tuple[DenseTensor, ...]) -> Lazy:

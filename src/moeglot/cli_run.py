@@ -1,0 +1,44 @@
+"""`moeglot run`: text from a checkpoint in any format, each token printed as soon as it is there."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional
+
+import typer
+
+from moeglot.errors import UsageError
+from moeglot.live import load
+from moeglot.source import read_source
+
+
+def run(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A folder or a Hub id (owner/name).", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the text begins with.", show_default=False)],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to add at most.")] = 64,
+    dtype: Annotated[Optional[str], typer.Option("--dtype", help="bfloat16, float16 or float32; by default what config.json declares.")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option("--device", help="Where the model goes, such as cuda; by default the CPU.")] = None,  # noqa: UP045
+    format: Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself.")] = None,  # noqa: UP045
+) -> None:
+    """Continue a text with a checkpoint in any format, by transformers; greedy."""
+    tokenizer = _tokenizer(path)
+    model = load(path, dtype, device, format)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].shape[-1]:
+        raise UsageError("the prompt is empty", "the tokenizer makes no token of it", 'pass --prompt "Some words"')
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id)
+
+
+def _tokenizer(path: str) -> Any:
+    """The one beside the weights; asked for first, since it is small."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UsageError("moeglot run needs transformers", str(error), "pip install 'moeglot[transformers]'") from error
+    source = read_source(path)
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: no tokenizer is here", str(error).split("\n")[0], "put the producer's tokenizer files beside the tensors") from error
