@@ -111,10 +111,10 @@ def open_adapter(path: str | Path, base: Checkpoint | str | Path, convention: st
     found, evidence, pairs = _read_experts(files, checkpoint, keys, convention) if keys else (None, (), {})
     if not keys:
         check_experts_there(files, checkpoint)
-    used = [key for pair in dict.fromkeys(pairs.values()) for key in (pair.place.a, pair.place.b)]
-    if unused := [key for key in keys if key not in set(used)]:
+    used = {key for pair in dict.fromkeys(pairs.values()) for key in (pair.place.a, pair.place.b)}
+    if unused := [key for key in keys if key not in used]:
         raise HalfAdapter(f"{unused[0]}: read by nothing ({len(unused)} such)", f"{len(used)} tensors of experts are read", "fetch it again from its writer")
-    dense, replaced = read_dense(files, checkpoint, [key for key in files.entries if key not in set(keys)], found)
+    dense, replaced = read_dense(files, checkpoint, [key for key in files.entries if key not in used], found)
     check_replaced(replaced, checkpoint)
     check_dense_there(files, checkpoint, dense, replaced)
     return Adapter(files, checkpoint, found, evidence, pairs, dense, replaced)

@@ -32,7 +32,7 @@ class Module:
 def written_config(adapter: Adapter, to: Convention, modules: Sequence[Module]) -> dict[str, Any]:
     """adapter_config.json for a convention's readers."""
     rank, scale = Counter((module.rank, module.scale) for module in modules).most_common(1)[0][0]
-    parameters = [module.name for module in modules if module.expert and to.wraps]
+    parameters = {module.name for module in modules if module.expert and to.wraps}
     config: dict[str, Any] = {key: value for key, value in adapter.config.raw.items() if key not in DROPPED}
     config |= {
         "peft_type": "LORA",
@@ -41,7 +41,7 @@ def written_config(adapter: Adapter, to: Convention, modules: Sequence[Module]) 
         "use_rslora": False,
         "rank_pattern": _pattern({module.name: module.rank for module in modules}, rank),
         "alpha_pattern": _pattern({module.name: _number(module.scale * module.rank) for module in modules}, _number(scale * rank)),
-        "target_modules": _brief([m.name for m in modules if m.name not in set(parameters)], _every_module(adapter, to), 1),
+        "target_modules": _brief([m.name for m in modules if m.name not in parameters], _every_module(adapter, to), 1),
         "target_parameters": _brief(parameters, _every_place(adapter, to), 3) if parameters else None,
         MARK: to.name,
     }
