@@ -19,7 +19,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot.demo import BUNDLED, write_turned
 from moeglot.evidence import MARGIN, Weighed, Z, weigh
-from moeglot.formats import FORMATS, gpt_oss
+from moeglot.formats import PLAIN, gpt_oss
 
 QWEN3 = Path(__file__).parent / "golden" / "king-james-qwen3"
 """A trained Qwen3MoeForCausalLM with H = I = 96: `python examples/train_demo_model.py kjv.txt OUT --family qwen3-moe --steps 4500`."""
@@ -438,7 +438,7 @@ TWIN = replace(
 
 def test_numbers_decide_where_declarations_do_not(bf16, tmp_path, monkeypatch):
     """A format with the same keys, dtypes and shapes, concatenated where gpt-oss is interleaved."""
-    monkeypatch.setattr(sys.modules["moeglot.identify"], "FORMATS", (*FORMATS, TWIN))
+    monkeypatch.setattr(sys.modules["moeglot.identify"], "PLAIN", (*PLAIN, TWIN))
     one = moeglot.open(copy(bf16, tmp_path / "one"))
     assert one.format.name == "gpt-oss/transformers"
     assert "the numbers fit it and contradict gpt-oss/twin (" in one.evidence[-1]

@@ -37,7 +37,7 @@ from moeglot import (
     UsageError,
 )
 from moeglot.format import Format
-from moeglot.formats import FORMATS, PLAIN, by_name
+from moeglot.formats import PLAIN, by_name
 from moeglot.shards import Entry
 
 IDENTIFY = importlib.import_module("moeglot.identify")  # the package has a function of that name
@@ -115,7 +115,7 @@ def _rival(name: str, gate_up: str, down: str) -> Format:
 )
 def test_two_formats_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], gate_up: str, down: str) -> None:
     """Shapes refute neither, so neither is chosen; the user may say which."""
-    monkeypatch.setattr(IDENTIFY, "FORMATS", (*FORMATS, _rival("gpt-oss/rival", gate_up, down)))
+    monkeypatch.setattr(IDENTIFY, "PLAIN", (*PLAIN, _rival("gpt-oss/rival", gate_up, down)))
     write_checkpoint(tmp_path / "m", "gpt-oss/transformers", sizes)
     with refused(
         AmbiguousFormat,
@@ -129,7 +129,7 @@ def test_two_formats_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes:
 
 def test_a_shape_refutes_the_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the test above could pass for any reason."""
-    monkeypatch.setattr(IDENTIFY, "FORMATS", (*FORMATS, _rival("gpt-oss/rival", "e (i p) h", "e h i")))
+    monkeypatch.setattr(IDENTIFY, "PLAIN", (*PLAIN, _rival("gpt-oss/rival", "e (i p) h", "e h i")))
     write_checkpoint(tmp_path / "m", "gpt-oss/transformers")
     assert moeglot.open(tmp_path / "m").format == by_name("gpt-oss/transformers")
 
@@ -938,7 +938,7 @@ def test_the_source_is_never_touched(tmp_path: Path, name: str) -> None:
     """Content, names and times of change; also where the conversion fails, and also where the output lies beside it."""
     source = write_checkpoint(tmp_path / "m", name, shards=2)
     (source / "tokenizer.json").write_text("{}")
-    (target,) = {"gpt-oss/transformers", "qwen3-moe/transformers-5"} & {form.name for form in FORMATS if form.family == by_name(name).family}
+    (target,) = {"gpt-oss/transformers", "qwen3-moe/transformers-5"} & {form.name for form in PLAIN if form.family == by_name(name).family}
     with untouched(source):
         moeglot.convert(source, target, tmp_path / "out")
         moeglot.convert(tmp_path / "out", name, tmp_path / "back")

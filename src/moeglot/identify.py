@@ -14,7 +14,7 @@ from moeglot.encoding import Encoding, agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.format import Format, dig
-from moeglot.formats import FORMATS, by_name, of_family
+from moeglot.formats import PLAIN, by_name, of_family, variants
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
 from moeglot.source import Source, read_source
@@ -74,7 +74,7 @@ class Identification:
                 "; ".join((*self.evidence, *(f"not {form}: {why}" for form, why in known.items()))),
                 "run `moeglot formats` for what is known; docs/add-a-format.md shows how to declare another",
             )
-        families = ", ".join(dict.fromkeys(f"{kind} ({form.family.name})" for form in FORMATS for kind in form.family.model_types))
+        families = ", ".join(dict.fromkeys(f"{kind} ({form.family.name})" for form in PLAIN for kind in form.family.model_types))
         raise UnknownFormat(
             f"{name}: a family that moeglot does not know",
             f"{'; '.join(self.evidence)}; known model types: {families}",
@@ -91,7 +91,10 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
-    ruled_out = {form.name: refutation for form in FORMATS if (refutation := _refutation(form, source))}
+    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source))}
+    layouts = [form for form in PLAIN if form.name not in ruled_out or ruled_out[form.name].by != "family"]
+    known = [*layouts, *(variant for form in layouts for variant in variants(form))]
+    ruled_out |= {form.name: refutation for form in known[len(layouts) :] if (refutation := _refutation(form, source))}
     if marks:
         form = by_name(marks.pop())
         if form.name in ruled_out:
@@ -101,9 +104,9 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
                 "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
             )
         return Identification(_settled(form, source), (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
-    if len(FORMATS) - len(ruled_out) > 1:
-        ruled_out |= {form.name: refutation for form in FORMATS if form.name not in ruled_out and (refutation := _misnamed(form, source))}
-    candidates = tuple(_settled(form, source) for form in FORMATS if form.name not in ruled_out)
+    if sum(form.name not in ruled_out for form in known) > 1:
+        ruled_out |= {form.name: refutation for form in known if form.name not in ruled_out and (refutation := _misnamed(form, source))}
+    candidates = tuple(_settled(form, source) for form in known if form.name not in ruled_out)
     evidence = tuple(_producer_marks(source, candidates))
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
 

@@ -9,7 +9,7 @@ from moeglot.encoding import agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
 from moeglot.format import Config, Format
-from moeglot.formats import FORMATS
+from moeglot.formats import of_family
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
 from moeglot.source import Source
@@ -64,7 +64,7 @@ def _tensor_problems(entry: Entry, line: Stored, part: str, sizes: Sizes, form: 
 
 
 def _other_format(form: Format, entry: Entry) -> str:
-    others = [other.name for other in FORMATS if other.family == form.family and other != form and other.match(entry.name)]
+    others = [other.name for other in of_family(form.family) if other != form and other.match(entry.name)]
     if others:
         return f"if the file was written by another producer, pass --format {' or '.join(others)}"
     matched = form.match(entry.name)

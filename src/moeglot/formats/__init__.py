@@ -1,4 +1,4 @@
-"""The formats that we know, as one tuple; a new family is one file here and its name in `FORMATS`."""
+"""The formats that we know; a new family is one file here and its name in `PLAIN`."""
 
 from __future__ import annotations
 
@@ -42,28 +42,40 @@ PLAIN: tuple[Format, ...] = (
 )
 """Every layout as its producer stores it, without what other libraries make of it."""
 
-CODED = tuple(form.coded(coding) for form in PLAIN if form.is_plain for coding in CODINGS if coding.codes(form.family.name, form.stored))
-FORMATS: tuple[Format, ...] = (*PLAIN, *CODED)
-"""Every layout, and every plain one with its matrices quantized: `"qwen3-moe/hub+fp8-block"`."""
+FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in PLAIN}.values())
 
-FAMILIES: tuple[Family, ...] = tuple({form.family.name: form.family for form in FORMATS}.values())
+
+_variants: dict[str, tuple[Format, ...]] = {}
+
+
+def variants(form: Format) -> tuple[Format, ...]:
+    """A plain layout with its matrices quantized, in every way that is known: `"qwen3-moe/hub+fp8-block"`; made when they are asked for."""
+    if form.name not in _variants:
+        _variants[form.name] = tuple(form.coded(coding) for coding in CODINGS if form.is_plain and coding.codes(form.family.name, form.stored))
+    return _variants[form.name]
 
 
 def formats() -> tuple[Format, ...]:
-    """Every format that moeglot knows."""
-    return FORMATS
+    """Every format that moeglot knows: every layout, and its quantized variants."""
+    return (*PLAIN, *(variant for form in PLAIN for variant in variants(form)))
 
 
 def by_name(name: str) -> Format:
     """`"gpt-oss/openai"` -> its Format; raises `UsageError` with the names that are known."""
-    for form in FORMATS:
+    for form in PLAIN:
         if form.name == name:
             return form
-    near = [form.name for form in FORMATS if form.family.name == name.partition("/")[0]] or get_close_matches(name, [form.name for form in FORMATS])
-    known = "known: " + ", ".join(near) if near else f"known are {len(PLAIN)} layouts of {len(FAMILIES)} families, and their quantized variants"
-    raise UsageError(f"{name!r} is not a format", known, "run `moeglot formats` for what each one is")
+        if name.startswith(form.name + "+"):
+            for variant in variants(form):
+                if variant.name == name:
+                    return variant
+    known = [form.name for form in formats()]
+    near = [one for one in known if one.partition("/")[0] == name.partition("/")[0]] or get_close_matches(name, known)
+    told = "known: " + ", ".join(near) if near else f"known are {len(PLAIN)} layouts of {len(FAMILIES)} families, and their quantized variants"
+    raise UsageError(f"{name!r} is not a format", told, "run `moeglot formats` for what each one is")
 
 
 def of_family(family: Family) -> tuple[Format, ...]:
     """The formats in which this family is stored."""
-    return tuple(form for form in FORMATS if form.family == family)
+    layouts = [form for form in PLAIN if form.family == family]
+    return (*layouts, *(variant for form in layouts for variant in variants(form)))
