@@ -15,6 +15,7 @@ from rich.table import Table
 
 from moeglot.certificate import Certificate, report_json
 from moeglot.checks import Check, Report
+from moeglot.codings import CODINGS
 from moeglot.format import Format
 from moeglot.forward import LIMIT
 from moeglot.loss import Loss
@@ -67,12 +68,15 @@ def formats_json(formats: Iterable[Format]) -> dict[str, Any]:
 
 
 def show_formats(console: Console, formats: Iterable[Format]) -> None:
+    variants = [(coding.name, coding.about) for coding in CODINGS]
     rows = [
         (form.name if not n else "", line.key.split("{layer}.")[-1], " ".join(line.roles), line.axes, line.encoding.name)
         for form in formats
+        if not form.coding
         for n, line in enumerate(form.stored)
     ]
     table(console, "formats (e expert, h hidden, i intermediate, p which of the roles)", ("format", "tensor", "roles", "axes", "encoding"), rows)
+    table(console, "quantized variants of layouts whose matrices lie [out, in], as in qwen3-moe/hub+fp8-block", ("variant", "what it is"), variants)
 
 
 # --- plan and certificate --------------------------------------------------------------------------------------------------------------
