@@ -63,7 +63,7 @@ FP8_BLOCK = Coding(
 
 
 FP8_SCALE = replace(
-    FP8_BLOCK, name="fp8-block-scale", linear={"weight": ".weight", "scale": ".scale"}, stacked={}, source=DEEPSEEK_4, about="the same with `.scale`"
+    FP8_BLOCK, name="fp8-block-scale", linear={"weight": ".weight", "scale": ".scale"}, stacked={}, source=DEEPSEEK_4, about="FP8 E4M3 in blocks, with `.scale`"
 )
 FP8_QSCALE = replace(
     FP8_BLOCK,
