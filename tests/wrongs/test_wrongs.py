@@ -3,8 +3,10 @@
 The corruptions are written here with plain tensor operations, so that no code of ours is on both sides.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -268,3 +270,19 @@ def test_the_right_file_holds(fingerprint, tmp_path):
     moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
     for against in (BUNDLED, fingerprint):
         assert moeglot.verify(tmp_path / "bf16", against).verdict == "holds"
+
+
+def test_fused_experts_cut_along_h(tmp_path):
+    """llm-compressor 0.14's model_free_ptq halves [E, H, 2I] along its second axis; with H = 2I each half has the shape of a gate."""
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", {"e": 4, "h": 128, "i": 64}, 2)
+    tensors = load_file(source / "model.safetensors")
+    for layer, expert in product(range(2), range(4)):
+        gate, up = (f"model.layers.{layer}.mlp.experts.{expert}.{role}_proj.weight" for role in ("gate", "up"))
+        stored = torch.cat([tensors[gate], tensors[up]]).T  # [in, out], as gpt-oss, Llama 4 and Qwen3-VL keep it
+        tensors[gate], tensors[up] = (half.contiguous() for half in stored.chunk(2))
+    shutil.copytree(source, tmp_path / "wrong")
+    save_file(tensors, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
+    report = moeglot.verify(tmp_path / "wrong", source)
+    assert report.exit_status == 1
+    forward = next(check for check in report.checks if check.level == "forward")
+    assert forward.figures["relative_error"] > 0.1  # ten thousand times the limit
