@@ -211,6 +211,12 @@ def test_never_half_applied(half, tmp_path):
         moeglot.open_adapter(path, base, WRITERS[writer][0])
 
 
+def test_a_name_of_nothing_is_refused_whatever_the_adapter_holds(tmp_path):
+    path, _, base = make(tmp_path, "tinker", "qwen3-moe", "neither")
+    with pytest.raises(moeglot.UsageError):
+        moeglot.open_adapter(path, base, "tinkr")
+
+
 def test_a_word_against_the_mark_is_told(tmp_path):
     path, _, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
     change_config(path, moeglot_convention="grouped")
