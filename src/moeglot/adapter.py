@@ -15,7 +15,7 @@ from moeglot.adapter_parts import Dense, Pair, Replaced, check_replaced, read_de
 from moeglot.adapter_targets import check_dense_there, check_experts_there, expected_places, expert_keys, wrapped_lines
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
-from moeglot.conventions import Convention
+from moeglot.conventions import Convention, by_name
 from moeglot.errors import HalfAdapter
 from moeglot.factors import Place, fit, in_out, stacked_form
 
@@ -106,6 +106,8 @@ def open_adapter(path: str | Path, base: Checkpoint | str | Path, convention: st
     `UnsupportedAdapter`, `TensorMismatch` and `Contradiction`.
     """
     checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    if convention is not None:
+        by_name(convention)
     files = read_files(path, adapter)
     keys = expert_keys(files, checkpoint.format.family)
     found, evidence, pairs = _read_experts(files, checkpoint, keys, convention) if keys else (None, (), {})

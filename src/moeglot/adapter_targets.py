@@ -105,7 +105,7 @@ def check_dense_there(files: AdapterFiles, base: Checkpoint, dense: Mapping[str,
     """Raises `HalfAdapter` for a module that the config names and the adapter does not hold. "all-linear" names the leaves that it holds somewhere."""
     loose = isinstance(files.config.modules, str) and files.config.modules.lower() == "all-linear"
     leaves = {name.rpartition(".")[2] for name in dense}
-    for key, tensor in base.dense.items():
+    for key, tensor in base.decoded("F32").items():
         name = key.removesuffix(".weight")
         if not key.endswith(".weight") or len(tensor.shape) != 2 or name in dense or key in replaced:
             continue

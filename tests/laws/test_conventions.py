@@ -9,7 +9,7 @@ import torch
 from adapters import WRITERS, Job
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
@@ -67,18 +67,21 @@ def test_no_two_conventions_or_readers_have_one_name():
 STACKED = ("peft", "peft-turned", "grouped", "grouped-turned")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
-def test_there_and_back_is_the_same_file(family, tmp_path):
+def test_there_and_back_is_the_same_file(family, dtype, tmp_path):
     """One scale and one right factor for gate and up: nothing has to be folded, so not one bit changes."""
     base = moeglot.open(write_checkpoint(tmp_path / "base", f"{family}/{'transformers' if family == 'gpt-oss' else 'hub'}", {"e": 4, "h": 64, "i": 32}))
     path = WRITERS["PEFT"][2](Job(family, 4, 64, 32, 4)).save(tmp_path / "adapter")
+    first = {key: tensor.to(dtype) for key, tensor in load_file(path / "adapter_model.safetensors").items()}
+    save_file(first, path / "adapter_model.safetensors")
     found = moeglot.open_adapter(path, base, "peft")
     for via in (*STACKED, "tinker", "sglang", *(["unsloth-bnb"] if family == "gpt-oss" else ["per-expert", "automodel"])):
         moeglot.convert_adapter(found, via, tmp_path / via)
         moeglot.convert_adapter(moeglot.open_adapter(tmp_path / via, base), "peft", tmp_path / f"{via}-back")
-        back, first = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / f"{via}-back", path))
+        back = load_file(tmp_path / f"{via}-back" / "adapter_model.safetensors")
         assert back.keys() == first.keys()
-        assert all(torch.equal(back[key], first[key]) for key in first), via
+        assert all(back[key].dtype == dtype and torch.equal(back[key], first[key]) for key in first), via
 
 
 def test_gate_and_up_of_their_own_need_twice_the_rank(tmp_path):
@@ -121,6 +124,25 @@ def test_the_config_names_what_is_adapted_and_nothing_else(tmp_path):
         targets = json.loads((tmp_path / f"bnb{layers}" / "adapter_config.json").read_text())["target_modules"]
         assert len(targets) == (8 if layers == 3 else 16)
         assert all(("gate_up_projs." in name) or ("down_projs." in name) for name in targets)
+
+
+QUANTIZED = ["gpt-oss/openai", "gpt-oss/original"]
+
+
+@pytest.mark.parametrize("base", QUANTIZED)
+def test_a_base_in_any_format_names_the_same_modules(base, tmp_path):
+    """The adapter speaks of transformers' modules; the base may pack q, k and v in one tensor, and its experts in MXFP4."""
+    checkpoint = moeglot.open(write_checkpoint(tmp_path / "base", base, {"e": 4, "h": 64, "i": 64}))
+    made = WRITERS["PEFT"][2](Job("gpt-oss", 4, 64, 64, 3))
+    for layer in range(2):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.k_proj"
+        made.tensors |= {f"{stem}.lora_A.weight": torch.randn(3, 64), f"{stem}.lora_B.weight": torch.randn(32, 3)}
+    made.config["target_modules"] = ["k_proj"]
+    found = moeglot.open_adapter(made.save(tmp_path / "adapter"), checkpoint, "peft")
+    assert list(found.dense) == [f"model.layers.{layer}.self_attn.k_proj" for layer in range(2)]
+    for key, change in made.changes.items():
+        left, right = found.factors(*key)
+        assert float((left.double() @ right.double() - change).norm() / change.norm()) <= 1e-6
 
 
 def test_factors_for_all_experts_are_kept_or_repeated(tmp_path):

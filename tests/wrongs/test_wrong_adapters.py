@@ -67,6 +67,19 @@ def test_into_every_other_convention(writer, family, tmp_path):
     assert {"peft", "peft-turned", "grouped", "grouped-turned", "tinker", "sglang"} <= set(reached)
 
 
+def test_scales_and_ranks_of_their_own_are_folded_and_padded(tmp_path):
+    """alpha_pattern for one role, to a reader that knows one scale."""
+    path, made, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
+    change_config(path, alpha_pattern={"down_proj": 9.0})
+    made.changes = {key: change * (9.0 / 6.0 if key[1] == "down" else 1) for key, change in made.changes.items()}
+    found = moeglot.open_adapter(path, base, "peft")
+    assert worst(found, made) <= LIMIT
+    for to in ("sglang", "per-expert", "automodel", "grouped"):
+        done = moeglot.convert_adapter(found, to, tmp_path / to)
+        assert any("folded" in note for note in done.notes) == (to != "grouped")
+        assert worst(moeglot.open_adapter(tmp_path / to, base), made) <= LIMIT
+
+
 def change_config(path: Path, **values) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -209,6 +222,12 @@ def test_never_half_applied(half, tmp_path):
     change_config(path, **config)
     with pytest.raises(error):
         moeglot.open_adapter(path, base, WRITERS[writer][0])
+
+
+def test_a_name_of_nothing_is_refused_whatever_the_adapter_holds(tmp_path):
+    path, _, base = make(tmp_path, "tinker", "qwen3-moe", "neither")
+    with pytest.raises(moeglot.UsageError):
+        moeglot.open_adapter(path, base, "tinkr")
 
 
 def test_a_word_against_the_mark_is_told(tmp_path):
