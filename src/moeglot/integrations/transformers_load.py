@@ -29,11 +29,17 @@ from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
+OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"}
+"""Arguments of `from_pretrained` that `load` settles itself."""
 INSTALLED = f"transformers {transformers.__version__}"
 
 
 def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.device | int | None, format: str | None, options: Mapping[str, Any]) -> Any:
     """See `moeglot.load`."""
+    if taken := sorted(OURS & options.keys()):
+        raise UsageError(
+            f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
+        )
     checkpoint = open(path, format)
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
