@@ -100,9 +100,9 @@ def layout(checkpoint: Checkpoint, modules: Mapping[str, tuple[int, ...]], dtype
 
 
 def layouts(source: Format) -> list[Format]:
-    """The plain layouts of a family that the installed version reads, memory's before the Hub's.
+    """The plain layouts of a family that the installed version reads, those of version 5's own modules first.
 
-    The order matters where two have the same names and only axes differ: version 5 turns Qwen3-VL's Hub tensors by their shapes, and a square fits both ways.
+    Qwen3-VL's has the Hub's names and other axes; given the Hub's, version 5 turns a tensor or not by its shape, and a square fits both ways.
     """
     reads = ("transformers 5", "any transformers") if VERSION >= (5, 0) else ("any transformers",)
     plain = [form for form in of_family(source.family) if form.reads in reads and all(isinstance(line.encoding, Plain) for line in form.stored)]
