@@ -22,13 +22,14 @@ def run(
     """Continue a text with a checkpoint in any format, by transformers; greedy."""
     tokenizer = _tokenizer(path)
     model = load(path, dtype, device, format)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].shape[-1]:
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    if not ids.shape[-1]:
         raise UsageError("the prompt is empty", "the tokenizer makes no token of it", 'pass --prompt "Some words"')
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer, pad_token_id=tokenizer.eos_token_id)
+    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
 
 
 def _tokenizer(path: str) -> Any:
@@ -40,5 +41,5 @@ def _tokenizer(path: str) -> Any:
     source = read_source(path)
     try:
         return AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: no tokenizer is here", str(error).split("\n")[0], "put the producer's tokenizer files beside the tensors") from error
+    except (OSError, ValueError, ImportError) as error:  # the last where it then looks for a tokenizer of another kind
+        raise UsageError(f"{path}: no tokenizer is here", str(error).strip().split("\n")[0], "put the producer's tokenizer files beside the tensors") from error

@@ -198,6 +198,36 @@ def test_other_families(family, tmp_path):
         assert relative(found, expected) <= LIMIT
 
 
+def test_layers_for_multi_token_prediction_are_left_out_if_config_says_them(tmp_path):
+    """transformers drops them by number (layer 92 of GLM-4.5), which a smaller model does not have."""
+    live = families.model_of(next(family for family in FAMILIES if family.name == "glm4-moe"), "h=2i")
+    live.generation_config.do_sample = True
+    live.save_pretrained(tmp_path / "saved")
+    last, more = f"model.layers.{live.config.num_hidden_layers - 1}.", f"model.layers.{live.config.num_hidden_layers}."
+    extra = changed(tmp_path / "saved", tmp_path / "more", lambda file: file.update({k.replace(last, more): v.clone() for k, v in file.items() if last in k}))
+    config = json.loads((extra / "config.json").read_text())
+    (extra / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    assert relative(families.logits(moeglot.load(extra, dtype="float32")), families.logits(live)) <= LIMIT
+    (extra / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    refused(extra, MoeglotError, more)
+
+
+@pytest.mark.parametrize("place", ["auto", "cpu", {"model": "cpu", "lm_head": "cpu"}], ids=str)
+def test_a_device_map_is_passed_on(place):
+    golden = json.loads(GOLDEN.read_text())
+    model = moeglot.load(BUNDLED, "float32", device_map=place)
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor([golden["tokens"]]).to(model.device)).logits[0, -1].cpu()
+    assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cuda_device(dtype):
+    there, here = moeglot.load(BUNDLED, dtype, device="cuda").state_dict(), moeglot.load(BUNDLED, dtype).state_dict()
+    assert all(tensor.is_cuda and torch.equal(tensor.cpu(), here[name]) for name, tensor in there.items())
+
+
 def test_the_bundled_model(tmp_path):
     golden = json.loads(GOLDEN.read_text())
     for to in ("gpt-oss/openai", "gpt-oss/original", "gpt-oss/transformers"):
@@ -235,7 +265,7 @@ def test_4_57_leaves_fused_experts_random(tmp_path):
 
 
 def test_fp8_with_a_short_last_block_on_a_cpu(tmp_path):
-    """192 rows under blocks of 128: 4.57 refuses a CPU, 5.5 drops the scales, 5.23 takes the block for 96."""
+    """192 rows under blocks of 128: 4.57 refuses a CPU, 5.5 wants kernels that a CPU has not, 5.23 takes the block for 96, in silence."""
     e, h, i = 2, 64, 192
     live = model_of("mixtral", e, h, i)
     with torch.no_grad():
@@ -246,7 +276,8 @@ def test_fp8_with_a_short_last_block_on_a_cpu(tmp_path):
     moeglot.convert(tmp_path / "saved", "mixtral/hub+fp8-block", tmp_path / "out", allow_loss=True)
     expected = logits(of_file(live, "mixtral", tmp_path / "out", e, h, i))
     assert relative(logits(moeglot.load(tmp_path / "out", dtype="float32")), expected) <= LIMIT
-    assert wrong(theirs(tmp_path / "out"), expected)
+    found = theirs(tmp_path / "out")
+    assert isinstance(found, str) if VERSION < (5, 6) else wrong(found, expected) and isinstance(found, torch.Tensor)
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="4.57 keeps Qwen3-VL's experts as the Hub does")
@@ -302,6 +333,8 @@ def test_placeholders_and_overflow(tmp_path):
         moeglot.load(folder, dtype=torch.float8_e4m3fn)
     with pytest.raises(UsageError, match="device_map"):
         moeglot.load(folder, device="cpu", device_map="auto")
+    with pytest.raises(UsageError, match="torch_dtype"):
+        moeglot.load(folder, torch_dtype="float16")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GptOssModel"]}))
     refused(folder, NotVerified, "lm_head.weight")
@@ -372,17 +405,17 @@ def test_what_is_no_whole_model_is_not_saved(tmp_path):
 # --- the command line ------------------------------------------------------------------------------------------------------------------
 
 
-def test_run_continues_a_text_from_any_format(tmp_path):
+def test_run_continues_a_text_from_any_format(tmp_path, capsys):
+    from moeglot.cli_run import run
     from moeglot.integrations.transformers import continue_text
 
-    moeglot.convert(BUNDLED, "gpt-oss/original", tmp_path / "original")
-    command = [sys.executable, "-m", "moeglot.cli", "run", str(tmp_path / "original"), "--prompt", "And God said", "--tokens", "12", "--dtype", "float32"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.strip() == continue_text(moeglot.open(BUNDLED), "And God said", 12).strip()
-    (tmp_path / "original" / "tokenizer.json").unlink()
-    (tmp_path / "original" / "tokenizer_config.json").unlink()
-    refusal = subprocess.run(command, capture_output=True, text=True)
-    assert (refusal.returncode, "no tokenizer" in refusal.stderr) == (2, True)
+    moeglot.convert(BUNDLED, "gpt-oss/original", folder := tmp_path / "original")
+    run(str(folder), "And God said", 12, "float32")
+    assert capsys.readouterr().out.strip() == continue_text(moeglot.open(BUNDLED), "And God said", 12).strip()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UsageError, match="no tokenizer"):
+        run(str(folder), "And God said")
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------------------

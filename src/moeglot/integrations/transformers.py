@@ -189,7 +189,14 @@ def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:
     """The prompt and its greedy continuation, by transformers."""
     model = load(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.source.folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # 4.57 adds token types, which its own generate refuses
     with torch.no_grad():
-        found = model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=ids.new_ones(ids.shape),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     return str(tokenizer.decode(found[0], skip_special_tokens=True))

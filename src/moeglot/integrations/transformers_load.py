@@ -29,11 +29,17 @@ from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
+OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"}
+"""Arguments of `from_pretrained` that `load` settles itself."""
 INSTALLED = f"transformers {transformers.__version__}"
 
 
 def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.device | int | None, format: str | None, options: Mapping[str, Any]) -> Any:
     """See `moeglot.load`."""
+    if taken := sorted(OURS & options.keys()):
+        raise UsageError(
+            f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
+        )
     checkpoint = open(path, format)
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
@@ -94,9 +100,9 @@ def layout(checkpoint: Checkpoint, modules: Mapping[str, tuple[int, ...]], dtype
 
 
 def layouts(source: Format) -> list[Format]:
-    """The plain layouts of a family that the installed version reads, memory's before the Hub's.
+    """The plain layouts of a family that the installed version reads, those of version 5's own modules first.
 
-    The order matters where two have the same names and only axes differ: version 5 turns Qwen3-VL's Hub tensors by their shapes, and a square fits both ways.
+    Qwen3-VL's has the Hub's names and other axes; given the Hub's, version 5 turns a tensor or not by its shape, and a square fits both ways.
     """
     reads = ("transformers 5", "any transformers") if VERSION >= (5, 0) else ("any transformers",)
     plain = [form for form in of_family(source.family) if form.reads in reads and all(isinstance(line.encoding, Plain) for line in form.stored)]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 
 from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor
-from moeglot.dtypes import DTYPES, DType
+from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from moeglot.encoding import Encoded
+from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, MoeglotError
 from moeglot.layout import values
 from moeglot.plan import Plan, Step
@@ -93,7 +93,7 @@ def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.T
         if set(line.roles) & set(step.line.roles):
             roles |= source.expert(line, step.layer, expert)
     found = step.line.join(lambda role: values(roles[role].decode(dtype.torch))).parts["value"]
-    if not bool(found.isfinite().all()):
+    if Plain(dtype.name).check({"value": found}):
         raise BadNumbers(
             f"{step.line.keys(step.layer, expert)['value']}, expert {expert}: holds numbers that {dtype.torch_name} cannot",
             source.known,
@@ -134,8 +134,8 @@ def _others(name: str, parts: tuple[DenseTensor, ...]) -> Lazy:
         """A tensor of its own: nothing in a model may hang on a mapped file."""
         found = [part.read() for part in parts]
         whole = torch.cat(found) if len(found) > 1 else found[0] if isinstance(parts[0], DecodedTensor) else found[0].clone()
-        if prod(whole.shape[:2]) > 1 and whole.ndim > 1 and whole.is_floating_point() and not bool(whole.isfinite().all()):
-            raise BadNumbers(f"{name}: holds NaN or infinite numbers", f"it is stored as {parts[0].origin}", "fetch the file again from its producer")
+        if whole.ndim and parts[0].dtype in WEIGHT_DTYPES and (problem := Plain(parts[0].dtype).check({"value": whole})):
+            raise BadNumbers(f"{name}: {problem}", f"it is stored as {parts[0].origin}", "fetch the file again from its producer")
         return whole
 
     return Lazy(name, torch.Size(shape), DTYPES[parts[0].dtype], make)
