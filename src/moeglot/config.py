@@ -65,7 +65,9 @@ def write_config(hub: Config, form: Format) -> dict[str, Any]:
     if not spec.only:
         return {**hub, **spec.constants, **({"quantization_config": dict(spec.quantization)} if spec.quantization else {})}
     _check_constants(hub, spec, form)
-    return {key: value for path, key in spec.names.items() if (value := dig(hub, path)) is not None}
+    found = {key: dig(hub, path) for path, key in spec.names.items()}
+    given = {spec.names[path]: value for path, value in spec.defaults.items()}
+    return {key: given.get(key) if value is None else value for key, value in found.items() if value is not None or key in given}
 
 
 def _check_constants(hub: Config, spec: ConfigForm, form: Format) -> None:

@@ -181,13 +181,14 @@ class ConfigForm:
     """How this format's config.json differs from the Hub's: keys by other names, constants, and keys that must not be there.
 
     `names`: the Hub's key (dotted for nested ones) -> the key here. `only`: nothing but the named keys exists here.
-    `constants` are written here; `hub_constants` are written on the way to the Hub's form.
+    `constants` are written here; `hub_constants` are written on the way to the Hub's form; `defaults` say what a key of the Hub means where it lacks.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     only: bool = False
     constants: Mapping[str, Any] = field(default_factory=dict)
     hub_constants: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
 
 

@@ -47,3 +47,17 @@ def test_what_openai_releases_returns_from_the_hub_form(tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config == json.loads((tmp_path / "c" / "config.json").read_text())
     assert ModelConfig(**config).num_experts == 8
+
+
+def test_a_config_without_the_limit_means_the_default(tmp_path):
+    """transformers 4.57 and 5.5 save configs that do not say swiglu_limit."""
+    import json
+    import shutil
+
+    shutil.copytree(BUNDLED, tmp_path / "source")
+    told = json.loads((tmp_path / "source" / "config.json").read_text())
+    assert told.pop("swiglu_limit") == 7.0
+    (tmp_path / "source" / "config.json").write_text(json.dumps(told))
+    moeglot.convert(tmp_path / "source", "gpt-oss/original", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["swiglu_limit"] == 7.0
+    assert moeglot.compare(tmp_path / "out", BUNDLED).verdict == "holds"

@@ -108,6 +108,7 @@ ORIGINAL = Format(
             "rope_scaling.beta_fast": "rope_ntk_beta",
         },
         only=True,
+        defaults={"swiglu_limit": 7.0},  # configs that transformers 4.57 and 5.5 save do not say it
         hub_constants={
             "architectures": ["GptOssForCausalLM"],
             "model_type": "gpt_oss",
