@@ -212,14 +212,13 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
     for line in form.stored:
         wanted = line.names if every else line.suffixes
         suffixes = {part: suffix for part, suffix in wanted.items() if _is_somewhere(line.key + suffix, source)}
-        if not line.suffixes.keys() <= suffixes.keys():
-            continue
+        needed = line.suffixes.keys() & suffixes.keys()  # what is nowhere is not looked for in every layer
         for layer, expert in ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1)):
             stem = line.key.format(layer=layer, expert=expert)
             for part, suffix in suffixes.items():
                 if stem + suffix in source.entries:
                     found.setdefault((line.key, part), source.entries[stem + suffix])
-            if all((line.key, part) in found for part in line.suffixes):
+            if all((line.key, part) in found for part in needed):
                 break
     return found
 
