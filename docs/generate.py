@@ -167,7 +167,8 @@ def import_rows() -> str:
     """The rows of tests/test_architecture.py, as one code block."""
     tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8"))
     layers = next(node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS")
-    rows = [", ".join(ast.literal_eval(name) for name in row.elts) for row in layers.elts]  # type: ignore[attr-defined]  # a tuple of sets
+    assert isinstance(layers, ast.Tuple)
+    rows = [", ".join(ast.literal_eval(name) for name in row.elts) for row in layers.elts if isinstance(row, ast.Set)]
     return "```\n" + "\n".join(rows) + "\n```"
 
 

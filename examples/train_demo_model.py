@@ -60,24 +60,27 @@ def name_tokenizer_for_every_version(path: Path) -> None:
     path.write_text(json.dumps(told | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
+COMMON = {
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    "router_aux_loss_coef": 0.01,
+    "output_router_logits": True,
+    "use_cache": False,
+}
+
+
 def make_gpt_oss(vocabulary: int) -> GptOssForCausalLM:
     config = GptOssConfig(
         vocab_size=vocabulary,
+        **COMMON,
         hidden_size=192,
         intermediate_size=192,
         num_hidden_layers=4,
         num_local_experts=8,
-        num_experts_per_tok=2,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,
         sliding_window=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        router_aux_loss_coef=0.01,
-        output_router_logits=True,
-        use_cache=False,
     )
     return GptOssForCausalLM(config)
 
@@ -85,23 +88,16 @@ def make_gpt_oss(vocabulary: int) -> GptOssForCausalLM:
 def make_qwen3_moe(vocabulary: int) -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(
         vocab_size=vocabulary,
+        **COMMON,
         hidden_size=96,
         intermediate_size=96,
         moe_intermediate_size=96,
         num_hidden_layers=2,
         num_experts=8,
-        num_experts_per_tok=2,
         norm_topk_prob=True,
         num_attention_heads=3,
         num_key_value_heads=1,
-        head_dim=32,
         tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        router_aux_loss_coef=0.01,
-        output_router_logits=True,
-        use_cache=False,
     )
     return Qwen3MoeForCausalLM(config)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Any
 
 from moeglot import hub
 from moeglot.errors import AdapterError, BrokenFile, PickleRefused, UnsupportedAdapter
-from moeglot.shards import Entry, read_header, unique
+from moeglot.shards import Entry, read_header
+from moeglot.source import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -128,7 +128,7 @@ class AdapterConfig:
         if only is None:
             return True
         found = re.search(r"\.layers\.(\d+)\.", f".{name}")
-        return bool(found) and int(found[1]) in (only if isinstance(only, list) else [only])  # type: ignore[index]
+        return found is not None and int(found[1]) in (only if isinstance(only, list) else [only])
 
     def check(self) -> None:
         """Raises `UnsupportedAdapter` for what is more than LoRA, and `BrokenFile` for values that are none of that key."""
@@ -185,7 +185,7 @@ def read_files(path: str | Path, adapter: str | None = None) -> AdapterFiles:
                 f"{path}: only adapter_model.bin is here", "loading a pickle runs the code in it; moeglot never does", "save it as safetensors first"
             )
         raise AdapterError(f"{path}: no {TENSORS}", f"looked in {folder}", "pass the folder that PEFT's save_pretrained wrote")
-    config = AdapterConfig(_read_json(folder / CONFIG))
+    config = AdapterConfig(read_json(folder / CONFIG))
     config.check()
     entries, _ = read_header(folder / TENSORS)
     found = {key.removeprefix(PREFIX): entry for key, entry in entries.items()}
@@ -207,13 +207,3 @@ def _choose(folder: Path, adapter: str | None) -> Path:
         wrong = f"{folder} has no adapter {adapter!r}" if adapter is not None else f"{folder} holds {len(found)} adapters"
         raise AdapterError(wrong, f"they are {', '.join(found)}", f"pass --adapter {next(iter(found))} (or another of these)")
     return next(iter(found.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise BrokenFile(f"{CONFIG}: not JSON", str(error), "fetch it again from its writer") from error
-    if not isinstance(value, dict):
-        raise BrokenFile(f"{CONFIG}: no JSON object", f"it is a {type(value).__name__}", "fetch it again from its writer")
-    return value

@@ -6,14 +6,14 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moeglot.coding import WEIGHT, Coding, said
 from moeglot.config import hub_config
-from moeglot.dtypes import DTYPES
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
 from moeglot.evidence import decide
@@ -23,70 +23,6 @@ from moeglot.layout import Stored, values
 from moeglot.shards import Entry
 from moeglot.source import Source, read_source
 from moeglot.structure import structure_problems
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class HubTensor:
-    """A tensor that is no expert, under its name on the Hub: rows `first` to `first + rows` of a stored one."""
-
-    name: str
-    entry: Entry
-    first: int = 0
-    rows: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape if self.rows is None else (self.rows, *self.entry.shape[1:])
-
-    @property
-    def dtype(self) -> str:
-        return self.entry.dtype
-
-    @property
-    def origin(self) -> str:
-        """The stored tensor that it comes from."""
-        return self.entry.name
-
-    def read(self) -> torch.Tensor:
-        return self.entry.read(self.first, self.rows)
-
-
-@dataclass(frozen=True)
-class DecodedTensor:
-    """A matrix that is no expert and that is quantized as the experts are: what it decodes to."""
-
-    name: str
-    encoding: Encoding
-    parts: Mapping[str, Entry]
-    dtype: str
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return self.encoding.matrix_shape(self._read())
-
-    @property
-    def origin(self) -> str:
-        return " + ".join(entry.name for entry in self.parts.values())
-
-    def exact(self) -> Encoded:
-        """The matrix [out, in], still encoded."""
-        shape = self.encoding.matrix_shape(stored := self._read())
-        parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
-        if problem := self.encoding.check(parts):
-            raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
-        return Encoded(self.encoding, parts, shape)
-
-    def read(self) -> torch.Tensor:
-        return self.exact().decode(DTYPES[self.dtype].torch)
-
-    def _read(self) -> dict[str, torch.Tensor]:
-        return {part: entry.read() for part, entry in self.parts.items()}
-
-
-DenseTensor = HubTensor | DecodedTensor
 
 
 @dataclass(frozen=True)
@@ -169,9 +105,12 @@ class Checkpoint:
         for line in self.format.stored:
             encoding = self.encoding(line, layer)
             for role in line.roles:
-                shape = tuple({**self.sizes}[letter] for letter in ["e", *line.role_axes.split()])
-                found[role] = LazyEncoded(encoding, shape, lambda expert, line=line, role=role: self.expert(line, layer, expert)[role])  # type: ignore[misc]
+                shape = tuple(self.sizes[letter] for letter in ("e", *line.role_axes.split()))
+                found[role] = LazyEncoded(encoding, shape, partial(self._role, role, line, layer))
         return {role: found[role] for role in self.format.family.roles}
+
+    def _role(self, role: str, line: Stored, layer: int, expert: int) -> Encoded:
+        return self.expert(line, layer, expert)[role]
 
     @cached_property
     def expert_keys(self) -> frozenset[str]:

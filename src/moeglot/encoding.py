@@ -109,9 +109,9 @@ class Encoding(ABC):
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """values [..., out, in] of any float dtype -> parts; raises `BadNumbers` for values that are not finite."""
 
+    @abstractmethod
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
-        """[out, in] of a matrix that is no expert, from its parts as they lie in a file."""
-        raise NotImplementedError(f"{self.name} keeps no matrix but experts")
+        """[out, in] of a matrix, from its parts as they lie in a file."""
 
     def like(self, other: Encoding) -> Encoding:
         """This encoding with what a spec leaves open taken from another of its name, so that codes can be moved."""
@@ -145,9 +145,9 @@ class Encoding(ABC):
         """How many blocks have values that other parts could code as well, so that decode∘encode need not return these bytes."""
         return 0
 
+    @abstractmethod
     def inverted(self, parts: Parts) -> Parts:
         """The parts with every scale turned into its reciprocal, as a reader would see them who divides where he should multiply."""
-        raise NotImplementedError(f"{self.name} has no scales")
 
     def __str__(self) -> str:
         return self.name

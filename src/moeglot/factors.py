@@ -66,7 +66,7 @@ def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:
 def in_out(family: Family) -> bool:
     """A family's stacked parameters lie [e, in, out]."""
     form = stacked_form(family)
-    return bool(form) and form.stored[0].expert_groups[0] == ("h",)  # type: ignore[union-attr]
+    return form is not None and form.stored[0].expert_groups[0] == ("h",)
 
 
 def holds(convention: Convention, family: Family) -> bool:

@@ -11,8 +11,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor, open
+from moeglot.checkpoint import Checkpoint, open
 from moeglot.config import declared_dtype, write_config
+from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name

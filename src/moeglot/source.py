@@ -111,7 +111,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _read_weight_map(index: Path, inode: int, changed: int) -> dict[str, str]:
-    found = _json(index).get("weight_map")
+    found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise BrokenFile(f"{INDEX}: no weight_map", "it maps each tensor to its file, as huggingface_hub writes it", "fetch the index again")
     return found
@@ -132,7 +132,8 @@ def _inside(path: Path, root: Path) -> Path:
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, each key once; raises `BrokenFile`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -157,7 +158,7 @@ def _read(name: str, folder: Path, shards: tuple[Path, ...], headers_only: bool)
         entries.update(found)
         held.update(dict.fromkeys(found, shard.name))
         metadata.append(marks)
-    config = _json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
+    config = read_json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
     _check_index(folder, shards, held)
     return Source(name, folder, shards, entries, config, tuple(metadata))
 

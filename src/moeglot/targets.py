@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moeglot.checkpoint import Checkpoint, DenseTensor
+from moeglot.checkpoint import Checkpoint
 from moeglot.coding import WEIGHT, said
 from moeglot.config import declared_dtype
+from moeglot.dense import DenseTensor
 from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain

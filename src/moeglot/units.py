@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moeglot.checkpoint import DenseTensor, HubTensor
+from moeglot.dense import DenseTensor, HubTensor
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding
 from moeglot.encodings.plain import Plain

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor, open, problems
+from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.encoding import Encoded
 from moeglot.errors import Contradiction, MoeglotError
 from moeglot.fingerprint import Fingerprint

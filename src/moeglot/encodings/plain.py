@@ -56,6 +56,14 @@ class Plain(Encoding):
         finite = all(bool(value[at : at + rows].isfinite().all()) for at in range(0, len(value), rows))
         return None if finite else "holds NaN or infinite numbers"
 
+    def matrix_shape(self, parts: Parts) -> tuple[int, int]:
+        rows, columns = parts["value"].shape
+        return rows, columns
+
+    def inverted(self, parts: Parts) -> Parts:
+        """The same: there are no scales."""
+        return parts
+
     def fits_in(self, other: Encoding) -> bool:
         return bool(isinstance(other, Plain) and self.dtype and other.dtype and DTYPES[self.dtype].fits_in(DTYPES[other.dtype]))
 

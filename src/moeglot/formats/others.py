@@ -38,7 +38,10 @@ LONGCAT = family("longcat-flash", e="n_routed_experts", i="expert_ffn_hidden_siz
 SPEECH = nested(replace(nemotron_h.FAMILY, name="nemo-speechlm", model_types=("nemo_speechlm",)), "text_config")
 
 SPEECH_HUB, SPEECH_MEMORY = "llm.model.layers.{layer}.mixer.experts.", NESTED + "mixer.experts."
-WS = ("w13_weight", "w2_weight")
+INKLING_HUB = (
+    Stored("model.llm.layers.{layer}.mlp.experts.w13_weight", ("gate", "up"), "e (i p) h"),
+    Stored("model.llm.layers.{layer}.mlp.experts.w2_weight", ("down",), "e h i"),
+)
 
 FORMATS = (
     hub(
@@ -55,30 +58,21 @@ FORMATS = (
     hub(
         INKLING,
         "thinkingmachines/Inkling",
-        (
-            Stored("model.llm.layers.{layer}.mlp.experts.w13_weight", ("gate", "up"), "e (i p) h"),
-            Stored("model.llm.layers.{layer}.mlp.experts.w2_weight", ("down",), "e h i"),
-        ),
+        INKLING_HUB,
         INTERLEAVED,
     ),
     memory(INKLING, fused(NESTED + "mlp.experts."), alone=SHARED),
     hub(
         INKLING2,
         "thinkingmachines/Inkling-2-Small-MXFP8",
-        (
-            Stored("model.llm.layers.{layer}.mlp.experts.w13_weight", ("gate", "up"), "e (i p) h"),
-            Stored("model.llm.layers.{layer}.mlp.experts.w2_weight", ("down",), "e h i"),
-        ),
+        INKLING_HUB,
         INTERLEAVED,
     ),
     memory(INKLING2, fused(NESTED + "mlp.experts."), alone=NUMBERED),
     hub(
         INKLING2_TEXT,
         "thinkingmachines/Inkling-2-Small-MXFP8",
-        (
-            Stored("model.llm.layers.{layer}.mlp.experts.w13_weight", ("gate", "up"), "e (i p) h"),
-            Stored("model.llm.layers.{layer}.mlp.experts.w2_weight", ("down",), "e h i"),
-        ),
+        INKLING_HUB,
         INTERLEAVED,
     ),
     memory(INKLING2_TEXT, fused(LAYER + "mlp.experts."), alone=NUMBERED),

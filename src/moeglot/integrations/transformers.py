@@ -49,14 +49,14 @@ class Live:
         return response
 
 
-def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [t, h] -> [t, h]: the output of one expert of an experts module, all tokens routed to it with weight 1."""
     if isinstance(module, torch.nn.ModuleList):
         found = module[expert](tokens)
     elif hasattr(module, "input_linear"):
         found = _routed_by(module, expert, tokens)
     elif type(module).__name__ == "Llama4TextExperts":
-        each = torch.zeros(int(module.num_experts), *tokens.shape)  # type: ignore[arg-type]  # it takes as many tokens for each expert, in the experts' order
+        each = torch.zeros(module.num_experts, *tokens.shape)  # it takes as many tokens for each expert, in the experts' order
         each[expert] = tokens
         found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
@@ -65,13 +65,13 @@ def respond(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch
     return found.reshape(len(tokens), -1)  # 4.57 adds an axis
 
 
-def _routed_to(module: torch.nn.Module, expert: int, tokens: torch.Tensor) -> Any:
+def _routed_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
     """A module of all experts. A norm after them, which they share, is none of an expert's (Muse Spark), and steps aside."""
     ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
     routed = torch.full((len(tokens), ranks), expert)
     routed[:, 1:] = 1 - min(expert, 1)
     # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
-    weights = torch.ones(len(tokens), ranks if VERSION >= (5, 0) else int(module.num_experts))  # type: ignore[arg-type]
+    weights = torch.ones(len(tokens), ranks if VERSION >= (5, 0) else module.num_experts)
     if ranks > 1:
         weights[:, 1:] = 0
     if not hasattr(module, "post_expert_norm"):
@@ -108,9 +108,9 @@ class _Everything(torch.nn.Module):
         return places, places, torch.ones(len(tokens)), counts, None
 
 
-def _routed_by(block: torch.nn.Module, expert: int, tokens: torch.Tensor) -> torch.Tensor:
+def _routed_by(block: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     """The block's own forward with another router; what it adds after the experts is taken off again."""
-    with _instead(block, "router", _Everything(expert, len(block.input_linear.weight))):  # type: ignore[arg-type, union-attr]
+    with _instead(block, "router", _Everything(expert, len(block.input_linear.weight))):
         found: Any = block(tokens[None])
     output: torch.Tensor = (found[0] if isinstance(found, tuple) else found)[0]
     bias = getattr(block, "bias", None)

@@ -51,8 +51,9 @@ def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.
     given = {**options, **_placement(device, options), "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
-    except Exception as error:
-        raise (refusal(state) or error) from error
+    finally:  # whatever the library makes of it, the cause is what a tensor refused
+        if refused := refusal(state):
+            raise refused
     _check(checkpoint, chosen, state, model, info)
     _finish(checkpoint, model)
     give_back()

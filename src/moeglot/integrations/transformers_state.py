@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from moeglot.checkpoint import Checkpoint, DecodedTensor, DenseTensor
+from moeglot.checkpoint import Checkpoint
+from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
@@ -79,10 +81,7 @@ def _experts(source: Checkpoint, step: Step, dtype: DType) -> list[Lazy]:
     line, sizes = step.line, source.sizes
     if line.per_expert:
         shape = torch.Size(line.expert_shape(sizes))
-        return [
-            Lazy(line.keys(step.layer, expert)["value"], shape, dtype, lambda expert=expert: _slice(source, step, expert, dtype))  # type: ignore[misc]
-            for expert in range(sizes["e"])
-        ]
+        return [Lazy(line.keys(step.layer, expert)["value"], shape, dtype, partial(_slice, source, step, expert, dtype)) for expert in range(sizes["e"])]
     return [Lazy(line.keys(step.layer)["value"], torch.Size(line.shape(sizes)), dtype, lambda: _stacked(source, step, dtype))]
 
 

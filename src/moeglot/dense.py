@@ -1,0 +1,77 @@
+"""A tensor that is no expert: as it is stored, under its name on the Hub; or a quantized matrix, as what it decodes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from moeglot.dtypes import DTYPES
+from moeglot.encoding import Encoded, Encoding
+from moeglot.errors import BadNumbers
+from moeglot.shards import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class HubTensor:
+    """A tensor that is no expert, under its name on the Hub: rows `first` to `first + rows` of a stored one."""
+
+    name: str
+    entry: Entry
+    first: int = 0
+    rows: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape if self.rows is None else (self.rows, *self.entry.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.dtype
+
+    @property
+    def origin(self) -> str:
+        """The stored tensor that it comes from."""
+        return self.entry.name
+
+    def read(self) -> torch.Tensor:
+        return self.entry.read(self.first, self.rows)
+
+
+@dataclass(frozen=True)
+class DecodedTensor:
+    """A matrix that is no expert and that is quantized as the experts are: what it decodes to."""
+
+    name: str
+    encoding: Encoding
+    parts: Mapping[str, Entry]
+    dtype: str
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return self.encoding.matrix_shape(self._read())
+
+    @property
+    def origin(self) -> str:
+        return " + ".join(entry.name for entry in self.parts.values())
+
+    def exact(self) -> Encoded:
+        """The matrix [out, in], still encoded."""
+        shape = self.encoding.matrix_shape(stored := self._read())
+        parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
+        if problem := self.encoding.check(parts):
+            raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
+        return Encoded(self.encoding, parts, shape)
+
+    def read(self) -> torch.Tensor:
+        return self.exact().decode(DTYPES[self.dtype].torch)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        return {part: entry.read() for part, entry in self.parts.items()}
+
+
+DenseTensor = HubTensor | DecodedTensor
