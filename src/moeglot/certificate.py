@@ -15,9 +15,10 @@ from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.forward import Matrices, forward
+from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.layout import values as plain
 from moeglot.loss import Loss
-from moeglot.plan import Plan, Unit
+from moeglot.plan import Plan, Step, Unit
 from moeglot.units import make
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
@@ -35,10 +36,11 @@ class Certificate:
     document: Mapping[str, Any]
     report: Report
     losses: Mapping[str, Loss] = field(default_factory=dict)
+    survived: Survived = field(default_factory=dict)
 
 
 def certify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
-    """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`."""
+    """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`. `losses`: by unit."""
     report = _verify(plan, folder, losses, threads, progress)
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
@@ -49,22 +51,32 @@ def certify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, 
         )
     document = _document(plan, folder, losses, report)
     write_json(folder / CERTIFICATE, document)
-    return Certificate(folder, document, report, losses)
+    return Certificate(folder, document, report, by_verb(plan, losses), survived(plan, losses))
+
+
+def by_verb(plan: Plan, losses: Mapping[str, Loss]) -> dict[str, Loss]:
+    found: dict[str, Loss] = {}
+    for unit in plan.units:
+        if unit.verb:
+            found[unit.verb] = found.get(unit.verb, Loss()) + losses[unit.key]
+    return found
 
 
 def _verify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
     written = open(folder)
     if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
-    rounded = Rounded(plan, losses)
+    rounded = Rounded(plan, by_verb(plan, losses))
     family, config = plan.source.format.family, plan.source.config
     side = Matrices("the source, rounded" if rounded.steps else "the source", lambda layer: Expert.of(family, config, layer), rounded.matrix)
     checks = [
         structure(written),
         rounded.values(written, threads, progress),
-        others(written, plan.source),
+        others(written, plan.source, plan.change.dense if plan.change else dict),
         *forward(written, side, workers=threads, progress=progress),
     ]
+    if plan.change and plan.change.adapter.layers:
+        checks += [applied(written, plan, sums(survived(plan, losses)), threads, progress), live(written, plan, threads, progress)]
     return Report(folder.name, plan.source.source.name, tuple(checks))
 
 
@@ -73,8 +85,12 @@ class Rounded:
 
     def __init__(self, plan: Plan, losses: Mapping[str, Loss]) -> None:
         self.plan = plan
-        self.steps = {(step.layer, role): step for step in plan.steps if losses[step.verb].changed for role in step.line.roles}
-        self.stated = sum((losses[verb] for verb in {step.verb for step in self.steps.values()}), Loss()).relative
+        self.lossy = {verb for verb, loss in losses.items() if loss.changed}
+        self.steps = {(step.layer, role): step for step in plan.steps if self._rounds(step) for role in step.line.roles}
+        self.stated = sum((losses[verb] for verb in self.lossy & {step.verb for step in self.steps.values()}), Loss()).relative
+
+    def _rounds(self, step: Step) -> bool:
+        return step.verb in self.lossy or any(self.plan.merges(step, expert) for expert in range(self.plan.source.sizes["e"]))
 
     def role(self, role: str, layer: int, expert: int) -> Encoded:
         """[out, in] of one expert, as the target must hold it."""
@@ -82,9 +98,10 @@ class Rounded:
 
         source = self.plan.source
         step = self.steps.get((layer, role))
-        if step is None:
+        merged = step is not None and self.plan.merges(step, expert)
+        if step is None or not (merged or step.verb in self.lossy):
             return source.expert(source.format.line_of(role), layer, expert)[role]
-        parts, _ = make(self.plan, Unit("again", step, expert))
+        parts, _ = make(self.plan, Unit("again", step, expert, merged=merged))
         stored = Encoded(step.target, parts, step.line.expert_shape(source.sizes))
         movable = step.line.movable(step.target, source.sizes)
         return step.line.split(stored if movable else plain(stored.decode(torch.float32)))[role]
@@ -100,17 +117,23 @@ class Rounded:
         def work(layer: int, expert: int) -> tuple[float, Loss]:
             found = {role: written.expert(written.format.line_of(role), layer, expert)[role] for role in written.format.family.roles}
             worst = max(difference(encoded, self.role(role, layer, expert)) for role, encoded in found.items())
-            return worst, sum((self._distance(encoded, role, layer, expert) for role, encoded in found.items() if (layer, role) in self.steps), Loss())
+            apart = (self._distance(encoded, role, layer, expert) for role, encoded in found.items() if self._only_rounded(role, layer, expert))
+            return worst, sum(apart, Loss())
 
         rows = list(each_expert(written, work, "values", threads, progress))
         worst, apart = max(worst for worst, _ in rows), sum((loss for _, loss in rows), Loss()).relative
         rounding = ", ".join(sorted({str(step.target) for step in self.steps.values()}))
+        of = "the source with the adapter's change" if self.plan.change else "the source"
         figures = {"relative_error_beyond_rounding": worst, "rounding": rounding, "relative_error": apart}
         if worst or not abs(apart - self.stated) <= 1e-3 * self.stated:
-            detail = f"off the source as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
+            detail = f"off {of} as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
             return Check("values", "does not hold", "canonical tensors", detail, figures)
-        detail = f"the source as {rounding} rounds it, bit for bit; relative error {apart:.3g}"
+        detail = f"{of} as {rounding} rounds it, bit for bit; relative error {apart:.3g}"
         return Check("values", "holds", "canonical tensors", detail, figures)
+
+    def _only_rounded(self, role: str, layer: int, expert: int) -> bool:
+        step = self.steps.get((layer, role))
+        return step is not None and step.verb in self.lossy and not self.plan.merges(step, expert)
 
     def _distance(self, written: Encoded, role: str, layer: int, expert: int) -> Loss:
         """How far a role lies from the source as it was, by canonical axes, so that no wrong axis can hide in the rounding."""
@@ -166,7 +189,8 @@ def _document(plan: Plan, folder: Path, losses: Mapping[str, Loss], report: Repo
         "moeglot": __version__,
         "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: sha256(path) for path in files}},
         "output": {"format": plan.target.name, "sha256": {path.name: sha256(path) for path in written}},
-        "steps": {verb: loss.as_json() for verb, loss in losses.items()},
+        "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
+        **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},
     }
 

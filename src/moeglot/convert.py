@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeglot.adapter import Adapter
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress, one_thread, return_large_buffers
 from moeglot.errors import LossRefused, UsageError
 from moeglot.identify import MARK
+from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
 from moeglot.plan import SHARD_SIZE, Plan, Unit
 from moeglot.plan import plan as make_plan
@@ -38,6 +40,8 @@ def convert(
     out: str | Path,
     *,
     encode: str | None = None,
+    adapter: Adapter | str | Path | None = None,
+    round: str = "nearest",
     format: str | None = None,
     allow_loss: bool = False,
     shard_size: int = SHARD_SIZE,
@@ -45,12 +49,13 @@ def convert(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it.
+    """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
 
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
-    return carry_out(make_plan(checkpoint, to, encode=encode, shard_size=shard_size), Path(out), allow_loss, workers, resume, progress)
+    plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=shard_size)
+    return carry_out(plan, Path(out), allow_loss, workers, resume, progress)
 
 
 def default_workers() -> int:
@@ -58,15 +63,23 @@ def default_workers() -> int:
 
 
 def carry_out(
-    plan: Plan, out: Path, allow_loss: bool = False, workers: int | None = None, resume: bool = False, progress: Progress | None = None
+    plan: Plan,
+    out: Path,
+    allow_loss: bool = False,
+    workers: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    threshold: float = THRESHOLD,
 ) -> Certificate:
-    """Carry out a plan."""
+    """Carry out a plan. `threshold`: the share of an adapter's change that must survive, unless `allow_loss`."""
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers", "a conversion needs at least one", "pass --workers 1 or more")
     return_large_buffers()
     threads = workers or default_workers()
     if not allow_loss:
-        _refuse_expected_loss(estimate(plan))
+        expected = estimate(plan)
+        _refuse_expected_loss(expected)
+        refuse_lost(plan, expected.expected_survival, threshold, "measured on a few of its experts")
     work = Work(out)
     with work.session(plan, resume) as done:
         if work.renamed(plan):  # the output is complete and verified
@@ -74,6 +87,9 @@ def carry_out(
             return read_certificate(out)
         try:
             losses = _stream(plan, work, done, allow_loss, threads, progress)
+            if not allow_loss:
+                survived = sum(losses.values(), Loss()).survived
+                refuse_lost(plan, survived, threshold, f"measured on all that was written to {work.files}; --resume --allow-loss finishes it")
             _write_rest(plan, work.files)
             certificate = certify(plan, work.files, losses, threads, progress)
         except OSError as error:
@@ -95,7 +111,7 @@ def _refuse_expected_loss(plan: Plan) -> None:
 
 
 def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, threads: int, progress: Progress | None) -> dict[str, Loss]:
-    """Write every unit that is not on disk yet; returns what was lost, by verb."""
+    """Write every unit that is not on disk yet; returns what was lost, by unit."""
     files = {shard.file: os.open(work.files / shard.file, os.O_RDWR) for shard in plan.shards}
     places = {name: (files[shard.file], offset) for shard in plan.shards for name, offset in shard.offsets.items()}
     losses = dict(done)
@@ -105,6 +121,7 @@ def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, thr
         if loss.changed and not allow_loss:
             _refuse_loss(unit, loss)
         _write(unit, parts, places)
+        loss = Loss(survived=loss.survived) if loss.survived else loss
         work.done(unit, loss)
         losses[unit.key] = loss
 
@@ -115,11 +132,7 @@ def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, thr
     finally:
         for descriptor in files.values():
             os.close(descriptor)
-    by_verb: dict[str, Loss] = {}
-    for unit in plan.units:
-        if unit.verb:
-            by_verb[unit.verb] = by_verb.get(unit.verb, Loss()) + losses[unit.key]
-    return by_verb
+    return losses
 
 
 def _tell(progress: Progress | None, before: int, total: int, written: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoded, Encoding
@@ -14,6 +14,24 @@ from moeglot.shards import Entry
 
 if TYPE_CHECKING:
     import torch
+
+
+class DenseTensor(Protocol):
+    """What can be read under a name of the Hub. `origin`: the stored tensors that it comes from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    def read(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,3 @@ class DecodedTensor:
 
     def _read(self) -> dict[str, torch.Tensor]:
         return {part: entry.read() for part, entry in self.parts.items()}
-
-
-DenseTensor = HubTensor | DecodedTensor

@@ -13,6 +13,8 @@ from moeglot.errors import TensorMismatch
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.lattice import Grid
+
 Parts = Mapping[str, "torch.Tensor"]
 Stored = tuple[str, tuple[int, ...]]
 """dtype and shape of a tensor in a file."""
@@ -139,6 +141,22 @@ class Encoding(ABC):
 
     def stacked(self, parts: Parts, experts: int) -> Parts:
         """The parts of one expert as a tensor of so many experts has them; only `shared` parts can differ."""
+        return parts
+
+    @abstractmethod
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Grid:
+        """The numbers that a matrix [out, in] can hold under the scales of these parts."""
+
+    @abstractmethod
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        """values float32 [out, in], which lie on the grid of `parts`, under the same scales; where `kept`, in the codes that `parts` have."""
+
+    def encode_like(self, parts: Parts, values: torch.Tensor) -> Parts:
+        """values [..., out, in] encoded, with what `parts` say of the whole tensor beside the numbers."""
+        return {**parts, **self.encode(values)}
+
+    def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        """These parts with a new scale, as `encode` chooses it, for each block with a value `beyond` (bool [out, in]) its old one; codes mean nothing there."""
         return parts
 
     def undetermined(self, parts: Parts) -> int:

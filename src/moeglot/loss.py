@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moeglot.encoding import Encoded
+from moeglot.survival import Survival, added
 
 if TYPE_CHECKING:
     import torch
@@ -13,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a step did to the numbers: `changed` of `values`, their squared error and size; blocks whose bytes the values do not determine."""
+    """What a step did to the numbers: `changed` of `values`, their squared error and size; blocks whose bytes the values do not determine.
+
+    `survived`: role -> what is left of the change that was added. The other figures are those of the same step without the change.
+    """
 
     values: int = 0
     changed: int = 0
@@ -21,12 +26,22 @@ class Loss:
     size: float = 0.0
     blocks: int = 0
     undetermined: int = 0
+    survived: Mapping[str, Survival] = field(default_factory=dict)
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(*(a + b for a, b in zip(self.row(), other.row(), strict=True)))
+        sums = (a + b for a, b in zip(self._sums(), other._sums(), strict=True))
+        return replace(Loss(*sums), survived=added(self.survived, other.survived))
+
+    def _sums(self) -> tuple[Any, ...]:
+        return self.values, self.changed, self.error, self.size, self.blocks, self.undetermined
 
     def row(self) -> tuple[Any, ...]:
-        return self.values, self.changed, self.error, self.size, self.blocks, self.undetermined
+        """As a line of JSON can hold it."""
+        return (*self._sums(), {role: survival.row() for role, survival in self.survived.items()})
+
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> Loss:
+        return replace(cls(*row[:-1]), survived={role: Survival(*of) for role, of in row[-1].items()})
 
     @property
     def relative(self) -> float:

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from moeglot.adapter import Adapter, open_adapter
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.config import declared_dtype, write_config
 from moeglot.dense import DecodedTensor, DenseTensor
@@ -23,8 +24,11 @@ from moeglot.format import Dense, Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import MARK
 from moeglot.layout import Sizes, Stored
+from moeglot.merging import Change, Merged, MergedPart
+from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
-from moeglot.targets import encoding_of, float_type, keeps, quantization, twin, variant
+from moeglot.survival import Survival
+from moeglot.targets import encoding_of, float_type, keeps, own, quantization, twin, variant
 
 SHARD_SIZE = 5_000_000_000
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -78,12 +82,16 @@ class Unit:
     expert: int = 0
     parts: tuple[DenseTensor, ...] = ()
     nbytes: int = 0
+    merged: bool = False
+    """An adapter's change is added to the slice."""
 
     @property
     def verb(self) -> str | None:
         """What it does to numbers; None where bytes are copied."""
         if self.step:
-            return self.step.verb
+            return f"add the adapter's change and round to {self.step.target}" if self.merged else self.step.verb
+        if any(isinstance(part, Merged | MergedPart) for part in self.parts):
+            return "add the adapter's change outside the experts"
         decoded = [part for part in self.parts if isinstance(part, DecodedTensor)]
         return f"decode {decoded[0].encoding.name} to {DTYPES[decoded[0].dtype].torch_name} outside the experts" if decoded else None
 
@@ -100,6 +108,12 @@ class Plan:
     config: Mapping[str, Any]
     others: tuple[Path, ...]
     expected_error: Mapping[str, float] = field(default_factory=dict)
+    change: Change | None = None
+    expected_survival: Mapping[str, Survival] = field(default_factory=dict)
+
+    def merges(self, step: Step, expert: int) -> bool:
+        """An adapter's change is added to this slice."""
+        return self.change is not None and self.change.touches(step.line, step.layer, expert)
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +133,7 @@ class Plan:
     def units(self) -> tuple[Unit, ...]:
         experts = self.source.sizes["e"]
         slices = [
-            Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert, nbytes=step.nbytes(self.source.sizes))
+            Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert, nbytes=step.nbytes(self.source.sizes), merged=self.merges(step, expert))
             for step in self.steps
             for expert in range(experts)
         ]
@@ -134,15 +148,27 @@ class Plan:
             [self.source.format.name, self.target.name, self.config],
             [(str(step.target), step.line.key, step.layer) for step in self.steps],
             [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
+            self.change.identity if self.change else None,
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None, shard_size: int = SHARD_SIZE) -> Plan:
-    """The plan of a conversion to the format named `to`; raises `MoeglotError` for what cannot be done, before a byte is written."""
+def plan(
+    source: Checkpoint | str | Path,
+    to: str | None = None,
+    *,
+    encode: str | None = None,
+    adapter: Adapter | str | Path | None = None,
+    round: str = "nearest",
+    shard_size: int = SHARD_SIZE,
+) -> Plan:
+    """The plan of a conversion to the format named `to`, by default the source's own; raises `MoeglotError` for what cannot be done, before a byte is
+    written. `adapter`: its change is added, and the sums are rounded as `round` says.
+    """
     source = source if isinstance(source, Checkpoint) else open(source)
     wanted = encoding_by_name(encode) if encode else None
-    target = variant(by_name(to), wanted)
+    target = variant(by_name(to), wanted) if to else own(source.format, wanted)
+    change = _change(source, adapter, round)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family))
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
@@ -151,12 +177,21 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
     steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
     target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key))
-    dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None)
+    dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
     others = tuple(path for path in source.source.others() if path.name != MODELOPT_CONFIG or keeps(source, target))
-    return Plan(source, target, steps, dense, shards, config, others)
+    return Plan(source, target, steps, dense, shards, config, others, change=change)
+
+
+def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str) -> Change | None:
+    rounding = Rounding.by_name(round)
+    if adapter is None:
+        if rounding != Rounding():
+            raise UsageError(f"--round {round} without an adapter", "it says how weights with an adapter's change are rounded", "pass --adapter DIR too")
+        return None
+    return Change(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, source), rounding)
 
 
 def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
@@ -188,9 +223,10 @@ def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]
                 yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape)
 
 
-def _dense(source: Checkpoint, target: Format, dtype: str | None) -> dict[str, tuple[DenseTensor, ...]]:
+def _dense(source: Checkpoint, target: Format, dtype: str | None, change: Change | None) -> dict[str, tuple[DenseTensor, ...]]:
     """Key in the target -> the Hub tensors whose rows it holds."""
-    left = dict(source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
+    left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
+    left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
     for line, braces in _dense_lines(source, left, target):
         names = [name.format(**braces) for name in line.hub]

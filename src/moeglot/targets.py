@@ -31,6 +31,22 @@ def variant(target: Format, wanted: Encoding | None) -> Format:
     return coded[0] if coded else target
 
 
+def own(form: Format, wanted: Encoding | None) -> Format:
+    """The layout that a checkpoint has, for its own encoding or for another; raises `UsageError` if it has none for that."""
+    if wanted is None:
+        return form
+    layout = next((other for other in of_family(form.family) if other.name == form.name.partition("+")[0]), form)
+    found = variant(layout, wanted)
+    if found.is_plain == isinstance(wanted, Plain):
+        return found
+    able = [variant(other, wanted) for other in of_family(form.family) if not other.coding and other.alone == form.alone and other.is_plain]
+    able = [other for other in able if other.is_plain == isinstance(wanted, Plain)]
+    if len(able) != 1:
+        names = ", ".join(other.name for other in able) or "none"
+        raise UsageError(f"{form.name} cannot hold {wanted}", f"formats of {form.family.name} that can: {names}", "pass --to with one of these")
+    return able[0]
+
+
 def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
     """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
     if not target.coding:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moeglot.dense import DenseTensor, HubTensor
+from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES, by_torch_name
-from moeglot.encoding import Encoded, Encoding
+from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
 from moeglot.layout import exactly, values
 from moeglot.loss import Loss, blocks_of, measure
+from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
+from moeglot.survival import OTHERS, Survival, added
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +29,19 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
         tensors = [tensor for tensor, _ in found]
         return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, sum((loss for _, loss in found), Loss())
     parts, loss = _slice(plan, unit.step, unit.expert)
+    if plan.change and unit.merged:
+        parts, survived = plan.change.apply(
+            unit.step.line, unit.step.layer, unit.expert, unit.step.target, parts, _roles(plan, unit.step, unit.expert), unit.step.moves_codes
+        )
+        loss = replace(loss, survived=survived)
     return dict(parts if unit.step.line.per_expert else unit.step.target.stacked(parts, plan.source.sizes["e"])), loss
 
 
-def _slice(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss]:
+def _roles(plan: Plan, step: Step, expert: int) -> dict[str, Encoded]:
+    return {role: plan.source.expert(plan.source.format.line_of(role), step.layer, expert)[role] for role in step.line.roles}
+
+
+def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     """One expert's slice of a stored tensor: copied, moved in the same codes, or encoded."""
     import torch
 
@@ -39,7 +50,7 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor]
         twin = source.checked(step.twin, step.layer, expert)
         if (copied := twin.encoding.recode(twin.parts, step.target)) is not None:
             return dict(copied), Loss()
-    roles = {role: source.expert(source.format.line_of(role), step.layer, expert)[role] for role in step.line.roles}
+    roles = _roles(plan, step, expert)
     if step.moves_codes:
         recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
         if len(recoded) == len(roles):
@@ -81,7 +92,10 @@ def _near(encoded: Encoded, target: Encoding) -> Encoded | None:
 
 def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
     """A tensor that is no expert, and what decoding it lost."""
-    if isinstance(part, HubTensor):
+    if isinstance(part, Merged | MergedPart):
+        found, survival = part.merge()
+        return found, Loss(survived={OTHERS: survival})
+    if not isinstance(part, DecodedTensor):
         return part.read(), Loss()
     import torch
 
@@ -93,14 +107,19 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
 def estimate(plan: Plan) -> Plan:
     """The plan with the relative error of each lossy step, measured on a few of its experts."""
     found: dict[str, Loss] = {}
+    survived: dict[str, Survival] = {}
     experts = plan.source.sizes["e"]
     layers = {plan.source.layers[n] for n in (0, len(plan.source.layers) // 2, -1)}
     decoded = next((unit for unit in plan.units if unit.step is None and unit.verb), None)
     if decoded and decoded.verb:
         found[decoded.verb] = make(plan, decoded)[1]
     for step in plan.steps:
-        if not step.exact and step.layer in layers:
-            _, loss = make(plan, Unit("sample", step, step.layer % experts))
-            found[step.verb] = found.get(step.verb, Loss()) + loss
+        expert = step.layer % experts
+        merged = plan.merges(step, expert)
+        if step.layer in layers and (merged or not step.exact):
+            _, loss = make(plan, Unit("sample", step, expert, merged=merged))
+            found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
+            survived = added(survived, loss.survived)
     # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
-    return replace(plan, expected_error={verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()})
+    errors = {verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()}
+    return replace(plan, expected_error=errors, expected_survival=survived)

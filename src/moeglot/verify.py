@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,17 +162,18 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
 
 
-def others(subject: Checkpoint, other: Checkpoint) -> Check:
-    """Every tensor that is no expert, byte for byte, under its Hub name."""
+def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[str, DenseTensor]], Mapping[str, DenseTensor]] = dict) -> Check:
+    """Every tensor that is no expert, byte for byte, under its Hub name. `changed`: what the other's are to become."""
     mine, theirs = dict[str, DenseTensor](subject.dense), dict[str, DenseTensor](other.dense)
     if mine.keys() != theirs.keys():  # one is quantized, the other is not
         mine, theirs = subject.decoded("F32"), other.decoded("F32")
+    theirs = dict(changed(theirs))
     if mine.keys() != theirs.keys():
         names = sorted(mine.keys() ^ theirs.keys())
         return Check("values", "does not hold", "other tensors", f"{len(names)} are on one side only, first {names[0]}")
-    changed = [name for name, tensor in mine.items() if not _same(tensor, theirs[name])]
-    if changed:
-        return Check("values", "does not hold", "other tensors", f"{len(changed)} of {len(mine)} differ, first {changed[0]}")
+    unequal = [name for name, tensor in mine.items() if not _same(tensor, theirs[name])]
+    if unequal:
+        return Check("values", "does not hold", "other tensors", f"{len(unequal)} of {len(mine)} differ, first {unequal[0]}")
     decoded = sum(isinstance(tensor, DecodedTensor) != isinstance(theirs[name], DecodedTensor) for name, tensor in mine.items())
     told = f"{len(mine) - decoded} equal byte for byte" + (f", {decoded} as decoded and rounded" if decoded else "")
     return Check("values", "holds", "other tensors", told)

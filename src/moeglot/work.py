@@ -105,7 +105,7 @@ class Work:
             for shard in plan.shards:
                 allocate(self.files / shard.file, shard)
             self._note({"allocated": True})
-        return {line["unit"]: Loss(*line["loss"]) for line in told if "unit" in line}
+        return {line["unit"]: Loss.of_row(line["loss"]) for line in told if "unit" in line}
 
     def _note(self, line: Mapping[str, Any]) -> None:
         data = memoryview((json.dumps(line) + "\n").encode())

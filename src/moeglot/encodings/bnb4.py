@@ -23,6 +23,8 @@ from moeglot.errors import BadNumbers, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.lattice import Lattice
+
 Kind = Literal["nf4", "fp4"]
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the library takes
 NESTED_BLOCK = 256
@@ -227,6 +229,33 @@ class BNB4(Encoding):
         state = QuantState.read(parts["state"])
         shape = state.slice_shape(parts["packed"]) or state.shape
         return {**parts, "state": replace(state, shape=(experts, *shape)).write(self.state_bytes)}
+
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
+        from moeglot.kernels import bnb4
+        from moeglot.lattice import Lattice, spread_flat
+
+        dtype = DTYPES[QuantState.read(parts["state"]).dtype].torch
+        codes = bnb4.unpacked(parts["packed"])[: prod(shape)].view(shape)
+        return Lattice(bnb4.levels(self.kind), spread_flat(absmax(parts), self.blocksize, shape), codes, dtype)
+
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        from moeglot.kernels import bnb4
+
+        return {**parts, "packed": bnb4.pack(self.grid(parts, tuple(values.shape)).kept(values, kept).flatten(), self.kind)}
+
+    def encode_like(self, parts: Parts, values: torch.Tensor) -> Parts:
+        """The dtype that decoding rounds to stays, but for nested absmax, whose offset is said beside it."""
+        fresh = self.encode(values)
+        return fresh if self.nested else {**fresh, "state": parts["state"]}
+
+    def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        """Nested absmax are coded anew as a whole."""
+        from moeglot.lattice import any_in_flat, chosen
+
+        fresh = self.encode(values)
+        if self.nested:
+            return fresh
+        return {**parts, "scale": chosen(any_in_flat(beyond, self.blocksize), fresh["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:
         """Blocks without a code of ±1, or whose absmax the dtype of the quant_state does not hold; every nested one."""

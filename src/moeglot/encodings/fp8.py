@@ -19,6 +19,8 @@ from moeglot.encodings.plain import Plain
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.lattice import Lattice
+
 ScaleType = Literal["F32", "BF16", "F8_E8M0", "U8"]
 SCALES: tuple[ScaleType, ...] = ("F32", "BF16", "F8_E8M0", "U8")
 _HOLDS: dict[str, tuple[str, ...]] = {"F32": SCALES, "BF16": ("BF16", "F8_E8M0", "U8"), "F8_E8M0": ("F8_E8M0", "U8"), "U8": ("F8_E8M0", "U8")}
@@ -121,6 +123,24 @@ class FP8(Encoding):
             return parts
         scale = fp8.scale_as(fp8.scale_values(parts["scale"]), other.scale)
         return None if scale is None else {**parts, "scale": scale}
+
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
+        import torch
+
+        from moeglot.kernels import fp8
+        from moeglot.lattice import Lattice, spread
+
+        scale = fp8.scale_values(parts["scale"]).view(self.parts[1].shape(shape))
+        return Lattice(fp8.levels(), spread(scale, self.block, shape), parts["weight"].view(torch.uint8))
+
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        return {**parts, "weight": self.grid(parts, tuple(values.shape)).kept(values, kept).view(parts["weight"].dtype)}
+
+    def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        from moeglot.lattice import any_in, chosen
+
+        fresh = replace(self, carried=()).encode(values)
+        return {**parts, "scale": chosen(any_in(beyond, self.block), fresh["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:
         """Blocks of zeros, and those whose values another scale gives too: half of it if no code is above 224, a neighbour for one of few codes."""

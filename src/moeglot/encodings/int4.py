@@ -19,6 +19,8 @@ from moeglot.errors import UnknownFormat
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.lattice import Lattice
+
 ScaleType = Literal["BF16", "F16", "F32"]
 SCALES: tuple[ScaleType, ...] = ("BF16", "F16", "F32")
 Rule = Literal["compressed-tensors", "kimi"]
@@ -124,6 +126,25 @@ class INT4(Encoding):
             return None
         shape = parts["shape"].to(DTYPES[other.shape].torch) if other.shape else parts["shape"]
         return {"packed": parts["packed"], "scale": scale, "shape": shape}
+
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
+        import torch
+
+        from moeglot.kernels import int4
+        from moeglot.lattice import Lattice, spread
+
+        scale = parts["scale"].to(torch.float32).view(self.parts[1].shape(shape))
+        return Lattice(int4.levels(), spread(scale, self.block, shape), int4.nibbles(parts["packed"])[:, : shape[1]])
+
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        from moeglot.kernels import int4
+
+        return {**parts, "packed": int4.packed(self.grid(parts, tuple(values.shape)).kept(values, kept))}
+
+    def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        from moeglot.lattice import any_in, chosen
+
+        return {**parts, "scale": chosen(any_in(beyond, self.block), self.encode(values)["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:
         """Groups of zeros, and those whose values another scale gives too."""

@@ -21,6 +21,8 @@ from moeglot.encodings.plain import Plain
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.lattice import Lattice
+
 GROUP = 32
 
 ScaleRule = Literal["ceil", "floor", "even"]
@@ -111,6 +113,24 @@ class MXFP4(Encoding):
         assert isinstance(other, MXFP4 | NVFP4)
         packed, scale = _blocks(parts)
         return other._contained(packed, scale) if isinstance(other, MXFP4) else other.from_powers(packed, scale)
+
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
+        from moeglot.kernels import e2m1, mxfp4
+        from moeglot.lattice import Lattice, spread
+
+        packed, scale = _blocks(parts)
+        return Lattice(e2m1.levels(self.ties), spread(mxfp4.powers(scale), (1, GROUP), shape), e2m1.codes(packed).view(shape))
+
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        from moeglot.kernels import e2m1
+
+        packed = e2m1.packed(self.grid(parts, tuple(values.shape)).kept(values, kept))
+        return {**parts, "packed": packed.view(parts["packed"].dtype).view(parts["packed"].shape)}
+
+    def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        from moeglot.lattice import any_in, chosen
+
+        return {**parts, "scale": chosen(any_in(beyond, (1, GROUP)), self.encode(values)["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:
         """Groups whose largest code is at most 3, or zero: a smaller scale with larger codes has the same values."""

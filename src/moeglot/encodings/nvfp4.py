@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from moeglot.kernels.nvfp4 import Rules
+    from moeglot.lattice import Lattice
 
 GROUP = 16
 Convention = Literal["modelopt", "compressed-tensors"]
@@ -141,6 +142,34 @@ class NVFP4(Encoding):
 
         found = None if self.carried else nvfp4.from_powers(packed, power, self._rules)
         return None if found is None else dict(zip(("packed", "scale", "global"), found, strict=True))
+
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
+        import torch
+
+        from moeglot.kernels import e2m1
+        from moeglot.lattice import Lattice, spread
+
+        factor = self._rules.factor(parts["scale"].to(torch.float32), parts["global"])
+        return Lattice(e2m1.levels("even"), spread(factor, (1, GROUP), shape), e2m1.codes(parts["packed"]))
+
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        from moeglot.kernels import e2m1
+
+        return {**parts, "packed": e2m1.packed(self.grid(parts, tuple(values.shape)).kept(values, kept))}
+
+    def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        """Under the same global where its scales reach that far, else all of the matrix under a new one."""
+        import torch
+
+        from moeglot.kernels.grid import largest
+        from moeglot.lattice import any_in, chosen
+
+        new, by = any_in(beyond, (1, GROUP)), parts["global"]
+        scale = self._rules.group(largest(values, (1, GROUP)), by)
+        found = {**parts, "scale": chosen(new, scale.to(torch.float8_e4m3fn), parts["scale"])}
+        if bool(self.grid(found, tuple(values.shape)).clips(values)[beyond].any()):
+            return {**parts, **replace(self, carried=()).encode(values)}
+        return found
 
     def undetermined(self, parts: Parts) -> int:
         """Groups that return with another scale or other codes; all of a matrix that returns with another global."""

@@ -13,6 +13,8 @@ from moeglot.errors import BadNumbers
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.lattice import Grid
+
 CHUNK = 1 << 20
 """Values looked at a time."""
 
@@ -59,6 +61,14 @@ class Plain(Encoding):
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["value"].shape
         return rows, columns
+
+    def grid(self, parts: Parts, shape: tuple[int, ...]) -> Grid:
+        from moeglot.lattice import Floats
+
+        return Floats(parts["value"].dtype)
+
+    def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
+        return {"value": parts["value"].where(kept, self.encode(values)["value"])}
 
     def inverted(self, parts: Parts) -> Parts:
         """The same: there are no scales."""

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
+from moeglot.lattice import Levels
 
 # Normal quantiles, as the library has them to the last digit; 0.0 is code 7.
 NF4 = (
@@ -50,6 +51,18 @@ def _nearest(scaled: torch.Tensor, kind: str) -> torch.Tensor:
     """float32 in [-1, 1] -> u8 codes. A value at a midpoint gets the lower one, so that FP4 codes small positive numbers as its second zero."""
     midpoints, codes = _nearest_table(kind)
     return codes[torch.bucketize(scaled, midpoints, out_int32=True)]
+
+
+@cache
+def levels(kind: str) -> Levels:
+    """The sixteen codes of a codebook."""
+    return Levels(codebook(kind), lambda quotients: _nearest(quotients.clamp(-1, 1), kind))
+
+
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """u8 [k, 1] -> u8 [2 k]: one code a byte; the high nibble is the first."""
+    byte = packed.reshape(-1)
+    return torch.stack([byte >> 4, byte & 15], -1).flatten()
 
 
 @cache
@@ -92,9 +105,9 @@ def encode(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tenso
         if dtype == values.dtype or torch.equal(held.to(values.dtype), values):
             codes, absmax, exact = _encode(held, kind, blocksize)
             if exact:
-                return _pack(codes, kind), absmax, dtype
+                return pack(codes, kind), absmax, dtype
     codes, absmax, _ = _encode(values, kind, blocksize, search=False)
-    return _pack(codes, kind), absmax, values.dtype
+    return pack(codes, kind), absmax, values.dtype
 
 
 def _supported(values: torch.Tensor) -> torch.Tensor:
@@ -183,7 +196,7 @@ def _middle_absmax(block: torch.Tensor, codes: torch.Tensor, kind: str) -> torch
     return ((least + most) / 2).float()
 
 
-def _pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
+def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
     """u8 [n] -> [⌈n/2⌉, 1], high nibble first; a missing last value is coded as zero."""
     if codes.numel() % 2:
         codes = torch.cat([codes, _nearest(torch.zeros(1), kind)])
@@ -194,7 +207,7 @@ def undetermined(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksiz
     """How many blocks the values do not show: no code of ±1 gives away the absmax, or it is more exact than `dtype`."""
     largest = codebook(kind).abs() == 1
     shown = torch.zeros(len(absmax), dtype=torch.bool)
-    for first, codes in _blocks(torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], -1).flatten(), blocksize):
+    for first, codes in _blocks(unpacked(packed), blocksize):
         shown[first : first + len(codes)] = largest[codes.int()].any(-1)
     return int((~shown | (absmax.to(dtype).float() != absmax)).sum())
 

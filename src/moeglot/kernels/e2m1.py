@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from moeglot.lattice import Levels
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 TIES_UP = (False, True, False, True, False, True, False)  # to the code whose last bit is 0
@@ -45,8 +47,26 @@ def nearest(magnitudes: torch.Tensor, ties: str) -> torch.Tensor:
     return torch.bucketize(magnitudes, thresholds(ties, magnitudes.device), out_int32=True, right=True)
 
 
+@cache
+def levels(ties: str) -> Levels:
+    """The sixteen codes; the last bit but three is the sign, of zero too."""
+
+    def rounded(quotients: torch.Tensor) -> torch.Tensor:
+        return nearest(quotients.abs().contiguous(), ties).to(torch.uint8) | torch.signbit(quotients).to(torch.uint8) << 3
+
+    return Levels(torch.tensor([*E2M1, *(-v for v in E2M1)]), rounded)
+
+
+def codes(packed: torch.Tensor) -> torch.Tensor:
+    """u8 [..., k] -> u8 [..., 2 k]: one code a byte."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """u8 [..., 2 k], one code a byte -> u8 [..., k]."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
 def pack(index: torch.Tensor, signed_like: torch.Tensor) -> torch.Tensor:
     """Indices of magnitudes [n, 2 k] with the signs of numbers of that shape (zero has one too) -> u8 [n, k]."""
-    codes = index.to(torch.uint8)
-    codes |= torch.signbit(signed_like).to(torch.uint8) << 3
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    return packed(index.to(torch.uint8) | torch.signbit(signed_like).to(torch.uint8) << 3)

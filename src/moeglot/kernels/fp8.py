@@ -8,6 +8,7 @@ import torch
 
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
+from moeglot.lattice import Levels
 
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
 NAN = 0x7F
@@ -26,6 +27,16 @@ def _grid(dtype: str) -> Grid:
     if dtype == "F32":
         return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: torch.ones_like(scale, dtype=torch.bool))
     return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: scale.bfloat16().float() == scale, ulps=0)  # 4 + 8 bits are exact in 24
+
+
+@cache
+def levels() -> Levels:
+    """All 256 codes; two are NaN."""
+
+    def rounded(quotients: torch.Tensor) -> torch.Tensor:
+        return quotients.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    return Levels(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32), rounded)
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
+from moeglot.lattice import Levels
 
 WORD = 8  # numbers in an int32
 OFFSET = 8
@@ -32,6 +33,16 @@ def _grid(dtype: str) -> Grid:
     """-8 × scale or 7 × scale is the largest number of every producer's group; others only where groups were cut."""
     torch_dtype = DTYPES[dtype].torch
     return Grid((7, 8, 6, 5, 4, 3, 2, 1), _nearest, lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0)
+
+
+@cache
+def levels() -> Levels:
+    """The sixteen nibbles: 0 is -8."""
+
+    def rounded(quotients: torch.Tensor) -> torch.Tensor:
+        return (quotients.round().clamp(-OFFSET, OFFSET - 1) + OFFSET).to(torch.uint8)
+
+    return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32), rounded)
 
 
 def columns_of(shape: torch.Tensor) -> int:
@@ -66,14 +77,14 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
 
 def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., out, in] of a float type -> packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] in `dtype`. Zero has no sign."""
-    packed = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
+    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
     scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
-    for given, words, factor in zip(matrices(values), matrices(packed), matrices(scale), strict=True):
+    for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
         for rows in runs(*given.shape):
             factor[rows] = _scales(given[rows], block, dtype, divisor)
             quotients = over(given[rows].to(torch.float32, copy=True), slice(0, rows.stop - rows.start), factor[rows].to(torch.float32), block)
-            words[rows] = _pack(_nearest(quotients))
-    return packed, scale
+            words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
+    return found, scale
 
 
 def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> torch.Tensor:
@@ -90,10 +101,15 @@ def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> t
     return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST).to(scale.dtype)
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """float32 [n, in] from -8 to 7 -> i32 [n, ⌈in / 8⌉]; nibbles behind the last number are 0."""
-    nibbles = (codes + OFFSET).to(torch.uint8)
-    nibbles = torch.nn.functional.pad(nibbles, (0, -codes.shape[1] % WORD))
+def nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """i32 [n, k] -> u8 [n, 8 k]."""
+    byte = packed.contiguous().view(torch.uint8)
+    return torch.stack([byte & 15, byte >> 4], -1).view(len(packed), -1)
+
+
+def packed(nibbles: torch.Tensor) -> torch.Tensor:
+    """u8 [n, in] -> i32 [n, ⌈in / 8⌉]; nibbles behind the last number are 0."""
+    nibbles = torch.nn.functional.pad(nibbles, (0, -nibbles.shape[1] % WORD))
     return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).view(torch.int32)
 
 

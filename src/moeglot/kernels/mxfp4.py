@@ -24,6 +24,11 @@ def _scales(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return table.to(dtype)
 
 
+def powers(scale: torch.Tensor) -> torch.Tensor:
+    """scale u8 -> float32: 2^(s - 127)."""
+    return _scales(torch.float32, scale.device)[scale.int()]
+
+
 def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """packed u8 [..., n, 16], scale u8 [..., n] -> [..., 32 n] in `dtype`; exact in bfloat16, float32 and float64.
 

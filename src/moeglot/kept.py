@@ -1,0 +1,168 @@
+"""What of an adapter's change is in a merged checkpoint: by expert and role, as it was stored, as it is read again, and in what the experts compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.checks import Check, Progress, Verdict, each_expert
+from moeglot.encoding import Encoded
+from moeglot.errors import LossRefused
+from moeglot.experts import Expert, Matrix
+from moeglot.forward import loud_tokens
+from moeglot.layout import values
+from moeglot.loss import Loss
+from moeglot.misreadings import right
+from moeglot.plan import Plan
+from moeglot.survival import OTHERS, Survival, added
+
+if TYPE_CHECKING:
+    import torch
+
+Survived = Mapping[tuple[int, int, str] | str, Survival]
+"""(layer, expert, role), or the stored name of a tensor that is no expert -> what is left of its change."""
+THRESHOLD = 0.9
+AGREEMENT = 1e-3
+"""Of what is read again with what was measured while writing: sums of float32 in another order."""
+
+
+def survived(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int, str] | str, Survival]:
+    found: dict[tuple[int, int, str] | str, Survival] = {}
+    for unit in plan.units:
+        for role, survival in losses[unit.key].survived.items():
+            place = (unit.step.layer, unit.expert, role) if unit.step else unit.key.removesuffix("|dense")
+            found[place] = survival
+    return found
+
+
+def role_of(place: tuple[int, int, str] | str) -> str:
+    return OTHERS if isinstance(place, str) else place[2]
+
+
+def sums(found: Survived, places: Iterable[tuple[int, int, str] | str] | None = None) -> dict[str, Survival]:
+    """Role -> the sum over these places, by default over all."""
+    total: dict[str, Survival] = {}
+    for place in found if places is None else places:
+        total = added(total, {role_of(place): found[place]})
+    return total
+
+
+def by_layer(found: Survived) -> dict[int, dict[str, Survival]]:
+    layers = sorted({place[0] for place in found if not isinstance(place, str)})
+    return {layer: sums(found, [place for place in found if not isinstance(place, str) and place[0] == layer]) for layer in layers}
+
+
+def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, how: str) -> None:
+    """Raises `LossRefused` if less than `threshold` of the change survives in some role."""
+    lost = {role: survival for role, survival in found.items() if survival.change and survival.rec < threshold}
+    if not lost or plan.change is None:
+        return
+    role, worst = min(lost.items(), key=lambda item: item[1].rec)
+    encodings = sorted({str(step.target) for step in plan.steps if role in step.line.roles or (role == OTHERS and " " in step.line.role_axes)})
+    others = [f"--round {kind}" for kind in ("stochastic", "delta", "gptq:FILE") if not kind.startswith(plan.change.rounding.kind)]
+    wider = [name for name in ("bf16", "float32") if name not in encodings and encodings != ["bfloat16"]] or ["float32"]
+    raise LossRefused(
+        f"{worst.rec:.1%} of the adapter's change in {role} survives rounding to {' and '.join(encodings)}; {threshold:.0%} is the least that passes",
+        f"{how}; the change is {worst.rho:.2g} of the weights",
+        f"pass --encode {' or '.join(wider)}, or {' or '.join(others)}; or serve the adapter apart; or --allow-loss, if that is meant",
+    )
+
+
+# --- read again ----------------------------------------------------------------------------------------------------------------------
+
+
+def applied(written: Checkpoint, plan: Plan, stated: Mapping[str, Survival], threads: int, progress: Progress | None) -> Check:
+    """What of the change is in the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
+    assert plan.change
+    adapter, source = plan.change.adapter, plan.source
+
+    def work(layer: int, expert: int) -> dict[str, Survival]:
+        import torch
+
+        found = {}
+        for role in adapter.roles(layer):
+            if adapter.touches(layer, role, expert):
+                left, right = adapter.factors(layer, role, expert)
+                before, after = (c.expert(c.format.line_of(role), layer, expert)[role].decode(torch.float32) for c in (source, written))
+                found[role] = Survival.of(before, left @ right, after)
+        return found
+
+    places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
+    layers: dict[int, float] = {}
+    total: dict[str, Survival] = {}
+    for (layer, _), found in zip(places, each_expert(written, work, "change", threads, progress, places), strict=True):
+        total = added(total, found)
+        layers[layer] = max([layers.get(layer, 0.0), *(abs(1 - survival.rec) for survival in found.values())])
+    wrong = [role for role, survival in total.items() if not abs(survival.rec - stated[role].rec) <= AGREEMENT * max(1.0, abs(stated[role].rec))]
+    figures = {role: survival.as_json() for role, survival in total.items()}
+    shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
+    if wrong:
+        told = ", ".join(f"{role} {stated[role].rec:.1%}" for role in total)
+        return Check("values", "does not hold", "the adapter's change", f"{shares} of it is in the output; while writing it was {told}", figures, layers)
+    return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
+
+
+def live(written: Checkpoint, plan: Plan, threads: int, progress: Progress | None) -> Check:
+    """What each expert of the output computes, against the base with the adapter applied beside it, unrounded."""
+    assert plan.change
+    adapter, source = plan.change.adapter, plan.source
+
+    def work(layer: int, expert: int) -> tuple[float, Survival]:
+        model = Expert.of(source.format.family, source.config, layer)
+        base = right(source, layer, expert)
+        with_adapter = _beside(plan, layer, expert, base)
+        tokens = loud_tokens(layer, expert, model, with_adapter, source.sizes["h"])
+        before, wanted, found = (model.forward(tokens, matrix) for matrix in (base, with_adapter, right(written, layer, expert)))
+        return float((found - wanted).norm() / wanted.norm()), Survival.of(before, wanted - before, found)
+
+    places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
+    layers: dict[int, float] = {}
+    total = Survival()
+    for (layer, _), (error, survival) in zip(places, each_expert(written, work, "live", threads, progress, places), strict=True):
+        layers[layer] = max(layers.get(layer, 0.0), error)
+        total += survival
+    worst = max(layers.values())
+    figures = {"relative_error": worst, "rec_of_the_response": total.rec, "cosine_of_the_response": total.cosine}
+    detail = f"relative error at most {worst:.2g}; of what the adapter does to the experts' outputs, {total.rec:.1%} is there (cosine {total.cosine:.3f})"
+    verdict: Verdict = "holds" if worst == worst and total.along > 0 else "does not hold"
+    return Check("forward", verdict, "against the base with the adapter beside it", detail, figures, layers)
+
+
+def _beside(plan: Plan, layer: int, expert: int, base: Matrix) -> Matrix:
+    """The base's matrices with the change added in float32."""
+    assert plan.change
+    adapter = plan.change.adapter
+
+    def matrix(role: str) -> Encoded:
+        import torch
+
+        encoded = base(role)
+        if not adapter.touches(layer, role, expert):
+            return encoded
+        left, right = adapter.factors(layer, role, expert)
+        found: torch.Tensor = encoded.decode(torch.float32) + left @ right
+        return values(found)
+
+    return matrix
+
+
+# --- told ----------------------------------------------------------------------------------------------------------------------------
+
+
+def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
+    """The machine-readable form of a merge: what it added, and what of it survived, whole."""
+    assert plan.change
+    adapter = plan.change.adapter
+    experts = {place: survival for place, survival in found.items() if not isinstance(place, str)}
+    return {
+        "adapter": adapter.name,
+        "base_named_by_adapter": adapter.config.raw.get("base_model_name_or_path"),
+        "convention": adapter.convention.name if adapter.convention else None,
+        "evidence": list(adapter.evidence),
+        "rounding": str(plan.change.rounding),
+        "survived": {role: survival.as_json() for role, survival in sums(found).items()},
+        "layers": {str(layer): {role: one.as_json() for role, one in of.items()} for layer, of in by_layer(found).items()},
+        "experts": [{"layer": layer, "expert": expert, "role": role, **one.as_json()} for (layer, expert, role), one in experts.items()],
+        "others": {place: one.as_json() for place, one in found.items() if isinstance(place, str)},
+    }

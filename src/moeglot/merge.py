@@ -1,0 +1,43 @@
+"""Fold an adapter into a base, in any format and encoding, as one more step of a conversion's stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moeglot.adapter import Adapter, open_adapter
+from moeglot.certificate import Certificate
+from moeglot.checkpoint import Checkpoint, open
+from moeglot.checks import Progress
+from moeglot.convert import carry_out
+from moeglot.kept import THRESHOLD
+from moeglot.plan import SHARD_SIZE, plan
+
+
+def merge(
+    base: Checkpoint | str | Path,
+    adapter: Adapter | str | Path,
+    out: str | Path,
+    *,
+    to: str | None = None,
+    encode: str | None = None,
+    round: str = "nearest",
+    convention: str | None = None,
+    format: str | None = None,
+    threshold: float = THRESHOLD,
+    allow_loss: bool = False,
+    shard_size: int = SHARD_SIZE,
+    workers: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Certificate:
+    """Write `base` with the change of `adapter` to the folder `out`, say what of the change survived the encoding, verify and certify it.
+
+    `to` is a format and `encode` an encoding, by default the base's own. The sums are float32; `round` says how they get back on the encoding's grid:
+    "nearest", "stochastic[:SEED]", "delta" or "gptq:FILE". The base's scales stay, but for blocks in which a sum lies beyond them. Matrices without a
+    change are moved as `convert` moves them.
+    Raises `LossRefused` if less than `threshold` of the change survives in some role, unless `allow_loss`; and all that `open_adapter` and `convert` do.
+    """
+    checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
+    change = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, checkpoint, convention)
+    made = plan(checkpoint, to, encode=encode, adapter=change, round=round, shard_size=shard_size)
+    return carry_out(made, Path(out), allow_loss, workers, resume, progress, threshold)

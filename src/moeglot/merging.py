@@ -1,0 +1,268 @@
+"""Add a change of low rank to one matrix, or to the roles of one stored slice, and put the sum back on the grid of its encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeglot.adapter import Adapter
+from moeglot.adapter_parts import Dense
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
+from moeglot.encoding import Encoded, Encoding, Parts
+from moeglot.encodings.plain import Plain
+from moeglot.errors import BadNumbers, UnsupportedAdapter, UsageError
+from moeglot.layout import Stored, values
+from moeglot.rounding import Rounding, rounded
+from moeglot.shards import Entry, read_header
+from moeglot.survival import Survival
+
+if TYPE_CHECKING:
+    import torch
+
+Move = Callable[["torch.Tensor"], "torch.Tensor"]
+Join = Callable[[Callable[[str], "torch.Tensor"]], "torch.Tensor"]
+"""role -> [out, in] to the numbers of a stored slice."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One role: weight float32 [out, in], its change left [out, r] @ right [r, in]; `cut` gives its numbers from those of the stored slice."""
+
+    weight: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    cut: Move
+    place: tuple[object, ...]
+
+    @cached_property
+    def change(self) -> torch.Tensor:
+        return (self.left @ self.right).view(self.weight.shape)
+
+    @cached_property
+    def sum(self) -> torch.Tensor:
+        """Raises `BadNumbers` if it is not finite."""
+        found = self.weight + self.change
+        if not bool(found.isfinite().all()):
+            what = ", ".join(map(str, self.place))
+            raise BadNumbers(f"{what}: weight and change are not finite together", "both are finite alone", "the adapter diverged; ask for an earlier one")
+        return found
+
+
+def fold(
+    encoding: Encoding,
+    parts: Parts,
+    shape: tuple[int, ...],
+    pieces: Mapping[str, Piece],
+    join: Join,
+    rounding: Rounding,
+    moments: Callable[..., torch.Tensor | None],
+    moved: bool,
+) -> tuple[Parts, dict[str, Survival]]:
+    """The pieces of one stored slice with their changes added, in its encoding; and what is left of each change.
+
+    `parts`: the slice without the change. `moved`: in the base's own codes; then its scales are kept, but for blocks where they do not reach, and so are
+    the codes of numbers that do not change.
+    """
+    import torch
+
+    from moeglot.lattice import Lattice
+
+    total = join(lambda role: pieces[role].sum)
+    grid, beyond = encoding.grid(parts, shape), None
+    kept = torch.ones(shape, dtype=torch.bool)
+    if isinstance(grid, Lattice) and moved:
+        before, beyond = grid.scale, grid.clips(total)
+        if bool(beyond.any()):
+            parts = encoding.rescaled(parts, total, beyond)
+            grid = encoding.grid(parts, shape)
+            assert isinstance(grid, Lattice)
+            kept = grid.scale == before
+    elif isinstance(grid, Lattice):
+        parts = encoding.encode_like(parts, total)
+        grid, kept = encoding.grid(parts, shape), ~kept
+    found, survived = dict[str, torch.Tensor](), {}
+    for role, piece in pieces.items():
+        here = grid.moved(piece.cut) if isinstance(grid, Lattice) else grid
+        found[role] = rounded(rounding, piece.sum, here, piece.right, partial(moments, *piece.place), piece.place)
+        clipped = 0 if beyond is None else int(piece.cut(beyond).sum())
+        survived[role] = Survival.of(piece.weight, piece.change, found[role], clipped)
+    stay = join(lambda role: found[role] == pieces[role].weight) & kept
+    return encoding.placed(join(found.__getitem__), parts, stay), survived
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a merge does to a plan: which adapter is added, and how sums are rounded."""
+
+    adapter: Adapter
+    rounding: Rounding
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What decides the bytes of a merge besides base and target."""
+        files = sorted({entry.path for entry in self.adapter.files.entries.values()})
+        told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return told, self.adapter.config.raw, self.adapter.convention and self.adapter.convention.name, self.rounding
+
+    def touches(self, line: Stored, layer: int, expert: int) -> bool:
+        return any(self.adapter.touches(layer, role, expert) for role in line.roles)
+
+    def apply(
+        self, line: Stored, layer: int, expert: int, encoding: Encoding, parts: Parts, roles: Mapping[str, Encoded], moved: bool
+    ) -> tuple[Parts, dict[str, Survival]]:
+        """One expert's slice of a stored line with the change added, and what is left of it in each role.
+
+        `parts`: the slice without the change; `roles`: the base's matrices; `moved` as in `fold`.
+        """
+        import torch
+
+        pieces = {}
+        for role in line.roles:
+            left, right = self.adapter.factors(layer, role, expert)
+            pieces[role] = Piece(roles[role].decode(torch.float32), left, right, partial(_cut, line, role), (layer, role, expert))
+        shape = line.expert_shape(self.adapter.base.sizes)
+        found, survived = fold(encoding, parts, shape, pieces, partial(_join, line), self.rounding, self._moments, moved)
+        return found, {role: survived[role] for role in line.roles if self.adapter.touches(layer, role, expert)}
+
+    def _moments(self, layer: int, role: str, expert: int) -> torch.Tensor:
+        """float32 [in, in] of the inputs of one matrix; raises `UsageError`."""
+        found = self._measured.get(key := moments_key(layer, expert, role))
+        if found is None:
+            raise UsageError(
+                f"{self.rounding.moments} has no {key}",
+                f"it has the second moments of {len(self._measured)} inputs",
+                "gather them again on this base, or choose another rounding",
+            )
+        return found.read()
+
+    @cached_property
+    def _measured(self) -> Mapping[str, Entry]:
+        return read_header(Path(self.rounding.moments))[0] if self.rounding.moments else {}
+
+    # --- matrices that are no experts --------------------------------------------------------------------------------------------------
+
+    def dense(self, tensors: Mapping[str, DenseTensor]) -> dict[str, DenseTensor]:
+        """Hub name -> tensor that is no expert, with the adapter's changes; raises `UnsupportedAdapter` where a tie would be cut."""
+        found = dict(tensors)
+        exact = self.adapter.base.decoded("F32")
+        for name, replaced in self.adapter.replaced.items():
+            if not isinstance(found.get(name), HubTensor | DecodedTensor) or isinstance(found[name], HubTensor) != isinstance(exact[name], HubTensor):
+                raise UnsupportedAdapter(f"{replaced.alias} replaces a quantized tensor", "it is no sum of factors", "pass --encode bf16, which decodes it")
+            found[name] = Merged(name, found[name].dtype, found[name].shape, HubTensor(name, replaced.entry), None, self.rounding)
+        for module, factors in self.adapter.dense.items():
+            weight = module + ".weight"
+            coded = exact[weight]
+            if isinstance(coded, DecodedTensor) and not isinstance(found.get(weight), DecodedTensor):
+                for part, entry in coded.parts.items():
+                    found[entry.name] = MergedPart(entry.name, entry.dtype, entry.shape, coded, factors, self.rounding, part)
+            else:
+                before = found[weight]
+                base = before.base if isinstance(before, Merged) else before
+                found[weight] = Merged(weight, before.dtype, before.shape, base, factors, self.rounding)
+            if factors.bias_entry:
+                bias = found.get(module + ".bias")
+                if bias is None:
+                    raise UnsupportedAdapter(f"{factors.alias} has a trained bias, the base has none", "lora_bias was on", "train the adapter without it")
+                found[module + ".bias"] = Merged(module + ".bias", bias.dtype, bias.shape, bias, factors, self.rounding)
+        return found
+
+
+def moments_key(layer: int, expert: int, role: str) -> str:
+    """Where a file of second moments keeps those of one matrix's inputs: gate and up have the same."""
+    return f"layers.{layer}.experts.{expert}.{'intermediate' if role == 'down' else 'hidden'}"
+
+
+def _cut(line: Stored, role: str, tensor: torch.Tensor) -> torch.Tensor:
+    return line.split(values(tensor))[role].parts["value"]
+
+
+def _join(line: Stored, role: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    return line.join(lambda name: values(role(name))).parts["value"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A tensor that is no expert, with the change of an adapter, in the float type that it has: a matrix, or the bias of a module."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: DenseTensor
+    factors: Dense | None
+    rounding: Rounding
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    def read(self) -> torch.Tensor:
+        return self.merge()[0]
+
+    def merge(self) -> tuple[torch.Tensor, Survival]:
+        """The tensor as it is to be stored, and what is left of the change."""
+        import torch
+
+        encoding = Plain(self.dtype)
+        exact = self.base.exact().decode(torch.float32) if isinstance(self.base, DecodedTensor) else self.base.read()
+        parts = encoding.encode(exact)
+        if self.factors is None:
+            return parts["value"], Survival()
+        piece = _piece(self.factors, exact.to(torch.float32), self.name)
+        found, survived = fold(encoding, parts, self.shape, {"": piece}, _alone, _without_moments(self.rounding), _no_moments, True)
+        return found["value"], survived[""]
+
+
+@dataclass(frozen=True)
+class MergedPart:
+    """A part of a quantized matrix that is no expert, with the change of an adapter, in the encoding that it has."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base: DecodedTensor
+    factors: Dense
+    rounding: Rounding
+    part: str
+
+    @property
+    def origin(self) -> str:
+        return self.name
+
+    def read(self) -> torch.Tensor:
+        return self.merge()[0]
+
+    def merge(self) -> tuple[torch.Tensor, Survival]:
+        """The part as it is to be stored; and, with the first of the parts, what is left of the change."""
+        import torch
+
+        coded = self.base.exact()
+        piece = _piece(self.factors, coded.decode(torch.float32), self.base.name)
+        found, survived = fold(coded.encoding, coded.parts, coded.shape, {"": piece}, _alone, _without_moments(self.rounding), _no_moments, True)
+        return found[self.part].view(self.shape), survived[""] if self.part == coded.encoding.parts[0].name else Survival()
+
+
+def _piece(factors: Dense, weight: torch.Tensor, name: str) -> Piece:
+    import torch
+
+    if name.endswith(".bias"):
+        bias = factors.bias()
+        assert bias is not None
+        left, right = bias.unsqueeze(1), torch.ones(1, 1)
+        return Piece(weight, left, right, lambda tensor: tensor, (name,))
+    return Piece(weight, *factors.factors(), lambda tensor: tensor, (name,))
+
+
+def _alone(role: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    return role("")
+
+
+def _no_moments(*_: object) -> None:
+    return None
+
+
+def _without_moments(rounding: Rounding) -> Rounding:
+    """Second moments are gathered for the inputs of experts; other matrices are rounded to the nearest."""
+    return Rounding() if rounding.kind == "gptq" else rounding

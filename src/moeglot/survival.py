@@ -1,0 +1,78 @@
+"""How much of a change is left once it has been added to weights and rounded to their encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Sums over the numbers of some matrices, where W were the weights, δ is the change and Q what is stored: ⟨Q - W, δ⟩, ⟨δ, δ⟩, ⟨Q - W, Q - W⟩,
+    ⟨W, W⟩; how many numbers there are, how many differ from W, and how many lay beyond the scale that they had, so that their block got a new one.
+    """
+
+    along: float = 0.0
+    change: float = 0.0
+    applied: float = 0.0
+    weight: float = 0.0
+    values: int = 0
+    changed: int = 0
+    clipped: int = 0
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, change: torch.Tensor, stored: torch.Tensor, clipped: int = 0) -> Survival:
+        """weight, change, stored: float32 of one shape."""
+        import torch
+
+        applied = stored - weight
+
+        def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+            return float((a * b).sum(dtype=torch.float64))
+
+        changed = int((applied != 0).sum())
+        return cls(dot(applied, change), dot(change, change), dot(applied, applied), dot(weight, weight), weight.numel(), changed, clipped)
+
+    def __add__(self, other: Survival) -> Survival:
+        return Survival(*(a + b for a, b in zip(self.row(), other.row(), strict=True)))
+
+    def row(self) -> tuple[Any, ...]:
+        return astuple(self)
+
+    @property
+    def rec(self) -> float:
+        """The share of the change that is recovered along its own direction, ⟨Q - W, δ⟩ / ⟨δ, δ⟩: 1 is all of it, and more is too much. 1 if there is none."""
+        return self.along / self.change if self.change else 1.0
+
+    @property
+    def cosine(self) -> float:
+        """Between what was applied and the change; below `rec` by the noise that rounding adds."""
+        return float(self.along / (self.change * self.applied) ** 0.5) if self.change and self.applied else 0.0 if self.change else 1.0
+
+    @property
+    def rho(self) -> float:
+        """‖δ‖ / ‖W‖."""
+        return float((self.change / self.weight) ** 0.5) if self.weight else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "rec": self.rec,
+            "cosine": self.cosine,
+            "rho": self.rho,
+            "values": self.values,
+            "changed": self.changed,
+            "clipped": self.clipped,
+        }
+
+
+def added(a: Mapping[str, Survival], b: Mapping[str, Survival]) -> dict[str, Survival]:
+    """Role -> the sum of both."""
+    return {role: a.get(role, Survival()) + b.get(role, Survival()) for role in (*a, *(role for role in b if role not in a))}
+
+
+OTHERS = "other modules"
+"""What takes the place of a role for matrices that are no experts."""
