@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes"},
+    {"errors", "version", "dtypes", "rounding", "survival"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
     {"layout"},
@@ -28,15 +28,16 @@ LAYERS = (
     {"adapter_targets"},
     {"adapter"},
     {"adapter_written"},
-    {"adapter_convert"},
+    {"adapter_convert", "merging"},
     {"checks", "experts", "loss"},
     {"misreadings", "targets", "lint"},
     {"plan"},
     {"forward", "units", "work"},
     {"fingerprint"},
-    {"verify"},
+    {"verify", "kept"},
     {"certificate"},
     {"convert"},
+    {"merge"},
     {"report"},
     {"integrations", "inspection"},
     {"live"},

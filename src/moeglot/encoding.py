@@ -13,7 +13,7 @@ from moeglot.errors import TensorMismatch
 if TYPE_CHECKING:
     import torch
 
-    from moeglot.lattice import Grid
+    from moeglot.kernels.lattice import Grid
 
 Parts = Mapping[str, "torch.Tensor"]
 Stored = tuple[str, tuple[int, ...]]

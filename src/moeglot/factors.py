@@ -21,6 +21,10 @@ WRAP = ".base_layer"
 """What PEFT adds to a module's name for each wrapper around it."""
 
 
+QUANTIZERS = ("llm-compressor", "unsloth-bnb")
+"""Layouts in which models are quantized and served, and in which PEFT wraps no module."""
+
+
 @dataclass(frozen=True)
 class Place:
     """The two tensors of one parameter or module: their keys, whose factors they hold, and the `name` that adapter_config.json calls it by.
@@ -54,7 +58,8 @@ def stacked_form(family: Family) -> Format | None:
 
 def per_expert_form(family: Family) -> Format | None:
     """The format in which each expert of a family is a module of its own."""
-    return next((form for form in PLAIN if form.family == family and form.is_plain and all(line.per_expert for line in form.stored)), None)
+    found = [form for form in PLAIN if form.family == family and form.is_plain and all(line.per_expert for line in form.stored)]
+    return next((form for form in found if form.name.partition("/")[2] not in QUANTIZERS), None)
 
 
 def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:

@@ -15,7 +15,7 @@ from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, UnsupportedAdapter, UsageError
 from moeglot.layout import Stored, values
-from moeglot.rounding import Rounding, rounded
+from moeglot.rounding import Rounding
 from moeglot.shards import Entry, read_header
 from moeglot.survival import Survival
 
@@ -68,7 +68,8 @@ def fold(
     """
     import torch
 
-    from moeglot.lattice import Lattice
+    from moeglot.kernels.lattice import Lattice
+    from moeglot.kernels.rounding import rounded
 
     total = join(lambda role: pieces[role].sum)
     grid, beyond = encoding.grid(parts, shape), None

@@ -23,7 +23,7 @@ from moeglot.errors import BadNumbers, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from moeglot.lattice import Lattice
+    from moeglot.kernels.lattice import Lattice
 
 Kind = Literal["nf4", "fp4"]
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the library takes
@@ -232,7 +232,7 @@ class BNB4(Encoding):
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         from moeglot.kernels import bnb4
-        from moeglot.lattice import Lattice, spread_flat
+        from moeglot.kernels.lattice import Lattice, spread_flat
 
         dtype = DTYPES[QuantState.read(parts["state"]).dtype].torch
         codes = bnb4.unpacked(parts["packed"])[: prod(shape)].view(shape)
@@ -250,7 +250,7 @@ class BNB4(Encoding):
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
         """Nested absmax are coded anew as a whole."""
-        from moeglot.lattice import any_in_flat, chosen
+        from moeglot.kernels.lattice import any_in_flat, chosen
 
         fresh = self.encode(values)
         if self.nested:

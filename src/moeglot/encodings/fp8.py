@@ -19,7 +19,7 @@ from moeglot.encodings.plain import Plain
 if TYPE_CHECKING:
     import torch
 
-    from moeglot.lattice import Lattice
+    from moeglot.kernels.lattice import Lattice
 
 ScaleType = Literal["F32", "BF16", "F8_E8M0", "U8"]
 SCALES: tuple[ScaleType, ...] = ("F32", "BF16", "F8_E8M0", "U8")
@@ -128,7 +128,7 @@ class FP8(Encoding):
         import torch
 
         from moeglot.kernels import fp8
-        from moeglot.lattice import Lattice, spread
+        from moeglot.kernels.lattice import Lattice, spread
 
         scale = fp8.scale_values(parts["scale"]).view(self.parts[1].shape(shape))
         return Lattice(fp8.levels(), spread(scale, self.block, shape), parts["weight"].view(torch.uint8))
@@ -137,7 +137,7 @@ class FP8(Encoding):
         return {**parts, "weight": self.grid(parts, tuple(values.shape)).kept(values, kept).view(parts["weight"].dtype)}
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
-        from moeglot.lattice import any_in, chosen
+        from moeglot.kernels.lattice import any_in, chosen
 
         fresh = replace(self, carried=()).encode(values)
         return {**parts, "scale": chosen(any_in(beyond, self.block), fresh["scale"], parts["scale"])}

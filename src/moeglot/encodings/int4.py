@@ -19,7 +19,7 @@ from moeglot.errors import UnknownFormat
 if TYPE_CHECKING:
     import torch
 
-    from moeglot.lattice import Lattice
+    from moeglot.kernels.lattice import Lattice
 
 ScaleType = Literal["BF16", "F16", "F32"]
 SCALES: tuple[ScaleType, ...] = ("BF16", "F16", "F32")
@@ -131,7 +131,7 @@ class INT4(Encoding):
         import torch
 
         from moeglot.kernels import int4
-        from moeglot.lattice import Lattice, spread
+        from moeglot.kernels.lattice import Lattice, spread
 
         scale = parts["scale"].to(torch.float32).view(self.parts[1].shape(shape))
         return Lattice(int4.levels(), spread(scale, self.block, shape), int4.nibbles(parts["packed"])[:, : shape[1]])
@@ -142,7 +142,7 @@ class INT4(Encoding):
         return {**parts, "packed": int4.packed(self.grid(parts, tuple(values.shape)).kept(values, kept))}
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
-        from moeglot.lattice import any_in, chosen
+        from moeglot.kernels.lattice import any_in, chosen
 
         return {**parts, "scale": chosen(any_in(beyond, self.block), self.encode(values)["scale"], parts["scale"])}
 

@@ -21,7 +21,7 @@ from moeglot.encodings.plain import Plain
 if TYPE_CHECKING:
     import torch
 
-    from moeglot.lattice import Lattice
+    from moeglot.kernels.lattice import Lattice
 
 GROUP = 32
 
@@ -116,7 +116,7 @@ class MXFP4(Encoding):
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         from moeglot.kernels import e2m1, mxfp4
-        from moeglot.lattice import Lattice, spread
+        from moeglot.kernels.lattice import Lattice, spread
 
         packed, scale = _blocks(parts)
         return Lattice(e2m1.levels(self.ties), spread(mxfp4.powers(scale), (1, GROUP), shape), e2m1.codes(packed).view(shape))
@@ -128,7 +128,7 @@ class MXFP4(Encoding):
         return {**parts, "packed": packed.view(parts["packed"].dtype).view(parts["packed"].shape)}
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
-        from moeglot.lattice import any_in, chosen
+        from moeglot.kernels.lattice import any_in, chosen
 
         return {**parts, "scale": chosen(any_in(beyond, (1, GROUP)), self.encode(values)["scale"], parts["scale"])}
 

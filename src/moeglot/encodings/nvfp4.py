@@ -20,8 +20,8 @@ from moeglot.encodings.plain import Plain
 if TYPE_CHECKING:
     import torch
 
+    from moeglot.kernels.lattice import Lattice
     from moeglot.kernels.nvfp4 import Rules
-    from moeglot.lattice import Lattice
 
 GROUP = 16
 Convention = Literal["modelopt", "compressed-tensors"]
@@ -147,7 +147,7 @@ class NVFP4(Encoding):
         import torch
 
         from moeglot.kernels import e2m1
-        from moeglot.lattice import Lattice, spread
+        from moeglot.kernels.lattice import Lattice, spread
 
         factor = self._rules.factor(parts["scale"].to(torch.float32), parts["global"])
         return Lattice(e2m1.levels("even"), spread(factor, (1, GROUP), shape), e2m1.codes(parts["packed"]))
@@ -162,7 +162,7 @@ class NVFP4(Encoding):
         import torch
 
         from moeglot.kernels.grid import largest
-        from moeglot.lattice import any_in, chosen
+        from moeglot.kernels.lattice import any_in, chosen
 
         new, by = any_in(beyond, (1, GROUP)), parts["global"]
         scale = self._rules.group(largest(values, (1, GROUP)), by)

@@ -13,7 +13,7 @@ from moeglot.errors import BadNumbers
 if TYPE_CHECKING:
     import torch
 
-    from moeglot.lattice import Grid
+    from moeglot.kernels.lattice import Grid
 
 CHUNK = 1 << 20
 """Values looked at a time."""
@@ -63,7 +63,7 @@ class Plain(Encoding):
         return rows, columns
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Grid:
-        from moeglot.lattice import Floats
+        from moeglot.kernels.lattice import Floats
 
         return Floats(parts["value"].dtype)
 

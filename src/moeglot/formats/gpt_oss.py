@@ -123,4 +123,39 @@ ORIGINAL = Format(
     ),
 )
 
-FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS)
+LINEAR = EXPERTS + "experts.{expert}."
+LLM_COMPRESSOR = Format(
+    "gpt-oss/llm-compressor",
+    FAMILY,
+    (
+        Stored(LINEAR + "gate_proj.weight", ("gate",), "i h"),
+        Stored(LINEAR + "up_proj.weight", ("up",), "i h"),
+        Stored(LINEAR + "down_proj.weight", ("down",), "h i"),
+        Stored(LINEAR + "gate_proj.bias", ("gate_bias",), "i"),
+        Stored(LINEAR + "up_proj.bias", ("up_bias",), "i"),
+        Stored(LINEAR + "down_proj.bias", ("down_bias",), "h"),
+    ),
+    source="https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/gpt_oss.py",
+    about="one Linear a role and expert, as llm-compressor takes the experts apart to quantize them (convert_model_for_quantization_gptoss)",
+    reads="vLLM",
+)
+
+UNSLOTH = Format(
+    "gpt-oss/unsloth-bnb",
+    FAMILY,
+    (
+        Stored(EXPERTS + "gate_up_projs.{expert}.weight", ("gate", "up"), "(i p) h"),
+        Stored(EXPERTS + "down_projs.{expert}.weight", ("down",), "h i"),
+        Stored(EXPERTS + "gate_up_projs.{expert}.bias", ("gate_bias", "up_bias"), "(i p)"),
+        Stored(EXPERTS + "down_projs.{expert}.bias", ("down_bias",), "h"),
+    ),
+    source="https://github.com/unslothai/unsloth-zoo/pull/802",
+    about="one Linear for gate and up of an expert, rows interleaved, as unsloth's bnb-4bit releases keep them; the router has a module of its own",
+    reads="unsloth",
+    dense=(
+        Dense(HUB + "mlp.router.linear.weight", (HUB + "mlp.router.weight",)),
+        Dense(HUB + "mlp.router.linear.bias", (HUB + "mlp.router.bias",)),
+    ),
+)
+
+FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, UNSLOTH)

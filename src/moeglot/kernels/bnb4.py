@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
-from moeglot.lattice import Levels
+from moeglot.kernels.lattice import Levels
 
 # Normal quantiles, as the library has them to the last digit; 0.0 is code 7.
 NF4 = (

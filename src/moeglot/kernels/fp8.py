@@ -8,7 +8,7 @@ import torch
 
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
-from moeglot.lattice import Levels
+from moeglot.kernels.lattice import Levels
 
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
 NAN = 0x7F

@@ -9,7 +9,7 @@ import torch
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
-from moeglot.lattice import Levels
+from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
 OFFSET = 8
