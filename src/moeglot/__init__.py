@@ -38,6 +38,7 @@ from moeglot.formats import formats
 from moeglot.identify import Identification, identify
 from moeglot.lint import Finding, lint
 from moeglot.live import load, save
+from moeglot.merge import merge
 from moeglot.plan import Plan, plan
 from moeglot.verify import compare, verify
 from moeglot.version import __version__
@@ -80,6 +81,7 @@ __all__ = [
     "identify",
     "lint",
     "load",
+    "merge",
     "open",
     "open_adapter",
     "plan",

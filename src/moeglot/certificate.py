@@ -76,7 +76,8 @@ def _verify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, 
         *forward(written, side, workers=threads, progress=progress),
     ]
     if plan.change and plan.change.adapter.layers:
-        checks += [applied(written, plan, sums(survived(plan, losses)), threads, progress), live(written, plan, threads, progress)]
+        found = survived(plan, losses)
+        checks += [applied(written, plan, sums(found), threads, progress), live(written, plan, found, threads, progress)]
     return Report(folder.name, plan.source.source.name, tuple(checks))
 
 

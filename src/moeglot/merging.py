@@ -118,15 +118,28 @@ class Change:
 
         `parts`: the slice without the change; `roles`: the base's matrices; `moved` as in `fold`.
         """
+        stored = Encoded(encoding, parts, line.expert_shape(self.adapter.base.sizes))
+        if not line.movable(encoding, self.adapter.base.sizes):  # blocks hold numbers of several roles
+            pieces = {role: self._piece(layer, role, expert, roles[role], partial(_cut, line, role)) for role in line.roles}
+            found, survived = fold(encoding, parts, stored.shape, pieces, partial(_join, line), self.rounding, self._moments, moved)
+            return found, {role: survived[role] for role in line.roles if self.adapter.touches(layer, role, expert)}
+        slices, survived = line.split(stored), {}
+
+        def merged(role: str) -> Encoded:
+            before = slices[role]
+            if not self.adapter.touches(layer, role, expert):
+                return before
+            piece = self._piece(layer, role, expert, roles[role], _all)
+            found, survival = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
+            survived.update(survival)
+            return Encoded(encoding, found, before.shape)
+
+        return line.join(merged).parts, survived
+
+    def _piece(self, layer: int, role: str, expert: int, encoded: Encoded, cut: Move) -> Piece:
         import torch
 
-        pieces = {}
-        for role in line.roles:
-            left, right = self.adapter.factors(layer, role, expert)
-            pieces[role] = Piece(roles[role].decode(torch.float32), left, right, partial(_cut, line, role), (layer, role, expert))
-        shape = line.expert_shape(self.adapter.base.sizes)
-        found, survived = fold(encoding, parts, shape, pieces, partial(_join, line), self.rounding, self._moments, moved)
-        return found, {role: survived[role] for role in line.roles if self.adapter.touches(layer, role, expert)}
+        return Piece(encoded.decode(torch.float32), *self.adapter.factors(layer, role, expert), cut, (layer, role, expert))
 
     def _moments(self, layer: int, role: str, expert: int) -> torch.Tensor:
         """float32 [in, in] of the inputs of one matrix; raises `UsageError`."""
@@ -174,6 +187,10 @@ class Change:
 def moments_key(layer: int, expert: int, role: str) -> str:
     """Where a file of second moments keeps those of one matrix's inputs: gate and up have the same."""
     return f"layers.{layer}.experts.{expert}.{'intermediate' if role == 'down' else 'hidden'}"
+
+
+def _all(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _cut(line: Stored, role: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -252,8 +269,8 @@ def _piece(factors: Dense, weight: torch.Tensor, name: str) -> Piece:
         bias = factors.bias()
         assert bias is not None
         left, right = bias.unsqueeze(1), torch.ones(1, 1)
-        return Piece(weight, left, right, lambda tensor: tensor, (name,))
-    return Piece(weight, *factors.factors(), lambda tensor: tensor, (name,))
+        return Piece(weight, left, right, _all, (name,))
+    return Piece(weight, *factors.factors(), _all, (name,))
 
 
 def _alone(role: Callable[[str], torch.Tensor]) -> torch.Tensor:

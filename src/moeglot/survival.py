@@ -58,6 +58,11 @@ class Survival:
         """‖δ‖ / ‖W‖."""
         return float((self.change / self.weight) ** 0.5) if self.weight else 0.0
 
+    @property
+    def noise(self) -> float:
+        """‖Q - (W + δ)‖ / ‖W‖: how far the stored weights are from those with all of the change."""
+        return float((max(self.applied - 2 * self.along + self.change, 0.0) / self.weight) ** 0.5) if self.weight else 0.0
+
     def as_json(self) -> dict[str, Any]:
         return {
             "rec": self.rec,

@@ -14,7 +14,7 @@ from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, UsageError
 from moeglot.format import Format
-from moeglot.formats import of_family
+from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
 
 
@@ -34,7 +34,7 @@ def variant(target: Format, wanted: Encoding | None) -> Format:
 def own(form: Format, wanted: Encoding | None) -> Format:
     """The layout that a checkpoint has, for its own encoding or for another; raises `UsageError` if it has none for that."""
     if wanted is None:
-        return form
+        return by_name(form.name)  # what this file left open is open again
     layout = next((other for other in of_family(form.family) if other.name == form.name.partition("+")[0]), form)
     found = variant(layout, wanted)
     if found.is_plain == isinstance(wanted, Plain):

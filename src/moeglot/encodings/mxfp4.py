@@ -130,7 +130,8 @@ class MXFP4(Encoding):
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
         from moeglot.kernels.lattice import any_in, chosen
 
-        return {**parts, "scale": chosen(any_in(beyond, (1, GROUP)), self.encode(values)["scale"], parts["scale"])}
+        fresh = replace(self, scale_rule="ceil").encode(values)  # the other rules may choose one that does not reach
+        return {**parts, "scale": chosen(any_in(beyond, (1, GROUP)), fresh["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:
         """Groups whose largest code is at most 3, or zero: a smaller scale with larger codes has the same values."""

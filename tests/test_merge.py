@@ -1,0 +1,209 @@
+"""Merges of every encoding, judged by sums in float64 on grids that this file reads from the bytes itself; and what a merge refuses."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from adapters import WRITERS, Job
+from safetensors.torch import load_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.layout import values
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+EXPERTS, RANK = 3, 4
+SIZES = {"square": (128, 128), "h=2i": (256, 128), "neither": (192, 320)}
+PLAIN = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub", "mixtral": "mixtral/transformers-5"}
+LINEAR = {"gpt-oss": "gpt-oss/llm-compressor", "qwen3-moe": "qwen3-moe/hub", "mixtral": "mixtral/transformers-5"}
+BASES = {
+    "bf16": ("", "bfloat16"),
+    "mxfp4": ("mxfp4", "mxfp4"),
+    "fp8-block": ("+fp8-block", "fp8-block"),
+    "fp8-channel": ("+fp8-channel", "fp8-channel"),
+    "nvfp4": ("+nvfp4-modelopt", "nvfp4"),
+    "int4": ("+int4-pack", "int4:32"),
+    "nf4": ("+nf4", "nf4"),
+}
+CELLS = [(family, base, size) for family in PLAIN for base in BASES for size in SIZES]
+
+
+@dataclass
+class Case:
+    base: moeglot.Checkpoint
+    adapter: moeglot.Adapter
+    changes: dict
+
+
+def base_of(folder, family, base, size):
+    h, i = SIZES[size]
+    plain = write_checkpoint(folder / "plain", PLAIN[family], {"e": EXPERTS, "h": h, "i": i}, dtype=torch.bfloat16)
+    if base == "bf16":
+        return plain
+    suffix, encode = BASES[base]
+    to = "gpt-oss/openai" if (family, base) == ("gpt-oss", "mxfp4") else LINEAR[family] + ("+mxfp4-pack" if base == "mxfp4" else suffix)
+    moeglot.convert(plain, to, folder / "base", encode=encode, allow_loss=True)
+    return folder / "base"
+
+
+def case(folder, family, base, size, strength=0.3, layers=2) -> Case:
+    opened = moeglot.open(base_of(folder, family, base, size))
+    h, i = SIZES[size]
+    made = WRITERS["PEFT"][2](Job(family, EXPERTS, h, i, RANK, layers=layers))
+    for key in made.tensors:
+        if "lora_B" in key:
+            made.tensors[key] = made.tensors[key] * strength
+    changes = {place: change * strength for place, change in made.changes.items()}
+    return Case(opened, moeglot.open_adapter(made.save(folder / "adapter"), opened, "peft"), changes)
+
+
+# --- an independent reading of scales ------------------------------------------------------------------------------------------------
+
+
+def grid64(encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """(levels, scale of each number [out, in]) in float64, from the bytes of one stored slice."""
+    parts, (rows, columns), kind = encoded.parts, encoded.shape, encoded.encoding.kind
+    signed = torch.cat([-E2M1.flip(0), E2M1[1:]])
+
+    def spread(scale, height, width):
+        return scale.double().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+
+    if kind == "mxfp4":
+        return signed, spread(torch.exp2(parts["scale"].double() - 127).reshape(rows, -1), 1, 32)
+    if kind == "nvfp4":
+        return signed, spread((parts["scale"].float() * parts["global"].float()).reshape(rows, -1), 1, 16)
+    if kind == "int4":
+        return torch.arange(-8.0, 8).double(), spread(parts["scale"].reshape(rows, -1), 1, 32)
+    if kind == "nf4":
+        return parts["map"].double(), parts["scale"].double().repeat_interleave(64)[: rows * columns].view(rows, columns)
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    height, width = (128, 128) if kind == "fp8-block" else (1, columns)
+    return codes[codes.isfinite()].unique(), spread(parts["scale"].reshape(-(-rows // height), -1), height, width)
+
+
+def nearest64(wanted: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The nearest level × scale to each number."""
+    quotient = wanted / scale
+    index = torch.searchsorted(levels, quotient).clamp(1, len(levels) - 1)
+    low, high = levels[index - 1] * scale, levels[index] * scale
+    return torch.where((wanted - low).abs() <= (high - wanted).abs(), low, high)
+
+
+def stored(checkpoint, role, layer, expert):
+    """(the slice of the stored tensor that holds a role, or the role itself where its blocks are its own; how to cut the role's numbers out of it)."""
+    line = checkpoint.format.line_of(role)
+    encoded = checkpoint.expert(line, layer, expert)[role]
+    if encoded.encoding.kind not in ("float32", "bfloat16"):
+        return encoded, lambda tensor: tensor
+    return checkpoint.stored(line, layer, expert), lambda tensor: line.split(values(tensor.float()))[role].parts["value"].double()
+
+
+def matrix(checkpoint, role, layer, expert) -> torch.Tensor:
+    return checkpoint.expert(checkpoint.format.line_of(role), layer, expert)[role].decode(torch.float32).double()
+
+
+# --- the matrix of bases ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "base", "size"), CELLS, ids=lambda value: value)
+def test_a_merge_is_the_nearest_to_sums_in_float64(family, base, size, tmp_path):
+    made = case(tmp_path, family, base, size)
+    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", allow_loss=True)
+    assert certificate.report.verdict == "holds"
+    merged = moeglot.open(tmp_path / "out")
+    assert merged.format.name == made.base.format.name
+    unequal = total = 0
+    for (layer, role, expert), change in made.changes.items():
+        before, after = matrix(made.base, role, layer, expert), matrix(merged, role, layer, expert)
+        wanted = before + change
+        assert torch.equal(after[change == 0], before[change == 0])
+        if base == "bf16":
+            near, slack = wanted.float().bfloat16().double(), 1e-5
+        else:
+            encoded, cut = stored(merged, role, layer, expert)
+            levels, scale = grid64(encoded)
+            near, slack = nearest64(wanted, levels, cut(scale)), 8e-3 if base == "nf4" else 1e-5  # its numbers are rounded to bfloat16
+        assert float(((after - wanted).abs() - (near - wanted).abs()).div(before.abs() + change.abs() + 1e-3).max()) <= slack
+        unequal, total = unequal + int(((after - near).abs() > slack * (near.abs() + 1e-9)).sum()), total + near.numel()
+        survival = certificate.survived[layer, expert, role]
+        applied = after - before
+        assert survival.rec == pytest.approx(float((applied * change).sum() / change.square().sum()), rel=1e-4)
+        assert survival.cosine == pytest.approx(float((applied * change).sum() / applied.norm() / change.norm()), rel=1e-4)
+        assert survival.rho == pytest.approx(float(change.norm() / before.norm()), rel=1e-4)
+        assert survival.changed == int((applied != 0).sum())
+    assert unequal <= 1e-3 * total, "more than ties"
+
+
+@pytest.mark.parametrize(("family", "base"), [(family, base) for family in PLAIN for base in BASES if base != "bf16"])
+def test_scales_are_the_bases_but_where_they_do_not_reach(family, base, tmp_path):
+    made = case(tmp_path, family, base, "square", strength=0.1 if "fp8" in base else 1.0)
+    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", allow_loss=True)
+    merged, clipped, kept = moeglot.open(tmp_path / "out"), 0, 0
+    for (layer, role, expert), change in made.changes.items():
+        old, cut = stored(made.base, role, layer, expert)
+        levels, before = grid64(old)
+        after = grid64(stored(merged, role, layer, expert)[0])[1]
+        wanted = (matrix(made.base, role, layer, expert) + change) / cut(before)
+        low, high = 1.5 * levels[0] - 0.5 * levels[1], 1.5 * levels[-1] - 0.5 * levels[-2]
+        beyond = (wanted < low * (1 + 1e-6)) | (wanted > high * (1 + 1e-6))
+        assert certificate.survived[layer, expert, role].clipped == pytest.approx(int(beyond.sum()), abs=1)
+        clipped += int(beyond.sum())
+        kept += int((cut(before) == cut(after))[~beyond].sum())
+        assert not bool((cut(before) == cut(after))[beyond].any())
+    assert min(clipped, kept) > 0, "the test would show nothing"
+
+
+@pytest.mark.parametrize(("family", "base"), [(family, base) for family in PLAIN for base in BASES])
+def test_no_change_gives_back_every_byte(family, base, tmp_path):
+    made = case(tmp_path, family, base, "square", strength=0.0)
+    for rounding in ("nearest", "stochastic:3", "delta"):
+        moeglot.merge(made.base, made.adapter, tmp_path / rounding, round=rounding)
+        before, after = load_file(next((made.base.source.folder).glob("*.safetensors"))), load_file(tmp_path / rounding / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key].contiguous().view(torch.uint8), after[key].contiguous().view(torch.uint8)) for key in before if before[key].dim())
+
+
+@pytest.mark.parametrize("base", ["fp8-block", "mxfp4", "bf16"])
+def test_experts_without_factors_stay_byte_identical(base, tmp_path):
+    """An adapter of one expert of one layer."""
+    opened = moeglot.open(base_of(tmp_path, "qwen3-moe", base, "neither"))
+    h, i = SIZES["neither"]
+    made = WRITERS["vLLM's keys"][2](Job("qwen3-moe", EXPERTS, h, i, RANK))
+    made.tensors = {key: tensor for key, tensor in made.tensors.items() if "layers.1." in key and "experts.2.down_proj" in key}
+    made.config["target_modules"] = r".*layers\.1\..*experts\.2\.down_proj"
+    certificate = moeglot.merge(opened, made.save(tmp_path / "adapter"), tmp_path / "out", allow_loss=True)
+    assert set(certificate.survived) == {(1, 2, "down")}
+    before, after = load_file(next(opened.source.folder.glob("*.safetensors"))), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {key for key in before if not torch.equal(before[key].contiguous().view(torch.uint8), after[key].contiguous().view(torch.uint8))}
+    assert changed
+    assert all("layers.1." in key and "experts.2.down_proj" in key for key in changed)
+
+
+@pytest.mark.parametrize("base", ["bf16", "mxfp4", "fp8-block", "nvfp4", "int4", "nf4"])
+def test_into_other_encodings(base, tmp_path):
+    """A base in any encoding becomes a 16-bit or 32-bit model that says nothing of a quantization."""
+    made = case(tmp_path, "qwen3-moe", base, "neither")
+    for encode, limit in (("bf16", 3e-3), ("float32", 1e-6)):
+        moeglot.merge(made.base, made.adapter, tmp_path / encode, encode=encode, allow_loss=True)
+        config = json.loads((tmp_path / encode / "config.json").read_text())
+        assert "quantization_config" not in config
+        merged = moeglot.open(tmp_path / encode)
+        assert merged.format.name == "qwen3-moe/hub"
+        for (layer, role, expert), change in made.changes.items():
+            wanted = matrix(made.base, role, layer, expert) + change
+            assert float((matrix(merged, role, layer, expert) - wanted).norm() / wanted.norm()) < limit
+
+
+@pytest.mark.parametrize("rounding", ["stochastic:1", "delta"])
+def test_other_roundings_keep_what_the_nearest_loses(rounding, tmp_path):
+    made = case(tmp_path, "gpt-oss", "mxfp4", "square", strength=0.02)
+    with pytest.raises(moeglot.LossRefused, match="survives rounding to mxfp4"):
+        moeglot.merge(made.base, made.adapter, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    rec = {}
+    for name in ("nearest", rounding):
+        certificate = moeglot.merge(made.base, made.adapter, tmp_path / name, round=name, allow_loss=True)
+        assert certificate.document["merge"]["rounding"] == name
+        rec[name] = certificate.document["merge"]["survived"]["down"]["rec"]
+    assert rec["nearest"] < 0.3 < 0.6 < rec[rounding] < 1.2
