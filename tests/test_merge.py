@@ -137,7 +137,7 @@ def test_a_merge_is_the_nearest_to_sums_in_float64(family, base, size, tmp_path)
 
 @pytest.mark.parametrize(("family", "base"), [(family, base) for family in PLAIN for base in BASES if base != "bf16"])
 def test_scales_are_the_bases_but_where_they_do_not_reach(family, base, tmp_path):
-    made = case(tmp_path, family, base, "square", strength=0.1 if "fp8" in base else 1.0)
+    made = case(tmp_path, family, base, "square", strength={"fp8-block": 0.3, "fp8-channel": 0.3, "nvfp4": 0.1}.get(base, 1.0))
     certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", allow_loss=True)
     merged, clipped, kept = moeglot.open(tmp_path / "out"), 0, 0
     for (layer, role, expert), change in made.changes.items():
@@ -150,7 +150,8 @@ def test_scales_are_the_bases_but_where_they_do_not_reach(family, base, tmp_path
         assert certificate.survived[layer, expert, role].clipped == pytest.approx(int(beyond.sum()), abs=1)
         clipped += int(beyond.sum())
         kept += int((cut(before) == cut(after))[~beyond].sum())
-        assert not bool((cut(before) == cut(after))[beyond].any())
+        far = (wanted < low * 1.01) | (wanted > high * 1.01)  # a scale of few bits may round back to what it was
+        assert not bool((cut(before) == cut(after))[far].any())
     assert min(clipped, kept) > 0, "the test would show nothing"
 
 
