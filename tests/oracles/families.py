@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from moeglot.format import Family
-from moeglot.integrations.transformers import model_class
+from moeglot.integrations.transformers import VERSION, model_class
 
 torch.set_num_threads(1)  # matrices this small are slower on two
 
@@ -116,6 +116,11 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 """Family -> what its config needs beyond `SMALL`, by dotted key."""
 
+BEFORE_5: dict[str, dict[str, Any]] = {
+    "qwen3-vl-moe": {"text_config.rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+}
+"""The same for transformers 4, which has no default for it."""
+
 
 def why_not(family: Family) -> str | None:
     return family.unverified or None
@@ -141,7 +146,8 @@ def small(cls: type) -> dict[str, Any]:
         found.pop("head_dim", None)  # it follows
     for name in getattr(cls, "sub_configs", None) or {}:
         if getattr(default, name, None) is not None:
-            found[name] = small(type(getattr(default, name)))
+            part = type(getattr(default, name))
+            found[name] = {**small(part), "model_type": part.model_type}  # without it, Aria's before 5.23 stays a dict
     return found
 
 
@@ -152,7 +158,7 @@ def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
     for letter, keys in family.sizes.items():
         if letter in sizes:
             put(options, keys[0], sizes[letter])
-    for path, value in EXTRA.get(family.name, {}).items():
+    for path, value in {**EXTRA.get(family.name, {}), **(BEFORE_5.get(family.name, {}) if VERSION < (5, 0) else {})}.items():
         put(options, path, value)
     return cls(**options)
 
@@ -189,7 +195,8 @@ def saved(model: torch.nn.Module, folder: Path, original: bool) -> dict[str, tor
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
-def _report(names: list[str]) -> None:
+def _report(names: list[str]) -> int:
+    """How many could not be built, each with the reason."""
     import sys
     import tempfile
     import time
@@ -198,6 +205,7 @@ def _report(names: list[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    failed = 0
     for family in (family for family in FAMILIES if not names or family.name in names):
         start = time.time()
         try:
@@ -215,13 +223,15 @@ def _report(names: list[str]) -> None:
                     )
                 if names:
                     print((Path(folder) / "True" / "config.json").read_text())
-        except Exception as error:
+        except Exception as error:  # a report of all, which ends with the status of a failure
+            failed += 1
             print(f"## {family.name}: {type(error).__name__}: {str(error)[:300]}")
         print(f"   {time.time() - start:.1f} s")
         sys.stdout.flush()
+    return failed
 
 
 if __name__ == "__main__":
     import sys
 
-    _report(sys.argv[1:])
+    sys.exit(min(1, _report(sys.argv[1:])))
