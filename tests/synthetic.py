@@ -178,7 +178,7 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
     for name, axes in (DENSE.get(form.family.name) or _renamed(form)).items():
         shape = tuple(prod(sizes[letter] for letter in group) for group in parse_axes(axes))
         for layer in range(layers) if "{layer}" in name else (0,):
-            hub[name.format(layer=layer, rest="weight")] = _floats(shape, dtype, random)
+            hub[name.format(layer=layer, rest="x.weight")] = _floats(shape, dtype, random)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in hub.items():
         if named := form.from_hub(name):

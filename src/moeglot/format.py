@@ -197,6 +197,7 @@ class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
+    `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
 
@@ -210,6 +211,7 @@ class Format:
     reads: str = "any transformers"
     alone: str = ""
     coding: Coding | None = None
+    unlike: Mapping[int, tuple[Stored, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)
@@ -233,12 +235,24 @@ class Format:
 
     def with_encodings(self, settle: Callable[[Stored], Encoding]) -> Format:
         """This format with the encodings of its coded lines settled by a file."""
-        lines = (line if isinstance(line.encoding, Plain) else replace(line, encoding=settle(line)) for line in self.stored)
-        return replace(self, stored=tuple(lines))
+
+        def settled(lines: tuple[Stored, ...]) -> tuple[Stored, ...]:
+            return tuple(line if isinstance(line.encoding, Plain) else replace(line, encoding=settle(line)) for line in lines)
+
+        return replace(self, stored=settled(self.stored), unlike={layer: settled(lines) for layer, lines in self.unlike.items()})
+
+    def lines(self, layer: int) -> tuple[Stored, ...]:
+        """How a layer's experts are stored."""
+        return self.unlike.get(layer, self.stored)
+
+    @cached_property
+    def all_lines(self) -> tuple[Stored, ...]:
+        """Every line that some layer has."""
+        return tuple({line.key + str(line.names): line for lines in (self.stored, *self.unlike.values()) for line in lines}.values())
 
     @cached_property
     def _patterns(self) -> tuple[tuple[Stored, str, re.Pattern[str]], ...]:
-        return tuple((line, part, _pattern(line.key + suffix)) for line in self.stored for part, suffix in line.suffixes.items())
+        return tuple((line, part, _pattern(line.key + suffix)) for line in self.all_lines for part, suffix in line.suffixes.items())
 
     def match(self, key: str) -> tuple[Stored, str, int, int | None] | None:
         """key -> (line, part, layer, expert), or None for a tensor that is no expert."""
@@ -263,7 +277,7 @@ class Format:
     def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, Stored, str, int, int | None]]:
         """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
         for layer in layers:
-            for line in self.stored:
+            for line in self.lines(layer):
                 before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
                 suffixes = [(part, after + suffix) for part, suffix in line.suffixes.items()]
                 for expert in range(sizes["e"]) if line.per_expert else (None,):

@@ -67,6 +67,20 @@ class Stored:
         return "{expert}" in self.key
 
     @property
+    def is_matrix(self) -> bool:
+        """It holds matrices, and not the biases beside them."""
+        return len(self.role_axes.split()) == 2
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Not quantized."""
+        return isinstance(self.encoding, Plain)
+
+    def module(self, layer: int, expert: int = 0) -> str:
+        """What quantization_config calls the matrices of an expert."""
+        return self.key.format(layer=layer, expert=expert).removesuffix(".weight")
+
+    @property
     def short(self) -> str:
         """Its name for people: `gate_up_proj`, `w1`."""
         *_, before, last = self.key.split(".")

@@ -47,25 +47,21 @@ def lint(checkpoint: Checkpoint, *, sample: bool = True) -> tuple[Finding, ...]:
 
 
 def _matrices(c: Checkpoint) -> list[Stored]:
-    return [line for line in c.format.stored if len(line.role_axes.split()) == 2]
+    return [line for line in c.format.stored if line.is_matrix]
 
 
 def _unquantized(c: Checkpoint) -> Iterator[Finding]:
     declared = said(c.source.config)
-    plain = [line for line in _matrices(c) if isinstance(line.encoding, Plain)]
+    plain = [(layer, line) for layer in c.layers for line in c.format.lines(layer) if line.is_plain and line.is_matrix]
     if not declared or not plain:
         return
-    keys = [
-        key
-        for layer in c.layers
-        for line in plain
-        for expert in (range(c.sizes["e"]) if line.per_expert else (0,))
-        for key in line.keys(layer, expert).values()
-    ]
+    keys = [key for layer, line in plain for expert in (range(c.sizes["e"]) if line.per_expert else (0,)) for key in line.keys(layer, expert).values()]
     held = sum(c.source.entries[key].nbytes for key in keys)
     bits = 4 if declared.get("load_in_4bit") or "4" in str(declared.get("quant_algo", "")) or method(declared) in ("mxfp4", "bitsandbytes") else 8
     saved = held - sum(prod(c.source.entries[key].shape) * bits // 8 for key in keys)
-    stored = f"config.json says {method(declared)}, the experts are {c.encoding(plain[0], c.layers[0]).name}"
+    layers = dict.fromkeys(layer for layer, _ in plain)
+    whose = "the experts" if len(layers) == len(c.layers) else f"those of {len(layers)} of {len(c.layers)} layers"
+    stored = f"config.json says {method(declared)}, {whose} are {c.encoding(plain[0][1], plain[0][0]).name}"
     what = f"{stored}: {held / 1e9:.2f} GB, of which {bits} bits a number would save {saved / 1e9:.2f} GB"
     yield Finding("experts are not quantized", what, {"bytes": held, "could_save": saved, "quant_method": method(declared)})
 

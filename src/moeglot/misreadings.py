@@ -8,7 +8,6 @@ from itertools import product
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
-from moeglot.encodings.plain import Plain
 from moeglot.experts import Matrix
 from moeglot.layout import Stored, exactly, values
 
@@ -23,6 +22,8 @@ class Misreading:
     name: str
     read: Read
     line: Stored | None = None
+    scales: bool = False
+    """It misreads scales, which the layers that are not quantized do not have."""
 
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
@@ -56,8 +57,8 @@ def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
         yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
-    if not isinstance(checkpoint.encoding(line, checkpoint.layers[0]), Plain):
-        yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
+    if not line.is_plain:
+        yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line, scales=True)
 
 
 Change = Callable[[Matrix, int, int], Matrix]

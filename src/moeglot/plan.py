@@ -24,7 +24,7 @@ from moeglot.formats import by_name, of_family
 from moeglot.identify import MARK
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import ShardPlan, Slot, plan_shards
-from moeglot.targets import encoding_of, float_type, keeps, quantization, twin, variant
+from moeglot.targets import arranged, encoding_of, float_type, keeps, quantization, twin, variant
 
 SHARD_SIZE = 5_000_000_000
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -149,8 +149,9 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
-    steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
-    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key))
+    target = arranged(source, target)
+    steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.lines(layer))
+    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key and not step.line.is_plain))
     dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})

@@ -28,6 +28,9 @@ CODED |= {
     "fp8-tensor:u8": FP8((WHOLE, WHOLE), "U8"),
     "int4:32 in float32": INT4(32, scale="F32"),
     "int4:64 in float16": INT4(64, "kimi", "F16", "I32"),
+    "int4:32:asymmetric in float32": INT4(32, scale="F32", zero=True),
+    "int4:64:asymmetric in float16": INT4(64, scale="F16", zero=True),
+    "mxfp8 in e8m0": FP8((1, 32), "F8_E8M0"),
     "mxfp4 in int8": MXFP4(container="int8"),
     "mxfp4 packed": MXFP4(container="packed"),
 }
@@ -417,6 +420,23 @@ def test_int4_decode_is_the_definition(kind):
     assert torch.equal(bits(ours.decode(parts, torch.float32)), bits(torch.tensor([expected[:123]])))
 
 
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+def test_int4_with_zero_points_is_the_definition(kind):
+    """Nine rows, so that the second word of zero points is not full: row n has the nibble n + 3 as its zero, in the n-th place."""
+    nibbles = [[(n + 5 * k) % 16 for k in range(32)] for n in range(9)]
+    words = torch.tensor([[sum(row[8 * w + k] << (4 * k) for k in range(8)) for w in range(4)] for row in nibbles], dtype=torch.int64)
+    zeros = torch.tensor([[sum((n + 3) << (4 * n) for n in range(8))], [11]], dtype=torch.int64)
+    packed, zero = (torch.where(x >= 2**31, x - 2**32, x).to(torch.int32) for x in (words, zeros))
+    ours = INT4(32, scale=kind, zero=True)
+    scale = torch.full((9, 1), 0.3).to({"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind])
+    parts = {"packed": packed, "scale": scale, "zero_point": zero, "shape": torch.tensor([[[9, 32]]])}
+    expected = [[float(single(Fraction(nibble - (n + 3)) * Fraction(float(scale[n, 0])))) for nibble in row] for n, row in enumerate(nibbles)]
+    assert torch.equal(ours.decode(parts, torch.float32), torch.tensor(expected))
+    assert ours.check(parts) is None
+    again = ours.encode(torch.tensor(expected))
+    assert torch.equal(ours.decode(again, torch.float32), torch.tensor(expected))
+
+
 @given(st.lists(st.floats(-100, 100, width=32), min_size=32, max_size=32), st.sampled_from([("kimi", 7.0), ("compressed-tensors", 7.5)]))
 def test_int4_encode_is_the_definition(values, rule):
     values = [v if abs(v) > 1e-3 else 0.5 for v in values]
@@ -452,6 +472,8 @@ def test_int4_refuses_what_it_cannot_read():
     assert ours.as_stored(found).shape == "I64"
     with pytest.raises(UnknownFormat, match="zero points"):
         ours.as_stored({**found, "zero_point": ("I32", (2, 2))})
+    with pytest.raises(UnknownFormat, match="actorder"):
+        ours.as_stored({**found, "order": ("I32", (64,))})
     with pytest.raises(TensorMismatch, match="whole ones only"):
         ours.encode(torch.ones(16, 48))
 
