@@ -107,7 +107,9 @@ def write_checkpoint(
 
     `sizes` replaces some of `SIZES`; `dtype` is that of all floats, biases and dense tensors too. MXFP4 has random blocks, and scales from 118 to 126.
     """
-    form, known = by_name(format_name), SIZES | dict(sizes or {})
+    known = SIZES | dict(sizes or {})
+    known = {"j": known["i"], **known}
+    form = by_name(format_name).sized(known)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(form, known, layers, dtype), indent=2))
     save(folder, tensors(form, known, layers, seed, dtype), shards)
@@ -155,6 +157,12 @@ def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtyp
 def put(config: dict[str, Any], path: str, value: Any) -> None:
     """Set a dotted key."""
     *parents, last = path.split(".")
+    if last.isdecimal():
+        held = dig(config, ".".join(parents))
+        items = [*(held if isinstance(held, list) else ()), *[None] * (int(last) + 1)][: max(int(last) + 1, len(held) if isinstance(held, list) else 0)]
+        items[int(last)] = value
+        put(config, ".".join(parents), items)
+        return
     for parent in parents:
         config = config.setdefault(parent, {})
     config[last] = value

@@ -55,7 +55,7 @@ class Checkpoint:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers that have experts."""
-        return self.format.family.sparse.layers(self.config)
+        return self.format.family.layers(self.config)
 
     def line(self, line: Stored, layer: int) -> Stored:
         """A line of the format as this layer has it: the same roles along the same axes, perhaps not quantized."""
@@ -64,7 +64,7 @@ class Checkpoint:
     def encoding(self, line: Stored, layer: int) -> Encoding:
         """How this layer's tensor is coded; for plain floats, the type that the file holds."""
         line = self.line(line, layer)
-        key = line.key.format(layer=layer, expert=0)
+        key = line.stem(layer, 0)
         found = {part: self.source.entries[key + suffix] for part, suffix in line.names.items() if key + suffix in self.source.entries}
         return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()}, line.leading)
 

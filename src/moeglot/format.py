@@ -12,18 +12,19 @@ from moeglot.coding import Coding
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
-from moeglot.layout import ROLES, Sizes, Stored
+from moeglot.layout import BEHIND, ROLES, SECOND, Sizes, Stored
 
 Config = Mapping[str, Any]
 
 
 def dig(config: Config, path: str) -> Any:
-    """`dig(config, "rope_scaling.factor")`, or None."""
+    """`dig(config, "rope_scaling.factor")`, or None; a number is a place in a list."""
     value: Any = config
     for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
+        if isinstance(value, (list, tuple)) and key.isdecimal():
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
@@ -53,7 +54,8 @@ class SparseLayers:
     `count`: how many layers there are. `kinds`: one word or number a layer, in a list or a string; the first key that is there decides alone,
     and the layers whose word is in `sparse` have experts. `listed`: the layers that have experts, as a list or as "3,4,5"; decides alone.
     `first`: how many dense layers come first, and the family's default; `last`: the last layer that has experts, -1 for the last of all.
-    `every`: layer n has experts if (n + 1) % every = 0; `period` and `offset`: if n % period = offset. `dense`: the layers that have none.
+    `every`: layer n has experts if (n + 1) % every = 0; `period` and `offset` (a key, or the number itself): if n % period = offset % period.
+    `dense`: the layers that have none.
     """
 
     count: str = "num_hidden_layers"
@@ -64,7 +66,7 @@ class SparseLayers:
     last: str | None = None
     every: str | None = None
     period: str | None = None
-    offset: str | None = None
+    offset: str | int | None = None
     dense: str | None = None
 
     def layers(self, config: Config) -> tuple[int, ...]:
@@ -77,7 +79,7 @@ class SparseLayers:
         found = self._found(config, count, kinds) if usable else ()
         if not found:
             keys = (self.count, *self.kinds, self.listed, self.first and self.first[0], self.last, self.every, self.period, self.offset, self.dense)
-            said = {key: value for key in keys if key and ((value := dig(config, key)) is not None or key == self.count)}
+            said = {key: value for key in keys if isinstance(key, str) and ((value := dig(config, key)) is not None or key == self.count)}
             raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")
         return found
 
@@ -94,10 +96,12 @@ class SparseLayers:
         if None in (first, last, every, period, offset) or every < 1 or period < 1 or not isinstance(dense, (list, tuple)):
             return ()
         end = count if last == -1 else min(count, last + 1)
-        return tuple(n for n in range(first, end) if (n + 1) % every == 0 and n % period == offset and n not in dense)
+        return tuple(n for n in range(first, end) if (n + 1) % every == 0 and n % period == offset % period and n not in dense)
 
-    def _number(self, config: Config, key: str | None, default: int) -> Any:
-        """The whole number that a key gives, the default if it is not there, None if it is something else."""
+    def _number(self, config: Config, key: str | int | None, default: int) -> Any:
+        """The whole number that a key gives or is, the default if it is not there, None if it is something else."""
+        if isinstance(key, int):
+            return key
         value = dig(config, key) if key else None
         return default if value is None else value if isinstance(value, int) else None
 
@@ -109,6 +113,7 @@ class Family:
     `sizes`: letter -> the config keys (dotted for nested ones) that may hold it, the Hub's own first; they are names of one fact, except for the
     letters in `first_wins`, where the first key that is there decides. Letters beyond e, h and i size what is no expert.
     `carried`: config keys that say how many layers for multi-token prediction follow the others; they are carried over as they are.
+    `second`: which layers have the second group of experts, where a rule of its own says so; they must be the same layers.
     `unverified`: why nobody could compare this family with a real module or file, if so.
     """
 
@@ -121,7 +126,24 @@ class Family:
     source: str = ""
     first_wins: tuple[str, ...] = ()
     carried: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+    second: SparseLayers | None = None
     unverified: str = ""
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """What the names of the roles of each group of experts in a layer begin with."""
+        return ("", SECOND) if any(role.startswith(SECOND) for role in self.roles) else ("",)
+
+    def layers(self, config: Config) -> tuple[int, ...]:
+        """Numbers of the layers that have experts; raises `Contradiction` if config.json names none, or others for the two groups."""
+        found = self.sparse.layers(config)
+        if self.second and (others := self.second.layers(config)) != found:
+            raise Contradiction(
+                f"{self.name}: the two groups of experts are in different layers",
+                f"config.json says {found} and {others}",
+                "such a model cannot be told in this format; every release that we know has them in the same layers",
+            )
+        return found
 
     def carried_layers(self, config: Config) -> range:
         """Numbers of the layers after the last one, for multi-token prediction."""
@@ -218,6 +240,11 @@ class Format:
         if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
             raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
 
+    def sized(self, sizes: Sizes) -> Format:
+        """This format with the numbers of the experts of a second group known."""
+        lines = tuple(replace(line, offset=sizes["e"]) if line.offset == BEHIND else line for line in self.stored)
+        return replace(self, stored=lines) if lines != self.stored else self
+
     @property
     def is_plain(self) -> bool:
         """Nothing in it is quantized."""
@@ -248,7 +275,7 @@ class Format:
     @cached_property
     def all_lines(self) -> tuple[Stored, ...]:
         """Every line that some layer has."""
-        return tuple({line.key + str(line.names): line for lines in (self.stored, *self.unlike.values()) for line in lines}.values())
+        return tuple({(line.roles, line.key, line.is_plain): line for lines in (self.stored, *self.unlike.values()) for line in lines}.values())
 
     @cached_property
     def _patterns(self) -> tuple[tuple[Stored, str, re.Pattern[str]], ...]:
@@ -281,7 +308,7 @@ class Format:
                 before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
                 suffixes = [(part, after + suffix) for part, suffix in line.suffixes.items()]
                 for expert in range(sizes["e"]) if line.per_expert else (None,):
-                    stem = before if expert is None else f"{before}{expert}"
+                    stem = before if expert is None else f"{before}{expert + line.offset}"
                     for part, suffix in suffixes:
                         yield stem + suffix, line, part, layer, expert
 

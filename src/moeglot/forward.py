@@ -90,7 +90,7 @@ class Probe:
         line = misreading.line
         if line is not None and misreading.scales:
             return self.subject.line(line, self.layer).is_plain
-        return line is not None and line.role_axes in ("i", "h") and not any(bool(self.declared(role).parts["value"].any()) for role in line.roles)
+        return line is not None and not line.is_matrix and not any(bool(self.declared(role).parts["value"].any()) for role in line.roles)
 
 
 def forward(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> list[Check]:

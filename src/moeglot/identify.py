@@ -20,6 +20,8 @@ from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
 """Key of our mark in a safetensors header."""
+First = Mapping[tuple[tuple[str, ...], str], Entry]
+"""(roles, part) of a line -> the first tensor that there is of it."""
 NO_CONFIG = "there is no config.json"
 
 
@@ -135,20 +137,21 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
         return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
     config = hub_config(source.config, form)
     sizes = form.family.read_sizes(config)
-    said, layers = quantization(source.config), form.family.sparse.layers(config)
+    form = form.sized(sizes)
+    said, layers = quantization(source.config), form.family.layers(config)
     first = _first_tensors(form, source, layers, sizes, said)
     for line in form.stored:
         for part in line.encoding.parts:
-            if (line.key, part.name) not in first:
+            if (line.roles, part.name) not in first:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
-            if (entry := first[line.key, part.name]).dtype not in part.dtypes:
+            if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
     if refuted := _quantization_refutation(form, said, layers, first):
         return refuted
     return _shape_refutation(_settled(form, source), sizes, first)
 
 
-def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: Mapping[tuple[str, str], Entry]) -> Refutation | None:
+def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:
     """What config.json's quantization_config says against this format."""
     if form.coding:
         if any(_declared(form, line, said, first) is None for line in form.stored if not line.is_plain):
@@ -174,12 +177,12 @@ def _misnamed(form: Format, source: Source) -> Refutation | None:
     return None
 
 
-def _declared(form: Format, line: Stored, said: Mapping[str, Any], first: Mapping[tuple[str, str], Entry]) -> Encoding | None:
+def _declared(form: Format, line: Stored, said: Mapping[str, Any], first: First) -> Encoding | None:
     """What quantization_config says of the module that the first tensor of a line belongs to."""
     assert form.coding
-    entry = next((entry for (key, _), entry in first.items() if key == line.key), None)
+    entry = next((entry for (key, _), entry in first.items() if key == line.roles), None)
     found = form.match(entry.name) if entry else None
-    return form.coding.declares(said, line.module(found[2], found[3] or 0) if found else line.module(0))
+    return form.coding.declares(said, line.module(found[2]) if found else line.module(0))
 
 
 def _brief(said: Mapping[str, Any]) -> str:
@@ -189,23 +192,26 @@ def _brief(said: Mapping[str, Any]) -> str:
 
 def _settled(form: Format, source: Source) -> Format:
     """The format with the encodings that config.json declares and the file's tensors settle, in the layers that it does not leave alone."""
-    if not form.coding:
+    if not form.coding and len(form.family.groups) == 1:
         return form
     config, said = hub_config(source.config, form), quantization(source.config)
-    layers = form.family.sparse.layers(config)
-    first = _first_tensors(form, source, layers, form.family.read_sizes(config), said, every=True)
+    sizes, layers = form.family.read_sizes(config), form.family.layers(config)
+    form = form.sized(sizes)
+    if not form.coding:
+        return form
+    first = _first_tensors(form, source, layers, sizes, said, every=True)
 
     def settle(line: Stored) -> Encoding:
-        found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.key}
+        found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.roles}
         encoding = _declared(form, line, said, first) or line.encoding
         return encoding.as_stored(found, line.leading) if found.keys() >= {part.name for part in encoding.parts} else encoding
 
-    return replace(form, unlike=_unlike(form, said, layers)).with_encodings(settle)
+    return replace(form, unlike=_unlike(form, said, layers, sizes)).with_encodings(settle)
 
 
-def _unlike(form: Format, said: Mapping[str, Any], layers: tuple[int, ...]) -> dict[int, tuple[Stored, ...]]:
+def _unlike(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], sizes: Sizes) -> dict[int, tuple[Stored, ...]]:
     """Layer -> its lines, for the layers that quantization_config leaves alone, in part or in whole."""
-    plain = by_name(form.name.partition("+")[0]).stored
+    plain = by_name(form.name.partition("+")[0]).sized(sizes).stored
     found = {}
     for layer in layers:
         lines = tuple(other if leaves_alone(said, line.module(layer)) else line for line, other in zip(form.stored, plain, strict=True))
@@ -214,14 +220,12 @@ def _unlike(form: Format, said: Mapping[str, Any], layers: tuple[int, ...]) -> d
     return found
 
 
-def _first_tensors(
-    form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, said: Mapping[str, Any], every: bool = False
-) -> dict[tuple[str, str], Entry]:
-    """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too.
+def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, said: Mapping[str, Any], every: bool = False) -> First:
+    """(roles, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too.
 
     A coded line is not looked for in layers whose experts quantization_config leaves alone.
     """
-    found: dict[tuple[str, str], Entry] = {}
+    found: dict[tuple[tuple[str, ...], str], Entry] = {}
     for line in form.stored:
         wanted = line.names if every else line.suffixes
         suffixes = {part: suffix for part, suffix in wanted.items() if _is_somewhere(line.key + suffix, source)}
@@ -230,13 +234,13 @@ def _first_tensors(
             if form.coding and not line.is_plain and leaves_alone(said, line.module(layer)):
                 continue
             for expert in range(sizes["e"] if line.per_expert else 1):
-                stem = line.key.format(layer=layer, expert=expert)
+                stem = line.stem(layer, expert)
                 for part, suffix in suffixes.items():
                     if stem + suffix in source.entries:
-                        found.setdefault((line.key, part), source.entries[stem + suffix])
-                if all((line.key, part) in found for part in needed):
+                        found.setdefault((line.roles, part), source.entries[stem + suffix])
+                if all((line.roles, part) in found for part in needed):
                     break
-            if all((line.key, part) in found for part in needed):
+            if all((line.roles, part) in found for part in needed):
                 break
     return found
 
@@ -247,10 +251,10 @@ def _is_somewhere(template: str, source: Source) -> bool:
     return "{" in last or last in source.last_names
 
 
-def _shape_refutation(form: Format, sizes: Sizes, first: Mapping[tuple[str, str], Entry]) -> Refutation | None:
+def _shape_refutation(form: Format, sizes: Sizes, first: First) -> Refutation | None:
     for line in form.stored:
         for part in line.encoding.parts:
-            entry = first[line.key, part.name]
+            entry = first[line.roles, part.name]
             if not agree(shape := line.part_shape(part, sizes), entry.shape):
                 return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

@@ -9,7 +9,7 @@ from itertools import product
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
 from moeglot.experts import Matrix
-from moeglot.layout import Stored, exactly, values
+from moeglot.layout import SECOND, Stored, exactly, values
 
 Read = Callable[[int, int], Matrix]
 """(layer, expert) -> the matrices that a reading computes with."""
@@ -50,7 +50,7 @@ def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
     choices = [[None, *_of_line(checkpoint, line)] for line in checkpoint.format.stored]
     found = ([one for one in combination if one] for combination in product(*choices))
     for several in sorted((several for several in found if len(several) > 1), key=len):
-        yield Misreading(" and ".join(one.name for one in several), _together(checkpoint, {one.line.key: one.read for one in several if one.line}))
+        yield Misreading(" and ".join(one.name for one in several), _together(checkpoint, {one.line.roles: one.read for one in several if one.line}))
 
 
 def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
@@ -105,7 +105,7 @@ def _zeroed(declared: Matrix, layer: int, expert: int) -> Matrix:
 
 
 def _swapped(checkpoint: Checkpoint) -> Read:
-    swap = {"gate": "up", "up": "gate"}
+    swap = {"gate": "up", "up": "gate", SECOND + "gate": SECOND + "up", SECOND + "up": SECOND + "gate"}
 
     def read(layer: int, expert: int) -> Matrix:
         declared = right(checkpoint, layer, expert)
@@ -118,12 +118,12 @@ def _rolled(checkpoint: Checkpoint, shift: int) -> Read:
     return lambda layer, expert: right(checkpoint, layer, (expert + shift) % checkpoint.sizes["e"])
 
 
-def _together(checkpoint: Checkpoint, reads: Mapping[str, Read]) -> Read:
+def _together(checkpoint: Checkpoint, reads: Mapping[tuple[str, ...], Read]) -> Read:
     def read(layer: int, expert: int) -> Matrix:
         declared = right(checkpoint, layer, expert)
 
         def matrix(role: str) -> Encoded:
-            changed = reads.get(checkpoint.format.line_of(role).key)
+            changed = reads.get(checkpoint.format.line_of(role).roles)
             return changed(layer, expert)(role) if changed else declared(role)
 
         return matrix

@@ -119,7 +119,7 @@ class Plan:
     def units(self) -> tuple[Unit, ...]:
         experts = self.source.sizes["e"]
         slices = [
-            Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert, nbytes=step.nbytes(self.source.sizes))
+            Unit(f"{step.line.key}|{step.layer}|{expert + step.line.offset}", step, expert, nbytes=step.nbytes(self.source.sizes))
             for step in self.steps
             for expert in range(experts)
         ]
@@ -151,7 +151,7 @@ def plan(source: Checkpoint | str | Path, to: str, *, encode: str | None = None,
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
     target = arranged(source, target)
     steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.lines(layer))
-    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key and not step.line.is_plain))
+    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
     dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})

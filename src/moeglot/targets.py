@@ -34,9 +34,10 @@ def variant(target: Format, wanted: Encoding | None) -> Format:
 
 def arranged(source: Checkpoint, target: Format) -> Format:
     """The target with what a quantized source leaves alone left alone too, layer by layer, where the target's config can say so."""
+    target = target.sized(source.sizes)
     if not (target.coding and target.coding.kept and source.format.coding):
         return target
-    plain, unlike = by_name(target.name.partition("+")[0]).stored, {}
+    plain, unlike = by_name(target.name.partition("+")[0]).sized(source.sizes).stored, {}
     for layer in source.format.unlike:
         roles = {role for line in source.format.lines(layer) if line.is_plain for role in line.roles}
         lines = tuple(other if roles >= set(line.roles) else line for line, other in zip(target.stored, plain, strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from synthetic import put
 from transformers import CONFIG_MAPPING
 
 from moeglot.format import Family
@@ -75,6 +76,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4v-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "glm5-next": {"text_config.index_kpool": 2, "text_config.qk_rope_head_dim": 0, "text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "minimax-m3-vl": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "ernie4-5-vl-moe": {
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
+    "switch-transformers": {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "d_kv": 16},
     "zaya": {"num_experts_per_tok": 1},
     "lfm2-moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma4-text": {"enable_moe_block": True},
@@ -126,13 +133,6 @@ def why_not(family: Family) -> str | None:
     return family.unverified or None
 
 
-def put(config: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for parent in parents:
-        config = config.setdefault(parent, {})
-    config[last] = value
-
-
 def small(cls: type) -> dict[str, Any]:
     """Keyword arguments of a config class, its sub-configs included, that make it tiny."""
     default = cls()
@@ -156,7 +156,7 @@ def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
     cls = CONFIG_MAPPING[family.model_types[0]]
     options = small(cls)
     for letter, keys in family.sizes.items():
-        if letter in sizes:
+        if letter in sizes and (letter != "j" or keys != family.sizes["i"]):
             put(options, keys[0], sizes[letter])
     for path, value in {**EXTRA.get(family.name, {}), **(BEFORE_5.get(family.name, {}) if VERSION < (5, 0) else {})}.items():
         put(options, path, value)
@@ -167,7 +167,7 @@ def model_of(family: Family, size: str) -> torch.nn.Module:
     """A random model in float32 whose activations stay near 1."""
     e, h, i = SIZES[size]
     torch.manual_seed(e + h + i)
-    config = config_of(family, {"e": e, "h": h, "i": i})
+    config = config_of(family, {"e": e, "h": h, "i": i, "j": 32 if i == h else h})  # a second group of experts: square where the first is not
     model = model_class(config)(config).float().eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)
@@ -177,7 +177,9 @@ def model_of(family: Family, size: str) -> torch.nn.Module:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)  # diffusion models draw noise
-    found = getattr(model, "thinker", model)(input_ids=torch.arange(16).view(2, 8) * 3 % 90 + 3, use_cache=False)
+    tokens = torch.arange(16).view(2, 8) * 3 % 90 + 3
+    decoder = {"decoder_input_ids": tokens.flip(1)} if getattr(model.config, "is_encoder_decoder", False) else {}
+    found = getattr(model, "thinker", model)(input_ids=tokens, use_cache=False, **decoder)
     return found.logits if hasattr(found, "logits") else found[0]
 
 

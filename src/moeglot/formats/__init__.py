@@ -10,6 +10,8 @@ from moeglot.format import Family, Format
 from moeglot.formats import (
     dbrx,
     deepseek_v4,
+    encoder_decoder,
+    ernie_vl,
     fused,
     gate_up_down,
     gpt_oss,
@@ -28,6 +30,8 @@ PLAIN: tuple[Format, ...] = (
     *gpt_oss.FORMATS,
     *dbrx.FORMATS,
     *deepseek_v4.FORMATS,
+    *encoder_decoder.FORMATS,
+    *ernie_vl.FORMATS,
     *fused.FORMATS,
     *gate_up_down.FORMATS,
     *granite.FORMATS,
