@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import method, said
+from moeglot.coding import WEIGHT, method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
@@ -98,7 +98,7 @@ def _mixed(c: Checkpoint) -> Iterator[Finding]:
             "mixed layouts", f"layers for multi-token prediction store their experts as {other[0]}, the others as {c.format.stored[0].key}", {"keys": other}
         )
     declared = {c.source.entries[key].dtype for key in here if c.format.match(key)}
-    main = {c.source.entries[key].dtype for line in c.format.stored for key in line.keys(c.layers[0], 0).values()}
+    main = {c.source.entries[key].dtype for line in c.format.lines(c.layers[0]) for key in line.keys(c.layers[0], 0).values()}
     if declared - main:
         yield Finding(
             "mixed layouts", f"layers for multi-token prediction have experts of {' and '.join(sorted(declared))}, the others of {' and '.join(sorted(main))}"
@@ -238,6 +238,11 @@ DEFECTS = (
         "transformers 5.23",
         "it dequantizes NVFP4 experts without their global scale, so that they are too large by it, without a word",
         lambda c: _coded(c, "nvfp4:compressed-tensors"),
+    ),
+    Defect(
+        "transformers 5.23",
+        "it refuses packed experts that are not quantized everywhere: it looks for codes in the layers that config.json leaves alone too",
+        lambda c: bool(c.format.unlike) and any("packed" in line.names and line.names["packed"] != WEIGHT for line in c.format.stored),
     ),
     Defect("transformers 5.5", "it takes the packed bytes of 4-bit experts for weights", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect("transformers 5.23", "it refuses 4-bit experts that are stored one by one (size mismatch)", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),

@@ -71,7 +71,7 @@ OFTEN_NONE = {"moe_intermediate_size", "num_experts_per_tok", "n_shared_experts"
 
 EXTRA: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 77777.0, "attn_config.clip_qkv": 8.0},
     "deepseek-v4": {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"], "num_hash_layers": 1},
     "glm4v-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "glm5-next": {"text_config.index_kpool": 2, "text_config.qk_rope_head_dim": 0, "text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -83,6 +83,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
     "switch-transformers": {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "d_kv": 16},
     "zaya": {"num_experts_per_tok": 1},
+    "jamba": {"use_mamba_kernels": False},
+    "jetmoe": {"num_attention_heads": 8, "kv_channels": 16},
+    "qwen3-vl-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 3, 3]}},
     "lfm2-moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma4-text": {"enable_moe_block": True},
     "deepseek-ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -98,6 +101,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3-note-text": {"layer_types": ["indexed_attention"] * 3},
     "longcat-flash": {"qk_head_dim": 16, "zero_expert_num": 0, "head_dim": 8},
     "qwen3-omni-moe": {
+        **{
+            f"{part}.text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 3, 3]}
+            for part in ("thinker_config", "talker_config")
+        },
         "talker_config.text_config.shared_expert_intermediate_size": 32,
         "talker_config.spatial_merge_size": 2,
         "talker_config.text_config.num_local_experts": 4,
@@ -163,11 +170,26 @@ def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
     return cls(**options)
 
 
-def model_of(family: Family, size: str) -> torch.nn.Module:
-    """A random model in float32 whose activations stay near 1."""
+THETA = 77777.0
+"""A base of rotary embeddings that no release has by default."""
+
+
+def turn_otherwise(config: Any) -> None:
+    """Every part of a config that has one set of rotary embeddings gets a base of its own."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})):
+        if isinstance(rope := getattr(part, "rope_parameters", None), dict) and "rope_theta" in rope:
+            rope["rope_theta"] = THETA
+        if part is not config and part is not None:
+            turn_otherwise(part)
+
+
+def model_of(family: Family, size: str, otherwise: bool = False) -> torch.nn.Module:
+    """A random model in float32 whose activations stay near 1. `otherwise`: with rotary embeddings that no release has by default."""
     e, h, i = SIZES[size]
     torch.manual_seed(e + h + i)
     config = config_of(family, {"e": e, "h": h, "i": i, "j": 32 if i == h else h})  # a second group of experts: square where the first is not
+    if otherwise:
+        turn_otherwise(config)
     model = model_class(config)(config).float().eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)
@@ -179,7 +201,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)  # diffusion models draw noise
     tokens = torch.arange(16).view(2, 8) * 3 % 90 + 3
     decoder = {"decoder_input_ids": tokens.flip(1)} if getattr(model.config, "is_encoder_decoder", False) else {}
-    found = getattr(model, "thinker", model)(input_ids=tokens, use_cache=False, **decoder)
+    mask = {"attention_mask": torch.ones_like(tokens)} if VERSION < (5, 0) else {}  # without one, 4.57's GLM-4.5V takes positions for packed text
+    found = getattr(model, "thinker", model)(input_ids=tokens, use_cache=False, **decoder, **mask)
     return found.logits if hasattr(found, "logits") else found[0]
 
 

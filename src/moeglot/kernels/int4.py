@@ -82,7 +82,7 @@ def zero_points(zero: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _pack_zero(zero: torch.Tensor) -> torch.Tensor:
     """float32 [out, groups] from -8 to 7 -> i32 [⌈out / 8⌉, groups]."""
-    return _pack(zero.mT.contiguous()).mT.contiguous()
+    return _pack(zero.mT.clone(memory_format=torch.contiguous_format)).mT.contiguous()
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
