@@ -39,7 +39,7 @@ matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.
 	$(BIN)/python $(PIP) --no-deps --target .venvs/peft-$* peft==$*
 	touch $@
 
-matrix-%: .venvs/%/ready
+matrix-%: .venv/ready .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
 
 docs: .venv/ready

@@ -100,6 +100,8 @@ def checked_against(form: Format) -> str:
         return f"nothing: {form.family.unverified}"
     if form.reads == "openai's gpt_oss":
         return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
+    if form.reads == "transformers 5.5":
+        return "transformers " + ", ".join(v for v in versions("transformers") if v.startswith("5.5."))
     if form.reads not in ("any transformers", "transformers 5"):
         return f"what {form.reads} documents; its own code is not run"
     if form.family.name not in EVERYWHERE:

@@ -141,6 +141,12 @@ def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str]
     return Format(f"{family.name}/transformers-5", family, lines, family.source, about, dense, reads="transformers 5", alone=alone)
 
 
+def release_5_5(form: Format, lines: tuple[Stored, ...], about: str, renamed: Mapping[str, str] | None = None) -> Format:
+    """The twin of a format in memory that transformers 5.5 has otherwise."""
+    dense = tuple(Dense(key, (name,)) for key, name in (renamed or {}).items())
+    return replace(form, name=f"{form.family.name}/transformers-5.5", stored=lines, about=about, dense=dense, reads="transformers 5.5")
+
+
 def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:
     """One matrix each on the Hub, fused in transformers 5, under the same prefix. `renamed`: as in `memory`, within a layer."""
     experts = layer + "mlp.experts."
