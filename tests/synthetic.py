@@ -170,11 +170,10 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 def _experts(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dtype, random: torch.Generator) -> dict[str, torch.Tensor]:
     found = {}
-    for key, line, name, _, _ in form.expert_keys(tuple(range(layers)), sizes):
-        part = next(part for part in line.encoding.parts if part.name == name)
+    for key, line, part in ((key, line, part) for line, part, keys in form.expert_keys(tuple(range(layers)), sizes) for key in keys):
         shape = part.shape(line.shape(sizes))
         if isinstance(line.encoding, MXFP4):
-            low, high = {"packed": (0, 256), "scale": (118, 127)}[name]
+            low, high = {"packed": (0, 256), "scale": (118, 127)}[part.name]
             found[key] = torch.randint(low, high, shape, dtype=torch.uint8, generator=random)
         else:
             found[key] = _floats(shape, dtype, random)

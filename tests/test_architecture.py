@@ -40,7 +40,7 @@ LAYERS = (
     {"report"},
     {"integrations", "inspection"},
     {"live"},
-    {"demo", "cli_run"},
+    {"demo", "cli_run", "cli_progress"},
     {"cli_adapter"},
     {"cli"},
 )

@@ -120,7 +120,7 @@ class Checkpoint:
     @cached_property
     def expert_keys(self) -> frozenset[str]:
         """The names of all tensors of the experts; those of layers for multi-token prediction are not among them."""
-        return frozenset(key for key, *_ in self.format.expert_keys(self.layers, self.sizes))
+        return frozenset(key for _, _, keys in self.format.expert_keys(self.layers, self.sizes) for key in keys)
 
     @cached_property
     def dense(self) -> dict[str, HubTensor]:

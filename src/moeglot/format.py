@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 from moeglot.coding import Coding
-from moeglot.encoding import Encoding
+from moeglot.encoding import Encoding, Part
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
 from moeglot.layout import BEHIND, ROLES, SECOND, Sizes, Stored
@@ -305,16 +306,14 @@ class Format:
     def _dense_patterns(self) -> tuple[tuple[Dense, re.Pattern[str], tuple[re.Pattern[str], ...]], ...]:
         return tuple((line, _pattern(line.key), tuple(map(_pattern, line.hub))) for line in self.dense)
 
-    def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, Stored, str, int, int | None]]:
-        """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
+    def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[Stored, Part, Iterator[str]]]:
+        """Every key that the experts of these layers have, a line and a part at a time: (line, part, the keys of its experts in order)."""
         for layer in layers:
             for line in self.lines(layer):
                 before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
-                suffixes = [(part, after + suffix) for part, suffix in line.suffixes.items()]
-                for expert in range(sizes["e"]) if line.per_expert else (None,):
-                    stem = before if expert is None else f"{before}{expert + line.offset}"
-                    for part, suffix in suffixes:
-                        yield stem + suffix, line, part, layer, expert
+                numbers = range(line.offset, line.offset + sizes["e"]) if line.per_expert else ("",)
+                for part in line.encoding.parts:
+                    yield line, part, map(partial("{}{}{}".format, before), numbers, repeat(after + line.names[part.name]))
 
     def line_of(self, role: str) -> Stored:
         return next(line for line in self.stored if role in line.roles)

@@ -70,6 +70,8 @@ def _orphans(c: Checkpoint) -> Iterator[Finding]:
     """Scales and packed codes outside the experts without the tensor that they belong to."""
     names = c.source.entries.keys()
     for key in names - c.expert_keys:
+        if not key.endswith(SUFFIXES):
+            continue
         for suffix, others in SIBLINGS.items():
             stem = key.removesuffix(suffix)
             here = [stem + other for other in others if stem + other in names]
@@ -86,6 +88,9 @@ SIBLINGS = {
     "_blocks": ("_scales",),
     "_scales": ("_blocks",),
 }
+
+
+SUFFIXES = tuple(SIBLINGS)
 
 
 def _mixed(c: Checkpoint) -> Iterator[Finding]:

@@ -18,17 +18,18 @@ from moeglot.source import Source
 
 def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], config: Config, known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
-    needed = {(line.roles, line.is_plain, part.name): (part.dtypes, line.part_shape(part, sizes)) for line in form.all_lines for part in line.encoding.parts}
-    right = set()
-    for key, line, part, _, _ in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
-        entry = source.entries.get(key)
-        if entry is None:
-            yield _missing(key, line, part, source, form, layers, known)
-            continue
-        right.add(key)
-        dtypes, shape = needed[line.roles, line.is_plain, part]
-        if entry.dtype not in dtypes or (entry.shape != shape and not agree(shape, entry.shape)):
-            yield from _tensor_problems(entry, line, part, sizes, form, known)
+    right: set[str] = set()
+    found_of = source.entries.get
+    for line, part, keys in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
+        dtypes, shape = part.dtypes, line.part_shape(part, sizes)
+        for key in keys:
+            entry = found_of(key)
+            if entry is None:
+                yield _missing(key, line, part.name, source, form, layers, known)
+                continue
+            right.add(key)
+            if entry[1] not in dtypes or (entry[2] != shape and not agree(shape, entry[2])):
+                yield from _tensor_problems(entry, line, part.name, sizes, form, known)
     carried = form.family.carried_layers(config)
     stems = {_stem(line) for line in form.all_lines}
     for key in source.entries:

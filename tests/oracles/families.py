@@ -101,6 +101,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3-note-text": {"layer_types": ["indexed_attention"] * 3},
     "longcat-flash": {"qk_head_dim": 16, "zero_expert_num": 0, "head_dim": 8},
     "qwen3-omni-moe": {
+        "thinker_config.vision_start_token_id": 7,  # as the release says it; 4.57 has no default
         **{
             f"{part}.text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 3, 3]}
             for part in ("thinker_config", "talker_config")

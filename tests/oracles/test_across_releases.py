@@ -29,8 +29,8 @@ KNOWN = [family for family in FAMILIES if family.model_types[0] in CONFIG_MAPPIN
 OTHER_CODE = {((4, 57), "nllb-moe"): "its router weighs the second expert otherwise than the newest release's"}
 """(release, family) -> why the same weights compute something else there; each expert must still compute the same."""
 
-if VERSION >= (5, 23):
-    pytest.skip("this is the newest release", allow_module_level=True)
+if VERSION >= (5, 0):
+    pytest.skip("transformers 5 reads what transformers 5 saves, as far as it knows the family", allow_module_level=True)
 if not NEWEST.exists():
     pytest.skip(f"{NEWEST} is not there: `make test` makes it", allow_module_level=True)
 
@@ -63,8 +63,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_it_loads_and_computes_the_same(family, saved, tmp_path):
     expected = load_file(saved / family.name / "logits.pt")["logits"]
     source = moeglot.open(saved / family.name)
-    reads = ("any transformers",) if VERSION < (5, 0) else ("any transformers", "transformers 5")
-    target = next(form for form in PLAIN if form.family == family and form.is_plain and form.reads in reads and form.alone == source.format.alone)
+    target = next(form for form in PLAIN if form.family == family and form.is_plain and form.reads == "any transformers")
     assert moeglot.convert(source, target.name, tmp_path / "out").report.verdict == "holds"
     found, wrong = computed(tmp_path / "out")
     assert not wrong
@@ -76,7 +75,6 @@ def test_it_loads_and_computes_the_same(family, saved, tmp_path):
     assert relative(families.logits(moeglot.load(saved / family.name, "float32")), expected) <= LIMIT
 
 
-@pytest.mark.skipif(VERSION >= (5, 0), reason="5.5 knows rope_parameters")
 def test_read_directly_most_of_them_compute_something_else(saved):
     """The power of the test above: another base of the rotary embeddings, another number of experts."""
     off = {}
