@@ -38,7 +38,7 @@ LAYERS = (
     {"certificate"},
     {"convert"},
     {"report"},
-    {"integrations", "inspection"},
+    {"integrations", "inspection", "plots"},
     {"live"},
     {"demo", "cli_run", "cli_progress"},
     {"cli_adapter"},

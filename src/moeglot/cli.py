@@ -35,7 +35,7 @@ app.add_typer(cli_adapter.app, name="adapter")
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
 FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
-HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE; with a plot, where figures by layer exist.")]  # noqa: UP045
+HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE, with plots by layer.")]  # noqa: UP045
 WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
 
 out = Console(soft_wrap=not sys.stdout.isatty())
@@ -87,7 +87,9 @@ def inspect(
         if weighed:
             inspection.show_evidence(console, weighed)
     if html:
-        report.write_html(html, f"moeglot inspect {path}", recorder, ())
+        from moeglot.plots import plots
+
+        report.write_html(html, f"moeglot inspect {path}", recorder, plots(checkpoint, weighed))
     if json:
         _print_json(inspection.inspect_json(checkpoint, findings, weighed))
         raise typer.Exit(weighed.exit_status if weighed else 0)

@@ -123,7 +123,7 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield f"config.json says quantization_config.quant_method = {method}"
     for form in candidates[:1]:
         line = form.stored[0]
-        key = next(key for key in source.entries if (found := form.match(key)) and found[0] == line)
+        key = next(key for key in source.entries if (found := form.match(key)) and found[:2] == (line, line.encoding.parts[0].name))
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
 
 
