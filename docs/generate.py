@@ -17,7 +17,8 @@ from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings import NAMES
 from moeglot.encodings.mxfp4 import RULES
 from moeglot.encodings.plain import Plain
-from moeglot.format import Activation, Family, Format
+from moeglot.family import Activation, Family
+from moeglot.format import Format
 from moeglot.formats import FAMILIES, PLAIN
 from moeglot.layout import Stored
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from moeglot.encodings.mxfp4 import MXFP4
-from moeglot.format import Format, dig
+from moeglot.family import dig
+from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import parse_axes
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeglot.coding import WEIGHT, Coding, said
+from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
@@ -163,10 +164,18 @@ class Checkpoint:
         return found
 
     @property
+    def has_quantized_others(self) -> bool:
+        """Some matrices that are no experts are quantized."""
+        return bool(self._quantized)
+
+    @property
     def _codings(self) -> tuple[Coding, ...]:
-        """How matrices that are no experts may be quantized; those of layers for multi-token prediction may be experts."""
+        """How matrices that are no experts may be quantized: as the experts are, as their producer has it, or in any way that config.json declares."""
+        if not said(self.source.config):
+            return ()
         coding = self.format.coding
-        return tuple(one for one in (coding and coding.others, coding) if one)
+        first = [one for one in (coding and coding.others, coding) if one]
+        return (*first, *(one for one in CODINGS if one not in first))
 
     def _modules(self, coding: Coding) -> dict[str, dict[str, str]]:
         """Module that is no expert -> part -> Hub name, where a coding's names are there, a scale among them."""
@@ -174,7 +183,8 @@ class Checkpoint:
         for name in self.dense:
             if found := coding.module(name):
                 modules.setdefault(found[0], {})[found[1]] = name
-        return {module: parts for module, parts in modules.items() if "scale" in parts}
+        needed = {"scale", coding.encoding.parts[0].name}
+        return {module: parts for module, parts in modules.items() if needed <= parts.keys()}
 
     def _hub_tensors(self, key: str, entry: Entry) -> Iterator[HubTensor]:
         named = self.format.dense_line(key)

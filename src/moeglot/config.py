@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeglot.errors import Contradiction
-from moeglot.format import Config, ConfigForm, Family, Format, dig
+from moeglot.family import Config, Family, dig
+from moeglot.format import ConfigForm, Format
 
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
-from moeglot.format import Config, Family, dig
+from moeglot.family import Config, Family, dig
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from moeglot.conventions import Convention
 from moeglot.errors import AdapterError
-from moeglot.format import Family, Format
+from moeglot.family import Family
+from moeglot.format import Format
 from moeglot.formats import PLAIN
 from moeglot.layout import ROLES, Sizes, Stored, parse_axes
 

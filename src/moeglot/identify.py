@@ -12,7 +12,8 @@ from moeglot.coding import said as quantization
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding, agree
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
-from moeglot.format import Format, dig
+from moeglot.family import dig
+from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name, of_family, variants
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.evidence import Weighed, evidence_json
-from moeglot.format import dig
+from moeglot.family import dig
 from moeglot.layout import Stored
 from moeglot.lint import Finding
 from moeglot.outline import Row

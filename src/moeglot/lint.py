@@ -13,7 +13,7 @@ from moeglot.coding import WEIGHT, method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
-from moeglot.format import dig
+from moeglot.family import dig
 from moeglot.layout import Stored
 
 ALIGNMENT = 16

@@ -9,7 +9,8 @@ from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.encoding import agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
-from moeglot.format import Config, Format
+from moeglot.family import Config
+from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry

@@ -60,7 +60,7 @@ def _left_alone(source: Checkpoint, target: Format) -> list[str]:
 def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
     """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
     if not target.coding:
-        return {}
+        return {"quantization_config": dict(said(source.source.config))} if keeps(source, target) else {}
     experts = _left_alone(source, target)
     if keeps(source, target):
         declared = dict(said(source.source.config))
@@ -75,6 +75,8 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
 def keeps(source: Checkpoint, target: Format) -> bool:
     """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
     mine, theirs = source.format.coding, target.coding
+    if not mine and not theirs and source.format.is_plain and target.is_plain:
+        return source.has_quantized_others
     return bool(mine and theirs and mine.name == theirs.name and encodings(source.format) == encodings(target))
 
 

@@ -141,3 +141,53 @@ def test_a_layer_that_is_left_alone_is_said(tmp_path):
     assert len(found) == 1
     assert "1 of 3 layers" in found[0].what
     assert found[0].figures["bytes"] == 2 * SIZES["e"] * 3 * SIZES["h"] * SIZES["i"]
+
+
+def test_attention_in_fp8_beside_experts_in_nvfp4(tmp_path):
+    """As config groups say it: the experts' codes are moved and the attention's carried; to plain floats, each is decoded by its own declaration."""
+    folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-pack"))
+    given = attention_in_fp8(folder, {"config_groups": {"attention": GROUP}})
+    source = moeglot.open(folder)
+    assert source.format.name == f"{HUB}+nvfp4-pack"
+    moeglot.convert(folder, source.format.name, tmp_path / "again")
+    assert same(folder, tmp_path / "again")
+    moeglot.convert(folder, HUB, tmp_path / "plain again", encode="float32", allow_loss=True)
+    assert torch.equal(tensors(tmp_path / "plain again")[f"{ATTENTION}.weight"].float(), given)
+
+
+def test_attention_in_fp8_beside_experts_that_are_not_quantized(tmp_path):
+    """The quantization stays in config.json as long as codes stay; decoded, both are gone."""
+    folder = write_checkpoint(tmp_path / "plain", HUB, SIZES, 1)
+    ignored = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["re:.*mlp.*", "lm_head"]}
+    given = attention_in_fp8(folder, {**ignored, "config_groups": {"attention": GROUP}})
+    assert moeglot.open(folder).format.name == HUB
+    moeglot.convert(folder, STACKED, tmp_path / "stacked")
+    assert "quantization_config" in json.loads((tmp_path / "stacked" / "config.json").read_text())
+    moeglot.convert(tmp_path / "stacked", HUB, tmp_path / "back")
+    assert same(folder, tmp_path / "back")
+    moeglot.convert(folder, f"{HUB}+nf4", tmp_path / "nf4", allow_loss=True)
+    assert torch.equal(tensors(tmp_path / "nf4")[f"{ATTENTION}.weight"].float(), given.bfloat16().float())
+
+
+ATTENTION = "model.layers.0.self_attn.q_proj"
+GROUP = {
+    "targets": [f"re:{ATTENTION}$"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+    "format": "float-quantized",
+}
+
+
+def attention_in_fp8(folder, declared):
+    """Code one matrix of the attention, by hand, and declare it; what it decodes to in float32."""
+    path = folder / "model.safetensors"
+    found, config = load_file(path), json.loads((folder / "config.json").read_text())
+    weight = found[f"{ATTENTION}.weight"].float()
+    scale = weight.abs().amax(-1, keepdim=True) / 448
+    found[f"{ATTENTION}.weight"], found[f"{ATTENTION}.weight_scale"] = (weight / scale).to(torch.float8_e4m3fn), scale
+    before = config.setdefault("quantization_config", {})
+    groups = {**before.get("config_groups", {}), **declared["config_groups"]}
+    ignore = [name for name in [*before.get("ignore", ()), *declared.get("ignore", ())] if name != ATTENTION]
+    config["quantization_config"] = {**before, **declared, "config_groups": groups, "ignore": ignore}
+    save_file(found, path, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return found[f"{ATTENTION}.weight"].float() * scale

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import put
 from transformers import CONFIG_MAPPING
 
-from moeglot.format import Family
+from moeglot.family import Family
 from moeglot.integrations.transformers import VERSION, model_class
 
 torch.set_num_threads(1)  # matrices this small are slower on two

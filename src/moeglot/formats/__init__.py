@@ -6,7 +6,8 @@ from difflib import get_close_matches
 
 from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
-from moeglot.format import Family, Format
+from moeglot.family import Family
+from moeglot.format import Format
 from moeglot.formats import (
     dbrx,
     deepseek_v4,

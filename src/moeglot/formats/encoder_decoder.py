@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moeglot.format import Activation, SparseLayers
+from moeglot.family import Activation, SparseLayers
 from moeglot.formats.lines import family, hub, second
 from moeglot.layout import SECOND, Stored
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moeglot.format import SparseLayers
+from moeglot.family import SparseLayers
 from moeglot.formats.lines import GATED, KINDS, LAYER, NESTED, family, fused, hub, memory, second, separate
 from moeglot.layout import BEHIND, SECOND
 

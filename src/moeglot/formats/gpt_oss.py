@@ -1,7 +1,8 @@
 """gpt-oss: gate and up interleaved, biases, clamped SwiGLU, H = I; MXFP4 is [out, in] and transformers' BF16 is [in, out]."""
 
 from moeglot.encodings.mxfp4 import MXFP4
-from moeglot.format import Activation, ConfigForm, Dense, Family, Format
+from moeglot.family import Activation, Family
+from moeglot.format import ConfigForm, Dense, Format
 from moeglot.layout import Stored
 
 FAMILY = Family(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moeglot.format import Activation
+from moeglot.family import Activation
 from moeglot.formats.lines import LAYER, family, fused, hub, memory
 
 SPARSE = LAYER + "block_sparse_moe."

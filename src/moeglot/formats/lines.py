@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moeglot.format import Activation, Dense, Family, Format, SparseLayers
+from moeglot.family import Activation, Family, SparseLayers
+from moeglot.format import Dense, Format
 from moeglot.layout import SECOND, Stored
 
 LAYER = "model.layers.{layer}."

@@ -1,6 +1,6 @@
 """Nemotron-H and Nemotron-3: no gate, relu², and where there is a latent size, experts that read and write that instead of the hidden state."""
 
-from moeglot.format import Activation, Family, SparseLayers
+from moeglot.family import Activation, Family, SparseLayers
 from moeglot.formats.lines import LAYER, MODELS, hub, memory
 from moeglot.layout import Stored
 

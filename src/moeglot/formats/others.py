@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from moeglot.format import Activation, Format, SparseLayers
+from moeglot.family import Activation, SparseLayers
+from moeglot.format import Format
 from moeglot.formats import nemotron_h
 from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, nested, release_5_5, separate
 from moeglot.layout import Stored

@@ -1,6 +1,6 @@
 """Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
 
-from moeglot.format import Activation, SparseLayers
+from moeglot.family import Activation, SparseLayers
 from moeglot.formats.lines import KINDS, LAYER, NESTED, family, fused, hub, memory, release_5_5, separate
 
 EXPERTS = ("num_experts", "num_local_experts")
