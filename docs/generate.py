@@ -267,7 +267,9 @@ What the tests compare, both ways and bit for bit unless said otherwise:
 - FP8: compressed-tensors and torchao write the same bytes; transformers' scales are ours to one unit in the last place.
 - NVFP4: ModelOpt {versions("nvidia-modelopt")[-1]} and compressed-tensors write the same bytes, but for the sign of zero. transformers 5.23 loads such experts
   without their global scale; `inspect` says so.
-- INT4: compressed-tensors writes the same bytes.
+- MXFP8: ModelOpt writes the same bytes, but for the scale of a group of zeros. compressed-tensors chooses some scales half as large and clips, so only what
+  is stored is compared: each decodes the other's to the same bits.
+- INT4, with zero points and without: compressed-tensors writes the same bytes.
 - NF4 and FP4: bitsandbytes {versions("bitsandbytes")[-1]} writes the same bytes, plain and nested.
 - Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the
   numbers that moeglot decodes.

@@ -82,7 +82,7 @@ def test_a_format_file_is_data(path):
     tree = ast.parse(path.read_text())
     logic = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.While, ast.ClassDef, ast.Lambda, ast.Try))]
     assert not logic
-    assert {name for name, _ in imports(path)} <= {"encodings", "layout", "format", "formats"}
+    assert {name for name, _ in imports(path)} <= {"encodings", "layout", "family", "format", "formats"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -191,3 +191,18 @@ def attention_in_fp8(folder, declared):
     save_file(found, path, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return found[f"{ATTENTION}.weight"].float() * scale
+
+
+def test_modelopts_list_of_what_is_quantized_how(tmp_path):
+    """MIXED_PRECISION: `quantized_layers` names each module with its algorithm, and what it does not name is left alone."""
+    folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-modelopt"))
+    config = json.loads((folder / "config.json").read_text())
+    layers = {f"model.layers.{n}.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16} for n in (0, 2)}
+    declared = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
+    found = moeglot.open(folder)
+    assert (found.format.name, found.format.unlike.keys()) == (f"{HUB}+nvfp4-modelopt", {1})
+    layers["model.layers.2.mlp.experts"]["quant_algo"] = "FP8"
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
+    with pytest.raises(MoeglotError):
+        moeglot.open(folder)

@@ -1,8 +1,9 @@
-"""NVFP4 and MXFP8 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
+"""NVFP4, FP8 and MXFP8 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
 
 import pytest
 import torch
 
+from moeglot.encoding import WHOLE
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
@@ -45,6 +46,22 @@ def test_nvfp4(dtype):
     assert all(torch.equal(mine[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
     again = ours.encode(read)
     assert all(torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+
+
+def test_fp8():
+    from modelopt.torch.quantization.qtensor.fp8_tensor import FP8QTensor
+
+    given, ours = weights(), FP8((WHOLE, WHOLE), "F32")
+    tensor, scale = FP8QTensor.quantize(given.clone())
+    theirs = {"weight": tensor._quantized_data, "scale": scale.float().view(1, 1)}
+    assert ours.check(theirs) is None
+    read = ours.decode(theirs, torch.float32)
+    assert torch.equal(read, tensor.dequantize(torch.float32, scale=scale))
+    mine = ours.encode(given)
+    written = FP8QTensor(given.shape, torch.float32, mine["weight"]).dequantize(torch.float32, scale=mine["scale"].view(()))
+    assert torch.equal(written, ours.decode(mine, torch.float32))
+    assert torch.equal(mine["scale"], theirs["scale"])
+    assert (ours.decode(ours.inverted(theirs), torch.float32) - read).norm() / read.norm() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
