@@ -101,6 +101,8 @@ def checked_against(form: Format) -> str:
         return f"nothing: {form.family.unverified}"
     if form.reads == "openai's gpt_oss":
         return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
+    if form.reads == "unsloth":
+        return f"bitsandbytes {versions('bitsandbytes')[-1]} and transformers {versions('transformers')[-1]}; its own code is not run"
     if form.reads == "transformers 5.5":
         return "transformers " + ", ".join(v for v in versions("transformers") if v.startswith("5.5."))
     if form.reads not in ("any transformers", "transformers 5"):

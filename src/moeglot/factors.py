@@ -54,8 +54,9 @@ def stacked_form(family: Family) -> Format | None:
 
 
 def per_expert_form(family: Family) -> Format | None:
-    """The format in which each expert of a family is a module of its own."""
-    return next((form for form in PLAIN if form.family == family and form.is_plain and all(line.per_expert for line in form.stored)), None)
+    """The format in which each expert of a family is a module of its own; unsloth's modules have a convention of their own."""
+    found = [form for form in PLAIN if form.family == family and form.is_plain and form.reads != "unsloth"]
+    return next((form for form in found if all(line.per_expert for line in form.stored)), None)
 
 
 def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:

@@ -124,4 +124,19 @@ ORIGINAL = Format(
     ),
 )
 
-FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS)
+UNSLOTH = Format(
+    "gpt-oss/unsloth",
+    FAMILY,
+    (
+        Stored(EXPERTS + "gate_up_projs.{expert}.weight", ("gate", "up"), "(i p) h"),
+        Stored(EXPERTS + "down_projs.{expert}.weight", ("down",), "h i"),
+        Stored(EXPERTS + "gate_up_projs.{expert}.bias", ("gate_bias", "up_bias"), "(i p)"),
+        Stored(EXPERTS + "down_projs.{expert}.bias", ("down_bias",), "h"),
+    ),
+    source="https://huggingface.co/unsloth/gpt-oss-20b-unsloth-bnb-4bit",
+    about="unsloth's 4-bit release, and what a merge with it writes: one Linear an expert",
+    dense=(Dense(HUB + "mlp.router.linear.{rest}", (HUB + "mlp.router.{rest}",)),),
+    reads="unsloth",
+)
+
+FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, UNSLOTH)
