@@ -27,7 +27,7 @@ matrix-torchao matrix-modelopt: matrix-%: .venvs/%/ready
 	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
-	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py
+	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_unsloth.py
 
 # PEFT with every transformers, by itself since it takes ten minutes: each environment has one, and the others are put before it.
 matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.5.4/ready $(PEFTS:%=.venvs/peft-%/ready)
@@ -39,7 +39,7 @@ matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.
 	$(BIN)/python $(PIP) --no-deps --target .venvs/peft-$* peft==$*
 	touch $@
 
-matrix-%: .venvs/%/ready
+matrix-%: .venv/ready .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
 
 docs: .venv/ready

@@ -17,7 +17,8 @@ from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings import NAMES
 from moeglot.encodings.mxfp4 import RULES
 from moeglot.encodings.plain import Plain
-from moeglot.format import Activation, Family, Format
+from moeglot.family import Activation, Family
+from moeglot.format import Format
 from moeglot.formats import FAMILIES, PLAIN
 from moeglot.layout import Stored
 
@@ -100,6 +101,10 @@ def checked_against(form: Format) -> str:
         return f"nothing: {form.family.unverified}"
     if form.reads == "openai's gpt_oss":
         return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
+    if form.reads == "unsloth":
+        return f"bitsandbytes {versions('bitsandbytes')[-1]} and transformers {versions('transformers')[-1]}; its own code is not run"
+    if form.reads == "transformers 5.5":
+        return "transformers " + ", ".join(v for v in versions("transformers") if v.startswith("5.5."))
     if form.reads not in ("any transformers", "transformers 5"):
         return f"what {form.reads} documents; its own code is not run"
     if form.family.name not in EVERYWHERE:
@@ -264,7 +269,9 @@ What the tests compare, both ways and bit for bit unless said otherwise:
 - FP8: compressed-tensors and torchao write the same bytes; transformers' scales are ours to one unit in the last place.
 - NVFP4: ModelOpt {versions("nvidia-modelopt")[-1]} and compressed-tensors write the same bytes, but for the sign of zero. transformers 5.23 loads such experts
   without their global scale; `inspect` says so.
-- INT4: compressed-tensors writes the same bytes.
+- MXFP8: ModelOpt writes the same bytes, but for the scale of a group of zeros. compressed-tensors chooses some scales half as large and clips, so only what
+  is stored is compared: each decodes the other's to the same bits.
+- INT4, with zero points and without: compressed-tensors writes the same bytes.
 - NF4 and FP4: bitsandbytes {versions("bitsandbytes")[-1]} writes the same bytes, plain and nested.
 - Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the
   numbers that moeglot decodes.

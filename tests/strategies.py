@@ -33,7 +33,7 @@ def make_parts(encoding: Encoding, shape: tuple[int, ...], seed: int) -> Encoded
 def _random_part(encoding: Encoding, part: Part, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
     """Any code that is a number; scales within what the part's type and `check` allow."""
     dtype = DTYPES[part.dtypes[0]].torch
-    if part.name == "packed":
+    if part.name in ("packed", "zero_point"):
         return torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=random).view(dtype).squeeze(-1)
     if part.name == "weight":
         codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from moeglot.encodings.mxfp4 import MXFP4
-from moeglot.format import Format, dig
+from moeglot.family import dig
+from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import parse_axes
 
@@ -107,7 +108,9 @@ def write_checkpoint(
 
     `sizes` replaces some of `SIZES`; `dtype` is that of all floats, biases and dense tensors too. MXFP4 has random blocks, and scales from 118 to 126.
     """
-    form, known = by_name(format_name), SIZES | dict(sizes or {})
+    known = SIZES | dict(sizes or {})
+    known = {"j": known["i"], **known}
+    form = by_name(format_name).sized(known)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(form, known, layers, dtype), indent=2))
     save(folder, tensors(form, known, layers, seed, dtype), shards)
@@ -155,6 +158,12 @@ def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtyp
 def put(config: dict[str, Any], path: str, value: Any) -> None:
     """Set a dotted key."""
     *parents, last = path.split(".")
+    if last.isdecimal():
+        held = dig(config, ".".join(parents))
+        items = [*(held if isinstance(held, list) else ()), *[None] * (int(last) + 1)][: max(int(last) + 1, len(held) if isinstance(held, list) else 0)]
+        items[int(last)] = value
+        put(config, ".".join(parents), items)
+        return
     for parent in parents:
         config = config.setdefault(parent, {})
     config[last] = value
@@ -162,11 +171,10 @@ def put(config: dict[str, Any], path: str, value: Any) -> None:
 
 def _experts(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dtype, random: torch.Generator) -> dict[str, torch.Tensor]:
     found = {}
-    for key, line, name, _, _ in form.expert_keys(tuple(range(layers)), sizes):
-        part = next(part for part in line.encoding.parts if part.name == name)
+    for key, line, part in ((key, line, part) for line, part, keys in form.expert_keys(tuple(range(layers)), sizes) for key in keys):
         shape = part.shape(line.shape(sizes))
         if isinstance(line.encoding, MXFP4):
-            low, high = {"packed": (0, 256), "scale": (118, 127)}[name]
+            low, high = {"packed": (0, 256), "scale": (118, 127)}[part.name]
             found[key] = torch.randint(low, high, shape, dtype=torch.uint8, generator=random)
         else:
             found[key] = _floats(shape, dtype, random)
@@ -178,7 +186,7 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
     for name, axes in (DENSE.get(form.family.name) or _renamed(form)).items():
         shape = tuple(prod(sizes[letter] for letter in group) for group in parse_axes(axes))
         for layer in range(layers) if "{layer}" in name else (0,):
-            hub[name.format(layer=layer, rest="weight")] = _floats(shape, dtype, random)
+            hub[name.format(layer=layer, rest="x.weight")] = _floats(shape, dtype, random)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in hub.items():
         if named := form.from_hub(name):

@@ -51,7 +51,16 @@ def test_inspect(tmp_path):
     assert "e (i p) h\t8 × 384 × 192\tmxfp4" in plain
     assert "\x1b" not in plain
     run("inspect", BUNDLED, "--html", tmp_path / "page.html")
-    assert "gpt-oss/openai" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "gpt-oss/openai" in page
+    assert page.count("<svg") == 1
+    assert page.count("<rect") == 4 * 4 + 2  # a piece for each of four stored tensors in four layers, and two encodings in the legend
+    assert "layer 3, down: 156.7 kB in mxfp4" in page  # 8 × 192 × 192 / 32 × 17 bytes
+    run("inspect", BUNDLED, "--deep", "--html", tmp_path / "deep.html")
+    page = (tmp_path / "deep.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count("<circle") == 3 * 4  # of three layers, the declared reading and three that no shape refutes
+    assert "if down_proj is read as" in page
 
 
 def test_inspect_one_file():

@@ -1,7 +1,10 @@
 """moeglot: reads, writes, converts and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.
 
-Importing it does not import torch: that waits for the first number that is read.
+Importing it does not import torch: that waits for the first number that is read. What only adapters need waits until it is asked for.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from moeglot.errors import (
     AdapterError,
@@ -27,8 +30,6 @@ from moeglot.errors import (
 )
 
 # isort: split
-from moeglot.adapter import Adapter, open_adapter
-from moeglot.adapter_convert import convert_adapter
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Report
@@ -42,6 +43,19 @@ from moeglot.merge import merge
 from moeglot.plan import Plan, plan
 from moeglot.verify import compare, verify
 from moeglot.version import __version__
+
+if TYPE_CHECKING:
+    from moeglot.adapter import Adapter, open_adapter
+    from moeglot.adapter_convert import convert_adapter
+
+_WAITING = {"Adapter": "moeglot.adapter", "open_adapter": "moeglot.adapter", "convert_adapter": "moeglot.adapter_convert"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WAITING:
+        raise AttributeError(f"module 'moeglot' has no attribute {name!r}")
+    return getattr(import_module(_WAITING[name]), name)
+
 
 __all__ = [
     "Adapter",

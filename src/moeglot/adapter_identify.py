@@ -15,7 +15,7 @@ from moeglot.adapter_evidence import Clustering
 from moeglot.conventions import CONVENTIONS, GROUPED_TURNED, PEFT, Convention, by_name
 from moeglot.errors import AmbiguousConvention, Contradiction, UsageError
 from moeglot.factors import holds, in_out, recognizes
-from moeglot.format import Family
+from moeglot.family import Family
 
 PACKINGS = {"rank_major": False, "grouped_by_expert": True}
 """unsloth_zoo's mark -> whether the columns are grouped."""

@@ -12,7 +12,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import Convention
 from moeglot.errors import BadNumbers, HalfAdapter, TensorMismatch, UnsupportedAdapter
 from moeglot.factors import Place, stacked_form, take
-from moeglot.format import Family
+from moeglot.family import Family
 from moeglot.shards import Entry
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import PEFT, PER_EXPERT, Convention
 from moeglot.errors import HalfAdapter, UnsupportedAdapter
 from moeglot.factors import WRAP, Place, holds, lines_of, places, stacked_form
-from moeglot.format import Family
+from moeglot.family import Family
 from moeglot.formats import of_family
 from moeglot.layout import Stored
 

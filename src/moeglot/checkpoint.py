@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeglot.coding import WEIGHT, Coding, said
+from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
@@ -55,17 +56,22 @@ class Checkpoint:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers that have experts."""
-        return self.format.family.sparse.layers(self.config)
+        return self.format.family.layers(self.config)
+
+    def line(self, line: Stored, layer: int) -> Stored:
+        """A line of the format as this layer has it: the same roles along the same axes, perhaps not quantized."""
+        return next(mine for mine in self.format.lines(layer) if mine.roles == line.roles)
 
     def encoding(self, line: Stored, layer: int) -> Encoding:
         """How this layer's tensor is coded; for plain floats, the type that the file holds."""
-        key = line.key.format(layer=layer, expert=0)
+        line = self.line(line, layer)
+        key = line.stem(layer, 0)
         found = {part: self.source.entries[key + suffix] for part, suffix in line.names.items() if key + suffix in self.source.entries}
         return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()}, line.leading)
 
     def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
         """One expert's slice of a stored tensor, its axes as they lie on disk."""
-        encoding, parts = self.encoding(line, layer), {}
+        line, encoding, parts = self.line(line, layer), self.encoding(line, layer), {}
         for part in encoding.parts:
             entry = self.source.entries[line.key_of(part, layer, expert)]
             rows = 0 if line.per_expert or part.shared else entry.shape[0] // self.sizes["e"]
@@ -89,7 +95,7 @@ class Checkpoint:
         """As `stored`; raises `BadNumbers` for parts that are impossible."""
         stored = self.stored(line, layer, expert)
         if problem := stored.encoding.check(stored.parts):
-            key = line.keys(layer, expert)
+            key = self.line(line, layer).keys(layer, expert)
             raise BadNumbers(
                 f"{next(iter(key.values()))}, expert {expert}: {problem}",
                 self.known,
@@ -115,7 +121,7 @@ class Checkpoint:
     @cached_property
     def expert_keys(self) -> frozenset[str]:
         """The names of all tensors of the experts; those of layers for multi-token prediction are not among them."""
-        return frozenset(key for key, *_ in self.format.expert_keys(self.layers, self.sizes))
+        return frozenset(key for _, _, keys in self.format.expert_keys(self.layers, self.sizes) for key in keys)
 
     @cached_property
     def dense(self) -> dict[str, HubTensor]:
@@ -133,34 +139,52 @@ class Checkpoint:
     def decoded(self, dtype: str) -> dict[str, DenseTensor]:
         """As `dense`, but quantized matrices decoded to a float type, under the name that they have unquantized; all else as it is."""
         found: dict[str, DenseTensor] = {}
-        for module, parts in self._quantized.items():
+        for module, (encoding, parts) in self._quantized.items():
             coded = {part: self.dense[key].entry for part, key in parts.items()}
-            found[module + WEIGHT] = DecodedTensor(module + WEIGHT, self._encoding_of(module, coded), coded, dtype)
-        taken = {key for parts in self._quantized.values() for key in parts.values()}
+            found[module + WEIGHT] = DecodedTensor(module + WEIGHT, encoding, coded, dtype)
+        taken = {key for _, parts in self._quantized.values() for key in parts.values()}
         return found | {name: tensor for name, tensor in self.dense.items() if name not in taken}
 
-    @property
-    def _coding(self) -> Coding | None:
-        """How matrices that are no experts are quantized, if they are."""
-        return self.format.coding and (self.format.coding.others or self.format.coding)
-
     @cached_property
-    def _quantized(self) -> dict[str, dict[str, str]]:
-        """Module that is no expert -> part -> Hub name, for the quantized ones."""
-        coding, modules = self._coding, dict[str, dict[str, str]]()
-        for name in self.dense if coding else ():
-            if coding and (found := coding.module(name)):
-                modules.setdefault(found[0], {})[found[1]] = name
-        return {module: parts for module, parts in modules.items() if "scale" in parts}
-
-    def _encoding_of(self, module: str, parts: Mapping[str, Entry]) -> Encoding:
-        assert self._coding
-        declared = self._coding.read(said(self.source.config), module)
-        if declared is None:
+    def _quantized(self) -> dict[str, tuple[Encoding, dict[str, str]]]:
+        """Module that is no expert -> its encoding, and part -> Hub name; for the quantized ones. Raises `Contradiction` for scales that nothing declares."""
+        declared, found = said(self.source.config), dict[str, tuple[Encoding, dict[str, str]]]()
+        scaled: set[str] = set()
+        for coding in self._codings:
+            for module, parts in self._modules(coding).items():
+                scaled.add(module)
+                encoding = None if module in found else coding.declares(declared, module)
+                if encoding and parts.keys() >= {part.name for part in encoding.parts}:
+                    entries = {part: self.dense[key].entry for part, key in parts.items()}
+                    found[module] = encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in entries.items()}), parts
+        if undeclared := sorted(scaled - found.keys()):
             raise Contradiction(
-                f"{module} has scales, and config.json does not say that it is quantized", self.known, "take config.json from the checkpoint's producer"
+                f"{undeclared[0]} has scales, and config.json does not say that it is quantized", self.known, "take config.json from the checkpoint's producer"
             )
-        return declared.as_stored({part: (entry.dtype, entry.shape) for part, entry in parts.items()})
+        return found
+
+    @property
+    def has_quantized_others(self) -> bool:
+        """Some matrices that are no experts are quantized."""
+        return bool(self._quantized)
+
+    @property
+    def _codings(self) -> tuple[Coding, ...]:
+        """How matrices that are no experts may be quantized: as the experts are, as their producer has it, or in any way that config.json declares."""
+        if not said(self.source.config):
+            return ()
+        coding = self.format.coding
+        first = [one for one in (coding and coding.others, coding) if one]
+        return (*first, *(one for one in CODINGS if one not in first))
+
+    def _modules(self, coding: Coding) -> dict[str, dict[str, str]]:
+        """Module that is no expert -> part -> Hub name, where a coding's names are there, a scale among them."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self.dense:
+            if found := coding.module(name):
+                modules.setdefault(found[0], {})[found[1]] = name
+        needed = {"scale", coding.encoding.parts[0].name}
+        return {module: parts for module, parts in modules.items() if needed <= parts.keys()}
 
     def _hub_tensors(self, key: str, entry: Entry) -> Iterator[HubTensor]:
         named = self.format.dense_line(key)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 import moeglot
 from moeglot import cli_adapter, inspection, report
 from moeglot.cli_run import run
-from moeglot.convert import WRITING, default_workers
+from moeglot.convert import default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
 from moeglot.outline import outline
@@ -38,7 +35,7 @@ app.add_typer(cli_adapter.app, name="adapter")
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
 FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
-HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE; with a plot, where figures by layer exist.")]  # noqa: UP045
+HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE, with plots by layer.")]  # noqa: UP045
 WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
 
 out = Console(soft_wrap=not sys.stdout.isatty())
@@ -48,41 +45,10 @@ def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(report.dump(value) + "\n")
 
 
-class Rate(ProgressColumn):
-    """Bytes a second while writing, else experts a second."""
+def _bar(quiet: bool) -> AbstractContextManager[Any]:
+    from moeglot.cli_progress import bar
 
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if speed is None:
-            return Text("")
-        return Text(f"{report.size(speed)}/s" if task.description == WRITING else f"{speed:,.0f} experts/s", style="progress.data.speed")
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Any]:
-    """A progress bar with rate and time left on a terminal; a line for each tenth in a pipe; both on standard error."""
-    err = Console(stderr=True)
-    if quiet or not err.is_terminal:
-        last: dict[str, int] = {}
-
-        def lines(what: str, done: int, total: int) -> None:
-            tenth = 10 * done // total
-            if not quiet and last.get(what) != tenth:
-                last[what] = tenth
-                print(f"{what} {10 * tenth} %", file=sys.stderr, flush=True)
-
-        yield lines
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as progress:
-        tasks: dict[str, Any] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
-
-        yield tell
+    return bar(quiet)
 
 
 def _version(value: bool) -> None:
@@ -121,7 +87,9 @@ def inspect(
         if weighed:
             inspection.show_evidence(console, weighed)
     if html:
-        report.write_html(html, f"moeglot inspect {path}", recorder, ())
+        from moeglot.plots import plots
+
+        report.write_html(html, f"moeglot inspect {path}", recorder, plots(checkpoint, weighed))
     if json:
         _print_json(inspection.inspect_json(checkpoint, findings, weighed))
         raise typer.Exit(weighed.exit_status if weighed else 0)

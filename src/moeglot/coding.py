@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from moeglot.encoding import Encoding
@@ -40,6 +41,8 @@ class Coding:
     """The only families whose experts are coded so, if there are such."""
     others: Coding | None = None
     """How the same producer codes matrices that are no routed experts, if otherwise."""
+    kept: str = ""
+    """The key of quantization_config that lists modules which stay as they are, if it has one."""
 
     def codes(self, family: str, lines: Sequence[Stored]) -> bool:
         """It can code a plain layout of this family: every matrix lies upright, under a key that it has names for."""
@@ -54,6 +57,10 @@ class Coding:
         if line.key.endswith(WEIGHT):
             return replace(line, key=line.key.removesuffix(WEIGHT), encoding=self.encoding, names=self.linear)
         return replace(line, encoding=self.encoding, names=self.stacked)
+
+    def declares(self, quantization: Quantization, module: str) -> Encoding | None:
+        """The encoding that quantization_config declares for a module; None if it leaves the module alone, or says something else."""
+        return None if leaves_alone(quantization, module) else self.read(quantization, module)
 
     def module(self, key: str) -> tuple[str, str] | None:
         """A key of a Linear module -> (module, part), the longest suffix first; None if no part is named so."""
@@ -76,11 +83,12 @@ def method(quantization: Quantization) -> str:
 
 
 def leaves_alone(quantization: Quantization, module: str) -> bool:
-    """quantization_config says that this module is not quantized, by name."""
+    """quantization_config says that this module is not quantized: it, or one that it is in, is named or matches a pattern."""
     kept = [*(quantization.get("modules_to_not_convert") or ()), *(quantization.get("llm_int8_skip_modules") or ())]
-    if any(isinstance(name, str) and (name in module or _names("re:" + name.replace("*", ".*"), module)) for name in kept):
+    if any(isinstance(name, str) and (f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module))) for name in kept):
         return True
-    return any(_names(pattern, module) for pattern in quantization.get("ignore") or ())
+    listed = [*(quantization.get("ignore") or ()), *(quantization.get("exclude_modules") or ())]
+    return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed if isinstance(pattern, str))
 
 
 # --- compressed-tensors ----------------------------------------------------------------------------------------------------------------

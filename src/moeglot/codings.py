@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import WEIGHT, Coding, Quantization, compressed, declare_compressed, method
+from moeglot.coding import WEIGHT, Coding, Quantization, method
+from moeglot.codings_compressed import FP8_BLOCK_COMPRESSED, FP8_CHANNEL, FP8_TENSOR, IGNORED, INT4_PACK, MXFP4_PACK, MXFP8, NVFP4_PACK
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
 from moeglot.encodings.bnb4 import BNB4
-from moeglot.encodings.fp8 import FP8
-from moeglot.encodings.int4 import INT4
+from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
-from moeglot.errors import UnknownFormat
 
 DEEPSEEK_4 = "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash"
 DEEPSEEK = "https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md"
-CT = ("compressed-tensors", "transformers")
-COMPRESSED = "https://github.com/vllm-project/compressed-tensors"
 BITSANDBYTES = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py"
 MODELOPT = "https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/unified_export_hf.py"
 
@@ -59,6 +56,7 @@ FP8_BLOCK = Coding(
     source=DEEPSEEK,
     about="FP8 E4M3 with a scale for each block of 128 × 128",
     judges=("transformers",),
+    kept="modules_to_not_convert",
 )
 
 
@@ -98,128 +96,22 @@ DEEPSEEK_FP4 = Coding(
 )
 
 
-# --- compressed-tensors ----------------------------------------------------------------------------------------------------------------
-
-
-def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: str) -> Coding:
-    def read(said: Quantization, module: str) -> Encoding | None:
-        weights = compressed(said, module, num_bits=8, type="float", strategy=strategy)
-        if not weights or weights.get("symmetric") is False:
-            return None
-        block = weights.get("block_structure") if strategy == "block" else default
-        return FP8((block[0], block[1])) if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) for n in block) else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        assert isinstance(encoding, FP8)
-        block = list(encoding.block) if strategy == "block" else None
-        return declare_compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block}, kept)
-
-    linear = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
-    stacked = {"weight": "", "scale": "_weight_scale", "input_scale": "_input_scale"}
-    return Coding(
-        name,
-        FP8(default),
-        linear,
-        stacked,
-        read,
-        write,
-        COMPRESSED,
-        f"compressed-tensors' float-quantized, FP8 E4M3 with {about}",
-        CT if strategy != "block" else CT[:1],
-    )
-
-
-FP8_CHANNEL = _compressed_fp8("fp8-channel", "channel", (1, WHOLE), "a scale for each output channel")
-FP8_TENSOR = _compressed_fp8("fp8-tensor", "tensor", (WHOLE, WHOLE), "one scale for a matrix")
-FP8_BLOCK_COMPRESSED = _compressed_fp8("fp8-block-compressed", "block", (128, 128), "a scale for each block")
-
-
-def _read_mxfp4(said: Quantization, module: str) -> Encoding | None:
-    weights = compressed(said, module, num_bits=4, type="float", group_size=32)
-    return MXFP4(container="packed") if weights else None
-
-
-def _write_mxfp4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-    return declare_compressed("mxfp4-pack-quantized", weights, kept)
-
-
-MXFP4_PACK = Coding(
-    "mxfp4-pack",
-    MXFP4("even", "even", container="packed"),
-    linear={"packed": ".weight_packed", "scale": ".weight_scale"},
-    stacked={"packed": "_packed", "scale": "_scale"},
-    read=_read_mxfp4,
-    write=_write_mxfp4,
-    source=COMPRESSED,
-    about="compressed-tensors' mxfp4-pack-quantized",
-    judges=CT,
-)
-
-
-def _read_nvfp4_compressed(said: Quantization, module: str) -> Encoding | None:
-    weights = compressed(said, module, num_bits=4, type="float", group_size=16)
-    return NVFP4("compressed-tensors") if weights and weights.get("strategy") == "tensor_group" else None
-
-
-def _write_nvfp4_compressed(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
-    return declare_compressed("nvfp4-pack-quantized", weights, kept)
-
-
-NVFP4_PACK = Coding(
-    "nvfp4-pack",
-    NVFP4("compressed-tensors"),
-    linear={"packed": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale", "input_scale": ".input_global_scale"},
-    stacked={"packed": "_packed", "scale": "_scale", "global": "_global_scale", "input_scale": "_input_global_scale"},
-    read=_read_nvfp4_compressed,
-    write=_write_nvfp4_compressed,
-    source=COMPRESSED,
-    about="compressed-tensors' nvfp4-pack-quantized, whose global scale divides",
-    judges=("compressed-tensors",),
-)
-
-
-def _read_int4(said: Quantization, module: str) -> Encoding | None:
-    weights = compressed(said, module, num_bits=4, type="int")
-    if not weights:
-        return None
-    if weights.get("symmetric") is False:
-        raise UnknownFormat(
-            f"{module} is declared as asymmetric INT4", "zero points beside the scales are not read yet", "decompress it with compressed-tensors first"
-        )
-    group = weights.get("group_size")
-    if weights.get("strategy") == "channel":
-        return INT4(WHOLE)
-    return INT4(group) if weights.get("strategy") == "group" and isinstance(group, int) and group > 0 else None
-
-
-def _write_int4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-    assert isinstance(encoding, INT4)
-    strategy: dict[str, Any] = {"strategy": "group", "group_size": encoding.group} if encoding.group else {"strategy": "channel"}
-    return declare_compressed("pack-quantized", {"num_bits": 4, "type": "int", **strategy}, kept)
-
-
-INT4_PACK = Coding(
-    "int4-pack",
-    INT4(32),
-    linear={"packed": ".weight_packed", "scale": ".weight_scale", "shape": ".weight_shape", "zero_point": ".weight_zero_point"},
-    stacked={"packed": "_packed", "scale": "_scale", "shape": "_shape", "zero_point": "_zero_point"},
-    read=_read_int4,
-    write=_write_int4,
-    source=COMPRESSED,
-    about="compressed-tensors' pack-quantized INT4, offset binary; Kimi-K2's group of 32",
-    judges=CT,
-)
-
-
 # --- ModelOpt --------------------------------------------------------------------------------------------------------------------------
 
 
-def _read_nvfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
+def _algorithm(said: Quantization, module: str) -> str:
+    """ModelOpt's name of what it did to a module; where that differs between modules, `quantized_layers` lists each."""
+    if "modelopt" not in method(said):
+        return ""
     said = {**said, **said["quantization"]} if isinstance(said.get("quantization"), Mapping) else said
-    algorithm = str(said.get("quant_algo") or "").upper()
-    return NVFP4("modelopt") if "modelopt" in method(said) and algorithm == "NVFP4" else None
+    layers = said.get("quantized_layers") if str(said.get("quant_algo")).upper() == "MIXED_PRECISION" else None
+    if layers:
+        said = next((layer for name, layer in layers.items() if f"{module}.".startswith(f"{name}.") and isinstance(layer, Mapping)), {})
+    return str(said.get("quant_algo") or "").upper()
+
+
+def _read_nvfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
+    return NVFP4("modelopt") if _algorithm(said, module) in ("NVFP4", "W4A16_NVFP4") else None
 
 
 def _write_nvfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
@@ -242,7 +134,25 @@ NVFP4_MODELOPT = Coding(
     source=MODELOPT,
     about="ModelOpt's NVFP4, whose second scale multiplies",
     judges=("nvidia-modelopt",),
+    kept=IGNORED,
 )
+
+
+def _modelopt_fp8(name: str, algorithm: str, encoding: FP8, weights: Mapping[str, Any], about: str) -> Coding:
+    def read(said: Quantization, module: str) -> Encoding | None:
+        return encoding if _algorithm(said, module) == algorithm else None
+
+    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+        group = {"weights": {"dynamic": False, "num_bits": 8, "type": "float", **weights}, "targets": ["Linear"]}
+        return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": group}, "ignore": list(kept)}
+
+    return Coding(
+        name, encoding, FP8_CHANNEL.linear, FP8_CHANNEL.stacked, read, write, MODELOPT, f"ModelOpt's {about}", judges=("nvidia-modelopt",), kept=IGNORED
+    )
+
+
+FP8_MODELOPT = _modelopt_fp8("fp8-modelopt", "FP8", FP8((WHOLE, WHOLE)), {}, "FP8 E4M3 with one scale for a matrix")
+MXFP8_MODELOPT = _modelopt_fp8("mxfp8-modelopt", "MXFP8", FP8((1, MX_GROUP), "U8"), {"group_size": MX_GROUP}, "MXFP8")
 
 
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------------------------
@@ -269,14 +179,15 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
         }
 
     about = f"bitsandbytes' {kind.upper()}, in runs of the flattened matrix"
-    return Coding(kind, BNB4(kind), {part: WEIGHT + suffix for part, suffix in names.items()}, names, read, write, BITSANDBYTES, about, ("bitsandbytes",))
+    linear, judges = {part: WEIGHT + suffix for part, suffix in names.items()}, ("bitsandbytes",)
+    return Coding(kind, BNB4(kind), linear, names, read, write, BITSANDBYTES, about, judges, kept="llm_int8_skip_modules")
 
 
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 
 CODINGS = (
     *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, DEEPSEEK_FP4),
-    *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
-    *(NVFP4_MODELOPT, NF4, FP4),
+    *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP8, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
+    *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, NF4, FP4),
 )
 """Every known way to quantize the matrices of a layout."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeglot.errors import Contradiction
-from moeglot.format import Config, ConfigForm, Family, Format, dig
+from moeglot.family import Config, Family, dig
+from moeglot.format import ConfigForm, Format
 
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:
@@ -24,13 +25,29 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
         if isinstance(part, dict):
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
-    for part in (hub, *(value for value in hub.values() if isinstance(value, dict))):
-        _rename_rope(part)
+    _rename_rope(hub)
+    _rename_words(hub, form.family)
     return _rename_sizes(hub, form.family)
+
+
+def _rename_words(hub: dict[str, Any], family: Family) -> None:
+    """transformers 5 has words of its own for kinds of layers, adds keys of its own to every part, and writes infinity as a mapping; 4 refuses these."""
+    for path, words in family.words.items():
+        if isinstance(said := dig(hub, path), list):
+            _put(hub, path, [words.get(word, word) for word in said])
+    for path, keys in family.parts.items():
+        if isinstance(part := dig(hub, path), dict):
+            _put(hub, path, {key: value for key, value in part.items() if key in keys})
+    for key, value in hub.items():
+        if isinstance(value, list) and any(isinstance(item, dict) and item.keys() == {"__float__"} for item in value):
+            hub[key] = [float(item["__float__"]) if isinstance(item, dict) else item for item in value]
 
 
 def _rename_rope(hub: dict[str, Any]) -> None:
     """transformers 5 keeps `rope_parameters`; 4 reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`, and 5 reads those too."""
+    for part in hub.values():
+        if isinstance(part, dict):
+            _rename_rope(part)
     rope = hub.get("rope_parameters")
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         return  # one set for each kind of layer: 4 has no names for those
@@ -49,7 +66,17 @@ def _rename_sizes(hub: dict[str, Any], family: Family) -> dict[str, Any]:
             if value is not None and dig(hub, first) in (None, value):
                 _put(hub, first, value)
                 _drop(hub, key)
+            _rename_in_text(hub, key.rpartition(".")[2], first.rpartition(".")[2])
     return hub
+
+
+def _rename_in_text(part: dict[str, Any], key: str, first: str) -> None:
+    """Other language models in the same file (Qwen3-Omni's talker) call the same fact by the same names."""
+    for name, inner in part.items():
+        if isinstance(inner, dict):
+            if name == "text_config" and key in inner and inner.get(first) in (None, inner[key]):
+                inner[first] = inner.pop(key)
+            _rename_in_text(inner, key, first)
 
 
 def _drop(target: dict[str, Any], path: str) -> None:

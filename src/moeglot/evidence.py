@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moeglot.errors import Contradiction
 from moeglot.grids import GRIDS, Grid
-from moeglot.layout import Stored
+from moeglot.layout import SECOND, Stored
 from moeglot.profiles import KINDS, Profile, Reader, directions, profiles, spread
 
 if TYPE_CHECKING:
@@ -112,13 +112,15 @@ def evidence_json(weighed: Weighed, known: str) -> dict[str, Any]:
 def weigh(checkpoint: Reader, layers: int = LAYERS, experts: int = EXPERTS) -> Weighed:
     """Every test on so many layers and experts; reads their matrices once."""
     chosen = spread(checkpoint.layers, layers), spread(range(checkpoint.sizes["e"]), experts)
-    lines = [line for line in checkpoint.format.stored if len(line.role_axes.split()) == 2]
-    seen = {line.key: profiles(checkpoint, line, *chosen) for line in lines}
-    grids = [_grid(line, seen[line.key]) for line in lines]
-    channel = _channel(lines, seen, chosen[0])
-    streams = [found for line in lines if (found := _residual(line, seen[line.key]))]
-    still = [] if channel.verdict == "as declared" else [name for line, grid in zip(lines, grids, strict=True) for name in _open(line, seen[line.key], grid)]
-    return Weighed((*grids, channel, *streams), tuple(still), *chosen)
+    lines = [line for line in checkpoint.format.stored if line.is_matrix]
+    seen = {line.roles: profiles(checkpoint, line, *chosen) for line in lines}
+    grids = [_grid(line, seen[line.roles]) for line in lines]
+    groups = [[line for line in lines if line.roles[0].startswith(SECOND) == bool(group)] for group in checkpoint.format.family.groups]
+    channels = [_channel(group, seen, chosen[0]) for group in groups]
+    streams = [found for line in lines if (found := _residual(line, seen[line.roles]))]
+    settled = [line.roles for group, channel in zip(groups, channels, strict=True) if channel.verdict == "as declared" for line in group]
+    still = [name for line, grid in zip(lines, grids, strict=True) if line.roles not in settled for name in _open(line, seen[line.roles], grid)]
+    return Weighed((*grids, *channels, *streams), tuple(still), *chosen)
 
 
 def _open(line: Stored, seen: Sequence[Profile], grid: Evidence) -> list[str]:
@@ -172,7 +174,7 @@ def _name(readings: Iterable[Stored], lines: Iterable[Stored]) -> str:
     return " and ".join(f'{line.short} is read as "{other.axes}"' for line, other in zip(lines, readings, strict=True) if other.axes != line.axes) or DECLARED
 
 
-def _channel(lines: Sequence[Stored], seen: Mapping[str, list[Profile]], layers: tuple[int, ...]) -> Evidence:
+def _channel(lines: Sequence[Stored], seen: Mapping[tuple[str, ...], list[Profile]], layers: tuple[int, ...]) -> Evidence:
     """Norms of down columns against those of gate rows and of up rows, the weaker of the two, for every combination of readings.
 
     What experts share along an axis is taken out first. Gate against up is left out: read along h they agree a little, since both read what the expert is for.
@@ -180,9 +182,9 @@ def _channel(lines: Sequence[Stored], seen: Mapping[str, list[Profile]], layers:
     import torch
 
     found: dict[str, torch.Tensor] = {}
-    for combination in product(*(seen[line.key] for line in lines)):
+    for combination in product(*(seen[line.roles] for line in lines)):
         norms = {role: directions(along - along.mean(1, keepdim=True)) for one in combination for role, along in one.along_i.items()}
-        down = norms.pop("down")
+        down = norms.pop(next(role for role in norms if role.endswith("down")))
         name = _name((one.reading for one in combination), lines)
         found[name] = torch.stack([(rows * down).sum(-1) for rows in norms.values()])  # [role, layer, expert]
     size, what = down.shape[-1], " and ".join(line.short for line in lines)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
-from moeglot.format import Config, Family, dig
+from moeglot.family import Config, Family, dig
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ class Expert:
     function: str
     numbers: Mapping[str, float]
     roles: tuple[str, ...]
+    groups: tuple[str, ...] = ("",)
 
     @classmethod
     def of(cls, family: Family, config: Config, layer: int = 0) -> Expert:
@@ -35,13 +36,20 @@ class Expert:
         activation = family.activation
         key, default = activation.function
         numbers = {name: _number(config, key, value, layer) for name, (key, value) in activation.numbers.items()}
-        return cls(activation.kind, str((key and dig(config, key)) or default), numbers, family.roles)
+        return cls(activation.kind, str((key and dig(config, key)) or default), numbers, family.roles, family.groups)
 
     def forward(self, tokens: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """tokens [t, h] -> [t, h] in float32."""
-        up = self.linear(tokens, matrix, "up")
-        inner = self._inner(self.linear(tokens, matrix, "gate"), up) if "gate" in self.roles else _function(self.function)(up)
-        return self._down(inner, matrix)
+        """tokens [t, h] -> [t, h] in float32; of two groups of experts, what that of each gives, side by side: [t, 2 h]."""
+        import torch
+
+        found = [self._of_group(tokens, matrix, group) for group in self.groups]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def _of_group(self, tokens: torch.Tensor, matrix: Matrix, group: str) -> torch.Tensor:
+        up = self.linear(tokens, matrix, f"{group}up")
+        gated = f"{group}gate" in self.roles
+        inner = self._inner(self.linear(tokens, matrix, f"{group}gate"), up) if gated else _function(self.function)(up)
+        return self.linear(inner, matrix, f"{group}down")
 
     def linear(self, x: torch.Tensor, matrix: Matrix, role: str) -> torch.Tensor:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
@@ -49,9 +57,6 @@ class Expert:
 
         out = torch.cat([x @ block.decode(torch.float32).mT for block in matrix(role).row_blocks()], -1)
         return out + matrix(f"{role}_bias").decode(torch.float32) if f"{role}_bias" in self.roles else out
-
-    def _down(self, inner: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return self.linear(inner, matrix, "down")
 
     def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.kind == "softcapped-swiglu":

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from moeglot.conventions import Convention
 from moeglot.errors import AdapterError
-from moeglot.format import Family, Format
+from moeglot.family import Family
+from moeglot.format import Format
 from moeglot.formats import PLAIN
 from moeglot.layout import ROLES, Sizes, Stored, parse_axes
 
@@ -21,7 +22,7 @@ WRAP = ".base_layer"
 """What PEFT adds to a module's name for each wrapper around it."""
 
 
-QUANTIZERS = ("llm-compressor", "unsloth-bnb")
+QUANTIZERS = ("llm-compressor", "unsloth")
 """Layouts in which models are quantized and served, and in which PEFT wraps no module."""
 
 

@@ -1,154 +1,19 @@
-"""Format and Family: a producer's complete way to store a model's experts, and what an expert computes."""
+"""Format: a producer's complete way to store a model's experts, and what else it names and declares otherwise than the Hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import repeat
 from typing import Any
 
 from moeglot.coding import Coding
-from moeglot.encoding import Encoding
+from moeglot.encoding import Encoding, Part
 from moeglot.encodings.plain import Plain
-from moeglot.errors import Contradiction
-from moeglot.layout import ROLES, Sizes, Stored
-
-Config = Mapping[str, Any]
-
-
-def dig(config: Config, path: str) -> Any:
-    """`dig(config, "rope_scaling.factor")`, or None."""
-    value: Any = config
-    for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What stands between the first and the second matrix of an expert; `experts.py` computes each kind.
-
-    swiglu: act(gate) * up. ungated: act(up). clamped-swiglu: gate <= limit, |up| <= limit, then gate * sigmoid(alpha * gate) * (up + 1).
-    limited-swiglu: gate <= limit, |up| <= limit, then act(gate) * up. capped-swiglu: act(gate) <= limit, |up| <= limit, then their product.
-    softcapped-swiglu: cap(gate) * sigmoid(gate) * cap(up), where cap(x) = c * tanh(x / c), with c = gate_cap and c = up_cap.
-    `function`: config key of the activation's name (None: no key says it) and its default; `numbers`: name -> (config key, default).
-    A number that config.json gives as a list has one entry for each layer; 0 and null are no limit.
-    """
-
-    kind: str
-    function: tuple[str | None, str] = ("hidden_act", "silu")
-    numbers: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-
-
-MAX_LAYERS = 10_000  # a config.json that claims more is not believed, so that a claim costs no memory
-
-
-@dataclass(frozen=True)
-class SparseLayers:
-    """Which layers have experts, by the config keys (dotted for nested ones) that say so. A rule whose key config.json lacks does not apply.
-
-    `count`: how many layers there are. `kinds`: one word or number a layer, in a list or a string; the first key that is there decides alone,
-    and the layers whose word is in `sparse` have experts. `listed`: the layers that have experts, as a list or as "3,4,5"; decides alone.
-    `first`: how many dense layers come first, and the family's default; `last`: the last layer that has experts, -1 for the last of all.
-    `every`: layer n has experts if (n + 1) % every = 0; `period` and `offset`: if n % period = offset. `dense`: the layers that have none.
-    """
-
-    count: str = "num_hidden_layers"
-    kinds: tuple[str, ...] = ()
-    sparse: tuple[str | int, ...] = ("sparse", "moe", "hash_moe", "E", 1)
-    listed: str | None = None
-    first: tuple[str, int] | None = None
-    last: str | None = None
-    every: str | None = None
-    period: str | None = None
-    offset: str | None = None
-    dense: str | None = None
-
-    def layers(self, config: Config) -> tuple[int, ...]:
-        """Raises `Contradiction` if config.json names no layer, or in a way that is not usable."""
-        kinds = next((value for key in self.kinds if isinstance(value := dig(config, key), (list, tuple, str))), None)
-        count = dig(config, self.count)
-        if count is None and kinds is not None:
-            count = len(kinds)
-        usable = isinstance(count, int) and count <= MAX_LAYERS and (kinds is None or len(kinds) >= count)
-        found = self._found(config, count, kinds) if usable else ()
-        if not found:
-            keys = (self.count, *self.kinds, self.listed, self.first and self.first[0], self.last, self.every, self.period, self.offset, self.dense)
-            said = {key: value for key in keys if key and ((value := dig(config, key)) is not None or key == self.count)}
-            raise Contradiction("config.json names no layer with experts", f"it says {said}", "take config.json from the producer")
-        return found
-
-    def _found(self, config: Config, count: int, kinds: Sequence[Any] | None) -> tuple[int, ...]:
-        if kinds is not None:
-            return tuple(n for n, kind in enumerate(kinds[:count]) if kind in self.sparse)
-        if (listed := dig(config, self.listed) if self.listed else None) is not None:
-            words = listed.split(",") if isinstance(listed, str) else listed
-            usable = isinstance(words, (list, tuple)) and all(str(word).strip().isdecimal() for word in words)
-            return tuple(sorted({n for n in map(int, words) if n < count})) if usable else ()
-        dense = (dig(config, self.dense) if self.dense else None) or ()
-        first, last = self._number(config, self.first and self.first[0], self.first[1] if self.first else 0), self._number(config, self.last, -1)
-        every, period, offset = (self._number(config, key, default) for key, default in ((self.every, 1), (self.period, 1), (self.offset, 0)))
-        if None in (first, last, every, period, offset) or every < 1 or period < 1 or not isinstance(dense, (list, tuple)):
-            return ()
-        end = count if last == -1 else min(count, last + 1)
-        return tuple(n for n in range(first, end) if (n + 1) % every == 0 and n % period == offset and n not in dense)
-
-    def _number(self, config: Config, key: str | None, default: int) -> Any:
-        """The whole number that a key gives, the default if it is not there, None if it is something else."""
-        value = dig(config, key) if key else None
-        return default if value is None else value if isinstance(value, int) else None
-
-
-@dataclass(frozen=True)
-class Family:
-    """What an expert computes, and where config.json says how large it is.
-
-    `sizes`: letter -> the config keys (dotted for nested ones) that may hold it, the Hub's own first; they are names of one fact, except for the
-    letters in `first_wins`, where the first key that is there decides. Letters beyond e, h and i size what is no expert.
-    `carried`: config keys that say how many layers for multi-token prediction follow the others; they are carried over as they are.
-    `unverified`: why nobody could compare this family with a real module or file, if so.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    roles: tuple[str, ...]
-    activation: Activation
-    sizes: Mapping[str, tuple[str, ...]]
-    sparse: SparseLayers = SparseLayers()
-    source: str = ""
-    first_wins: tuple[str, ...] = ()
-    carried: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-    unverified: str = ""
-
-    def carried_layers(self, config: Config) -> range:
-        """Numbers of the layers after the last one, for multi-token prediction."""
-        count = dig(config, self.sparse.count)
-        extra = next((n for key in self.carried if isinstance(n := dig(config, key), int)), 0)
-        return range(count, count + min(extra, MAX_LAYERS)) if isinstance(count, int) else range(0)
-
-    def read_sizes(self, config: Config) -> dict[str, int]:
-        """letter -> size; raises `Contradiction` if a size is missing or if two keys for one size disagree."""
-        sizes = {}
-        for letter, keys in self.sizes.items():
-            found = {key: value for key in keys if (value := dig(config, key)) is not None}
-            found = dict([*found.items()][:1]) if letter in self.first_wins else found
-            if not found or any(not isinstance(n, int) or n < 1 for n in found.values()):
-                raise Contradiction(
-                    f"config.json does not say how large axis {letter} is",
-                    f"{self.name} keeps it in {' or '.join(keys)}; found: {found or 'nothing'}",
-                    "add the key from the producer's config.json; moeglot takes no size from a shape",
-                )
-            if len(set(found.values())) > 1:
-                raise Contradiction(
-                    f"config.json gives axis {letter} two sizes",
-                    f"it says {found}",
-                    "remove the wrong key; moeglot takes no size from a shape",
-                )
-            sizes[letter] = next(iter(found.values()))
-        return sizes
+from moeglot.family import Family
+from moeglot.layout import BEHIND, ROLES, Sizes, Stored
 
 
 @dataclass(frozen=True)
@@ -197,6 +62,7 @@ class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
+    `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
 
@@ -210,11 +76,17 @@ class Format:
     reads: str = "any transformers"
     alone: str = ""
     coding: Coding | None = None
+    unlike: Mapping[int, tuple[Stored, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)
         if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
             raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
+
+    def sized(self, sizes: Sizes) -> Format:
+        """This format with the numbers of the experts of a second group known."""
+        lines = tuple(replace(line, offset=sizes["e"]) if line.offset == BEHIND else line for line in self.stored)
+        return replace(self, stored=lines) if lines != self.stored else self
 
     @property
     def is_plain(self) -> bool:
@@ -233,12 +105,24 @@ class Format:
 
     def with_encodings(self, settle: Callable[[Stored], Encoding]) -> Format:
         """This format with the encodings of its coded lines settled by a file."""
-        lines = (line if isinstance(line.encoding, Plain) else replace(line, encoding=settle(line)) for line in self.stored)
-        return replace(self, stored=tuple(lines))
+
+        def settled(lines: tuple[Stored, ...]) -> tuple[Stored, ...]:
+            return tuple(line if isinstance(line.encoding, Plain) else replace(line, encoding=settle(line)) for line in lines)
+
+        return replace(self, stored=settled(self.stored), unlike={layer: settled(lines) for layer, lines in self.unlike.items()})
+
+    def lines(self, layer: int) -> tuple[Stored, ...]:
+        """How a layer's experts are stored."""
+        return self.unlike.get(layer, self.stored)
+
+    @cached_property
+    def all_lines(self) -> tuple[Stored, ...]:
+        """Every line that some layer has."""
+        return tuple({(line.roles, line.key, line.is_plain): line for lines in (self.stored, *self.unlike.values()) for line in lines}.values())
 
     @cached_property
     def _patterns(self) -> tuple[tuple[Stored, str, re.Pattern[str]], ...]:
-        return tuple((line, part, _pattern(line.key + suffix)) for line in self.stored for part, suffix in line.suffixes.items())
+        return tuple((line, part, _pattern(line.key + suffix)) for line in self.all_lines for part, suffix in line.suffixes.items())
 
     def match(self, key: str) -> tuple[Stored, str, int, int | None] | None:
         """key -> (line, part, layer, expert), or None for a tensor that is no expert."""
@@ -260,16 +144,14 @@ class Format:
     def _dense_patterns(self) -> tuple[tuple[Dense, re.Pattern[str], tuple[re.Pattern[str], ...]], ...]:
         return tuple((line, _pattern(line.key), tuple(map(_pattern, line.hub))) for line in self.dense)
 
-    def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, Stored, str, int, int | None]]:
-        """Every key that the experts of these layers have: (key, line, part, layer, expert)."""
+    def expert_keys(self, layers: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[Stored, Part, Iterator[str]]]:
+        """Every key that the experts of these layers have, a line and a part at a time: (line, part, the keys of its experts in order)."""
         for layer in layers:
-            for line in self.stored:
+            for line in self.lines(layer):
                 before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
-                suffixes = [(part, after + suffix) for part, suffix in line.suffixes.items()]
-                for expert in range(sizes["e"]) if line.per_expert else (None,):
-                    stem = before if expert is None else f"{before}{expert}"
-                    for part, suffix in suffixes:
-                        yield stem + suffix, line, part, layer, expert
+                numbers = range(line.offset, line.offset + sizes["e"]) if line.per_expert else ("",)
+                for part in line.encoding.parts:
+                    yield line, part, map(partial("{}{}{}".format, before), numbers, repeat(after + line.names[part.name]))
 
     def line_of(self, role: str) -> Stored:
         return next(line for line in self.stored if role in line.roles)

@@ -86,9 +86,11 @@ class Probe:
         return relative_error(self.side.seen(self.layer, self.expert, self.model.forward(self.tokens, matrix)), self.answer)
 
     def is_moot(self, misreading: Misreading) -> bool:
-        """It misreads biases that are all zero, so that it is no wrong reading."""
+        """It misreads biases that are all zero, or scales where there are none, so that it is no wrong reading."""
         line = misreading.line
-        return line is not None and line.role_axes in ("i", "h") and not any(bool(self.declared(role).parts["value"].any()) for role in line.roles)
+        if line is not None and misreading.scales:
+            return self.subject.line(line, self.layer).is_plain
+        return line is not None and not line.is_matrix and not any(bool(self.declared(role).parts["value"].any()) for role in line.roles)
 
 
 def forward(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> list[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +11,9 @@ from moeglot.coding import leaves_alone
 from moeglot.coding import said as quantization
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding, agree
-from moeglot.encodings.plain import Plain
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
-from moeglot.format import Format, dig
+from moeglot.family import dig
+from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name, of_family, variants
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
@@ -21,6 +21,8 @@ from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
 """Key of our mark in a safetensors header."""
+First = Mapping[tuple[tuple[str, ...], str], Entry]
+"""(roles, part) of a line -> the first tensor that there is of it."""
 NO_CONFIG = "there is no config.json"
 
 
@@ -122,7 +124,7 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield f"config.json says quantization_config.quant_method = {method}"
     for form in candidates[:1]:
         line = form.stored[0]
-        key = next(key for key in source.entries if (found := form.match(key)) and found[0] == line)
+        key = next(key for key in source.entries if (found := form.match(key)) and found[:2] == (line, line.encoding.parts[0].name))
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
 
 
@@ -136,28 +138,29 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
         return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
     config = hub_config(source.config, form)
     sizes = form.family.read_sizes(config)
-    first = _first_tensors(form, source, form.family.sparse.layers(config), sizes)
+    form = form.sized(sizes)
+    said, layers = quantization(source.config), form.family.layers(config)
+    first = _first_tensors(form, source, layers, sizes, said)
     for line in form.stored:
         for part in line.encoding.parts:
-            if (line.key, part.name) not in first:
+            if (line.roles, part.name) not in first:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
-            if (entry := first[line.key, part.name]).dtype not in part.dtypes:
+            if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
-    if refuted := _quantization_refutation(form, source):
+    if refuted := _quantization_refutation(form, said, layers, first):
         return refuted
     return _shape_refutation(_settled(form, source), sizes, first)
 
 
-def _quantization_refutation(form: Format, source: Source) -> Refutation | None:
+def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:
     """What config.json's quantization_config says against this format."""
-    said = quantization(source.config)
     if form.coding:
-        if any(_declared(form, line, said) is None for line in form.stored if not isinstance(line.encoding, Plain)):
+        if any(_declared(form, line, said, first) is None for line in form.stored if not line.is_plain):
             return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {_brief(said)}")
         return None
     method = said.get("quant_method")
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
-    if method is None or method == expected or any(leaves_alone(said, _module(line)) for line in form.stored):
+    if method is None or method == expected or all(any(leaves_alone(said, line.module(layer)) for line in form.stored) for layer in layers):
         return None
     if method == "bitsandbytes" and not any(line.per_expert for line in form.stored):
         return None  # it quantizes Linear modules, and leaves stacked experts as they are without a word
@@ -175,14 +178,12 @@ def _misnamed(form: Format, source: Source) -> Refutation | None:
     return None
 
 
-def _declared(form: Format, line: Stored, said: Mapping[str, Any]) -> Encoding | None:
+def _declared(form: Format, line: Stored, said: Mapping[str, Any], first: First) -> Encoding | None:
+    """What quantization_config says of the module that the first tensor of a line belongs to."""
     assert form.coding
-    return form.coding.read(said, _module(line))
-
-
-def _module(line: Stored) -> str:
-    """The module of the first expert, as quantization_config would name it."""
-    return line.key.format(layer=0, expert=0).removesuffix(".weight")
+    entry = next((entry for (key, _), entry in first.items() if key == line.roles), None)
+    found = form.match(entry.name) if entry else None
+    return form.coding.declares(said, line.module(found[2]) if found else line.module(0))
 
 
 def _brief(said: Mapping[str, Any]) -> str:
@@ -191,34 +192,56 @@ def _brief(said: Mapping[str, Any]) -> str:
 
 
 def _settled(form: Format, source: Source) -> Format:
-    """The format with the encodings that config.json declares and the file's tensors settle; itself where they say nothing."""
+    """The format with the encodings that config.json declares and the file's tensors settle, in the layers that it does not leave alone."""
+    if not form.coding and len(form.family.groups) == 1:
+        return form
+    config, said = hub_config(source.config, form), quantization(source.config)
+    sizes, layers = form.family.read_sizes(config), form.family.layers(config)
+    form = form.sized(sizes)
     if not form.coding:
         return form
-    config = hub_config(source.config, form)
-    first = _first_tensors(form, source, form.family.sparse.layers(config), form.family.read_sizes(config), every=True)
-    said = quantization(source.config)
+    first = _first_tensors(form, source, layers, sizes, said, every=True)
 
     def settle(line: Stored) -> Encoding:
-        found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.key}
-        encoding = _declared(form, line, said) or line.encoding
+        found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.roles}
+        encoding = _declared(form, line, said, first) or line.encoding
         return encoding.as_stored(found, line.leading) if found.keys() >= {part.name for part in encoding.parts} else encoding
 
-    return form.with_encodings(settle)
+    return replace(form, unlike=_unlike(form, said, layers, sizes)).with_encodings(settle)
 
 
-def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, every: bool = False) -> dict[tuple[str, str], Entry]:
-    """(key template, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too."""
-    found: dict[tuple[str, str], Entry] = {}
+def _unlike(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], sizes: Sizes) -> dict[int, tuple[Stored, ...]]:
+    """Layer -> its lines, for the layers that quantization_config leaves alone, in part or in whole."""
+    plain = by_name(form.name.partition("+")[0]).sized(sizes).stored
+    found = {}
+    for layer in layers:
+        lines = tuple(other if leaves_alone(said, line.module(layer)) else line for line, other in zip(form.stored, plain, strict=True))
+        if any(line.is_plain != other.is_plain for line, other in zip(lines, form.stored, strict=True)):
+            found[layer] = lines
+    return found
+
+
+def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, said: Mapping[str, Any], every: bool = False) -> First:
+    """(roles, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too.
+
+    A coded line is not looked for in layers whose experts quantization_config leaves alone.
+    """
+    found: dict[tuple[tuple[str, ...], str], Entry] = {}
     for line in form.stored:
         wanted = line.names if every else line.suffixes
         suffixes = {part: suffix for part, suffix in wanted.items() if _is_somewhere(line.key + suffix, source)}
         needed = line.suffixes.keys() & suffixes.keys()  # what is nowhere is not looked for in every layer
-        for layer, expert in ((layer, expert) for layer in layers for expert in range(sizes["e"] if line.per_expert else 1)):
-            stem = line.key.format(layer=layer, expert=expert)
-            for part, suffix in suffixes.items():
-                if stem + suffix in source.entries:
-                    found.setdefault((line.key, part), source.entries[stem + suffix])
-            if all((line.key, part) in found for part in needed):
+        for layer in layers if suffixes else ():
+            if form.coding and not line.is_plain and leaves_alone(said, line.module(layer)):
+                continue
+            for expert in range(sizes["e"] if line.per_expert else 1):
+                stem = line.stem(layer, expert)
+                for part, suffix in suffixes.items():
+                    if stem + suffix in source.entries:
+                        found.setdefault((line.roles, part), source.entries[stem + suffix])
+                if all((line.roles, part) in found for part in needed):
+                    break
+            if all((line.roles, part) in found for part in needed):
                 break
     return found
 
@@ -229,10 +252,10 @@ def _is_somewhere(template: str, source: Source) -> bool:
     return "{" in last or last in source.last_names
 
 
-def _shape_refutation(form: Format, sizes: Sizes, first: Mapping[tuple[str, str], Entry]) -> Refutation | None:
+def _shape_refutation(form: Format, sizes: Sizes, first: First) -> Refutation | None:
     for line in form.stored:
         for part in line.encoding.parts:
-            entry = first[line.key, part.name]
+            entry = first[line.roles, part.name]
             if not agree(shape := line.part_shape(part, sizes), entry.shape):
                 return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

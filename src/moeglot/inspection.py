@@ -9,7 +9,8 @@ from rich.console import Console
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.evidence import Weighed, evidence_json
-from moeglot.format import dig
+from moeglot.family import dig
+from moeglot.layout import Stored
 from moeglot.lint import Finding
 from moeglot.outline import Row
 from moeglot.report import COLOURS, safe, size, table, verdict
@@ -26,7 +27,8 @@ def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep:
         "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items() if refutation.by != "family"},
         "sizes": dict(c.sizes),
         "layers": list(c.layers),
-        "stored": [_stored_json(c, line) for line in c.format.stored],
+        "stored": [_stored_json(c, line) for line in c.format.all_lines],
+        "not_quantized": sorted(c.format.unlike),
         "unverified": c.format.family.unverified or None,
         "findings": [{"about": f.about, "what": f.what, "figures": dict(f.figures)} for f in findings],
         "tensors": len(c.source.entries),
@@ -36,8 +38,9 @@ def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep:
     }
 
 
-def _stored_json(c: Checkpoint, line: Any) -> dict[str, Any]:
-    encoding = c.encoding(line, c.layers[0])
+def _stored_json(c: Checkpoint, line: Stored) -> dict[str, Any]:
+    layer = next((layer for layer in c.layers if line in c.format.lines(layer)), c.layers[0])
+    encoding = c.encoding(line, layer)
     return {"key": line.key, "roles": list(line.roles), "axes": line.axes, "shape": list(line.shape(c.sizes)), "encoding": encoding.name}
 
 
@@ -51,6 +54,7 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
         ("format", f"{c.format.name}: {c.format.about}"),
         *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
         *([("unverified", c.format.family.unverified)] if c.format.family.unverified else []),
+        *([("as they were", f"the experts of layers {', '.join(map(str, c.format.unlike))}, in whole or in part")] if c.format.unlike else []),
         ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
         ("layers", f"{len(c.layers)} with experts of {dig(c.config, c.format.family.sparse.count)}"),
         (

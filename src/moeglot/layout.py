@@ -1,6 +1,6 @@
 """Stored: one line of a format. Its key, the roles it holds and its axes; the only file that moves axes.
 
-Letters: e expert, h hidden, i intermediate, p which projection. `"e (i p) h"` reads: experts first, then rows in which gate and up
+Letters: e expert, h hidden, i intermediate (j that of a second group), p which projection. `"e (i p) h"` reads: experts first, then rows in which gate and up
 alternate, then the hidden axis. The letters of a role in canonical order ([out, in]) are in `ROLES`.
 """
 
@@ -21,8 +21,13 @@ from moeglot.errors import TensorMismatch
 if TYPE_CHECKING:
     import torch
 
-ROLES = {"gate": "i h", "up": "i h", "down": "h i", "gate_bias": "i", "up_bias": "i", "down_bias": "h"}
-"""The canonical axes of each role: a matrix is [out, in]."""
+SECOND = "second_"
+"""Begins the names of the roles of a second group of experts in a layer: those for images beside those for text, a decoder's beside an encoder's."""
+BEHIND = -1
+"""`Stored.offset` of experts that are numbered after those of the first group, however many these are."""
+_FIRST = {"gate": "i h", "up": "i h", "down": "h i", "gate_bias": "i", "up_bias": "i", "down_bias": "h"}
+ROLES = _FIRST | {SECOND + role: axes.replace("i", "j") for role, axes in _FIRST.items()}
+"""The canonical axes of each role: a matrix is [out, in]. The second group's intermediate size is j."""
 
 Sizes = Mapping[str, int]
 """Letter -> size, from config.json."""
@@ -35,13 +40,17 @@ def parse_axes(axes: str) -> tuple[tuple[str, ...], ...]:
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored tensor: key template, roles it holds, axes. `names` gives the suffix of the key for each part of the encoding."""
+    """One stored tensor: key template, roles it holds, axes. `names` gives the suffix of the key for each part of the encoding.
+
+    `offset`: how much larger the expert's number is in the key than among its group.
+    """
 
     key: str
     roles: tuple[str, ...]
     axes: str
     encoding: Encoding = FLOATS
     names: Mapping[str, str] = field(default_factory=lambda: {"value": ""})
+    offset: int = 0
 
     def __post_init__(self) -> None:
         letters = [letter for group in self.groups for letter in group]
@@ -65,6 +74,24 @@ class Stored:
     def per_expert(self) -> bool:
         """One tensor for each expert, so that e is in the key."""
         return "{expert}" in self.key
+
+    @property
+    def is_matrix(self) -> bool:
+        """It holds matrices, and not the biases beside them."""
+        return len(self.role_axes.split()) == 2
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Not quantized."""
+        return isinstance(self.encoding, Plain)
+
+    def module(self, layer: int, expert: int = 0) -> str:
+        """What quantization_config calls the matrices of an expert."""
+        return self.stem(layer, expert).removesuffix(".weight")
+
+    def stem(self, layer: int, expert: int | None = None) -> str:
+        """The key, without the suffix of a part."""
+        return self.key.format(layer=layer, expert=None if expert is None else expert + self.offset)
 
     @property
     def short(self) -> str:
@@ -104,12 +131,12 @@ class Stored:
 
     def keys(self, layer: int, expert: int | None = None) -> dict[str, str]:
         """part -> full key."""
-        key = self.key.format(layer=layer, expert=expert)
+        key = self.stem(layer, expert)
         return {part: key + suffix for part, suffix in self.suffixes.items()}
 
     def key_of(self, part: Part, layer: int, expert: int | None) -> str:
         """The full key of a part."""
-        return self.key.format(layer=layer, expert=expert) + self.names[part.name]
+        return self.stem(layer, expert) + self.names[part.name]
 
     def _shape(self, groups: Iterable[tuple[str, ...]], sizes: Sizes) -> tuple[int, ...]:
         known = {**sizes, "p": len(self.roles)}

@@ -9,11 +9,11 @@ from math import prod
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import method, said
+from moeglot.coding import WEIGHT, method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
-from moeglot.format import dig
+from moeglot.family import dig
 from moeglot.layout import Stored
 
 ALIGNMENT = 16
@@ -47,25 +47,22 @@ def lint(checkpoint: Checkpoint, *, sample: bool = True) -> tuple[Finding, ...]:
 
 
 def _matrices(c: Checkpoint) -> list[Stored]:
-    return [line for line in c.format.stored if len(line.role_axes.split()) == 2]
+    return [line for line in c.format.stored if line.is_matrix]
 
 
 def _unquantized(c: Checkpoint) -> Iterator[Finding]:
     declared = said(c.source.config)
-    plain = [line for line in _matrices(c) if isinstance(line.encoding, Plain)]
+    plain = [(layer, line) for layer in c.layers for line in c.format.lines(layer) if line.is_plain and line.is_matrix]
     if not declared or not plain:
         return
-    keys = [
-        key
-        for layer in c.layers
-        for line in plain
-        for expert in (range(c.sizes["e"]) if line.per_expert else (0,))
-        for key in line.keys(layer, expert).values()
-    ]
+    keys = [key for layer, line in plain for expert in (range(c.sizes["e"]) if line.per_expert else (0,)) for key in line.keys(layer, expert).values()]
     held = sum(c.source.entries[key].nbytes for key in keys)
-    bits = 4 if declared.get("load_in_4bit") or "4" in str(declared.get("quant_algo", "")) or method(declared) in ("mxfp4", "bitsandbytes") else 8
+    four = declared.get("load_in_4bit") or "4" in str(declared.get("quant_algo", "")) or method(declared) in ("mxfp4", "bitsandbytes")
+    bits = 4 if four or any(line.encoding.kind.endswith(("4", "nf4")) for line in c.format.stored) else 8
     saved = held - sum(prod(c.source.entries[key].shape) * bits // 8 for key in keys)
-    stored = f"config.json says {method(declared)}, the experts are {c.encoding(plain[0], c.layers[0]).name}"
+    layers = dict.fromkeys(layer for layer, _ in plain)
+    whose = "the experts" if len(layers) == len(c.layers) else f"those of {len(layers)} of {len(c.layers)} layers"
+    stored = f"config.json says {method(declared)}, {whose} are {c.encoding(plain[0][1], plain[0][0]).name}"
     what = f"{stored}: {held / 1e9:.2f} GB, of which {bits} bits a number would save {saved / 1e9:.2f} GB"
     yield Finding("experts are not quantized", what, {"bytes": held, "could_save": saved, "quant_method": method(declared)})
 
@@ -74,6 +71,8 @@ def _orphans(c: Checkpoint) -> Iterator[Finding]:
     """Scales and packed codes outside the experts without the tensor that they belong to."""
     names = c.source.entries.keys()
     for key in names - c.expert_keys:
+        if not key.endswith(SUFFIXES):
+            continue
         for suffix, others in SIBLINGS.items():
             stem = key.removesuffix(suffix)
             here = [stem + other for other in others if stem + other in names]
@@ -92,6 +91,9 @@ SIBLINGS = {
 }
 
 
+SUFFIXES = tuple(SIBLINGS)
+
+
 def _mixed(c: Checkpoint) -> Iterator[Finding]:
     """Layers for multi-token prediction whose experts are stored otherwise than the others."""
     carried = c.format.family.carried_layers(c.config)
@@ -102,7 +104,7 @@ def _mixed(c: Checkpoint) -> Iterator[Finding]:
             "mixed layouts", f"layers for multi-token prediction store their experts as {other[0]}, the others as {c.format.stored[0].key}", {"keys": other}
         )
     declared = {c.source.entries[key].dtype for key in here if c.format.match(key)}
-    main = {c.source.entries[key].dtype for line in c.format.stored for key in line.keys(c.layers[0], 0).values()}
+    main = {c.source.entries[key].dtype for line in c.format.lines(c.layers[0]) for key in line.keys(c.layers[0], 0).values()}
     if declared - main:
         yield Finding(
             "mixed layouts", f"layers for multi-token prediction have experts of {' and '.join(sorted(declared))}, the others of {' and '.join(sorted(main))}"
@@ -242,6 +244,11 @@ DEFECTS = (
         "transformers 5.23",
         "it dequantizes NVFP4 experts without their global scale, so that they are too large by it, without a word",
         lambda c: _coded(c, "nvfp4:compressed-tensors"),
+    ),
+    Defect(
+        "transformers 5.23",
+        "it refuses packed experts that are not quantized everywhere: it looks for codes in the layers that config.json leaves alone too",
+        lambda c: bool(c.format.unlike) and any("packed" in line.names and line.names["packed"] != WEIGHT for line in c.format.stored),
     ),
     Defect("transformers 5.5", "it takes the packed bytes of 4-bit experts for weights", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect("transformers 5.23", "it refuses 4-bit experts that are stored one by one (size mismatch)", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),

@@ -75,12 +75,12 @@ def fold(
     grid, beyond = encoding.grid(parts, shape), None
     kept = torch.ones(shape, dtype=torch.bool)
     if isinstance(grid, Lattice) and moved:
-        before, beyond = grid.scale, grid.clips(total)
+        before, beyond = grid, grid.clips(total)
         if bool(beyond.any()):
             parts = encoding.rescaled(parts, total, beyond)
             grid = encoding.grid(parts, shape)
             assert isinstance(grid, Lattice)
-            kept = grid.scale == before
+            kept = grid.same(before)
     elif isinstance(grid, Lattice):
         parts = encoding.encode_like(parts, total)
         grid, kept = encoding.grid(parts, shape), ~kept

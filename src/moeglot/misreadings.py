@@ -8,9 +8,8 @@ from itertools import product
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
-from moeglot.encodings.plain import Plain
 from moeglot.experts import Matrix
-from moeglot.layout import Stored, exactly, values
+from moeglot.layout import SECOND, Stored, exactly, values
 
 Read = Callable[[int, int], Matrix]
 """(layer, expert) -> the matrices that a reading computes with."""
@@ -23,6 +22,8 @@ class Misreading:
     name: str
     read: Read
     line: Stored | None = None
+    scales: bool = False
+    """It misreads scales, which the layers that are not quantized do not have."""
 
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
@@ -49,15 +50,15 @@ def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
     choices = [[None, *_of_line(checkpoint, line)] for line in checkpoint.format.stored]
     found = ([one for one in combination if one] for combination in product(*choices))
     for several in sorted((several for several in found if len(several) > 1), key=len):
-        yield Misreading(" and ".join(one.name for one in several), _together(checkpoint, {one.line.key: one.read for one in several if one.line}))
+        yield Misreading(" and ".join(one.name for one in several), _together(checkpoint, {one.line.roles: one.read for one in several if one.line}))
 
 
 def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
         yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
-    if not isinstance(checkpoint.encoding(line, checkpoint.layers[0]), Plain):
-        yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
+    if not line.is_plain:
+        yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line, scales=True)
 
 
 Change = Callable[[Matrix, int, int], Matrix]
@@ -104,7 +105,7 @@ def _zeroed(declared: Matrix, layer: int, expert: int) -> Matrix:
 
 
 def _swapped(checkpoint: Checkpoint) -> Read:
-    swap = {"gate": "up", "up": "gate"}
+    swap = {"gate": "up", "up": "gate", SECOND + "gate": SECOND + "up", SECOND + "up": SECOND + "gate"}
 
     def read(layer: int, expert: int) -> Matrix:
         declared = right(checkpoint, layer, expert)
@@ -117,12 +118,12 @@ def _rolled(checkpoint: Checkpoint, shift: int) -> Read:
     return lambda layer, expert: right(checkpoint, layer, (expert + shift) % checkpoint.sizes["e"])
 
 
-def _together(checkpoint: Checkpoint, reads: Mapping[str, Read]) -> Read:
+def _together(checkpoint: Checkpoint, reads: Mapping[tuple[str, ...], Read]) -> Read:
     def read(layer: int, expert: int) -> Matrix:
         declared = right(checkpoint, layer, expert)
 
         def matrix(role: str) -> Encoded:
-            changed = reads.get(checkpoint.format.line_of(role).key)
+            changed = reads.get(checkpoint.format.line_of(role).roles)
             return changed(layer, expert)(role) if changed else declared(role)
 
         return matrix

@@ -28,7 +28,7 @@ from moeglot.merging import Change, Merged, MergedPart
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.survival import Survival
-from moeglot.targets import encoding_of, float_type, keeps, own, quantization, twin, variant
+from moeglot.targets import arranged, encoding_of, float_type, keeps, own, quantization, twin, variant
 
 SHARD_SIZE = 5_000_000_000
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -133,7 +133,13 @@ class Plan:
     def units(self) -> tuple[Unit, ...]:
         experts = self.source.sizes["e"]
         slices = [
-            Unit(f"{step.line.key}|{step.layer}|{expert}", step, expert, nbytes=step.nbytes(self.source.sizes), merged=self.merges(step, expert))
+            Unit(
+                f"{step.line.key}|{step.layer}|{expert + step.line.offset}",
+                step,
+                expert,
+                nbytes=step.nbytes(self.source.sizes),
+                merged=self.merges(step, expert),
+            )
             for step in self.steps
             for expert in range(experts)
         ]
@@ -175,8 +181,9 @@ def plan(
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
-    steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.stored)
-    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.key == line.key))
+    target = arranged(source, target)
+    steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.lines(layer))
+    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
     dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
     shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})

@@ -75,7 +75,7 @@ def _seen(reading: Stored, squares: Encoded, plain: Encoded | None) -> dict[tupl
     seen = {}
     for role, matrix in reading.split(squares).items():
         for axis, letter in enumerate(reading.role_axes.split()):
-            seen[role, "i" if letter == "i" else "h"] = _log(matrix.parts["value"].sum(1 - axis))
+            seen[role, "h" if letter == "h" else "i"] = _log(matrix.parts["value"].sum(1 - axis))
     for role, matrix in reading.split(plain).items() if plain else ():
         value = matrix.parts["value"]
         seen[role, "rows"] = value[:: max(1, len(value) // LINES)].clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from html import escape
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -175,6 +174,8 @@ def _finite(value: Any) -> Any:
 
 def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) -> None:
     """The recorded tables and some SVG plots as one file without scripts or links."""
+    from html import escape
+
     body = recorded.export_html(inline_styles=True, code_format='<pre style="font-family:ui-monospace,monospace;line-height:1.4;overflow-x:auto">{code}</pre>')
     style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}h1{font-size:1.3rem}"
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{body}'
@@ -194,6 +195,8 @@ def plot_checks(checks: Iterable[Check]) -> Iterable[str]:
 
 def bars(title: str, values: Mapping[Any, float], lines: Mapping[str, float]) -> str:
     """SVG: log-scale bars from 1e-9 to 10; zero is drawn as an empty place with its label."""
+    from html import escape
+
     width, height, left, top = 900, 220, 60, 30
     low, high = -9.0, 1.0
 

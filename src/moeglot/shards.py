@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +120,7 @@ def read_header(path: Path, *, ask_library: bool = True) -> tuple[dict[str, Entr
         raise _refuse(path, "__metadata__ is no map from text to text", f"it is {str(metadata)[:80]}")
     entries = {name: describe(path, name, value, 8 + length) for name, value in header.items()}
     at = 8 + length
-    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+    for entry in sorted(entries.values(), key=itemgetter(4, 5)):
         if entry.start != at:
             kind = "overlaps the tensor before it" if entry.start < at else "leaves a hole before it"
             raise _refuse(path, f"{entry.name} {kind}", f"it starts at byte {entry.start}, the one before it ends at {at} ({SPEC})")
@@ -151,11 +152,23 @@ def describe(path: Path, name: str, value: Any, base: int) -> Entry:
         raise _refuse(path, f"{name} is not described", f"it needs dtype, shape and data_offsets, it has {str(value)[:80]}") from error
     if not known:
         raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
-    if {int, *map(type, shape), type(start), type(end)} != {int} or min(shape, default=0) < 0 or start < 0:
-        raise _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
-    if end - start != prod(shape) * known.size:
-        raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {list(shape)} of {dtype} needs {prod(shape) * known.size}")
-    return Entry(name, dtype, shape, path, base + start, base + end)
+    nbytes = known.size
+    for n in shape:
+        if type(n) is not int or n < 0:
+            raise _no_number(path, name, value)
+        nbytes *= n
+    if type(start) is not int or type(end) is not int or start < 0:
+        raise _no_number(path, name, value)
+    if end - start != nbytes:
+        raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {list(shape)} of {dtype} needs {nbytes}")
+    return _entry((name, dtype, shape, path, base + start, base + end))
+
+
+_entry = Entry._make
+
+
+def _no_number(path: Path, name: str, value: Any) -> BrokenFile:
+    return _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------------------

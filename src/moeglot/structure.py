@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moeglot.coding import WEIGHT
 from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.encoding import agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
-from moeglot.format import Config, Format
+from moeglot.family import Config
+from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
@@ -17,19 +19,20 @@ from moeglot.source import Source
 
 def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], config: Config, known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
-    needed = {(line.key, part.name): (part.dtypes, line.part_shape(part, sizes)) for line in form.stored for part in line.encoding.parts}
-    right = set()
-    for key, line, part, _, _ in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
-        entry = source.entries.get(key)
-        if entry is None:
-            yield _missing(key, line, part, source, form, layers, known)
-            continue
-        right.add(key)
-        dtypes, shape = needed[line.key, part]
-        if entry.dtype not in dtypes or (entry.shape != shape and not agree(shape, entry.shape)):
-            yield from _tensor_problems(entry, line, part, sizes, form, known)
+    right: set[str] = set()
+    found_of = source.entries.get
+    for line, part, keys in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
+        dtypes, shape = part.dtypes, line.part_shape(part, sizes)
+        for key in keys:
+            entry = found_of(key)
+            if entry is None:
+                yield _missing(key, line, part.name, source, form, layers, known)
+                continue
+            right.add(key)
+            if entry[1] not in dtypes or (entry[2] != shape and not agree(shape, entry[2])):
+                yield from _tensor_problems(entry, line, part.name, sizes, form, known)
     carried = form.family.carried_layers(config)
-    stems = {_stem(line) for line in form.stored}
+    stems = {_stem(line) for line in form.all_lines}
     for key in source.entries:
         if key in right or ((found := form.match(key)) and found[2] in carried):
             continue
@@ -46,6 +49,13 @@ def _missing(key: str, line: Stored, part: str, source: Source, form: Format, la
     siblings = [key.removesuffix(line.names[part]) + line.names[other.name] for other in line.encoding.parts if other.name != part]
     alone = [name for name in siblings if name in source.entries]
     why = f"{alone[0]} is there and means nothing without it; " if alone else ""
+    plain = key.removesuffix(line.names[part]) + WEIGHT
+    if form.coding and form.coding.kept and not alone and plain in source.entries and source.entries[plain].dtype in WEIGHT_DTYPES:
+        return TensorMismatch(
+            f"{key}: missing, and {plain} is there, not quantized",
+            f"{known}; quantization_config does not name this module in {form.coding.kept}",
+            f"if it is meant to be so, add it to {form.coding.kept} in config.json, as its producer should have",
+        )
     return TensorMismatch(
         f"{key}: missing",
         f"{why}{known}; it has experts in layers {_spread(layers)}",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import WEIGHT, said
+from moeglot.coding import WEIGHT, leaves_alone, said
 from moeglot.config import declared_dtype
 from moeglot.dense import DenseTensor
 from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
@@ -47,13 +48,42 @@ def own(form: Format, wanted: Encoding | None) -> Format:
     return able[0]
 
 
+def arranged(source: Checkpoint, target: Format) -> Format:
+    """The target with what a quantized source leaves alone left alone too, layer by layer, where the target's config can say so."""
+    target = target.sized(source.sizes)
+    if not (target.coding and target.coding.kept and source.format.coding):
+        return target
+    plain, unlike = by_name(target.name.partition("+")[0]).sized(source.sizes).stored, {}
+    for layer in source.format.unlike:
+        roles = {role for line in source.format.lines(layer) if line.is_plain for role in line.roles}
+        lines = tuple(other if roles >= set(line.roles) else line for line, other in zip(target.stored, plain, strict=True))
+        if any(line.is_plain != other.is_plain for line, other in zip(lines, target.stored, strict=True)):
+            unlike[layer] = lines
+    return replace(target, unlike=unlike)
+
+
+def _left_alone(source: Checkpoint, target: Format) -> list[str]:
+    """The modules of experts that the target leaves as they are."""
+    return [
+        line.module(layer, expert)
+        for layer, lines in target.unlike.items()
+        for line, coded in zip(lines, target.stored, strict=True)
+        if line.is_plain and not coded.is_plain
+        for expert in (range(source.sizes["e"]) if line.per_expert else (0,))
+    ]
+
+
 def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
     """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
     if not target.coding:
-        return {}
+        return {"quantization_config": dict(said(source.source.config))} if keeps(source, target) else {}
+    experts = _left_alone(source, target)
     if keeps(source, target):
-        return {"quantization_config": dict(said(source.source.config))}
-    kept = [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
+        declared = dict(said(source.source.config))
+        if unsaid := [module for module in experts if not leaves_alone(declared, module)]:
+            declared[target.coding.kept] = [*(declared.get(target.coding.kept) or ()), *unsaid]
+        return {"quantization_config": declared}
+    kept = experts + [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
     encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
     return {"quantization_config": target.coding.write(encoding, kept)}
 
@@ -61,6 +91,8 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
 def keeps(source: Checkpoint, target: Format) -> bool:
     """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
     mine, theirs = source.format.coding, target.coding
+    if not mine and not theirs and source.format.is_plain and target.is_plain:
+        return source.has_quantized_others
     return bool(mine and theirs and mine.name == theirs.name and encodings(source.format) == encodings(target))
 
 

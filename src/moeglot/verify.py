@@ -123,7 +123,7 @@ def _worst(subject: Checkpoint, found: Iterator[tuple[int, dict[str, float]]]) -
 
 def comparable(a: Checkpoint, b: Checkpoint) -> None:
     """One family, one size; raises `Contradiction`."""
-    letters = [letter for letter in ("e", "h", "i") if a.sizes.get(letter) != b.sizes.get(letter)]
+    letters = [letter for letter in ("e", "h", "i", "j") if a.sizes.get(letter) != b.sizes.get(letter)]
     if a.format.family != b.format.family or letters or a.layers != b.layers:
         raise Contradiction(
             f"{a.source.name} and {b.source.name} are different models",

@@ -28,6 +28,9 @@ CODED |= {
     "fp8-tensor:u8": FP8((WHOLE, WHOLE), "U8"),
     "int4:32 in float32": INT4(32, scale="F32"),
     "int4:64 in float16": INT4(64, "kimi", "F16", "I32"),
+    "int4:32:asymmetric in float32": INT4(32, scale="F32", zero=True),
+    "int4:64:asymmetric in float16": INT4(64, scale="F16", zero=True),
+    "mxfp8 in e8m0": FP8((1, 32), "F8_E8M0"),
     "mxfp4 in int8": MXFP4(container="int8"),
     "mxfp4 packed": MXFP4(container="packed"),
 }
@@ -100,11 +103,13 @@ def test_what_an_encoder_writes_returns(encoding):
     for given_values in (values, values.bfloat16(), values * 1e-5):
         parts = encoding.encode(given_values)
         again = encoding.encode(encoding.decode(parts, torch.float32))
-        if not isinstance(encoding, MXFP4):  # a group of it that was rounded down to 3 has two scales
+        assert torch.equal(encoding.decode(again, torch.float32), encoding.decode(parts, torch.float32))
+        # A group that was rounded down to half of the largest code has two powers of two; one without the lowest code has two zero points.
+        if not (isinstance(encoding, MXFP4) or encoding.name == "mxfp8" or getattr(encoding, "zero", False)):
             assert encoding.undetermined(parts) == 0
             assert all(torch.equal(again[name].view(torch.uint8), parts[name].view(torch.uint8)) for name in parts)
         error = (encoding.decode(parts, torch.float32) - given_values.float()).norm() / given_values.float().norm()
-        assert 1e-3 < error < (0.04 if encoding.name.startswith("fp8") else 0.18)
+        assert 1e-3 < error < (0.04 if encoding.name.startswith(("fp8", "mxfp8")) else 0.18)
 
 
 @EACH
@@ -319,7 +324,8 @@ def test_nvfp4_encode_is_the_definition(values, convention):
     values[20] = 7.77
     groups = [[Fraction(float(numpy.float32(v))) for v in values[at : at + 16]] for at in (0, 16)]
     amax = max(abs(v) for group in groups for v in group)
-    whole = quotient(amax, Fraction(2688)) if convention == "modelopt" else quotient(Fraction(2688), amax)
+    # compressed-tensors divides a number by a tensor, which torch computes as that number times the tensor's reciprocal.
+    whole = quotient(amax, Fraction(2688)) if convention == "modelopt" else single(2688 * quotient(Fraction(1), amax))
     scales, codes = [], []
     for group in groups:
         largest = max(abs(v) for v in group)
@@ -417,6 +423,23 @@ def test_int4_decode_is_the_definition(kind):
     assert torch.equal(bits(ours.decode(parts, torch.float32)), bits(torch.tensor([expected[:123]])))
 
 
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+def test_int4_with_zero_points_is_the_definition(kind):
+    """Nine rows, so that the second word of zero points is not full: row n has the nibble n + 3 as its zero, in the n-th place."""
+    nibbles = [[(n + 5 * k) % 16 for k in range(32)] for n in range(9)]
+    words = torch.tensor([[sum(row[8 * w + k] << (4 * k) for k in range(8)) for w in range(4)] for row in nibbles], dtype=torch.int64)
+    zeros = torch.tensor([[sum((n + 3) << (4 * n) for n in range(8))], [11]], dtype=torch.int64)
+    packed, zero = (torch.where(x >= 2**31, x - 2**32, x).to(torch.int32) for x in (words, zeros))
+    ours = INT4(32, scale=kind, zero=True)
+    scale = torch.full((9, 1), 0.3).to({"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[kind])
+    parts = {"packed": packed, "scale": scale, "zero_point": zero, "shape": torch.tensor([[[9, 32]]])}
+    expected = [[float(single(Fraction(nibble - (n + 3)) * Fraction(float(scale[n, 0])))) for nibble in row] for n, row in enumerate(nibbles)]
+    assert torch.equal(ours.decode(parts, torch.float32), torch.tensor(expected))
+    assert ours.check(parts) is None
+    again = ours.encode(torch.tensor(expected))
+    assert torch.equal(ours.decode(again, torch.float32), torch.tensor(expected))
+
+
 @given(st.lists(st.floats(-100, 100, width=32), min_size=32, max_size=32), st.sampled_from([("kimi", 7.0), ("compressed-tensors", 7.5)]))
 def test_int4_encode_is_the_definition(values, rule):
     values = [v if abs(v) > 1e-3 else 0.5 for v in values]
@@ -452,6 +475,8 @@ def test_int4_refuses_what_it_cannot_read():
     assert ours.as_stored(found).shape == "I64"
     with pytest.raises(UnknownFormat, match="zero points"):
         ours.as_stored({**found, "zero_point": ("I32", (2, 2))})
+    with pytest.raises(UnknownFormat, match="actorder"):
+        ours.as_stored({**found, "order": ("I32", (64,))})
     with pytest.raises(TensorMismatch, match="whole ones only"):
         ours.encode(torch.ones(16, 48))
 

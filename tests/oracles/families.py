@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from synthetic import put
 from transformers import CONFIG_MAPPING
 
-from moeglot.format import Family
-from moeglot.integrations.transformers import model_class
+from moeglot.family import Family
+from moeglot.integrations.transformers import VERSION, model_class
 
 torch.set_num_threads(1)  # matrices this small are slower on two
 
@@ -70,12 +71,21 @@ OFTEN_NONE = {"moe_intermediate_size", "num_experts_per_tok", "n_shared_experts"
 
 EXTRA: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
-    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "dbrx": {"ffn_config.hidden_size": 64, "attn_config.kv_n_heads": 2, "attn_config.rope_theta": 77777.0, "attn_config.clip_qkv": 8.0},
     "deepseek-v4": {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"], "num_hash_layers": 1},
     "glm4v-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "glm5-next": {"text_config.index_kpool": 2, "text_config.qk_rope_head_dim": 0, "text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
     "minimax-m3-vl": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "ernie4-5-vl-moe": {
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
+    "switch-transformers": {"num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "d_kv": 16},
     "zaya": {"num_experts_per_tok": 1},
+    "jamba": {"use_mamba_kernels": False},
+    "jetmoe": {"num_attention_heads": 8, "kv_channels": 16},
+    "qwen3-vl-moe": {"text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 3, 3]}},
     "lfm2-moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma4-text": {"enable_moe_block": True},
     "deepseek-ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -91,6 +101,11 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dots3-note-text": {"layer_types": ["indexed_attention"] * 3},
     "longcat-flash": {"qk_head_dim": 16, "zero_expert_num": 0, "head_dim": 8},
     "qwen3-omni-moe": {
+        "thinker_config.vision_start_token_id": 7,  # as the release says it; 4.57 has no default
+        **{
+            f"{part}.text_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [2, 3, 3]}
+            for part in ("thinker_config", "talker_config")
+        },
         "talker_config.text_config.shared_expert_intermediate_size": 32,
         "talker_config.spatial_merge_size": 2,
         "talker_config.text_config.num_local_experts": 4,
@@ -116,16 +131,14 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 """Family -> what its config needs beyond `SMALL`, by dotted key."""
 
+BEFORE_5: dict[str, dict[str, Any]] = {
+    "qwen3-vl-moe": {"text_config.rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+}
+"""The same for transformers 4, which has no default for it."""
+
 
 def why_not(family: Family) -> str | None:
     return family.unverified or None
-
-
-def put(config: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for parent in parents:
-        config = config.setdefault(parent, {})
-    config[last] = value
 
 
 def small(cls: type) -> dict[str, Any]:
@@ -141,7 +154,8 @@ def small(cls: type) -> dict[str, Any]:
         found.pop("head_dim", None)  # it follows
     for name in getattr(cls, "sub_configs", None) or {}:
         if getattr(default, name, None) is not None:
-            found[name] = small(type(getattr(default, name)))
+            part = type(getattr(default, name))
+            found[name] = {**small(part), "model_type": part.model_type}  # without it, Aria's before 5.23 stays a dict
     return found
 
 
@@ -150,18 +164,33 @@ def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
     cls = CONFIG_MAPPING[family.model_types[0]]
     options = small(cls)
     for letter, keys in family.sizes.items():
-        if letter in sizes:
+        if letter in sizes and (letter != "j" or keys != family.sizes["i"]):
             put(options, keys[0], sizes[letter])
-    for path, value in EXTRA.get(family.name, {}).items():
+    for path, value in {**EXTRA.get(family.name, {}), **(BEFORE_5.get(family.name, {}) if VERSION < (5, 0) else {})}.items():
         put(options, path, value)
     return cls(**options)
 
 
-def model_of(family: Family, size: str) -> torch.nn.Module:
-    """A random model in float32 whose activations stay near 1."""
+THETA = 77777.0
+"""A base of rotary embeddings that no release has by default."""
+
+
+def turn_otherwise(config: Any) -> None:
+    """Every part of a config that has one set of rotary embeddings gets a base of its own."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})):
+        if isinstance(rope := getattr(part, "rope_parameters", None), dict) and "rope_theta" in rope:
+            rope["rope_theta"] = THETA
+        if part is not config and part is not None:
+            turn_otherwise(part)
+
+
+def model_of(family: Family, size: str, otherwise: bool = False) -> torch.nn.Module:
+    """A random model in float32 whose activations stay near 1. `otherwise`: with rotary embeddings that no release has by default."""
     e, h, i = SIZES[size]
     torch.manual_seed(e + h + i)
-    config = config_of(family, {"e": e, "h": h, "i": i})
+    config = config_of(family, {"e": e, "h": h, "i": i, "j": 32 if i == h else h})  # a second group of experts: square where the first is not
+    if otherwise:
+        turn_otherwise(config)
     model = model_class(config)(config).float().eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)
@@ -171,7 +200,10 @@ def model_of(family: Family, size: str) -> torch.nn.Module:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)  # diffusion models draw noise
-    found = getattr(model, "thinker", model)(input_ids=torch.arange(16).view(2, 8) * 3 % 90 + 3, use_cache=False)
+    tokens = torch.arange(16).view(2, 8) * 3 % 90 + 3
+    decoder = {"decoder_input_ids": tokens.flip(1)} if getattr(model.config, "is_encoder_decoder", False) else {}
+    mask = {"attention_mask": torch.ones_like(tokens)} if VERSION < (5, 0) else {}  # without one, 4.57's GLM-4.5V takes positions for packed text
+    found = getattr(model, "thinker", model)(input_ids=tokens, use_cache=False, **decoder, **mask)
     return found.logits if hasattr(found, "logits") else found[0]
 
 
@@ -189,7 +221,8 @@ def saved(model: torch.nn.Module, folder: Path, original: bool) -> dict[str, tor
     return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
 
 
-def _report(names: list[str]) -> None:
+def _report(names: list[str]) -> int:
+    """How many could not be built, each with the reason."""
     import sys
     import tempfile
     import time
@@ -198,6 +231,7 @@ def _report(names: list[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    failed = 0
     for family in (family for family in FAMILIES if not names or family.name in names):
         start = time.time()
         try:
@@ -215,13 +249,15 @@ def _report(names: list[str]) -> None:
                     )
                 if names:
                     print((Path(folder) / "True" / "config.json").read_text())
-        except Exception as error:
+        except Exception as error:  # a report of all, which ends with the status of a failure
+            failed += 1
             print(f"## {family.name}: {type(error).__name__}: {str(error)[:300]}")
         print(f"   {time.time() - start:.1f} s")
         sys.stdout.flush()
+    return failed
 
 
 if __name__ == "__main__":
     import sys
 
-    _report(sys.argv[1:])
+    sys.exit(min(1, _report(sys.argv[1:])))

@@ -12,7 +12,8 @@ from moeglot.dtypes import DTYPES
 from moeglot.encoding import agree
 from moeglot.encodings.bnb4 import BNB4, names
 from moeglot.errors import MoeglotError
-from moeglot.format import Activation, Family, Format
+from moeglot.family import Activation, Family
+from moeglot.format import Format
 from moeglot.identify import Identification
 from moeglot.layout import Stored
 from moeglot.source import read_source

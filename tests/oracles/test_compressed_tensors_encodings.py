@@ -22,7 +22,7 @@ def weights(rows: int = 192, columns: int = 256, seed: int = 1) -> torch.Tensor:
 def scheme(**arguments):
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(symmetric=True, **arguments))
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**{"symmetric": True, **arguments}))
 
 
 def parameters(groups: torch.Tensor, given, **more):
@@ -183,6 +183,66 @@ def test_int4(group, columns, dtype):
     again = ours.encode(read)
     assert torch.equal(again["packed"], state["weight_packed"])
     assert torch.equal(again["scale"], scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("group", "columns", "rows"), [(32, 256, 192), (128, 256, 50), (WHOLE, 203, 192)])
+def test_int4_with_zero_points(group, columns, rows, dtype):
+    """Fifty rows: the last word of zero points is not full. Weights off zero, as asymmetric quantization is for."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Compressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    ours, given = INT4(group, scale=name, zero=True), weights(rows, columns)
+    given = given + 0.7 * given.abs().amax(-1, keepdim=True) * torch.linspace(-2, 2, rows).unsqueeze(-1)
+    theirs = scheme(num_bits=4, type="int", symmetric=False, **({"strategy": "group", "group_size": group} if group else {"strategy": "channel"}))
+    groups = given.view(rows, -1, group or columns)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), theirs.weights)
+    scale = scale.to(dtype)
+    state = Compressor.compress({"weight": given, "weight_scale": scale, "weight_zero_point": zero}, theirs)
+    names = {"packed": "weight_packed", "scale": "weight_scale", "zero_point": "weight_zero_point"}
+    stored = {part: state[key] for part, key in names.items()} | {"shape": state["weight_shape"].view(1, 1, 2)}
+    assert tuple(stored["zero_point"].shape) == next(part for part in ours.parts if part.name == "zero_point").shape((rows, columns))
+    assert ours.check(stored) is None
+    read = ours.decode(stored, torch.float32)
+    assert torch.equal(read.to(dtype), Compressor.decompress(dict(state), theirs)["weight"])
+    symmetric = INT4(group, scale=name).decode({part: stored[part] for part in ("packed", "scale", "shape")}, torch.float32)
+    assert (symmetric - read).norm() / read.norm() > 0.1  # the power of it
+
+    parts = ours.encode(given)  # the same rule, the same bytes
+    for part in ("packed", "scale", "zero_point"):
+        assert torch.equal(parts[part], stored[part]), part
+    written = {key: parts[part] for part, key in names.items()} | {"weight_shape": parts["shape"].view(2)}
+    assert torch.equal(Compressor.decompress(written, theirs)["weight"], ours.decode(parts, torch.float32).to(dtype))
+    again = ours.encode(read)
+    assert torch.equal(ours.decode(again, torch.float32), read)
+
+
+# --- MXFP8 -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_mxfp8():
+    """Their scale of a group may be half of ours, and then clips: their bytes we decode as they do, and they decode ours."""
+    from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor as Compressor
+
+    given, ours = weights().bfloat16(), FP8((1, 32), "U8")
+    theirs = scheme(num_bits=8, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8)
+    scale = parameters(given.view(192, 8, 32), theirs)
+    state = Compressor.compress({"weight": given, "weight_scale": scale.float()}, theirs)
+    stored = {"weight": state["weight"], "scale": state["weight_scale"]}
+    assert (stored["scale"].dtype, stored["scale"].shape) == (torch.uint8, (192, 8))
+    assert ours.check(stored) is None
+    read = ours.decode(stored, torch.float32)
+    assert torch.equal(read.bfloat16(), Compressor.decompress(state, theirs)["weight"])
+
+    parts = ours.encode(given)
+    written = Compressor.decompress({"weight": parts["weight"], "weight_scale": parts["scale"]}, theirs)["weight"]
+    assert torch.equal(written, ours.decode(parts, torch.bfloat16))
+    assert (written.float() - given.float()).norm() / given.float().norm() < 0.05
+    again = ours.encode(read)
+    assert torch.equal(ours.decode(again, torch.float32), read)
+    inverted = ours.decode(ours.inverted(stored), torch.float32)
+    assert (inverted - read).norm() / read.norm() > 1e-3
 
 
 def test_kimis_grid_is_kept():

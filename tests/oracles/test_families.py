@@ -37,6 +37,28 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+OWN = {"qwen3.5-moe-text": ("qwen3.5-moe-text/transformers-5.5", True), "qwen3-omni-moe": ("qwen3-omni-moe/transformers-5.5", False)}
+"""Family -> a format that 5.5 alone writes, and whether by default."""
+
+
+@pytest.mark.skipif(not (5, 0) <= VERSION < (5, 6), reason="formats of 5.5")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", [family for family in KNOWN if family.name in OWN], ids=lambda family: family.name)
+def test_formats_of_one_release(family, size, tmp_path):
+    model = model_of(family, size)
+    name, original = OWN[family.name]
+    saved(model, tmp_path / "saved", original)
+    source = moeglot.open(tmp_path / "saved")
+    assert source.format.name == name
+    assert moeglot.verify(source, "transformers").verdict == "holds"
+    expected = logits(model)
+    assert relative(logits(moeglot.load(tmp_path / "saved", "float32")), expected) <= LIMIT
+    for to in [name, *([f"{family.name}/transformers-5"] if not source.format.alone else [])]:
+        out = tmp_path / to.replace("/", "-")
+        assert moeglot.convert(source, to, out).report.verdict == "holds"
+        assert relative(logits(load(out)), expected) <= LIMIT
+
+
 @pytest.mark.skipif(VERSION < (5, 23), reason="the formats in memory are those of 5.23; test_transformers.py covers the earlier releases")
 def test_what_it_saves_we_read_and_what_we_write_it_loads(case, tmp_path):
     family, size, model = case

@@ -186,11 +186,8 @@ KNOWN = [family for family in FAMILIES if family.name in GENERIC and family.mode
 
 @pytest.mark.parametrize("family", KNOWN, ids=[family.name for family in KNOWN])
 def test_other_families(family, tmp_path):
-    try:
-        live = families.model_of(family, "h=2i")
-        expected = families.logits(live)
-    except Exception as error:
-        pytest.skip(f"no tiny model of it here: {error}")
+    live = families.model_of(family, "h=2i")
+    expected = families.logits(live)
     live.generation_config.do_sample = True  # else 4.57 finds the config's top_k strange
     for original in (True, False) if VERSION >= (5, 0) else (True,):
         families.saved(live, tmp_path / f"{original}", original)

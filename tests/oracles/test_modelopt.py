@@ -1,8 +1,10 @@
-"""NVFP4 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
+"""NVFP4, FP8 and MXFP8 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
 
 import pytest
 import torch
 
+from moeglot.encoding import WHOLE
+from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 
@@ -44,6 +46,41 @@ def test_nvfp4(dtype):
     assert all(torch.equal(mine[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
     again = ours.encode(read)
     assert all(torch.equal(again[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in theirs)
+
+
+def test_fp8():
+    from modelopt.torch.quantization.qtensor.fp8_tensor import FP8QTensor
+
+    given, ours = weights(), FP8((WHOLE, WHOLE), "F32")
+    tensor, scale = FP8QTensor.quantize(given.clone())
+    theirs = {"weight": tensor._quantized_data, "scale": scale.float().view(1, 1)}
+    assert ours.check(theirs) is None
+    read = ours.decode(theirs, torch.float32)
+    assert torch.equal(read, tensor.dequantize(torch.float32, scale=scale))
+    mine = ours.encode(given)
+    written = FP8QTensor(given.shape, torch.float32, mine["weight"]).dequantize(torch.float32, scale=mine["scale"].view(()))
+    assert torch.equal(written, ours.decode(mine, torch.float32))
+    assert torch.equal(mine["scale"], theirs["scale"])
+    assert (ours.decode(ours.inverted(theirs), torch.float32) - read).norm() / read.norm() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp8(dtype):
+    from modelopt.torch.quantization.qtensor.mxfp8_tensor import MXFP8QTensor
+
+    given, ours = weights().to(dtype), FP8((1, 32), "U8")
+    tensor, scale = MXFP8QTensor.quantize(given.clone())
+    theirs = {"weight": tensor._quantized_data, "scale": scale}
+    assert ours.check(theirs) is None
+    read = ours.decode(theirs, torch.float32)
+    assert torch.equal(read, MXFP8QTensor(given.shape, torch.float32, theirs["weight"]).dequantize(torch.float32, scale=scale))
+    mine = ours.encode(given)
+    assert torch.equal(mine["weight"].view(torch.uint8), theirs["weight"].view(torch.uint8))
+    zeros = given.view(192, 8, 32).abs().amax(-1) == 0  # they write 2^-127 for a group of zeros, we write 1
+    assert torch.equal(mine["scale"][~zeros], scale[~zeros])
+    written = MXFP8QTensor(given.shape, torch.float32, mine["weight"]).dequantize(torch.float32, scale=mine["scale"])
+    assert torch.equal(written, ours.decode(mine, torch.float32))
+    assert (ours.decode(ours.inverted(theirs), torch.float32) - read).norm() / read.norm() > 1e-3
 
 
 def test_a_global_that_two_matrices_share():

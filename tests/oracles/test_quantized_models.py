@@ -54,6 +54,38 @@ def test_it_holds_the_numbers_that_we_decode(plain, coding, tmp_path):
     assert float((gate_up - given).norm() / given.norm()) > 1e-3  # the power of it: quantized numbers are not the given ones
 
 
+@pytest.mark.parametrize("coding", ["fp8-block", "fp8-channel", "mxfp4-pack", "int4-pack"])
+def test_a_layer_that_is_left_alone(plain, coding, tmp_path):
+    """Layer 0 as it was, layer 1 quantized: it loads the folder that we write, and holds BF16 there and what we decode here.
+
+    Packed codes it refuses to load so, whoever wrote them; `inspect` says it, and `moeglot.load` loads them.
+    """
+    moeglot.convert(plain, f"{HUB}+{coding}", tmp_path / "whole", allow_loss=True)
+    path, first = tmp_path / "whole" / "model.safetensors", "model.layers.0.mlp.experts."
+    given = {key: tensor for key, tensor in load_file(plain / "model.safetensors").items() if key.startswith(first)}
+    save_file({key: tensor for key, tensor in load_file(path).items() if not key.startswith(first)} | given, path, {"format": "pt"})
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    kept = "modules_to_not_convert" if coding == "fp8-block" else "ignore"
+    config["quantization_config"][kept] += [key.removesuffix(".weight") for key in given]
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+
+    stacked, back = tmp_path / "stacked", tmp_path / "back"
+    moeglot.convert(tmp_path / "whole", f"qwen3-moe/transformers-5+{coding}", stacked)
+    moeglot.convert(stacked, f"{HUB}+{coding}", back)
+    packed = coding.endswith("-pack")
+    if packed:
+        with pytest.raises(RuntimeError, match="automatic conversion"):
+            load(tmp_path / "whole")
+        assert any("not quantized everywhere" in finding.what for finding in moeglot.lint(moeglot.open(back), sample=False))
+    model = moeglot.load(back, "bfloat16") if packed else load(back)
+    for layer in (0, 1):
+        theirs, (gate_up, down) = model.model.layers[layer].mlp.experts, experts_of(back, layer)
+        assert torch.equal(theirs.gate_up_proj.data, gate_up.bfloat16())
+        assert torch.equal(theirs.down_proj.data, down.bfloat16())
+        before, _ = experts_of(plain, layer)
+        assert torch.equal(gate_up, before) == (layer == 0)
+
+
 def test_nvfp4_it_dequantizes_without_the_global_scale(plain, tmp_path):
     """A defect of this release that `inspect` names: its experts are ours times their global scale, without a word."""
     moeglot.convert(plain, f"{HUB}+nvfp4-pack", tmp_path / "coded", allow_loss=True)

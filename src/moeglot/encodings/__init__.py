@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
-from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.int4 import INT4
 from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
@@ -24,6 +24,7 @@ ENCODINGS: dict[str, Encoding] = {
     "fp8-channel:bf16": FP8((1, WHOLE), "BF16"),
     "fp8-tensor": FP8((WHOLE, WHOLE), "F32"),
     "fp8-tensor:bf16": FP8((WHOLE, WHOLE), "BF16"),
+    "mxfp8": FP8((1, MX_GROUP), "U8"),
     "nvfp4": NVFP4(),
     "nvfp4:compressed-tensors": NVFP4("compressed-tensors"),
     "int4:32": INT4(32),
@@ -31,6 +32,9 @@ ENCODINGS: dict[str, Encoding] = {
     "int4:64": INT4(64),
     "int4:128": INT4(128),
     "int4:channel": INT4(WHOLE),
+    "int4:32:asymmetric": INT4(32, zero=True),
+    "int4:128:asymmetric": INT4(128, zero=True),
+    "int4:channel:asymmetric": INT4(WHOLE, zero=True),
 }
 NAMES = (*ENCODINGS, "nf4", "nf4:nested", "fp4", "fp4:nested")
 

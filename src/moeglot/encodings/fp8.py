@@ -2,6 +2,7 @@
 
 weight F8_E4M3 [..., out, in]; value = weight × scale in float32, whatever the file calls the scale (`weight_scale_inv` multiplies too).
 Blocks: https://github.com/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md; powers of two (E8M0, as itself or as bytes): DeepSeek-V3.1, DeepSeek-V4.
+MXFP8: groups of 32 in a row under a power of two, U8; OCP Microscaling Formats 1.0; compressed-tensors (compressors/mxfp8), ModelOpt (mxfp8_tensor.py).
 Channels and tensors: https://github.com/vllm-project/compressed-tensors (compressors/naive_quantized)
 """
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from moeglot.kernels.lattice import Lattice
 
+MX_GROUP = 32
+LARGEST_POWER = 245
+"""Of a scale in E8M0 whose products with every code are finite float32; some producers write 2^-127 for a group of zeros."""
 ScaleType = Literal["F32", "BF16", "F8_E8M0", "U8"]
 SCALES: tuple[ScaleType, ...] = ("F32", "BF16", "F8_E8M0", "U8")
 _HOLDS: dict[str, tuple[str, ...]] = {"F32": SCALES, "BF16": ("BF16", "F8_E8M0", "U8"), "F8_E8M0": ("F8_E8M0", "U8"), "U8": ("F8_E8M0", "U8")}
@@ -46,12 +50,14 @@ class FP8(Encoding):
     def name(self) -> str:
         if self.block == (128, 128):
             return "fp8-block"
+        if self.block == (1, MX_GROUP) and self.scale in ("F8_E8M0", "U8"):
+            return "mxfp8"
         named = {(1, WHOLE): "fp8-channel", (WHOLE, WHOLE): "fp8-tensor"}
         return named.get(self.block, f"fp8-block-{self.block[0] or 'all'}x{self.block[1] or 'all'}")
 
     @property
     def kind(self) -> str:
-        return self.name if WHOLE in self.block else "fp8-block"
+        return self.name if WHOLE in self.block or self.name == "mxfp8" else "fp8-block"
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -156,11 +162,11 @@ class FP8(Encoding):
 
         scale = parts["scale"]
         if scale.dtype == torch.uint8:
-            return {**parts, "scale": 254 - scale}
+            return {**parts, "scale": (254 - scale).clamp(max=LARGEST_POWER)}
         if scale.dtype == torch.float8_e8m0fnu:
-            return {**parts, "scale": (254 - scale.view(torch.uint8)).view(torch.float8_e8m0fnu)}
+            return {**parts, "scale": (254 - scale.view(torch.uint8)).clamp(max=LARGEST_POWER).view(torch.float8_e8m0fnu)}
         return {**parts, "scale": 1 / scale}
 
     def __str__(self) -> str:
         suffix = {None: "", "F32": "", "BF16": ":bf16", "F8_E8M0": ":e8m0", "U8": ":u8"}[self.scale]
-        return self.name + suffix
+        return self.name + (suffix if self.name != "mxfp8" else "")

@@ -1,6 +1,7 @@
 """INT4: eight numbers in an int32, as 8 more than they are, a scale for each group of a row, and which rule chose the scale.
 
 packed I32 [..., out, ⌈in / 8⌉], lowest nibble first; scale [..., out, in / group]; shape [2], the [out, in] of the matrix; value = (nibble - 8) × scale.
+Asymmetric: zero_point I32 [..., ⌈out / 8⌉, in / group], packed along the rows in the same way; value = (nibble - zero nibble) × scale.
 Nibbles are offset binary: 0 is -8 and 15 is 7. Read as two's complement every number is wrong, and packing and unpacking so is still a round trip.
 https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized); Kimi-K2-Thinking: https://huggingface.co/moonshotai/Kimi-K2-Thinking
 """
@@ -33,6 +34,7 @@ class INT4(Encoding):
     """`group`: numbers of a row that share a scale, WHOLE for all. `rule` chooses the scale; it is not in the file and does not matter to decode.
 
     `scale`: its type; None stands, in a spec, for whichever the file has, and means BF16 to `encode`. `shape`: the type of the part that holds [out, in].
+    `zero`: each group has a zero point as well (asymmetric).
     A group whose numbers are codes × a scale of that type already gets such a scale, whatever the rule, so that every value returns.
     """
 
@@ -40,10 +42,11 @@ class INT4(Encoding):
     rule: Rule = "compressed-tensors"
     scale: ScaleType | None = None
     shape: Literal["I64", "I32"] | None = None
+    zero: bool = False
 
     @property
     def name(self) -> str:
-        return f"int4:{self.group or 'channel'}"
+        return f"int4:{self.group or 'channel'}" + (":asymmetric" if self.zero else "")
 
     @property
     def block(self) -> tuple[int, int]:
@@ -54,16 +57,23 @@ class INT4(Encoding):
         return (
             Part("packed", ("I32",), (1, 8), ragged=True),
             Part("scale", (self.scale,) if self.scale else SCALES, self.block),
+            *([Part("zero_point", ("I32",), (8, self.group), ragged=True)] if self.zero else []),
             Part("shape", (self.shape,) if self.shape else ("I64", "I32"), (WHOLE, WHOLE), (2,)),
         )
 
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> INT4:
-        """Raises `UnknownFormat` for numbers with a zero point."""
-        if "zero_point" in found:
+        """Raises `UnknownFormat` for zero points that config.json does not declare, and for columns in another order than the groups'."""
+        if "zero_point" in found and not self.zero:
             raise UnknownFormat(
-                "these INT4 numbers have zero points (asymmetric)",
-                "we read the symmetric kind, value = (nibble - 8) × scale; a zero point moves every number",
-                "quantize with symmetric: true, or convert the checkpoint to bfloat16 with its producer's tool",
+                "these INT4 numbers have zero points, and config.json says symmetric",
+                "value = (nibble - 8) × scale without them; a zero point moves every number",
+                "take config.json from the checkpoint's producer",
+            )
+        if "order" in found:
+            raise UnknownFormat(
+                "the columns of these INT4 numbers are grouped in another order (weight_g_idx, actorder = group)",
+                "which group a column belongs to is not read; its current producers write it no more",
+                "decompress it with the compressed-tensors that wrote it",
             )
         scale = next(name for name in SCALES if name == found["scale"][0])
         return replace(self, scale=scale, shape="I64" if found["shape"][0] == "I64" else "I32")
@@ -75,7 +85,7 @@ class INT4(Encoding):
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         from moeglot.kernels import int4
 
-        return int4.decode(parts["packed"], parts["scale"], int4.columns_of(parts["shape"]), self.block, dtype)
+        return int4.decode(parts["packed"], parts["scale"], int4.columns_of(parts["shape"]), self.block, dtype, parts.get("zero_point"))
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
@@ -83,9 +93,13 @@ class INT4(Encoding):
         from moeglot.kernels import int4
 
         self.parts[1].shape(tuple(values.shape))
-        packed, scale = int4.encode(values, self.block, self.scale or "BF16", DIVISORS[self.rule])
+        dtype, found = self.scale or "BF16", {}
+        if self.zero:
+            packed, scale, found["zero_point"] = int4.encode_with_zero(values, self.block, dtype)
+        else:
+            packed, scale = int4.encode(values, self.block, dtype, DIVISORS[self.rule])
         shape = torch.tensor(values.shape[-2:], dtype=DTYPES[self.shape or "I64"].torch)
-        return {"packed": packed, "scale": scale, "shape": shape.expand(*values.shape[:-2], 1, 1, 2).clone()}
+        return {"packed": packed, "scale": scale, **found, "shape": shape.expand(*values.shape[:-2], 1, 1, 2).clone()}
 
     def check(self, parts: Parts) -> str | None:
         from moeglot.kernels import int4
@@ -102,18 +116,18 @@ class INT4(Encoding):
         if bool((scale < 0).any()):
             return f"has negative scales, {scale.min().item():g} for example"
         small = scale.float() < int4.LEAST
-        if bool(small.any()) and bool((small & (int4.largest_codes(packed, columns, self.block) > 0)).any()):
+        if bool(small.any()) and bool((small & (int4.largest_codes(packed, columns, self.block, parts.get("zero_point")) > 0)).any()):
             return f"has scales of {scale[small].max().item():g} beside codes that are not zero, as in a file that was never filled"
         return None
 
     def fits_in(self, other: Encoding) -> bool:
         if isinstance(other, Plain):
             return other.dtype is not None and DTYPES["F32"].fits_in(DTYPES[other.dtype])  # 4 bits × 8 or more
-        return isinstance(other, INT4) and self.group == other.group and self.scale in (other.scale, *(SCALES if other.scale == "F32" else ()))
+        return isinstance(other, INT4) and self.recodes(other) and self.scale in (other.scale, *(SCALES if other.scale == "F32" else ()))
 
     def recodes(self, other: Encoding) -> bool:
         """To another rule, or another type of scale or shape."""
-        return isinstance(other, INT4) and self.group == other.group
+        return isinstance(other, INT4) and self.group == other.group and self.zero == other.zero
 
     def recode(self, parts: Parts, other: Encoding) -> Parts | None:
         """The same codes; None if the other's scale type does not have these scales."""
@@ -125,7 +139,7 @@ class INT4(Encoding):
         if not torch.equal(scale.to(torch.float32), parts["scale"].to(torch.float32)):
             return None
         shape = parts["shape"].to(DTYPES[other.shape].torch) if other.shape else parts["shape"]
-        return {"packed": parts["packed"], "scale": scale, "shape": shape}
+        return {**parts, "scale": scale, "shape": shape}
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         import torch
@@ -134,7 +148,8 @@ class INT4(Encoding):
         from moeglot.kernels.lattice import Lattice, spread
 
         scale = parts["scale"].to(torch.float32).view(self.parts[1].shape(shape))
-        return Lattice(int4.levels(), spread(scale, self.block, shape), int4.nibbles(parts["packed"])[:, : shape[1]])
+        zero = spread(int4.zero_points(parts["zero_point"], shape[0]), self.block, shape) if self.zero else None
+        return Lattice(int4.levels(), spread(scale, self.block, shape), int4.nibbles(parts["packed"])[:, : shape[1]], zero=zero)
 
     def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
         from moeglot.kernels import int4
@@ -142,16 +157,25 @@ class INT4(Encoding):
         return {**parts, "packed": int4.packed(self.grid(parts, tuple(values.shape)).kept(values, kept))}
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
+        import torch
+
+        from moeglot.kernels import int4
         from moeglot.kernels.lattice import any_in, chosen
 
-        return {**parts, "scale": chosen(any_in(beyond, self.block), self.encode(values)["scale"], parts["scale"])}
+        new, fresh = any_in(beyond, self.block), self.encode(values)
+        found = {**parts, "scale": chosen(new, fresh["scale"], parts["scale"])}
+        if self.zero:
+            mine, theirs = (int4.zero_points(of["zero_point"], values.shape[0]) for of in (parts, fresh))
+            found["zero_point"] = int4.pack_zero(torch.where(new, theirs, mine))
+        return found
 
     def undetermined(self, parts: Parts) -> int:
         """Groups of zeros, and those whose values another scale gives too."""
         from moeglot.kernels import int4
 
         columns = int4.columns_of(parts["shape"])
-        return int4.changed(parts["packed"], parts["scale"], columns, self.block, self.scale or "BF16", DIVISORS[self.rule])
+        dtype, zero = self.scale or "BF16", parts.get("zero_point")
+        return int4.changed(parts["packed"], parts["scale"], columns, self.block, dtype, DIVISORS[self.rule], zero)
 
     def inverted(self, parts: Parts) -> Parts:
         return {**parts, "scale": 1 / parts["scale"]}

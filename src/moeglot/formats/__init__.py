@@ -6,10 +6,13 @@ from difflib import get_close_matches
 
 from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
-from moeglot.format import Family, Format
+from moeglot.family import Family
+from moeglot.format import Format
 from moeglot.formats import (
     dbrx,
     deepseek_v4,
+    encoder_decoder,
+    ernie_vl,
     fused,
     gate_up_down,
     gpt_oss,
@@ -28,6 +31,8 @@ PLAIN: tuple[Format, ...] = (
     *gpt_oss.FORMATS,
     *dbrx.FORMATS,
     *deepseek_v4.FORMATS,
+    *encoder_decoder.FORMATS,
+    *ernie_vl.FORMATS,
     *fused.FORMATS,
     *gate_up_down.FORMATS,
     *granite.FORMATS,

@@ -1,6 +1,7 @@
 """DeepSeek-V4: w1, w3, w2 below `ffn`, a limit on gate and up, and three sets of names: the Hub's, transformers' version of them, and memory's."""
 
-from moeglot.format import Activation, Dense, Format, SparseLayers
+from moeglot.family import Activation, SparseLayers
+from moeglot.format import Dense, Format
 from moeglot.formats.lines import KINDS, LAYER, family, fused, hub, memory, numbered
 
 FAMILY = family(

@@ -1,6 +1,6 @@
 """The families whose releases hold all experts in one tensor as gate_up_proj and down_proj, in whichever orientation, and Jamba."""
 
-from moeglot.format import Activation, SparseLayers
+from moeglot.family import Activation, SparseLayers
 from moeglot.formats.lines import KINDS, LAYER, family, first_dense, fused, hub, memory, separate, turned
 
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"

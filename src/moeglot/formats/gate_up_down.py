@@ -1,6 +1,6 @@
 """The families whose releases hold one matrix each, as model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight; they differ in config keys alone."""
 
-from moeglot.format import SparseLayers
+from moeglot.family import SparseLayers
 from moeglot.formats.lines import KINDS, QWEN, family, first_dense, usual
 
 ROUTED = ("n_routed_experts", "num_local_experts")

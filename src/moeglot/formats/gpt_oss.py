@@ -1,7 +1,8 @@
 """gpt-oss: gate and up interleaved, biases, clamped SwiGLU, H = I; MXFP4 is [out, in] and transformers' BF16 is [in, out]."""
 
 from moeglot.encodings.mxfp4 import MXFP4
-from moeglot.format import Activation, ConfigForm, Dense, Family, Format
+from moeglot.family import Activation, Family
+from moeglot.format import ConfigForm, Dense, Format
 from moeglot.layout import Stored
 
 FAMILY = Family(
@@ -141,7 +142,7 @@ LLM_COMPRESSOR = Format(
 )
 
 UNSLOTH = Format(
-    "gpt-oss/unsloth-bnb",
+    "gpt-oss/unsloth",
     FAMILY,
     (
         Stored(EXPERTS + "gate_up_projs.{expert}.weight", ("gate", "up"), "(i p) h"),
@@ -149,13 +150,10 @@ UNSLOTH = Format(
         Stored(EXPERTS + "gate_up_projs.{expert}.bias", ("gate_bias", "up_bias"), "(i p)"),
         Stored(EXPERTS + "down_projs.{expert}.bias", ("down_bias",), "h"),
     ),
-    source="https://github.com/unslothai/unsloth-zoo/pull/802",
-    about="one Linear for gate and up of an expert, rows interleaved, as unsloth's bnb-4bit releases keep them; the router has a module of its own",
+    source="https://huggingface.co/unsloth/gpt-oss-20b-unsloth-bnb-4bit",
+    about="unsloth's 4-bit release, and what a merge with it writes: one Linear an expert",
+    dense=(Dense(HUB + "mlp.router.linear.{rest}", (HUB + "mlp.router.{rest}",)),),
     reads="unsloth",
-    dense=(
-        Dense(HUB + "mlp.router.linear.weight", (HUB + "mlp.router.weight",)),
-        Dense(HUB + "mlp.router.linear.bias", (HUB + "mlp.router.bias",)),
-    ),
 )
 
 FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, UNSLOTH)

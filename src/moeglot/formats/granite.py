@@ -1,6 +1,8 @@
 """Granite and JetMoE: all experts in one tensor on the Hub too, gate's rows before up's, as input_linear and output_linear."""
 
-from moeglot.format import Activation
+from dataclasses import replace
+
+from moeglot.family import Activation
 from moeglot.formats.lines import LAYER, family, fused, hub, memory
 
 SPARSE = LAYER + "block_sparse_moe."
@@ -10,7 +12,10 @@ ABOUT = "the release on the Hub: all experts in one tensor"
 
 GRANITE = family("granitemoe", e="num_local_experts", i="intermediate_size")
 SHARED = family("granitemoeshared", e="num_local_experts", i="intermediate_size")
-HYBRID = family("granitemoehybrid", e="num_local_experts", i="intermediate_size")
+HYBRID = replace(
+    family("granitemoehybrid", e="num_local_experts", i="intermediate_size"),
+    words={"layer_types": {"linear_attention": "mamba", "full_attention": "attention"}},
+)
 SWA = family("granitemoe-swa", e="num_local_experts", i="intermediate_size")
 JETMOE = family("jetmoe", e="num_local_experts", i="intermediate_size", activation=Activation("swiglu", ("activation_function", "silu")))
 

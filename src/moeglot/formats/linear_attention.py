@@ -1,6 +1,7 @@
 """Kimi-Linear, Ling-3 and GLM-5.3: their linear attention has three convolutions on the Hub that transformers 5 joins, beside the usual experts."""
 
-from moeglot.format import Activation, Dense
+from moeglot.family import Activation
+from moeglot.format import Dense
 from moeglot.formats.lines import LAYER, NESTED, family, first_dense, fused, hub, memory, numbered, separate
 
 HEADS = {"n": ("linear_num_heads", "linear_attn_config.num_heads"), "d": ("linear_head_dim", "linear_attn_config.head_dim")}

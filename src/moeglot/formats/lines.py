@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moeglot.format import Activation, Dense, Family, Format, SparseLayers
-from moeglot.layout import Stored
+from moeglot.family import Activation, Family, SparseLayers
+from moeglot.format import Dense, Format
+from moeglot.layout import SECOND, Stored
 
 LAYER = "model.layers.{layer}."
 NESTED = "model.language_model.layers.{layer}."
@@ -34,6 +35,11 @@ def numbered(experts: str) -> tuple[Stored, ...]:
 def fused(experts: str, gate_up: str = "gate_up_proj", down: str = "down_proj") -> tuple[Stored, ...]:
     """All experts in one tensor, gate's rows before up's, [out, in]."""
     return Stored(experts + gate_up, ("gate", "up"), "e (p i) h"), Stored(experts + down, ("down",), "e h i")
+
+
+def second(lines: tuple[Stored, ...], offset: int = 0) -> tuple[Stored, ...]:
+    """The lines of a second group of experts, whose intermediate size is j. `offset`: BEHIND where they are numbered after the first group's."""
+    return tuple(replace(line, roles=tuple(SECOND + role for role in line.roles), axes=line.axes.replace("i", "j"), offset=offset) for line in lines)
 
 
 def turned(experts: str, gate_up: str = "gate_up_proj", down: str = "down_proj") -> tuple[Stored, ...]:
@@ -89,7 +95,7 @@ def nested(plain: Family, under: str) -> Family:
             last=_below(sparse.last, under),
             every=_below(sparse.every, under),
             period=_below(sparse.period, under),
-            offset=_below(sparse.offset, under),
+            offset=_below(sparse.offset, under) if isinstance(sparse.offset, str) else sparse.offset,
             dense=_below(sparse.dense, under),
         ),
         activation=replace(
@@ -134,6 +140,12 @@ def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str]
     dense = (*packed, *(Dense(key, (name,)) for key, name in (renamed or {}).items()))
     about = "the experts module in memory, and save_pretrained(save_original_format=False)"
     return Format(f"{family.name}/transformers-5", family, lines, family.source, about, dense, reads="transformers 5", alone=alone)
+
+
+def release_5_5(form: Format, lines: tuple[Stored, ...], about: str, renamed: Mapping[str, str] | None = None) -> Format:
+    """The twin of a format in memory that transformers 5.5 has otherwise."""
+    dense = tuple(Dense(key, (name,)) for key, name in (renamed or {}).items())
+    return replace(form, name=f"{form.family.name}/transformers-5.5", stored=lines, about=about, dense=dense, reads="transformers 5.5")
 
 
 def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = None, layer: str = LAYER) -> tuple[Format, Format]:

@@ -1,6 +1,6 @@
 """Nemotron-H and Nemotron-3: no gate, relu², and where there is a latent size, experts that read and write that instead of the hidden state."""
 
-from moeglot.format import Activation, Family, SparseLayers
+from moeglot.family import Activation, Family, SparseLayers
 from moeglot.formats.lines import LAYER, MODELS, hub, memory
 from moeglot.layout import Stored
 
@@ -13,6 +13,7 @@ FAMILY = Family(
     sparse=SparseLayers(kinds=("layers_block_type", "hybrid_override_pattern")),
     source=MODELS + "nemotron_h/modeling_nemotron_h.py",
     first_wins=("h",),
+    words={"layers_block_type": {"linear_attention": "mamba", "full_attention": "attention"}},
 )
 
 EXPERTS = "backbone.layers.{layer}.mixer.experts.{expert}."

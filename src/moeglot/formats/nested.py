@@ -1,6 +1,7 @@
 """The families whose language model is one part of several: config keys below `text_config`, tensors below `language_model`."""
 
-from moeglot.format import Activation, Dense, SparseLayers
+from moeglot.family import Activation, SparseLayers
+from moeglot.format import Dense
 from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, numbered, separate, turned, usual
 
 INNER = "language_model.model.layers.{layer}."

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from moeglot.format import Activation, Format, SparseLayers
+from moeglot.family import Activation, SparseLayers
+from moeglot.format import Format
 from moeglot.formats import nemotron_h
-from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, nested, separate
+from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, nested, release_5_5, separate
 from moeglot.layout import Stored
 
 ROUTED = ("n_routed_experts", "num_local_experts")
@@ -42,6 +43,8 @@ INKLING_HUB = (
     Stored("model.llm.layers.{layer}.mlp.experts.w13_weight", ("gate", "up"), "e (i p) h"),
     Stored("model.llm.layers.{layer}.mlp.experts.w2_weight", ("down",), "e h i"),
 )
+
+OMNI_MEMORY = memory(OMNI, fused("thinker." + NESTED + "mlp.experts."), alone=TALKER)
 
 FORMATS = (
     hub(
@@ -88,7 +91,10 @@ FORMATS = (
     hub(DOTS3_TEXT, "dots-studio/dots3-note-prev", separate(LAYER + "mlp.experts.")),
     memory(DOTS3_TEXT, fused(LAYER + "mlp.experts.")),
     hub(OMNI, "Qwen/Qwen3-Omni-30B-A3B-Instruct", separate("thinker.model.layers.{layer}.mlp.experts.")),
-    memory(OMNI, fused("thinker." + NESTED + "mlp.experts."), alone=TALKER),
+    OMNI_MEMORY,
+    release_5_5(
+        OMNI_MEMORY, fused("thinker." + LAYER + "mlp.experts."), "the experts module in memory of 5.5, and save_pretrained(save_original_format=False)"
+    ),
     hub(THINKER, "Qwen/Qwen3-Omni-30B-A3B-Thinking", separate(LAYER + "mlp.experts.")),
     memory(
         THINKER,

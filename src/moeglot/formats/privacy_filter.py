@@ -1,6 +1,6 @@
 """openai/privacy-filter: gpt-oss's twin, whose gate and up are concatenated; no key and no shape tells them apart, only config.json's model_type."""
 
-from moeglot.format import Activation
+from moeglot.family import Activation
 from moeglot.formats.lines import LAYER, family, hub, turned
 from moeglot.layout import Stored
 

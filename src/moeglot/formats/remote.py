@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moeglot.format import Activation, SparseLayers
+from moeglot.family import Activation, SparseLayers
 from moeglot.formats.lines import LAYER, family, first_dense, hub, numbered, separate
 from moeglot.layout import Stored
 

@@ -1,7 +1,7 @@
 """Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
 
-from moeglot.format import Activation, SparseLayers
-from moeglot.formats.lines import KINDS, LAYER, family, fused, hub, memory, separate
+from moeglot.family import Activation, SparseLayers
+from moeglot.formats.lines import KINDS, LAYER, NESTED, family, fused, hub, memory, release_5_5, separate
 
 EXPERTS = ("num_experts", "num_local_experts")
 ROUTED = ("n_routed_experts", "num_local_experts")
@@ -20,10 +20,18 @@ QWEN3_5 = family("qwen3.5-moe-text", model_type="qwen3_5_moe_text", folder="qwen
 QWEN4 = family("qwen4-exp-text", model_type="qwen4_exp_text", folder="qwen4_exp", e=EXPERTS)
 INKLING = family("inkling-text", folder="inkling", e=ROUTED, sparse=SparseLayers(kinds=KINDS))
 
+QWEN3_5_MEMORY = memory(QWEN3_5, fused(LAYER + "mlp.experts."))
+
 FORMATS = (
     hub(MINIMAX_M3, "MiniMaxAI/MiniMax-M3", fused(LAYER + "mlp.experts."), BOTH),
     hub(QWEN3_5, "Qwen/Qwen3.5-35B-A3B", separate(LAYER + "mlp.experts.")),
-    memory(QWEN3_5, fused(LAYER + "mlp.experts.")),
+    QWEN3_5_MEMORY,
+    release_5_5(
+        QWEN3_5_MEMORY,
+        fused(NESTED + "mlp.experts."),
+        "what save_pretrained of 5.5 writes: the names of the larger model",
+        {"model.language_model.{rest}": "model.{rest}"},
+    ),
     hub(QWEN4, "Qwen/Qwen4-Exp", separate(LAYER + "mlp.experts.")),
     memory(QWEN4, fused(LAYER + "mlp.experts.")),
     hub(INKLING, "thinkingmachines/Inkling", fused(LAYER + "mlp.experts."), BOTH),

@@ -24,10 +24,17 @@ from moeglot.forward import loud_tokens
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+AUTOS = (
+    *("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForTokenClassification"),
+    *("AutoModelForSeq2SeqLM", "AutoModel"),
+)
+"""Where the library keeps its models, those that compute most first."""
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-EXPERTS = re.compile(r"\.(?:layers|blocks)\.(\d+)\.(?:\w+\.)*experts$")
+READS = (*(["transformers 5"] if VERSION >= (5, 0) else []), *(["transformers 5.5"] if (5, 0) <= VERSION < (5, 6) else []), "any transformers")
+"""`Format.reads` of what the installed version loads."""
+EXPERTS = re.compile(r"\.(?:layers|blocks?)\.(\d+)\.(?:\w+\.)*experts$")
 BLOCK = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe)$")
-TOWERS = re.compile(r"vision|visual|audio|talker|mtp|self_attention")
+TOWERS = re.compile(r"(?:vision|visual|audio)\S*\.(?:layers|blocks?)\.|talker|mtp|self_attention")
 """Parts of a model whose experts, if they have any, are not those of the language model's layers."""
 
 
@@ -36,14 +43,14 @@ class Live:
     """A side of `verify`: the experts modules of a loaded model, in float32."""
 
     name: str
-    experts: Mapping[int, torch.nn.Module]
+    experts: Mapping[int, tuple[torch.nn.Module, ...]]
 
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         return loud_tokens(layer, expert, model, matrix, h)
 
     def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return respond(self.experts[layer], expert, tokens)
+            return torch.cat([respond(module, expert, tokens) for module in self.experts[layer]], -1)
 
     def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
         return response
@@ -53,6 +60,8 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [t, h] -> [t, h]: the output of one expert of an experts module, all tokens routed to it with weight 1."""
     if isinstance(module, torch.nn.ModuleList):
         found = module[expert](tokens)
+    elif isinstance(module, torch.nn.ModuleDict):
+        found = module[f"expert_{expert}"](tokens)
     elif hasattr(module, "input_linear"):
         found = _routed_by(module, expert, tokens)
     elif type(module).__name__ == "Llama4TextExperts":
@@ -133,11 +142,15 @@ def live(checkpoint: Checkpoint) -> Live:
     return Live(f"transformers {transformers.__version__}", found)
 
 
-def experts_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """Layer -> the experts module of the language model."""
+def experts_of(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, ...]]:
+    """Layer -> the experts modules of the language model: one, or one for each group of experts in the order of the model."""
     ours = {name: module for name, module in model.named_modules() if not TOWERS.search(name)}
-    found = {int(match[1]): module for name, module in ours.items() if (match := EXPERTS.search("." + name))}
-    return found or {int(match[1]): module for name, module in ours.items() if (match := BLOCK.search("." + name)) and hasattr(module, "input_linear")}
+    found: dict[int, tuple[torch.nn.Module, ...]] = {}
+    for name, module in ours.items():
+        if match := EXPERTS.search("." + name):
+            found[int(match[1])] = (*found.get(int(match[1]), ()), module)
+    blocks = {int(match[1]): module for name, module in ours.items() if (match := BLOCK.search("." + name)) and hasattr(module, "input_linear")}
+    return found or {layer: (block,) for layer, block in blocks.items()}
 
 
 def model_class(config: Any) -> Any:
@@ -145,7 +158,7 @@ def model_class(config: Any) -> Any:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForTokenClassification", "AutoModel"):
+    for auto in AUTOS:
         known = getattr(transformers, auto, None)
         found = known._model_mapping.get(type(config), None) if known else None
         if found is not None and (found.config_class is type(config) or auto == "AutoModel"):
@@ -160,7 +173,7 @@ def model_class(config: Any) -> Any:
 def load(checkpoint: Checkpoint) -> Any:
     """The model in float32, by transformers alone."""
     reads = checkpoint.format.reads
-    if reads not in ("any transformers", "transformers 5") or (reads == "transformers 5" and VERSION < (5, 0)):
+    if reads not in READS:
         raise UsageError(
             f"transformers {transformers.__version__} does not read {checkpoint.format.name}",
             f"that format is for {reads}",

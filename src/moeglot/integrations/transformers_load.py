@@ -18,11 +18,10 @@ import transformers
 from moeglot.certificate import write_json
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.dtypes import WEIGHT_DTYPES, DType, by_torch_name
-from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
-from moeglot.integrations.transformers import VERSION, model_class
+from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.targets import float_type
@@ -105,9 +104,8 @@ def layouts(source: Format) -> list[Format]:
 
     Qwen3-VL's has the Hub's names and other axes; given the Hub's, version 5 turns a tensor or not by its shape, and a square fits both ways.
     """
-    reads = ("transformers 5", "any transformers") if VERSION >= (5, 0) else ("any transformers",)
-    plain = [form for form in of_family(source.family) if form.reads in reads and all(isinstance(line.encoding, Plain) for line in form.stored)]
-    return sorted((form for form in plain if form.alone == source.alone), key=lambda form: reads.index(form.reads))
+    plain = [form for form in of_family(source.family) if form.reads in READS and form.is_plain]
+    return sorted((form for form in plain if form.alone == source.alone), key=lambda form: READS.index(form.reads))
 
 
 def _placement(device: str | torch.device | int | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) 
     return values
 
 
+def plus(values: torch.Tensor, rows: slice, offset: torch.Tensor, block: Block) -> torch.Tensor:
+    """float32 [these rows, columns] + offset [tiles, tiles], in place."""
+    term = offset[tile_rows(rows, block)]
+    for part, place in tiled(values, block[1]):
+        part += term[:, place].unsqueeze(-1)
+    return values
+
+
 def over(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [these rows, columns] / scale [tiles, tiles], in place."""
     factor = scale[tile_rows(rows, block)]

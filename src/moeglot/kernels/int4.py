@@ -1,4 +1,4 @@
-"""INT4 in offset binary: eight nibbles to an int32, the lowest first, each 8 more than its number."""
+"""INT4 in offset binary: eight nibbles to an int32, the lowest first, each 8 more than its number, or than its number and a zero point."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
+from moeglot.kernels.grid import Block, Grid, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
 from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
@@ -45,6 +45,14 @@ def levels() -> Levels:
     return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32), rounded)
 
 
+@cache
+def _wide_grid(dtype: str) -> Grid:
+    """With a zero point: codes less their zero go from -15 to 15, over a range of 15. The fewest steps that fit are within that of any other."""
+    torch_dtype, most = DTYPES[dtype].torch, 2 * OFFSET - 1
+    steps = tuple(range(1, most + 1))
+    return Grid(steps, lambda q: q.round_().clamp_(-most, most), lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0)
+
+
 def columns_of(shape: torch.Tensor) -> int:
     """`shape` [..., 2] holds [out, in] of each matrix -> in, which is one number."""
     columns = torch.unique(shape[..., 1]).tolist()
@@ -53,8 +61,11 @@ def columns_of(shape: torch.Tensor) -> int:
     return int(columns[0])
 
 
-def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: torch.dtype) -> torch.Tensor:
-    """packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] -> [..., out, in], code × scale in float32."""
+def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: torch.dtype, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] -> [..., out, in], code × scale in float32.
+
+    `zero` i32 [..., ⌈out / 8⌉, in / group]: the zero points, packed along the rows; (code - zero) × scale.
+    """
     shape = (*packed.shape[:-1], columns)
     if tuple(scale.shape) != shape_of(shape, block) or packed.shape[-1] != -(-columns // WORD):
         raise TensorMismatch(
@@ -63,10 +74,26 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block
             "check group_size in config.json",
         )
     values = torch.empty(shape, dtype=dtype)
-    for words, factor, out in zip(matrices(packed), matrices(scale), matrices(values), strict=True):
+    zeros = None if zero is None else matrices(zero_points(zero, shape[-2]))
+    for n, (words, factor, out) in enumerate(zip(matrices(packed), matrices(scale), matrices(values), strict=True)):
         for rows in runs(*out.shape):
-            out[rows] = times(_unpack(words[rows])[:, :columns], rows, factor.to(torch.float32), block)
+            codes = _unpack(words[rows])[:, :columns]
+            if zeros is not None:
+                codes = plus(codes, rows, -zeros[n], block)
+            out[rows] = times(codes, rows, factor.to(torch.float32), block)
     return values
+
+
+def zero_points(zero: torch.Tensor, rows: int) -> torch.Tensor:
+    """i32 [..., ⌈out / 8⌉, groups], the lowest nibble first -> float32 [..., out, groups], from -8 to 7."""
+    shifts = torch.arange(0, 4 * WORD, 4, dtype=torch.int32).view(WORD, 1)
+    nibbles = (zero.unsqueeze(-2) >> shifts) & 15
+    return (nibbles - OFFSET).flatten(-3, -2)[..., :rows, :].to(torch.float32)
+
+
+def pack_zero(zero: torch.Tensor) -> torch.Tensor:
+    """float32 [out, groups] from -8 to 7 -> i32 [⌈out / 8⌉, groups]."""
+    return packed((zero.mT + OFFSET).to(torch.uint8)).mT.contiguous()
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -87,15 +114,52 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
     return found, scale
 
 
+def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `encode`, with a zero point for each group [..., ⌈out / 8⌉, in / group]: codes span the smallest to the largest number, and zero is among them."""
+    shape = shape_of(tuple(values.shape), block)
+    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
+    scale = torch.empty(shape, dtype=DTYPES[dtype].torch)
+    zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32)
+    for given, words, factor, zeros in zip(*map(matrices, (values, found, scale, zero)), strict=True):
+        points = torch.empty(factor.shape)
+        for rows in runs(*given.shape):
+            some, here = given[rows].to(torch.float32, copy=True), slice(0, rows.stop - rows.start)
+            factor[rows], points[rows] = _spans(some, block, dtype)
+            quotients = plus(over(some, here, factor[rows].to(torch.float32), block), here, points[rows], block)
+            words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
+        zeros.copy_(pack_zero(points))
+    return found, scale, zero
+
+
+def _spans(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [rows, in] -> scale in `dtype` and zero point (float32, -8 to 7), both [rows, groups]."""
+    low = torch.cat([part.amin(-1) for part, _ in tiled(values, block[1])], -1).clamp_(max=0)
+    high = torch.cat([part.amax(-1) for part, _ in tiled(values, block[1])], -1).clamp_(min=0)
+    spread = (high - low) / (2 * OFFSET - 1)
+    scale = spread.clamp(min=LEAST).to(DTYPES[dtype].torch)
+    if not bool(scale.isfinite().all()):
+        raise _no_scale(high.abs().maximum(low.abs()), dtype, 2 * OFFSET - 1)
+    empty = (spread == 0) | (scale == 0)
+    scale = torch.where(empty, torch.tensor(torch.finfo(scale.dtype).eps, dtype=scale.dtype), scale)
+    settled = settle(values, scale.to(torch.float32), block, _wide_grid(dtype), LEAST)
+    divisor = torch.where(settled == scale.to(torch.float32), torch.where(empty, 1.0, spread), settled)  # the quotient before the scale was rounded
+    zero = torch.where(empty, 0.0, (-OFFSET - low / divisor).clamp_(-OFFSET, OFFSET - 1).round_())
+    return settled.to(scale.dtype), zero
+
+
+def _no_scale(largest: torch.Tensor, dtype: str, divisor: float) -> BadNumbers:
+    return BadNumbers(
+        f"a weight of {largest.nan_to_num(nan=float('inf')).max().item():g} has no finite INT4 scale in {DTYPES[dtype].torch_name}",
+        f"the scale of a group is its largest magnitude / {divisor:g}",
+        "find where the source lost its numbers; moeglot verify PATH names the tensor",
+    )
+
+
 def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> torch.Tensor:
     amax = largest(values, block)
     scale = (amax / divisor).clamp_(min=LEAST).to(DTYPES[dtype].torch)
     if not bool(scale.isfinite().all()):
-        raise BadNumbers(
-            f"a weight of {amax.nan_to_num(nan=float('inf')).max().item():g} has no finite INT4 scale in {DTYPES[dtype].torch_name}",
-            f"the scale of a group is its largest magnitude / {divisor:g}",
-            "find where the source lost its numbers; moeglot verify PATH names the tensor",
-        )
+        raise _no_scale(amax, dtype, divisor)
     empty = torch.finfo(scale.dtype).eps  # what compressed-tensors writes for a group of zeros, and what keeps a float16 scale from being one
     scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype), scale)
     return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST).to(scale.dtype)
@@ -113,15 +177,17 @@ def packed(nibbles: torch.Tensor) -> torch.Tensor:
     return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
 
 
-def largest_codes(packed: torch.Tensor, columns: int, block: Block) -> torch.Tensor:
-    """float32 [..., out, groups]: the largest magnitude of a code in each group."""
-    found = [torch.cat([largest(_unpack(words[rows])[:, :columns], block) for rows in runs(len(words), columns)]) for words in matrices(packed)]
-    return torch.stack(found).view(shape_of((*packed.shape[:-1], columns), block))
+def largest_codes(packed: torch.Tensor, columns: int, block: Block, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [..., out, groups]: the largest magnitude of a code, less its zero point, in each group."""
+    shape = (*packed.shape[:-1], columns)
+    codes = decode(packed, torch.ones(shape_of(shape, block)), columns, block, torch.float32, zero)
+    return torch.stack([torch.cat([largest(one[rows], block) for rows in runs(*one.shape)]) for one in matrices(codes)]).view(shape_of(shape, block))
 
 
-def changed(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: str, divisor: float) -> int:
+def changed(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: str, divisor: float, zero: torch.Tensor | None = None) -> int:
     """How many groups have another scale, or other codes, after decoding and encoding them."""
-    again, scale_again = encode(decode(packed, scale, columns, block, torch.float32), block, dtype, divisor)
+    values = decode(packed, scale, columns, block, torch.float32, zero)
+    again, scale_again = encode(values, block, dtype, divisor) if zero is None else encode_with_zero(values, block, dtype)[:2]
     count = 0
     for words, other, factor, factor_again in zip(*map(matrices, (packed, again, scale, scale_again)), strict=True):
         for rows in runs(len(words), columns):

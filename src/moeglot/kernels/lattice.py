@@ -68,16 +68,22 @@ class Levels:
 
 @dataclass(frozen=True)
 class Lattice(Grid):
-    """value = level of the code × scale in float32, rounded to `dtype`. scale float32 and codes u8, each [out, in]: one for each number."""
+    """value = (level of the code - zero) × scale in float32, rounded to `dtype`. scale, zero float32 and codes u8, each [out, in]: one for each number."""
 
     levels: Levels
     scale: torch.Tensor
     codes: torch.Tensor
     dtype: torch.dtype = torch.float32
+    zero: torch.Tensor | None = None
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Lattice:
         """Of some of its rows, or with its axes moved."""
-        return replace(self, scale=move(self.scale), codes=move(self.codes))
+        return replace(self, scale=move(self.scale), codes=move(self.codes), zero=None if self.zero is None else move(self.zero))
+
+    def same(self, other: Lattice) -> torch.Tensor:
+        """bool [out, in]: a code stands for the same number in both."""
+        found = self.scale == other.scale
+        return found if self.zero is None or other.zero is None else found & (self.zero == other.zero)
 
     def kept(self, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """u8: the codes of values that lie on it; where `kept`, those that are there."""
@@ -86,23 +92,29 @@ class Lattice(Grid):
     def values(self, codes: torch.Tensor | None = None, at: Columns = slice(None)) -> torch.Tensor:
         """float32: what these codes stand for; by default its own."""
         levels: torch.Tensor = self.levels.table[(self.codes if codes is None else codes).int()]
-        found: torch.Tensor = levels * self.scale[:, at]
+        found: torch.Tensor = (levels if self.zero is None else levels - self.zero[:, at]) * self.scale[:, at]
         return found if self.dtype == torch.float32 else found.to(self.dtype).to(torch.float32)
 
     def coded(self, values: torch.Tensor, at: Columns = slice(None)) -> torch.Tensor:
         """The nearest codes u8; under a scale of zero, that of zero."""
+        return self.levels.nearest(self._quotients(values, at))
+
+    def _quotients(self, values: torch.Tensor, at: Columns = slice(None)) -> torch.Tensor:
+        """Which level each would be, if there were one everywhere; under a scale of zero, that of zero."""
         scale = self.scale[:, at]
-        return self.levels.nearest(torch.where(scale == 0, 0.0, values / scale))
+        found = torch.where(scale == 0, 0.0, values / scale)
+        return found if self.zero is None else found + self.zero[:, at]
 
     def nearest(self, values: torch.Tensor, at: Columns = slice(None)) -> torch.Tensor:
         return self.values(self.coded(values, at), at)
 
     def around(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        levels, quotients = self.levels.ascending, torch.where(self.scale == 0, 0.0, values / self.scale)
+        levels, quotients = self.levels.ascending, self._quotients(values)
         near = self.nearest(values)
         index = torch.bucketize(self.levels.table[self.coded(values).int()], levels)
         step = torch.where(near < values, 1, torch.where(near > values, -1, 0))
-        other = levels[(index + step).clamp_(0, len(levels) - 1)] * self.scale
+        other = levels[(index + step).clamp_(0, len(levels) - 1)]
+        other = (other if self.zero is None else other - self.zero) * self.scale
         other = torch.where((quotients < levels[0]) | (quotients > levels[-1]), near, other.to(self.dtype).to(torch.float32))
         return torch.minimum(near, other), torch.maximum(near, other)
 
@@ -110,6 +122,7 @@ class Lattice(Grid):
         """bool: a next level at the same distance, which the codes lack, would be nearer; and everything but zero under a scale of zero."""
         low, high = self.levels.reach
         quotients = values / self.scale  # infinite under a scale of zero, and NaN for zero itself
+        quotients = quotients if self.zero is None else quotients + self.zero
         return (quotients < low) | (quotients > high)
 
 

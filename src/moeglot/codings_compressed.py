@@ -1,0 +1,153 @@
+"""How compressed-tensors keeps quantized matrices: FP8 by block, channel and tensor, MXFP8, MXFP4, NVFP4 and INT4, and what config.json says of each.
+
+https://github.com/vllm-project/compressed-tensors (compressors; quantization/quant_config.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from moeglot.coding import Coding, Quantization, compressed, declare_compressed
+from moeglot.encoding import WHOLE, Encoding
+from moeglot.encodings.fp8 import FP8, MX_GROUP
+from moeglot.encodings.int4 import INT4
+from moeglot.encodings.mxfp4 import MXFP4
+from moeglot.encodings.nvfp4 import NVFP4
+
+CT = ("compressed-tensors", "transformers")
+IGNORED = "ignore"
+COMPRESSED = "https://github.com/vllm-project/compressed-tensors"
+
+
+def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: str) -> Coding:
+    def read(said: Quantization, module: str) -> Encoding | None:
+        weights = compressed(said, module, num_bits=8, type="float", strategy=strategy)
+        if not weights or weights.get("symmetric") is False:
+            return None
+        block = weights.get("block_structure") if strategy == "block" else default
+        return FP8((block[0], block[1])) if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) for n in block) else None
+
+    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+        assert isinstance(encoding, FP8)
+        block = list(encoding.block) if strategy == "block" else None
+        return declare_compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block}, kept)
+
+    linear = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
+    stacked = {"weight": "", "scale": "_weight_scale", "input_scale": "_input_scale"}
+    return Coding(
+        name,
+        FP8(default),
+        linear,
+        stacked,
+        read,
+        write,
+        COMPRESSED,
+        f"compressed-tensors' float-quantized, FP8 E4M3 with {about}",
+        CT if strategy != "block" else CT[:1],
+        kept=IGNORED,
+    )
+
+
+FP8_CHANNEL = _compressed_fp8("fp8-channel", "channel", (1, WHOLE), "a scale for each output channel")
+FP8_TENSOR = _compressed_fp8("fp8-tensor", "tensor", (WHOLE, WHOLE), "one scale for a matrix")
+FP8_BLOCK_COMPRESSED = _compressed_fp8("fp8-block-compressed", "block", (128, 128), "a scale for each block")
+
+
+def _read_mxfp8(said: Quantization, module: str) -> Encoding | None:
+    return FP8((1, MX_GROUP), "U8") if compressed(said, module, num_bits=8, type="float", strategy="group", group_size=MX_GROUP) else None
+
+
+def _write_mxfp8(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": MX_GROUP, "scale_dtype": "torch.uint8"}
+    return declare_compressed("mxfp8-quantized", weights, kept)
+
+
+MXFP8 = replace(
+    FP8_CHANNEL,
+    name="mxfp8",
+    encoding=FP8((1, MX_GROUP), "U8"),
+    read=_read_mxfp8,
+    write=_write_mxfp8,
+    about="compressed-tensors' mxfp8-quantized, FP8 E4M3 with a power of two for each 32 numbers of a row",
+    judges=CT[:1],
+)
+
+
+def _read_mxfp4(said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=4, type="float", group_size=32)
+    return MXFP4(container="packed") if weights else None
+
+
+def _write_mxfp4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    return declare_compressed("mxfp4-pack-quantized", weights, kept)
+
+
+MXFP4_PACK = Coding(
+    "mxfp4-pack",
+    MXFP4("even", "even", container="packed"),
+    linear={"packed": ".weight_packed", "scale": ".weight_scale"},
+    stacked={"packed": "_packed", "scale": "_scale"},
+    read=_read_mxfp4,
+    write=_write_mxfp4,
+    source=COMPRESSED,
+    about="compressed-tensors' mxfp4-pack-quantized",
+    judges=CT,
+    kept=IGNORED,
+)
+
+
+def _read_nvfp4_compressed(said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=4, type="float", group_size=16)
+    return NVFP4("compressed-tensors") if weights and weights.get("strategy") == "tensor_group" else None
+
+
+def _write_nvfp4_compressed(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+    return declare_compressed("nvfp4-pack-quantized", weights, kept)
+
+
+NVFP4_PACK = Coding(
+    "nvfp4-pack",
+    NVFP4("compressed-tensors"),
+    linear={"packed": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale", "input_scale": ".input_global_scale"},
+    stacked={"packed": "_packed", "scale": "_scale", "global": "_global_scale", "input_scale": "_input_global_scale"},
+    read=_read_nvfp4_compressed,
+    write=_write_nvfp4_compressed,
+    source=COMPRESSED,
+    about="compressed-tensors' nvfp4-pack-quantized, whose global scale divides",
+    judges=("compressed-tensors",),
+    kept=IGNORED,
+)
+
+
+def _read_int4(said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=4, type="int")
+    if not weights:
+        return None
+    group, zero = weights.get("group_size"), weights.get("symmetric") is False
+    if weights.get("strategy") == "channel":
+        return INT4(WHOLE, zero=zero)
+    return INT4(group, zero=zero) if weights.get("strategy") == "group" and isinstance(group, int) and group > 0 else None
+
+
+def _write_int4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, INT4)
+    strategy: dict[str, Any] = {"strategy": "group", "group_size": encoding.group} if encoding.group else {"strategy": "channel"}
+    return declare_compressed("pack-quantized", {"num_bits": 4, "type": "int", "symmetric": not encoding.zero, **strategy}, kept)
+
+
+INT4_PACK = Coding(
+    "int4-pack",
+    INT4(32),
+    linear={part: f".weight_{part}" for part in ("packed", "scale", "shape", "zero_point")} | {"order": ".weight_g_idx"},
+    stacked={part: f"_{part}" for part in ("packed", "scale", "shape", "zero_point")} | {"order": "_g_idx"},
+    read=_read_int4,
+    write=_write_int4,
+    source=COMPRESSED,
+    about="compressed-tensors' pack-quantized INT4, offset binary; Kimi-K2's group of 32",
+    judges=CT,
+    kept=IGNORED,
+)

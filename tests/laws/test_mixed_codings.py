@@ -1,0 +1,208 @@
+"""Laws of checkpoints of which a part is quantized: config.json says which layers are left alone, the tensors must agree, and a conversion keeps it so."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.codings import CODINGS
+from moeglot.errors import LossRefused, MoeglotError
+from moeglot.units import estimate
+
+HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
+SIZES = {"e": 3, "h": 128, "i": 128}
+KEEPING = [coding for coding in CODINGS if coding.kept and not coding.families]
+LAYERS = 3
+
+
+def mixed(folder, coding, left=(1,), layout=HUB):
+    """A checkpoint whose layers `left` are not quantized, as its producer writes it: no mark of ours, modules listed by name."""
+    plain = write_checkpoint(folder / "plain", layout, SIZES, LAYERS)
+    moeglot.convert(plain, f"{layout}+{coding.name}", folder / "whole", allow_loss=True)
+    tensors, given = load_file(folder / "whole" / "model.safetensors"), load_file(plain / "model.safetensors")
+    here = tuple(f"model.layers.{layer}.mlp.experts." for layer in left)
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(here)} | {key: given[key] for key in given if key.startswith(here)}
+    config = json.loads((folder / "whole" / "config.json").read_text())
+    modules = sorted({key.removesuffix(".weight") for key in given if key.startswith(here)})
+    config["quantization_config"][coding.kept] = [*config["quantization_config"].get(coding.kept, ()), *modules]
+    (folder / "mixed").mkdir()
+    save_file(kept, folder / "mixed" / "model.safetensors", {"format": "pt"})
+    (folder / "mixed" / "config.json").write_text(json.dumps(config))
+    return folder / "mixed"
+
+
+def tensors(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def same(a, b):
+    x, y = tensors(a), tensors(b)
+    assert x.keys() == y.keys()
+    return all(x[name].dtype == y[name].dtype and torch.equal(x[name].reshape(-1).view(torch.uint8), y[name].reshape(-1).view(torch.uint8)) for name in x)
+
+
+@pytest.mark.parametrize("left", [(0,), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("coding", KEEPING, ids=lambda coding: coding.name)
+def test_it_is_read_and_returns_as_it_is(coding, left, tmp_path):
+    source = moeglot.open(mixed(tmp_path, coding, left))
+    assert source.format.name == f"{HUB}+{coding.name}"
+    given = moeglot.open(tmp_path / "plain")
+    for layer in range(LAYERS):
+        for role in ("gate", "up", "down"):
+            found, expected = source.experts(layer)[role], given.experts(layer)[role]
+            equal = all(torch.equal(found[n].decode(torch.float32), expected[n].decode(torch.float32)) for n in range(SIZES["e"]))
+            assert equal == (layer in left), (layer, role)
+    certificate = moeglot.convert(source, source.format.name, tmp_path / "again")
+    assert certificate.report.verdict == "holds"
+    assert same(source.source.folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("coding", [c for c in KEEPING if c.stacked and not any(part.flat for part in c.encoding.parts)], ids=lambda c: c.name)
+def test_stacked_and_back_each_layer_keeps_its_encoding(coding, tmp_path):
+    folder = mixed(tmp_path, coding)
+    plan = moeglot.plan(folder, f"{STACKED}+{coding.name}")
+    assert {step.layer for step in plan.steps if step.line.is_plain} == {1}
+    assert moeglot.convert(folder, f"{STACKED}+{coding.name}", tmp_path / "stacked").report.verdict == "holds"
+    path = tmp_path / "stacked" / "model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})  # as another producer would have written it
+    assert moeglot.convert(tmp_path / "stacked", f"{HUB}+{coding.name}", tmp_path / "back").report.verdict == "holds"
+    assert same(folder, tmp_path / "back")
+
+
+def test_in_another_encoding_what_was_left_alone_stays_alone(tmp_path):
+    by_name = {coding.name: coding for coding in KEEPING}
+    folder = mixed(tmp_path, by_name["int4-pack"])
+    certificate = moeglot.convert(folder, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
+    assert certificate.report.verdict == "holds"
+    found, given = tensors(tmp_path / "fp8"), tensors(tmp_path / "plain")
+    assert all(torch.equal(found[key], given[key]) for key in given if "layers.1.mlp.experts" in key)
+    assert found["model.layers.0.mlp.experts.0.up_proj.weight"].dtype == torch.float8_e4m3fn
+    kept = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.1.mlp.experts.2.down_proj" in kept
+
+
+def test_where_the_target_cannot_say_it_the_plan_states_the_loss(tmp_path):
+    """MXFP4 of DeepSeek-V4 has no list of what is left alone: the layer is encoded, which is refused without --allow-loss."""
+    layout, fp8 = "deepseek-v4/hub", "deepseek-v4/hub+fp8-block-scale"
+    write_checkpoint(tmp_path / "plain", layout, {"e": 2, "h": 128, "i": 128}, 2)
+    moeglot.convert(tmp_path / "plain", fp8, tmp_path / "whole", allow_loss=True)
+    path = tmp_path / "whole" / "model.safetensors"
+    given = load_file(tmp_path / "plain" / "model.safetensors")
+    coded = {key: tensor for key, tensor in load_file(path).items() if not key.startswith("layers.1.ffn.experts")}
+    save_file(coded | {key: given[key] for key in given if key.startswith("layers.1.ffn.experts")}, path, {"format": "pt"})
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("layers.1.ffn.experts")
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    plan = estimate(moeglot.plan(tmp_path / "whole", "deepseek-v4/hub+fp4-experts"))
+    assert any(verb.startswith("encode bfloat16") for verb in plan.expected_error)
+    with pytest.raises(LossRefused):
+        moeglot.convert(tmp_path / "whole", "deepseek-v4/hub+fp4-experts", tmp_path / "out")
+
+
+def test_the_tensors_refute_what_config_says(tmp_path):
+    """Said to be quantized and not so; said to be left alone and quantized: both are refused, and nothing is inferred from what is there."""
+    by_name = {coding.name: coding for coding in KEEPING}
+    folder = mixed(tmp_path, by_name["int4-pack"])
+    config = json.loads((folder / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    config["quantization_config"]["ignore"] = [name for name in ignored if "layers.1.mlp.experts" not in name]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoeglotError, match="not quantized") as refused:
+        moeglot.open(folder)
+    assert "add it to ignore" in refused.value.do
+    config["quantization_config"]["ignore"] = [*ignored, "re:model\\.layers\\.2\\.mlp\\.experts\\..*"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoeglotError, match=r"layers\.2\.mlp\.experts\.0\.\w+_proj\.weight: missing"):
+        moeglot.open(folder)
+
+
+def test_patterns_of_each_producer(tmp_path):
+    by_name = {coding.name: coding for coding in KEEPING}
+    for name, pattern in {
+        "int4-pack": "re:model\\.layers\\.1\\.mlp\\.experts\\..*",
+        "nvfp4-modelopt": "model.layers.1.mlp.experts*",
+        "fp8-block": "model.layers.1.mlp.experts",
+        "nf4": "model.layers.1.mlp.experts",
+    }.items():
+        folder = mixed(tmp_path / name, by_name[name])
+        config = json.loads((folder / "config.json").read_text())
+        key = by_name[name].kept
+        config["quantization_config"][key] = [*(one for one in config["quantization_config"][key] if "layers.1.mlp.experts" not in one), pattern]
+        (folder / "config.json").write_text(json.dumps(config))
+        assert moeglot.open(folder).format.unlike.keys() == {1}, name
+
+
+def test_a_layer_that_is_left_alone_is_said(tmp_path):
+    by_name = {coding.name: coding for coding in KEEPING}
+    found = [finding for finding in moeglot.lint(moeglot.open(mixed(tmp_path, by_name["int4-pack"]))) if finding.about == "experts are not quantized"]
+    assert len(found) == 1
+    assert "1 of 3 layers" in found[0].what
+    assert found[0].figures["bytes"] == 2 * SIZES["e"] * 3 * SIZES["h"] * SIZES["i"]
+
+
+def test_attention_in_fp8_beside_experts_in_nvfp4(tmp_path):
+    """As config groups say it: the experts' codes are moved and the attention's carried; to plain floats, each is decoded by its own declaration."""
+    folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-pack"))
+    given = attention_in_fp8(folder, {"config_groups": {"attention": GROUP}})
+    source = moeglot.open(folder)
+    assert source.format.name == f"{HUB}+nvfp4-pack"
+    moeglot.convert(folder, source.format.name, tmp_path / "again")
+    assert same(folder, tmp_path / "again")
+    moeglot.convert(folder, HUB, tmp_path / "plain again", encode="float32", allow_loss=True)
+    assert torch.equal(tensors(tmp_path / "plain again")[f"{ATTENTION}.weight"].float(), given)
+
+
+def test_attention_in_fp8_beside_experts_that_are_not_quantized(tmp_path):
+    """The quantization stays in config.json as long as codes stay; decoded, both are gone."""
+    folder = write_checkpoint(tmp_path / "plain", HUB, SIZES, 1)
+    ignored = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["re:.*mlp.*", "lm_head"]}
+    given = attention_in_fp8(folder, {**ignored, "config_groups": {"attention": GROUP}})
+    assert moeglot.open(folder).format.name == HUB
+    moeglot.convert(folder, STACKED, tmp_path / "stacked")
+    assert "quantization_config" in json.loads((tmp_path / "stacked" / "config.json").read_text())
+    moeglot.convert(tmp_path / "stacked", HUB, tmp_path / "back")
+    assert same(folder, tmp_path / "back")
+    moeglot.convert(folder, f"{HUB}+nf4", tmp_path / "nf4", allow_loss=True)
+    assert torch.equal(tensors(tmp_path / "nf4")[f"{ATTENTION}.weight"].float(), given.bfloat16().float())
+
+
+ATTENTION = "model.layers.0.self_attn.q_proj"
+GROUP = {
+    "targets": [f"re:{ATTENTION}$"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+    "format": "float-quantized",
+}
+
+
+def attention_in_fp8(folder, declared):
+    """Code one matrix of the attention, by hand, and declare it; what it decodes to in float32."""
+    path = folder / "model.safetensors"
+    found, config = load_file(path), json.loads((folder / "config.json").read_text())
+    weight = found[f"{ATTENTION}.weight"].float()
+    scale = weight.abs().amax(-1, keepdim=True) / 448
+    found[f"{ATTENTION}.weight"], found[f"{ATTENTION}.weight_scale"] = (weight / scale).to(torch.float8_e4m3fn), scale
+    before = config.setdefault("quantization_config", {})
+    groups = {**before.get("config_groups", {}), **declared["config_groups"]}
+    ignore = [name for name in [*before.get("ignore", ()), *declared.get("ignore", ())] if name != ATTENTION]
+    config["quantization_config"] = {**before, **declared, "config_groups": groups, "ignore": ignore}
+    save_file(found, path, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return found[f"{ATTENTION}.weight"].float() * scale
+
+
+def test_modelopts_list_of_what_is_quantized_how(tmp_path):
+    """MIXED_PRECISION: `quantized_layers` names each module with its algorithm, and what it does not name is left alone."""
+    folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-modelopt"))
+    config = json.loads((folder / "config.json").read_text())
+    layers = {f"model.layers.{n}.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16} for n in (0, 2)}
+    declared = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
+    found = moeglot.open(folder)
+    assert (found.format.name, found.format.unlike.keys()) == (f"{HUB}+nvfp4-modelopt", {1})
+    layers["model.layers.2.mlp.experts"]["quant_algo"] = "FP8"
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
+    with pytest.raises(MoeglotError):
+        moeglot.open(folder)
