@@ -40,10 +40,11 @@ LAYERS = (
     {"convert"},
     {"merge"},
     {"report"},
+    {"cli_options"},
     {"integrations", "inspection", "plots"},
     {"live"},
     {"demo", "cli_run", "cli_progress"},
-    {"cli_adapter"},
+    {"cli_adapter", "cli_merge"},
     {"cli"},
 )
 """An import points to the same row or to one above it."""

@@ -109,7 +109,7 @@ def matrix(checkpoint, role, layer, expert) -> torch.Tensor:
 @pytest.mark.parametrize(("family", "base", "size"), CELLS, ids=lambda value: value)
 def test_a_merge_is_the_nearest_to_sums_in_float64(family, base, size, tmp_path):
     made = case(tmp_path, family, base, size)
-    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", allow_loss=True)
+    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", threshold=0)
     assert certificate.report.verdict == "holds"
     merged = moeglot.open(tmp_path / "out")
     assert merged.format.name == made.base.format.name
@@ -138,7 +138,7 @@ def test_a_merge_is_the_nearest_to_sums_in_float64(family, base, size, tmp_path)
 @pytest.mark.parametrize(("family", "base"), [(family, base) for family in PLAIN for base in BASES if base != "bf16"])
 def test_scales_are_the_bases_but_where_they_do_not_reach(family, base, tmp_path):
     made = case(tmp_path, family, base, "square", strength={"fp8-block": 0.3, "fp8-channel": 0.3, "nvfp4": 0.1}.get(base, 1.0))
-    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", allow_loss=True)
+    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", threshold=0)
     merged, clipped, kept = moeglot.open(tmp_path / "out"), 0, 0
     for (layer, role, expert), change in made.changes.items():
         old, cut = stored(made.base, role, layer, expert)
@@ -173,7 +173,7 @@ def test_experts_without_factors_stay_byte_identical(base, tmp_path):
     made = WRITERS["vLLM's keys"][2](Job("qwen3-moe", EXPERTS, h, i, RANK))
     made.tensors = {key: tensor for key, tensor in made.tensors.items() if "layers.1." in key and "experts.2.down_proj" in key}
     made.config["target_modules"] = r".*layers\.1\..*experts\.2\.down_proj"
-    certificate = moeglot.merge(opened, made.save(tmp_path / "adapter"), tmp_path / "out", allow_loss=True)
+    certificate = moeglot.merge(opened, made.save(tmp_path / "adapter"), tmp_path / "out", threshold=0)
     assert set(certificate.survived) == {(1, 2, "down")}
     before, after = load_file(next(opened.source.folder.glob("*.safetensors"))), load_file(tmp_path / "out" / "model.safetensors")
     changed = {key for key in before if not torch.equal(before[key].contiguous().view(torch.uint8), after[key].contiguous().view(torch.uint8))}
@@ -204,7 +204,34 @@ def test_other_roundings_keep_what_the_nearest_loses(rounding, tmp_path):
     assert not (tmp_path / "refused").exists()
     rec = {}
     for name in ("nearest", rounding):
-        certificate = moeglot.merge(made.base, made.adapter, tmp_path / name, round=name, allow_loss=True)
+        certificate = moeglot.merge(made.base, made.adapter, tmp_path / name, round=name, threshold=0)
         assert certificate.document["merge"]["rounding"] == name
         rec[name] = certificate.document["merge"]["survived"]["down"]["rec"]
     assert rec["nearest"] < 0.3 < 0.6 < rec[rounding] < 1.2
+
+
+def test_what_is_touched_can_stay_in_bfloat16(tmp_path):
+    """Of one layer: the other stays quantized, byte for byte, and transformers reads which is which."""
+    opened = moeglot.open(base_of(tmp_path, "qwen3-moe", "fp8-block", "neither"))
+    h, i = SIZES["neither"]
+    made = WRITERS["PEFT"][2](Job("qwen3-moe", EXPERTS, h, i, RANK))
+    changes = {place: change for place, change in made.changes.items() if place[0] == 1}
+    made.tensors = {key: tensor for key, tensor in made.tensors.items() if "layers.1." in key}
+    made.config["layers_to_transform"] = [1]
+    adapter = moeglot.open_adapter(made.save(tmp_path / "adapter"), opened, "peft")
+    certificate = moeglot.merge(opened, adapter, tmp_path / "out", keep_touched="bf16", allow_loss=True)
+    assert min(one["rec"] for one in certificate.document["merge"]["survived"].values()) > 0.99
+    before, after = load_file(next(opened.source.folder.glob("*.safetensors"))), load_file(tmp_path / "out" / "model.safetensors")
+    experts = [key for key in after if ".experts." in key]
+    assert all(after[key].dtype == torch.bfloat16 for key in experts if "layers.1." in key)
+    assert all(torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in experts if "layers.0." in key)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.1.mlp.experts.0.gate_proj" in said
+    assert not any("layers.0.mlp.experts" in name for name in said)
+    merged = moeglot.open(tmp_path / "out")
+    for (layer, role, expert), change in changes.items():
+        wanted = matrix(opened, role, layer, expert) + change
+        assert float((matrix(merged, role, layer, expert) - wanted).norm() / wanted.norm()) < 3e-3
+    made = case(tmp_path / "other", "gpt-oss", "mxfp4", "square")
+    with pytest.raises(moeglot.UsageError, match="cannot leave some experts in floats"):
+        moeglot.merge(made.base, made.adapter, tmp_path / "refused", keep_touched="bf16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +13,24 @@ from rich.console import Console
 
 import moeglot
 from moeglot import cli_adapter, inspection, report
+from moeglot.cli_merge import carry_out, merge
+from moeglot.cli_options import (
+    AllowLossOption,
+    DryRunOption,
+    EncodeOption,
+    FormatOption,
+    HtmlOption,
+    JsonOption,
+    OutArgument,
+    PathArgument,
+    ResumeOption,
+    RoundOption,
+    ShardSizeOption,
+    WorkersOption,
+    check_folder,
+    parse_size,
+    print_json,
+)
 from moeglot.cli_run import run
 from moeglot.convert import default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
@@ -32,17 +49,7 @@ app = typer.Typer(
 
 app.add_typer(cli_adapter.app, name="adapter")
 
-PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
-FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
-HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE, with plots by layer.")]  # noqa: UP045
-WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
-
 out = Console(soft_wrap=not sys.stdout.isatty())
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(report.dump(value) + "\n")
 
 
 def _bar(quiet: bool) -> AbstractContextManager[Any]:
@@ -74,7 +81,7 @@ def inspect(
     from moeglot.evidence import weigh
 
     gc.disable()  # millions of small objects and no garbage: looking for some takes a fifth of the time
-    _check_folder(html, "--html")
+    check_folder(html, "--html")
     try:
         checkpoint = moeglot.open(path, format, headers_only=not deep)
     except UnknownFormat:
@@ -82,7 +89,7 @@ def inspect(
             inspection.show_outline(out, outline(read_source(path, headers_only=True)))
         raise
     weighed, findings = weigh(checkpoint) if deep else None, lint(checkpoint, sample=deep)
-    for console in ([] if json else [out]) + ([recorder := _recorder()] if html else []):
+    for console in ([] if json else [out]) + ([recorder := report.recorder()] if html else []):
         inspection.show_inspect(console, checkpoint, findings)
         if weighed:
             inspection.show_evidence(console, weighed)
@@ -91,7 +98,7 @@ def inspect(
 
         report.write_html(html, f"moeglot inspect {path}", recorder, plots(checkpoint, weighed))
     if json:
-        _print_json(inspection.inspect_json(checkpoint, findings, weighed))
+        print_json(inspection.inspect_json(checkpoint, findings, weighed))
         raise typer.Exit(weighed.exit_status if weighed else 0)
     if weighed and (contradiction := weighed.contradiction(checkpoint.known)):
         raise contradiction
@@ -101,7 +108,7 @@ def inspect(
 def formats(json: JsonOption = False) -> None:
     """List the formats that moeglot reads and writes."""
     if json:
-        _print_json(report.formats_json(moeglot.formats()))
+        print_json(report.formats_json(moeglot.formats()))
     else:
         report.show_formats(out, moeglot.formats())
 
@@ -109,34 +116,22 @@ def formats(json: JsonOption = False) -> None:
 @app.command()
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a safetensors file or a Hub id.", show_default=False)],
-    out_folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.", show_default=False)],
+    out_folder: OutArgument,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write; see `moeglot formats`.", show_default=False)],
-    encode: Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="bfloat16, float16, float32, or mxfp4[:RULE].")] = None,  # noqa: UP045
+    encode: EncodeOption = None,
+    adapter: Annotated[Optional[str], typer.Option("--adapter", metavar="DIR", help="Fold this adapter in, as `moeglot merge` does.")] = None,  # noqa: UP045
+    round: RoundOption = "nearest",
     format: FormatOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="Allow steps that change numbers.")] = False,
-    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest file, such as 5GB or 500MB.")] = "5GB",
+    dry_run: DryRunOption = False,
+    allow_loss: AllowLossOption = False,
+    shard_size: ShardSizeOption = "5GB",
     workers: WorkersOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that was interrupted.")] = False,
+    resume: ResumeOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
-    from moeglot.convert import carry_out
-    from moeglot.units import estimate
-
-    plan = estimate(moeglot.plan(moeglot.open(src, format), to, encode=encode, shard_size=parse_size(shard_size)))
-    if dry_run:
-        _print_json(report.plan_json(plan)) if json else report.show_plan(out, plan)
-        return
-    if not json:
-        report.show_plan(out, plan)
-    with _bar(json) as progress:
-        certificate = carry_out(plan, out_folder, allow_loss, workers, resume, progress)
-    if json:
-        _print_json({**certificate.document, "out": str(certificate.out)})
-    else:
-        report.show_certificate(out, certificate)
-    raise typer.Exit(certificate.report.exit_status)
+    plan = moeglot.plan(moeglot.open(src, format), to, encode=encode, adapter=adapter, round=round, shard_size=parse_size(shard_size))
+    raise typer.Exit(carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json))
 
 
 @app.command()
@@ -162,7 +157,7 @@ def verify(
     workers: WorkersOption = None,
 ) -> None:
     """Check structure and numbers; against another checkpoint, a fingerprint or transformers, also values and what each expert computes."""
-    _check_folder(html, "--html")
+    check_folder(html, "--html")
     with _bar(json) as progress:
         found = moeglot.verify(moeglot.open(path, format), against, workers=workers or default_workers(), progress=progress)
     if not against and not json:
@@ -170,29 +165,17 @@ def verify(
     _finish(found, "verify", path + (f" against {against}" if against else ""), json, html)
 
 
-def _check_folder(path: Path | None, option: str) -> None:
-    """Before the work, not after it: the file can be written where the user wants it."""
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}", f"{option} names a file to write", "make the folder first, or choose another")
-
-
 def _finish(found: moeglot.Report, command: str, title: str, json: bool, html: Path | None) -> None:
     if json:
-        _print_json(report.verify_json(found, command))
+        print_json(report.verify_json(found, command))
     else:
         report.show_report(out, found, title)
         out.print(found.verdict, style=report.COLOURS[found.verdict])
     if html:
-        console = _recorder()
+        console = report.recorder()
         report.show_report(console, found, title)
         report.write_html(html, f"moeglot {command} {title}: {found.verdict}", console, report.plot_checks(found.checks))
     raise typer.Exit(found.exit_status)
-
-
-def _recorder() -> Console:
-    import io
-
-    return Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
 
 
 @app.command()
@@ -205,13 +188,13 @@ def fingerprint(
     """Freeze what each expert computes in a small file, so that a copy can be verified where its source is not."""
     if output.suffix != ".json":
         raise UsageError(f"{output}: not named .json", "verify knows a fingerprint by that ending", f"pass -o {output.with_suffix('.json')}")
-    _check_folder(output, "-o")
+    check_folder(output, "-o")
     if output.exists():
         raise moeglot.OutputExists(f"{output} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
     found = moeglot.fingerprint(moeglot.open(path, format))
     found.save(output)
     told = {"schema": "moeglot/fingerprint-written/1", "file": str(output), "experts": len(found.experts), "bytes": output.stat().st_size}
-    _print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {report.size(output.stat().st_size)}", highlight=False)
+    print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {report.size(output.stat().st_size)}", highlight=False)
 
 
 @app.command()
@@ -222,15 +205,8 @@ def demo(keep: Annotated[Optional[Path], typer.Option("--keep", metavar="DIR", h
     raise typer.Exit(tell(out, keep))
 
 
+app.command()(merge)
 app.command()(run)
-
-
-def parse_size(text: str) -> int:
-    """`"5GB"` -> 5_000_000_000; raises `UsageError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip())
-    if not found or not float(found[1]):
-        raise UsageError(f"{text!r} is no size", "a size is a number and kB, MB, GB or TB", "for example --shard-size 5GB")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
 def main() -> None:
@@ -240,7 +216,7 @@ def main() -> None:
     except MoeglotError as error:
         if "--json" in sys.argv:
             told = {"schema": "moeglot/error/1", "error": type(error).__name__, "wrong": error.wrong, "known": error.known, "do": error.do}
-            _print_json({**told, "exit_status": error.exit_status})
+            print_json({**told, "exit_status": error.exit_status})
         else:
             Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
             Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)

@@ -42,6 +42,7 @@ def convert(
     encode: str | None = None,
     adapter: Adapter | str | Path | None = None,
     round: str = "nearest",
+    keep_touched: str | None = None,
     format: str | None = None,
     allow_loss: bool = False,
     shard_size: int = SHARD_SIZE,
@@ -54,7 +55,7 @@ def convert(
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
-    plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=shard_size)
+    plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size)
     return carry_out(plan, Path(out), allow_loss, workers, resume, progress)
 
 
@@ -71,14 +72,15 @@ def carry_out(
     progress: Progress | None = None,
     threshold: float = THRESHOLD,
 ) -> Certificate:
-    """Carry out a plan. `threshold`: the share of an adapter's change that must survive, unless `allow_loss`."""
+    """Carry out a plan. `threshold`: the share of an adapter's change that must survive in each role."""
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers", "a conversion needs at least one", "pass --workers 1 or more")
     return_large_buffers()
     threads = workers or default_workers()
-    if not allow_loss:
+    if not allow_loss or plan.change:
         expected = estimate(plan)
-        _refuse_expected_loss(expected)
+        if not allow_loss:
+            _refuse_expected_loss(expected)
         refuse_lost(plan, expected.expected_survival, threshold, "measured on a few of its experts")
     work = Work(out)
     with work.session(plan, resume) as done:
@@ -87,9 +89,7 @@ def carry_out(
             return read_certificate(out)
         try:
             losses = _stream(plan, work, done, allow_loss, threads, progress)
-            if not allow_loss:
-                survived = sum(losses.values(), Loss()).survived
-                refuse_lost(plan, survived, threshold, f"measured on all that was written to {work.files}; --resume --allow-loss finishes it")
+            refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
             _write_rest(plan, work.files)
             certificate = certify(plan, work.files, losses, threads, progress)
         except OSError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.encoding import Encoded
+from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
 from moeglot.experts import Expert, Matrix
 from moeglot.forward import LIMIT, loud_tokens
@@ -61,14 +62,22 @@ def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, how
     if not lost or plan.change is None:
         return
     role, worst = min(lost.items(), key=lambda item: item[1].rec)
-    encodings = sorted({str(step.target) for step in plan.steps if role in step.line.roles or (role == OTHERS and " " in step.line.role_axes)})
-    others = [f"--round {kind}" for kind in ("stochastic", "delta", "gptq:FILE") if not kind.startswith(plan.change.rounding.kind)]
-    wider = [name for name in ("bf16", "float32") if name not in encodings and encodings != ["bfloat16"]] or ["float32"]
+    steps = [step for step in plan.steps if role in step.line.roles or (role == OTHERS and not step.line.is_plain)]
+    encodings = sorted({str(step.target) for step in steps}) or ["their float type"]
     raise LossRefused(
         f"{worst.rec:.1%} of the adapter's change in {role} survives rounding to {' and '.join(encodings)}; {threshold:.0%} is the least that passes",
         f"{how}; the change is {worst.rho:.2g} of the weights",
-        f"pass --encode {' or '.join(wider)}, or {' or '.join(others)}; or serve the adapter apart; or --allow-loss, if that is meant",
+        "; ".join(_ways_out(plan, all(isinstance(step.target, Plain) for step in steps), plan.change.rounding.kind)),
     )
+
+
+def _ways_out(plan: Plan, plain: bool, rounding: str) -> Iterator[str]:
+    exact = all(source.fits_in(Plain("BF16")) for step in plan.steps for source in step.sources)
+    yield "pass --encode float32" if plain else f"pass --encode bf16{'' if exact else ' --allow-loss'}"
+    if not plain and plan.target.coding and plan.target.coding.kept:
+        yield "or --keep-touched bf16"
+    yield "or --round " + ", ".join(kind for kind in ("stochastic", "delta", "gptq:FILE") if not kind.startswith(rounding))
+    yield "or serve the adapter apart; or a lower --threshold, if that is meant"
 
 
 # --- read again ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ def merge(
     to: str | None = None,
     encode: str | None = None,
     round: str = "nearest",
+    keep_touched: str | None = None,
     convention: str | None = None,
     format: str | None = None,
     threshold: float = THRESHOLD,
@@ -35,9 +36,10 @@ def merge(
     `to` is a format and `encode` an encoding, by default the base's own. The sums are float32; `round` says how they get back on the encoding's grid:
     "nearest", "stochastic[:SEED]", "delta" or "gptq:FILE". The base's scales stay, but for blocks in which a sum lies beyond them. Matrices without a
     change are moved as `convert` moves them.
-    Raises `LossRefused` if less than `threshold` of the change survives in some role, unless `allow_loss`; and all that `open_adapter` and `convert` do.
+    `keep_touched`: in each layer, matrices that the adapter changes stay in that float type, where the target's config can say so.
+    Raises `LossRefused` if less than `threshold` of the change survives in some role; and all that `open_adapter` and `convert` do.
     """
     checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
     change = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, checkpoint, convention)
-    made = plan(checkpoint, to, encode=encode, adapter=change, round=round, shard_size=shard_size)
+    made = plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
     return carry_out(made, Path(out), allow_loss, workers, resume, progress, threshold)

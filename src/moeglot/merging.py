@@ -111,6 +111,10 @@ class Change:
     def touches(self, line: Stored, layer: int, expert: int) -> bool:
         return any(self.adapter.touches(layer, role, expert) for role in line.roles)
 
+    def touches_any(self, line: Stored, layer: int) -> bool:
+        """Some expert of a stored line is changed."""
+        return bool(set(line.roles) & set(self.adapter.roles(layer)))
+
     def apply(
         self, line: Stored, layer: int, expert: int, encoding: Encoding, parts: Parts, roles: Mapping[str, Encoded], moved: bool
     ) -> tuple[Parts, dict[str, Survival]]:

@@ -28,7 +28,7 @@ from moeglot.merging import Change, Merged, MergedPart
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.survival import Survival
-from moeglot.targets import arranged, encoding_of, float_type, keeps, own, quantization, twin, variant
+from moeglot.targets import arranged, encoding_of, float_type, keeping, keeps, own, quantization, twin, variant
 
 SHARD_SIZE = 5_000_000_000
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -166,10 +166,12 @@ def plan(
     encode: str | None = None,
     adapter: Adapter | str | Path | None = None,
     round: str = "nearest",
+    keep_touched: str | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> Plan:
     """The plan of a conversion to the format named `to`, by default the source's own; raises `MoeglotError` for what cannot be done, before a byte is
-    written. `adapter`: its change is added, and the sums are rounded as `round` says.
+    written. `adapter`: its change is added, and the sums are rounded as `round` says. `keep_touched`: in each layer, the matrices of a role that it changes
+    for some expert stay in that float type, where the target can say so.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
     wanted = encoding_by_name(encode) if encode else None
@@ -181,8 +183,15 @@ def plan(
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
-    target = arranged(source, target)
-    steps = tuple(_step(source, target, line, layer, wanted) for layer in source.layers for line in target.lines(layer))
+    target, kept = arranged(source, target), None
+    if keep_touched and change:
+        kept = encoding_by_name(keep_touched)
+        target = keeping(source, target, change.touches_any)
+    steps = tuple(
+        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted)
+        for layer in source.layers
+        for line in target.lines(layer)
+    )
     target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
     dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
     slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]

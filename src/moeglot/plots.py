@@ -1,4 +1,4 @@
-"""What `inspect` draws: how many bytes the experts of each layer take and in which encoding, and what the numbers of each layer say; inline SVG."""
+"""What is drawn, as inline SVG: bytes of the experts by layer and encoding, what the numbers of each layer say, how much of a change survived."""
 
 from __future__ import annotations
 
@@ -82,6 +82,32 @@ def correlations(title: str, by_layer: Mapping[str, Mapping[int, float]]) -> str
             told = f"<title>layer {layer}, {escape(name)}: {value:.3f}</title>"
             shapes.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5">{told}</circle>')
     shapes += _legend([(COLOURS[0], DECLARED), (WRONG, f"{len(others)} wrong readings that no shape refutes; each point has its name")])
+    return _svg(shapes)
+
+
+# --- merges ------------------------------------------------------------------------------------------------------------------------------
+
+
+def shares(title: str, by_role: Mapping[str, Mapping[int, float]], threshold: float) -> str:
+    """A line of points for each role: the share of its change that was recovered in each layer, and the least that passes."""
+    layers = sorted({layer for of in by_role.values() for layer in of})
+    high = max(1.0, *(value for of in by_role.values() for value in of.values()))
+    low = min(0.0, *(value for of in by_role.values() for value in of.values()))
+
+    def y(value: float) -> float:
+        return TOP + (high - value) / (high - low) * HEIGHT
+
+    shapes = [*_frame(title), *_labels(layers), *(_level(y(tick), f"{tick:.0%}", "#e3e6ea") for tick in (0.0, 0.25, 0.5, 0.75, 1.0))]
+    shapes.append(f'<path d="M{LEFT} {y(threshold):.1f}H{WIDTH}" stroke="{WRONG}" stroke-dasharray="5 4"/>')
+    step = (WIDTH - LEFT) / len(layers)
+    for n, (role, of) in enumerate(by_role.items()):
+        colour = COLOURS[n % len(COLOURS)]
+        points = [(LEFT + (layers.index(layer) + 0.5) * step, y(value), layer, value) for layer, value in of.items()]
+        shapes.append(f'<polyline points="{" ".join(f"{x:.1f},{at:.1f}" for x, at, *_ in points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        for x, at, layer, value in points:
+            told = f"<title>layer {layer}, {escape(role)}: {value:.1%}</title>"
+            shapes.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="4" fill="{colour}">{told}</circle>')
+    shapes += _legend([*((COLOURS[n % len(COLOURS)], role) for n, role in enumerate(by_role)), (WRONG, f"{threshold:.0%}, the least that passes")])
     return _svg(shapes)
 
 

@@ -92,6 +92,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "files": {shard.file: shard.nbytes for shard in plan.shards},
         "carried_over": [path.name for path in plan.others],
         "needs_allow_loss": bool(plan.lossy),
+        **({"expected_survival": {role: one.as_json() for role, one in plan.expected_survival.items()}} if plan.change else {}),
     }
 
 
@@ -110,6 +111,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         error = plan.expected_error.get(verb)
         loss = "exact" if error is None else "exact on the sample; every tensor is checked" if not error else f"loses: relative error about {error:.2g}"
         rows.append((verb, f"{count} tensors", loss))
+    for role, one in plan.expected_survival.items():
+        rows.append(("add the adapter's change", role, f"about {one.rec:.1%} of it survives, as measured on a few experts"))
     rows.append(
         ("copy other tensors", f"{len(plan.dense)} tensors", f"byte for byte, {len(plan.renamed)} renamed or joined" if plan.renamed else "byte for byte")
     )
@@ -121,11 +124,27 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def show_certificate(console: Console, certificate: Certificate) -> None:
+    if "merge" in certificate.document:
+        show_survival(console, certificate.document["merge"])
     for verb, loss in certificate.losses.items():
         for line in _loss_lines(loss):
             console.print(f"{verb}: {line}", highlight=False, soft_wrap=True)
     show_report(console, certificate.report, f"verified: {certificate.out}")
     console.print(certificate.report.verdict, style=COLOURS[certificate.report.verdict])
+
+
+def show_survival(console: Console, merge: Mapping[str, Any]) -> None:
+    """What of an adapter's change is in the output, in all and by layer."""
+    rows = [("all", *_survival_row(role, one)) for role, one in merge["survived"].items()]
+    rows += [(layer, *_survival_row(role, one)) for layer, of in merge["layers"].items() for role, one in of.items()]
+    header = ("layers", "role", "recovered", "cosine", "change / weights", "numbers changed", "beyond their scale")
+    table(console, f"what survived of {merge['adapter']}, rounded {merge['rounding']}", header, rows)
+
+
+def _survival_row(role: str, one: Mapping[str, Any]) -> tuple[str, ...]:
+    more = " (more than there was)" if one["rec"] > 1.05 else ""
+    changed = one["changed"] / one["values"] if one["values"] else 0.0
+    return role, f"{one['rec']:.1%}{more}", f"{one['cosine']:.3f}", f"{one['rho']:.2g}", f"{changed:.1%}", f"{one['clipped']:,}"
 
 
 def _loss_lines(loss: Loss) -> Iterable[str]:
@@ -170,6 +189,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def recorder() -> Console:
+    """A console whose output becomes a part of a page."""
+    import io
+
+    return Console(record=True, width=120, file=io.StringIO(), force_terminal=True)
 
 
 def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,21 @@ def arranged(source: Checkpoint, target: Format) -> Format:
         roles = {role for line in source.format.lines(layer) if line.is_plain for role in line.roles}
         lines = tuple(other if roles >= set(line.roles) else line for line, other in zip(target.stored, plain, strict=True))
         if any(line.is_plain != other.is_plain for line, other in zip(lines, target.stored, strict=True)):
+            unlike[layer] = lines
+    return replace(target, unlike=unlike)
+
+
+def keeping(source: Checkpoint, target: Format, touched: Callable[[Stored, int], bool]) -> Format:
+    """The target with the lines of experts that are `touched` in a layer left in floats; raises `UsageError` if its config cannot say so."""
+    if not (target.coding and target.coding.kept):
+        able = [form.name for form in of_family(target.family) if form.coding and form.coding.kept]
+        do = f"pass --to {able[0]}, for example" if able else "leave --keep-touched out, or pass --encode bf16"
+        raise UsageError(f"{target.name} cannot leave some experts in floats", "its config.json has no list of modules that are not quantized", do)
+    plain = by_name(target.name.partition("+")[0]).sized(source.sizes).stored
+    unlike = dict(target.unlike)
+    for layer in source.layers:
+        lines = tuple(other if touched(line, layer) else line for line, other in zip(target.lines(layer), plain, strict=True))
+        if lines != target.stored:
             unlike[layer] = lines
     return replace(target, unlike=unlike)
 

@@ -1,0 +1,44 @@
+"""What the verbs of the command line share: their arguments and options, sizes, files that are to be written, JSON."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from moeglot import report
+from moeglot.errors import UsageError
+
+PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.", show_default=False)]
+FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
+HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE, with plots by layer.")]  # noqa: UP045
+WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+AllowLossOption = Annotated[bool, typer.Option("--allow-loss", help="Allow steps that change numbers.")]
+ShardSizeOption = Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Largest file, such as 5GB or 500MB.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
+EncodeOption = Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="Such as bfloat16, mxfp4, fp8-block or nf4.")]  # noqa: UP045
+RoundOption = Annotated[str, typer.Option("--round", metavar="HOW", help="With an adapter: nearest, stochastic[:SEED], delta or gptq:FILE.")]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(report.dump(value) + "\n")
+
+
+def check_folder(path: Path | None, option: str) -> None:
+    """Before the work, not after it: the file can be written where the user wants it."""
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}", f"{option} names a file to write", "make the folder first, or choose another")
+
+
+def parse_size(text: str) -> int:
+    """`"5GB"` -> 5_000_000_000; raises `UsageError`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"{text!r} is no size", "a size is a number and kB, MB, GB or TB", "for example --shard-size 5GB")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
