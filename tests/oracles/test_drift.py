@@ -145,6 +145,10 @@ def _wrong(line: Stored, old="", new="", swap=False, old_key="", new_key="") -> 
     return replace(line, key=key, axes=axes, roles=tuple(roles.get(role, role) for role in line.roles))
 
 
+MLX = {"kimi-k2", "bailing-moe", "step3p5"}
+"""Families that mlx-lm computes with, in an environment of its own (test_mlx.py)."""
+
+
 def test_a_family_that_no_real_module_judges_says_so():
     judged = {family.name for family in KNOWN}
-    assert {family.name for family in FAMILIES if not family.unverified} == judged
+    assert {family.name for family in FAMILIES if not family.unverified} == judged | MLX
