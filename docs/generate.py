@@ -95,6 +95,10 @@ EVERYWHERE = ("gpt-oss", "qwen3-moe", "mixtral")
 """Families whose formats the tests have every version of transformers read; the others are read by the newest."""
 
 
+MLX = ("kimi-k2", "bailing-moe", "step3p5")
+"""Families that transformers does not know and mlx-lm computes with in the tests."""
+
+
 def checked_against(form: Format) -> str:
     """Which real library the tests let read this format and compute with it."""
     if form.family.unverified:
@@ -107,6 +111,8 @@ def checked_against(form: Format) -> str:
         return "transformers " + ", ".join(v for v in versions("transformers") if v.startswith("5.5."))
     if form.reads not in ("any transformers", "transformers 5"):
         return f"what {form.reads} documents; its own code is not run"
+    if form.family.name in MLX:
+        return f"mlx-lm {versions('mlx-lm')[-1]}"
     if form.family.name not in EVERYWHERE:
         return f"transformers {versions('transformers')[-1]}"
     return "transformers " + ", ".join(v for v in versions("transformers") if form.reads == "any transformers" or v.startswith("5."))

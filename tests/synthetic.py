@@ -147,7 +147,8 @@ def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtyp
     }
     for letter, keys in family.sizes.items():
         put(hub, keys[0], sizes[letter])
-    put(hub, family.sparse.count, layers)
+    for rule in (family.sparse, *((family.second,) if family.second else ())):
+        put(hub, rule.count, layers)
     if family.sparse.first:
         put(hub, family.sparse.first[0], 0)
     if form.config.only:

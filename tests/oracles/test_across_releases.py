@@ -25,7 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 ROOT = Path(__file__).parents[2]
 NEWEST = Path(os.environ.get("MOEGLOT_NEWEST", ROOT / ".venv" / "bin" / "python"))
 LIMIT = 1e-5
-KNOWN = [family for family in FAMILIES if family.model_types[0] in CONFIG_MAPPING and not family.unverified]
+KNOWN = [family for family in FAMILIES if family.model_types[0] in CONFIG_MAPPING and not families.why_not(family)]
 OTHER_CODE = {((4, 57), "nllb-moe"): "its router weighs the second expert otherwise than the newest release's"}
 """(release, family) -> why the same weights compute something else there; each expert must still compute the same."""
 

@@ -1,4 +1,4 @@
-"""Families whose modelling code lies on the Hub beside their weights, so that no library here could be asked: declared from their published files alone."""
+"""Families whose modelling code lies on the Hub beside their weights, not in transformers: mlx-lm computes with some, the others are unverified."""
 
 from dataclasses import replace
 
@@ -10,10 +10,8 @@ REMOTE = "its code lies on the Hub and was not run here"
 LIMITED = Activation("capped-swiglu", numbers={"limit": ("swiglu_limits", float("inf"))})
 
 
-KIMI_K2 = replace(
-    family("kimi-k2", e="n_routed_experts", sparse=first_dense(default=1)), unverified=REMOTE, source="https://huggingface.co/moonshotai/Kimi-K2-Instruct"
-)
-LING = replace(family("bailing-moe", e="num_experts", sparse=first_dense()), unverified=REMOTE, source="https://huggingface.co/inclusionAI/Ling-lite")
+KIMI_K2 = replace(family("kimi-k2", e="n_routed_experts", sparse=first_dense(default=1)), source="https://huggingface.co/moonshotai/Kimi-K2-Instruct")
+LING = replace(family("bailing-moe", e="num_experts", sparse=first_dense()), source="https://huggingface.co/inclusionAI/Ling-lite")
 LING_2 = replace(family("bailing-moe-v2", e="num_experts", sparse=first_dense()), unverified=REMOTE, source="https://huggingface.co/inclusionAI/Ling-mini-2.0")
 MINIMAX = replace(
     family("minimax-text-01", model_type="minimax_text_01", e="num_local_experts", i="intermediate_size"),
@@ -22,7 +20,6 @@ MINIMAX = replace(
 )
 STEP = replace(
     family("step3p5", e="moe_num_experts", sparse=SparseLayers(listed="moe_layers_enum"), activation=LIMITED),
-    unverified=REMOTE,
     source="https://huggingface.co/stepfun-ai/Step-3.5-Flash",
 )
 

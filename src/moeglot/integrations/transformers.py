@@ -132,7 +132,7 @@ def live(checkpoint: Checkpoint) -> Live:
     Raises `UsageError` for a format that the installed transformers does not read and `NotVerified` if it finds tensors missing or unexpected.
     """
     model = load(checkpoint)
-    found = experts_of(model)
+    found = experts_of(model, len(checkpoint.format.family.groups))
     if missing := set(checkpoint.layers) - found.keys():
         raise NotVerified(
             f"transformers {transformers.__version__} has no experts in layers {sorted(missing)}",
@@ -142,15 +142,18 @@ def live(checkpoint: Checkpoint) -> Live:
     return Live(f"transformers {transformers.__version__}", found)
 
 
-def experts_of(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Module, ...]]:
-    """Layer -> the experts modules of the language model: one, or one for each group of experts in the order of the model."""
+def experts_of(model: torch.nn.Module, groups: int = 1) -> dict[int, tuple[torch.nn.Module, ...]]:
+    """Layer -> the experts modules of the language model: one for each group of experts, in the order of the model.
+
+    Of more modules in layers of one number (an encoder that shares its decoder's weights), the last ones.
+    """
     ours = {name: module for name, module in model.named_modules() if not TOWERS.search(name)}
     found: dict[int, tuple[torch.nn.Module, ...]] = {}
     for name, module in ours.items():
         if match := EXPERTS.search("." + name):
             found[int(match[1])] = (*found.get(int(match[1]), ()), module)
     blocks = {int(match[1]): module for name, module in ours.items() if (match := BLOCK.search("." + name)) and hasattr(module, "input_linear")}
-    return found or {layer: (block,) for layer, block in blocks.items()}
+    return {layer: modules[-groups:] for layer, modules in found.items()} or {layer: (block,) for layer, block in blocks.items()}
 
 
 def model_class(config: Any) -> Any:
