@@ -39,9 +39,13 @@ class Expert:
 
     def forward(self, tokens: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """tokens [t, h] -> [t, h] in float32."""
-        up = self.linear(tokens, matrix, "up")
-        inner = self._inner(self.linear(tokens, matrix, "gate"), up) if "gate" in self.roles else _function(self.function)(up)
-        return self._down(inner, matrix)
+        first = {role: self.linear(tokens, matrix, role) for role in self.first}
+        return self.linear(self.activate(first), matrix, "down")
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The roles whose matrices multiply the tokens."""
+        return ("gate", "up") if "gate" in self.roles else ("up",)
 
     def linear(self, x: torch.Tensor, matrix: Matrix, role: str) -> torch.Tensor:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
@@ -50,10 +54,12 @@ class Expert:
         out = torch.cat([x @ block.decode(torch.float32).mT for block in matrix(role).row_blocks()], -1)
         return out + matrix(f"{role}_bias").decode(torch.float32) if f"{role}_bias" in self.roles else out
 
-    def _down(self, inner: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        return self.linear(inner, matrix, "down")
-
-    def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def activate(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the first matrices gave, role -> [t, i] of any float dtype, to what `down` multiplies, [t, i]."""
+        up = given["up"]
+        if "gate" not in self.roles:
+            return _function(self.function)(up)
+        gate = given["gate"]
         if self.kind == "softcapped-swiglu":
             return _softcap(gate, self.numbers["gate_cap"]) * gate.sigmoid() * _softcap(up, self.numbers["up_cap"])
         act, limit = _function(self.function), self.numbers.get("limit", float("inf"))

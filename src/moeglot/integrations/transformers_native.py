@@ -1,0 +1,158 @@
+"""Native loading: which modules of which releases `moeglot.nn.Experts` can stand in for, what each of them is asked, and how they are swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.codings import CODINGS
+from moeglot.coding import leaves_alone
+from moeglot.encoding import Encoding
+from moeglot.encodings import by_name
+from moeglot.encodings.plain import Plain
+from moeglot.errors import UsageError
+from moeglot.integrations.transformers import VERSION
+from moeglot.integrations.transformers_state import Lazy, expert_names
+from moeglot.layout import Stored
+from moeglot.nn.module import Experts
+from moeglot.plan import Plan
+from moeglot.targets import variant
+
+INSTALLED = f"transformers {transformers.__version__}"
+DECODED = "leave native out: moeglot.load then decodes the experts into the library's own modules"
+
+
+class EachItsOwn(Experts):
+    """Llama 4's block hands every expert its own copy of the tokens, weighted already: [e t, h] -> [e t, h]."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        index = torch.arange(self.num_experts, device=flat.device).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
+        return super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype)).view(hidden_states.shape)
+
+
+class ScoresOfAll(Experts):
+    """gpt-oss in transformers 4.57 hands the routing weights of all experts, [t, e], and gets its batch axis back."""
+
+    def forward(self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, router_indices, routing_weights.gather(1, router_indices))
+
+
+def kind_of(module: torch.nn.Module, name: str) -> type[Experts]:
+    """The class that can take a module's place; raises `UsageError` where none can."""
+    called = type(module).__name__
+    if VERSION < (5, 0):
+        if called == "GptOssExperts":
+            return ScoresOfAll
+        raise _refused(f"{name}: {called} of {INSTALLED} computes each expert by itself", "there, gpt-oss alone has one module for all experts")
+    if called == "Llama4TextExperts":
+        return EachItsOwn
+    if getattr(module, "zero_expert_num", 0):
+        raise _refused(f"{name}: some ids of {called} mean that a token stays as it is", "moeglot.nn.Experts skips ids that are no expert")
+    if "top_k_index" in forward_names(module) or hasattr(module, "is_transposed"):
+        return Experts
+    raise _refused(f"{name}: {called} is asked in a way of its own", "known is forward(hidden_states, top_k_index, top_k_weights)")
+
+
+def forward_names(module: torch.nn.Module) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _refused(what: str, known: str) -> UsageError:
+    return UsageError(what, known, DECODED)
+
+
+# --- what is held ----------------------------------------------------------------------------------------------------------------------
+
+
+def held_lines(checkpoint: Checkpoint, encode: str) -> dict[Stored, Encoding]:
+    """The lines that hold this checkpoint's experts in an encoding: a producer's, if one stores the family so; else its names on the upright matrices."""
+    wanted = by_name(encode)
+    if isinstance(wanted, Plain):
+        raise UsageError(f"encode={encode!r} is no quantization", "plain experts are held as they are on disk", "leave encode out, or pass 'mxfp4', 'fp8-block' or 'nf4'")
+    if any(not isinstance(line.encoding, Plain) for line in checkpoint.format.stored):
+        raise UsageError(
+            f"nothing to encode as {encode}: the experts are quantized already", checkpoint.known, "leave encode out; they are held as they are on disk"
+        )
+    target = variant(checkpoint.format, wanted) if checkpoint.format.is_upright else checkpoint.format
+    lines = target.stored if target is not checkpoint.format else _upright(checkpoint, wanted)
+    return {line: line.encoding if isinstance(line.encoding, Plain) else line.encoding.like(wanted) for line in lines} | _biases(checkpoint, lines)
+
+
+def _upright(checkpoint: Checkpoint, wanted: Encoding) -> tuple[Stored, ...]:
+    coding = next((coding for coding in CODINGS if coding.encoding.kind == wanted.kind and (coding.stacked or not _stacked(checkpoint))), None)
+    if coding is None:
+        raise UsageError(f"{wanted} has no names for {checkpoint.format.name}", checkpoint.known, "convert the checkpoint first, with moeglot convert --encode")
+    return tuple(coding.line(replace(line, axes=upright_axes(line))) for line in checkpoint.format.stored)
+
+
+def _stacked(checkpoint: Checkpoint) -> bool:
+    return any(not line.per_expert for line in checkpoint.format.stored)
+
+
+def upright_axes(line: Stored) -> str:
+    """The axes of a line with its matrix turned to [out, in], where it is a matrix that lies the other way."""
+    if line.upright or len(line.role_axes.split()) == 1:
+        return line.axes
+    groups = [f"({' '.join(group)})" if len(group) > 1 else group[0] for group in line.expert_groups]
+    return " ".join((["e"] if not line.per_expert else []) + groups[::-1])
+
+
+def _biases(checkpoint: Checkpoint, lines: Sequence[Stored]) -> dict[Stored, Encoding]:
+    """Plain lines take the type that the file has."""
+    layer = checkpoint.layers[0]
+    return {line: checkpoint.experts(layer)[line.roles[0]].encoding for line in lines if isinstance(line.encoding, Plain)}
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------------------------
+
+
+def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
+    """In a state dict, put one number in place of each tensor of the experts: a view of their shapes that takes no memory."""
+    for name, shape in expert_names(chosen).items():
+        lazy = state[name]
+        lazy.make = partial(torch.zeros((), dtype=lazy.dtype).expand, shape)
+
+
+def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str) -> None:
+    """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing."""
+    lines = held_lines(checkpoint, encode) if encode else None
+    converted = 0
+    for layer in checkpoint.layers:
+        name = path_of(chosen, layer)
+        old = model.get_submodule(name)
+        mine = lines if not leaves_alone({"modules_to_not_convert": kept}, name) else None
+        converted += mine is not None
+        new = kind_of(old, name).of(checkpoint, layer, lines=mine, backend=backend)
+        new.post_expert_norm = getattr(old, "post_expert_norm", None)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.train(old.training))
+    if encode and not converted:
+        raise UsageError(f"encode={encode!r} converted nothing", f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}", "name fewer modules")
+
+
+def path_of(chosen: Plan, layer: int) -> str:
+    """The module that holds a layer's experts."""
+    paths = {step.line.key.format(layer=layer).rpartition(".")[0] for step in chosen.steps if not step.line.per_expert}
+    if len(paths) != 1:
+        raise _refused(f"{INSTALLED} has no one module for the experts of {chosen.source.format.family.name}", f"its layout is {chosen.target.name}")
+    return paths.pop()
+
+
+def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module) -> None:
+    """Before anything is read: every layer has a module whose place can be taken."""
+    if any(modules.get(name) != shape for name, shape in expert_names(chosen).items()) and VERSION >= (5, 0):
+        raise _refused(f"{INSTALLED} has no module in a layout of {chosen.source.format.family.name} that moeglot knows", chosen.source.known)
+    for layer in chosen.source.layers[:1]:
+        if VERSION < (5, 0) and any(step.line.per_expert for step in chosen.steps):
+            raise _refused(f"{INSTALLED} computes each expert of {chosen.source.format.family.name} by itself", "there, gpt-oss alone has one module for all experts")
+        name = path_of(chosen, layer)
+        kind_of(empty.get_submodule(name), name)
