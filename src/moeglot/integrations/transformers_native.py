@@ -11,18 +11,19 @@ import torch
 import transformers
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.codings import CODINGS
 from moeglot.coding import leaves_alone
+from moeglot.codings import CODINGS
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
+from moeglot.format import Format
+from moeglot.formats import of_family
 from moeglot.integrations.transformers import VERSION
 from moeglot.integrations.transformers_state import Lazy, expert_names
 from moeglot.layout import Stored
 from moeglot.nn.module import Experts
 from moeglot.plan import Plan
-from moeglot.targets import variant
 
 INSTALLED = f"transformers {transformers.__version__}"
 DECODED = "leave native out: moeglot.load then decodes the experts into the library's own modules"
@@ -73,29 +74,42 @@ def _refused(what: str, known: str) -> UsageError:
 # --- what is held ----------------------------------------------------------------------------------------------------------------------
 
 
-def held_lines(checkpoint: Checkpoint, encode: str) -> dict[Stored, Encoding]:
-    """The lines that hold this checkpoint's experts in an encoding: a producer's, if one stores the family so; else its names on the upright matrices."""
-    wanted = by_name(encode)
+Lines = tuple[tuple[Stored, Encoding], ...]
+
+
+def held_lines(checkpoint: Checkpoint, encode: str) -> Lines:
+    """What holds this checkpoint's experts in an encoding: a producer's lines, if one stores them so; else his names on the upright matrices."""
+    wanted, source = by_name(encode), checkpoint.format
     if isinstance(wanted, Plain):
-        raise UsageError(f"encode={encode!r} is no quantization", "plain experts are held as they are on disk", "leave encode out, or pass 'mxfp4', 'fp8-block' or 'nf4'")
-    if any(not isinstance(line.encoding, Plain) for line in checkpoint.format.stored):
+        raise UsageError(
+            f"encode={encode!r} is no quantization", "plain experts are held as they are on disk", "leave encode out, or pass 'mxfp4', 'fp8-block' or 'nf4'"
+        )
+    if not source.is_plain:
         raise UsageError(
             f"nothing to encode as {encode}: the experts are quantized already", checkpoint.known, "leave encode out; they are held as they are on disk"
         )
-    target = variant(checkpoint.format, wanted) if checkpoint.format.is_upright else checkpoint.format
-    lines = target.stored if target is not checkpoint.format else _upright(checkpoint, wanted)
-    return {line: line.encoding if isinstance(line.encoding, Plain) else line.encoding.like(wanted) for line in lines} | _biases(checkpoint, lines)
+    first = checkpoint.layers[0]
+    return tuple(
+        (line, line.encoding.like(wanted) if not isinstance(line.encoding, Plain) else checkpoint.experts(first)[line.roles[0]].encoding)
+        for line in _producers(source, wanted) or _upright(source, wanted)
+    )
 
 
-def _upright(checkpoint: Checkpoint, wanted: Encoding) -> tuple[Stored, ...]:
-    coding = next((coding for coding in CODINGS if coding.encoding.kind == wanted.kind and (coding.stacked or not _stacked(checkpoint))), None)
+def _producers(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
+    """The lines of the format that this layout has in the encoding, or that the family has at all; none if nobody stores it so."""
+    forms = [form for form in of_family(source.family) if any(line.encoding.kind == wanted.kind for line in form.stored)]
+    near = [form for form in forms if form.name.startswith(source.name + "+")] or [form for form in forms if not form.coding and not form.config.only]
+    exact = [form for form in near if any(line.encoding.name == wanted.name for line in form.stored)]
+    return next((form.stored for form in exact or near), ())
+
+
+def _upright(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
+    stacked = any(not line.per_expert for line in source.stored)
+    codings = [coding for coding in CODINGS if coding.encoding.kind == wanted.kind and (coding.stacked or not stacked)]
+    coding = next((coding for coding in codings if coding.encoding.name == wanted.name), next(iter(codings), None))
     if coding is None:
-        raise UsageError(f"{wanted} has no names for {checkpoint.format.name}", checkpoint.known, "convert the checkpoint first, with moeglot convert --encode")
-    return tuple(coding.line(replace(line, axes=upright_axes(line))) for line in checkpoint.format.stored)
-
-
-def _stacked(checkpoint: Checkpoint) -> bool:
-    return any(not line.per_expert for line in checkpoint.format.stored)
+        raise UsageError(f"{wanted} has no names for the tensors of {source.name}", source.about, "convert the checkpoint first, with moeglot convert --encode")
+    return tuple(coding.line(replace(line, axes=upright_axes(line))) for line in source.stored)
 
 
 def upright_axes(line: Stored) -> str:
@@ -104,12 +118,6 @@ def upright_axes(line: Stored) -> str:
         return line.axes
     groups = [f"({' '.join(group)})" if len(group) > 1 else group[0] for group in line.expert_groups]
     return " ".join((["e"] if not line.per_expert else []) + groups[::-1])
-
-
-def _biases(checkpoint: Checkpoint, lines: Sequence[Stored]) -> dict[Stored, Encoding]:
-    """Plain lines take the type that the file has."""
-    layer = checkpoint.layers[0]
-    return {line: checkpoint.experts(layer)[line.roles[0]].encoding for line in lines if isinstance(line.encoding, Plain)}
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------------------

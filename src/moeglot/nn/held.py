@@ -37,7 +37,8 @@ class Held(torch.nn.Module):
         return next(part for part in self.encoding.parts if part.name == name)
 
     def _name(self, part: Part, expert: int) -> str:
-        return f"{part.name}_{expert}" if part.shared and self.line.per_expert else part.name
+        """Of its buffer; a part may be called `shape`, which a module has already."""
+        return f"part_{part.name}_{expert}" if part.shared and self.line.per_expert else f"part_{part.name}"
 
     def _put(self, part: Part, expert: int, tensor: torch.Tensor) -> None:
         name = self._name(part, expert)
@@ -88,14 +89,18 @@ class Held(torch.nn.Module):
         if self.alone:
             found = [self._decoded(expert, dtype) for expert in experts]
             return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
-        return self._several({part.name: self.get_buffer(part.name)[experts.start : experts.stop] for part in self.encoding.parts}, len(experts), dtype)
+        return self._several({name: buffer[experts.start : experts.stop] for name, buffer in self._whole()}, len(experts), dtype)
 
     def gathered(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """ids int [n] -> the slices of these experts [n, ...]. Packed bytes are gathered, then decoded, so that no id comes to the host."""
         if self.alone:
             return torch.stack([self._decoded(expert, dtype) for expert in ids.tolist()])
-        parts = {part.name: _take(self.get_buffer(part.name), ids) for part in self.encoding.parts}
-        return self._several(parts, len(ids), dtype)
+        return self._several({name: _take(buffer, ids) for name, buffer in self._whole()}, len(ids), dtype)
+
+    def _whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(part, [e, ...]) where every part is one buffer."""
+        for part in self.encoding.parts:
+            yield part.name, self.get_buffer(self._name(part, 0))
 
     def _several(self, parts: Mapping[str, torch.Tensor], count: int, dtype: torch.dtype) -> torch.Tensor:
         return Encoded(self.encoding, parts, (count, *self.shape)).decode(dtype).to(self.device)
@@ -119,7 +124,7 @@ class Held(torch.nn.Module):
                     one = buffer if part.shared else buffer[expert]
                     yield self.line.key_of(part, self.layer, self.first + expert), one if part.shared else one.view(self.line.part_shape(part, self.sizes))
             else:
-                buffer = self.get_buffer(part.name)
+                buffer = self.get_buffer(self._name(part, 0))
                 yield self.line.key_of(part, self.layer, None), buffer if part.shared else buffer.view(self.line.part_shape(part, self.sizes))
 
     def extra_repr(self) -> str:

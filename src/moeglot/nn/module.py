@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -46,7 +46,7 @@ class Experts(torch.nn.Module):
         checkpoint: Checkpoint,
         layer: int,
         *,
-        lines: Mapping[Stored, Encoding] | None = None,
+        lines: Sequence[tuple[Stored, Encoding]] | None = None,
         experts: range | None = None,
         backend: str = "auto",
     ) -> Experts:
@@ -58,8 +58,8 @@ class Experts(torch.nn.Module):
         sizes = {**checkpoint.sizes, "e": len(some)}
         checkpoint.experts(layer)
         found = []
-        for line in lines or checkpoint.format.stored:
-            encoding = lines[line] if lines else checkpoint.encoding(line, layer)
+        on_disk = tuple((line, checkpoint.encoding(line, layer)) for line in checkpoint.format.stored)
+        for line, encoding in lines or on_disk:
             read = _encoded(checkpoint, line, encoding, layer, sizes) if lines else _as_stored(checkpoint, line, layer)
             found.append(Held(line, encoding, sizes, layer, read, some.start))
         family = checkpoint.format.family
