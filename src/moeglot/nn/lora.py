@@ -68,8 +68,8 @@ def add_lora(model: torch.nn.Module, r: int = 8, alpha: float | None = None, tar
     if r < 1 or not 0 <= dropout < 1 or not targets:
         raise UsageError(f"r = {r}, dropout = {dropout}, targets = {tuple(targets)}", "a rank is at least 1, dropout is at least 0 and below 1", "check them")
     found = experts_of(model)
-    if busy := next((name for name, module in found.items() if module.lora), None):
-        raise UsageError(f"{busy} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
+    if busy := [name or "it" for name, module in found.items() if module.lora]:
+        raise UsageError(f"{busy[0]} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
     added: list[torch.nn.Parameter] = []
     for name, module in found.items():
         if module.post_expert_norm is not None:
