@@ -11,7 +11,15 @@ from moeglot.nn import Experts, add_lora, remove_lora
 from moeglot.nn import compute, routed
 
 LIMIT, POWER = 1e-5, 1e-3
-FORMATS = ("gpt-oss/openai", "gpt-oss/transformers", "qwen3-moe/hub", "qwen3-moe/transformers-5", "mixtral/hub+fp8-block", "nemotron-h/hub", "qwen3-moe/hub+nf4")
+FORMATS = (
+    "gpt-oss/openai",
+    "gpt-oss/transformers",
+    "qwen3-moe/hub",
+    "qwen3-moe/transformers-5",
+    "mixtral/hub+fp8-block",
+    "nemotron-h/hub",
+    "qwen3-moe/hub+nf4",
+)
 TOKENS, RANKS, R = 11, 2, 3
 
 
@@ -32,7 +40,9 @@ def module_of(name: str, folder, backend="eager", targets=("gate", "up", "down")
         for lora in module.adapters.values():
             lora.b.normal_()
             if lora.targets != lora.roles:
-                lora.b.mul_(lora.b.new_tensor([float(role in targets) for role in lora.roles]).repeat_interleave(len(lora.b[0]) // len(lora.roles)).view(1, -1, 1))
+                lora.b.mul_(
+                    lora.b.new_tensor([float(role in targets) for role in lora.roles]).repeat_interleave(len(lora.b[0]) // len(lora.roles)).view(1, -1, 1)
+                )
     return module
 
 
@@ -122,8 +132,16 @@ def test_some_targets_alone(targets, tmp_path):
 MUTATIONS = {
     "adapter of down is not in the gradient of its input": (compute.Stage, "through_a", lambda self, low, block: rows_through_a(self, low, block) * 0),
     "scale is left out of the gradient of b": (compute, "outer", lambda a, b, ends: outer(a, b, ends) * 1.01),
-    "routing weights are left out": (routed, "_through_down", lambda down, inner, grad, w, block, into: through_down(down, inner, grad, w * 0 + 1, block, into)),
-    "a bias is left out of the routing weights' gradient": (compute.Held, "dense", lambda self, experts, dtype: held_dense(self, experts, dtype) * (len(self.shape) > 1)),
+    "routing weights are left out": (
+        routed,
+        "_through_down",
+        lambda down, inner, grad, w, block, into: through_down(down, inner, grad, w * 0 + 1, block, into),
+    ),
+    "a bias is left out of the routing weights' gradient": (
+        compute.Held,
+        "dense",
+        lambda self, experts, dtype: held_dense(self, experts, dtype) * (len(self.shape) > 1),
+    ),
     "the matrices are turned in backward": (compute.Stage, "backward", lambda self, given, block: stage_backward(self, given, block).flip(-1)),
 }
 rows_through_a, outer, through_down = compute.Stage.through_a, compute.outer, routed._through_down

@@ -110,7 +110,6 @@ def config_of(checkpoint: Checkpoint) -> Any:
             raise UsageError(
                 f"{INSTALLED} knows no model_type {checkpoint.config.get('model_type')}", checkpoint.known, "install a version that has the family"
             ) from error
-    config.name_or_path = str(checkpoint.source.folder)
     return config
 
 
@@ -193,6 +192,7 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 
 
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
-    """What lies beside the weights and belongs to a model: how it generates."""
+    """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
+    model.config.name_or_path = str(checkpoint.source.folder)
     if model.can_generate() and not checkpoint.source.single and (checkpoint.source.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.source.folder)

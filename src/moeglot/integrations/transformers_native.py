@@ -144,7 +144,11 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: s
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
     if encode and not converted:
-        raise UsageError(f"encode={encode!r} converted nothing", f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}", "name fewer modules")
+        raise UsageError(
+            f"encode={encode!r} converted nothing",
+            f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}",
+            "name fewer modules",
+        )
 
 
 def path_of(chosen: Plan, layer: int) -> str:
@@ -161,6 +165,8 @@ def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.
         raise _refused(f"{INSTALLED} has no module in a layout of {chosen.source.format.family.name} that moeglot knows", chosen.source.known)
     for layer in chosen.source.layers[:1]:
         if VERSION < (5, 0) and any(step.line.per_expert for step in chosen.steps):
-            raise _refused(f"{INSTALLED} computes each expert of {chosen.source.format.family.name} by itself", "there, gpt-oss alone has one module for all experts")
+            raise _refused(
+                f"{INSTALLED} computes each expert of {chosen.source.format.family.name} by itself", "there, gpt-oss alone has one module for all experts"
+            )
         name = path_of(chosen, layer)
         kind_of(empty.get_submodule(name), name)

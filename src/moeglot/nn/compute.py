@@ -78,7 +78,9 @@ class Stage:
 
     def backward(self, given: Roles, block: Block) -> torch.Tensor:
         """role -> [n, out] of the gradient, to [n, in] through the matrices alone."""
-        found = [rows(line.line.together(given), oriented(line, line.dense(block.experts, next(iter(given.values())).dtype)).mT, block.ends) for line in self.lines]
+        found = [
+            rows(line.line.together(given), oriented(line, line.dense(block.experts, next(iter(given.values())).dtype)).mT, block.ends) for line in self.lines
+        ]
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
     def low(self, given: Roles, block: Block) -> torch.Tensor:
@@ -132,5 +134,3 @@ def stages(module: Experts, seed: int | None = None) -> tuple[Stage, Stage]:
         return Stage(lines, biases, module.factors(roles, seed))
 
     return stage(module.expert.first), stage(("down",))
-
-

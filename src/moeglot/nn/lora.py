@@ -57,7 +57,9 @@ def experts_of(model: torch.nn.Module) -> dict[str, Experts]:
     return found
 
 
-def add_lora(model: torch.nn.Module, r: int = 8, alpha: float | None = None, targets: Sequence[str] = TARGETS, dropout: float = 0.0) -> list[torch.nn.Parameter]:
+def add_lora(
+    model: torch.nn.Module, r: int = 8, alpha: float | None = None, targets: Sequence[str] = TARGETS, dropout: float = 0.0
+) -> list[torch.nn.Parameter]:
     """Put a LoRA adapter on every native experts module of a model, freeze what is no adapter, and return the new parameters (float32).
 
     `r`: rank; `alpha`: the changes are multiplied by alpha / r, twice the rank by default. `targets`: among gate, up and down. Adapters that PEFT put on
@@ -79,13 +81,15 @@ def add_lora(model: torch.nn.Module, r: int = 8, alpha: float | None = None, tar
             added += lora.parameters()
     if not added:
         raise UsageError(f"no expert has {' or '.join(targets)}", f"the family is {next(iter(found.values())).family}", "choose other targets")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora" in name)
+    if not any("lora_" in name for name, _ in model.named_parameters()):  # else PEFT has said what trains
+        mine = {id(parameter) for parameter in added}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in mine)
     return added
 
 
 def make(module: Experts, r: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Lora]:
-    """"first" and "down" -> a fresh adapter, if any of its roles is wanted."""
+    """ "first" and "down" -> a fresh adapter, if any of its roles is wanted."""
     e, h, i = (module.sizes[letter] for letter in "ehi")
     places = {"first": (module.expert.first, i, h), "down": (("down",), h, i)}
     return {place: Lora(roles, targets, (e, out, inner), r, alpha, dropout) for place, (roles, out, inner) in places.items() if set(roles) & set(targets)}

@@ -122,7 +122,7 @@ class Experts(torch.nn.Module):
 
     @property
     def adapters(self) -> dict[str, Lora]:
-        """"first" (gate and up) and "down", whichever is adapted."""
+        """ "first" (gate and up) and "down", whichever is adapted."""
         return {name: lora for name, lora in self.lora.items() if isinstance(lora, Lora)}
 
     def factors(self, roles: tuple[str, ...], seed: int | None = None) -> Factors | None:
