@@ -18,6 +18,7 @@ from rich.text import Text
 import moeglot
 from moeglot import cli_adapter, inspection, report
 from moeglot.cli_run import run
+from moeglot.cli_tune import tune
 from moeglot.convert import WRITING, default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
@@ -255,6 +256,7 @@ def demo(keep: Annotated[Optional[Path], typer.Option("--keep", metavar="DIR", h
 
 
 app.command()(run)
+app.command()(tune)
 
 
 def parse_size(text: str) -> int:
@@ -278,7 +280,7 @@ def main() -> None:
             Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("interrupted; what was written is kept, and --resume goes on with a conversion", file=sys.stderr)
+        print("interrupted; what was written is kept, and --resume goes on with it", file=sys.stderr)
         sys.exit(130)
 
 

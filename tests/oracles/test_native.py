@@ -76,7 +76,17 @@ def decoded(file: dict[str, torch.Tensor], e: int, h: int, i: int) -> dict[int, 
             base = key.removesuffix("_packed").removesuffix("_blocks")
             if key.endswith("_blocks"):
                 file = {**file, base + "_packed": file[key].flatten(-2), base + "_scale": file[base + "_scales"]}
-            found.setdefault(int(match[1]), {})[match[2].removesuffix("_proj")] = matrix(file, base, shape)
+            found.setdefault(int(match[1]), {})[match[2].removesuffix("_proj")] = matrix(file | beside(file, base, shape), base, shape)
+    return found
+
+
+def beside(file: dict[str, torch.Tensor], base: str, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """The scales of a stacked tensor under the names that one matrix has; those of a whole matrix, one for gate and one for up, as one for each row."""
+    found = {}
+    for theirs, name in (("_weight_scale", "_scale"), ("_weight_scale_2", "_scale_2"), ("_global_scale", "_global_scale")):
+        if (scale := file.get(base + theirs)) is not None:
+            single = scale.numel() in (shape[0], 2 * shape[0])
+            found[base + name] = scale.view(shape[0], -1).repeat_interleave(shape[1] * shape[0] // scale.numel(), 1).unsqueeze(-1) if single else scale
     return found
 
 
