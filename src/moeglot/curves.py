@@ -22,7 +22,9 @@ def svg(title: str, losses: Sequence[float], levels: Mapping[str, float]) -> str
     shapes = [f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>']
     for part in range(5):
         value = low + span * part / 4
-        shapes.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH}" stroke="#e3e6ea"/><text x="4" y="{y(value) + 4:.1f}" font-size="11" fill="#667">{value:.3f}</text>')
+        shapes.append(
+            f'<path d="M{LEFT} {y(value):.1f}H{WIDTH}" stroke="#e3e6ea"/><text x="4" y="{y(value) + 4:.1f}" font-size="11" fill="#667">{value:.3f}</text>'
+        )
     shapes.append(f'<polyline points="{points}" fill="none" stroke="#3b6fb6" stroke-width="1.5"/>')
     for name, value in levels.items():
         look = 'font-size="12" text-anchor="end" fill="#b3261e" stroke="#fff" stroke-width="3" paint-order="stroke"'

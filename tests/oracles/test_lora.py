@@ -7,8 +7,7 @@ from test_transformers import relative
 
 import moeglot
 from moeglot.errors import UsageError
-from moeglot.nn import Experts, add_lora, remove_lora
-from moeglot.nn import compute, routed
+from moeglot.nn import Experts, add_lora, compute, remove_lora, routed
 
 LIMIT, POWER = 1e-5, 1e-3
 FORMATS = (

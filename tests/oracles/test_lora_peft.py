@@ -37,7 +37,7 @@ def adapted(folder, attention=True, **options):
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"]))
     add_lora(model, **{"r": 3, "alpha": 7, **options})
     torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
     for module in experts_of(model).values():
@@ -47,11 +47,6 @@ def adapted(folder, attention=True, **options):
                     for n, role in enumerate(lora.roles):
                         lora.b.view(len(lora.b), len(lora.roles), -1, lora.rank)[:, n] *= role in lora.targets
     return model.eval()
-
-
-def reads(family: str) -> str:
-    """The reader that the installed PEFT on the installed transformers is, where the experts are parameters."""
-    return READER
 
 
 @pytest.mark.parametrize(("family", "to", "size"), CELLS, ids=lambda value: str(value))

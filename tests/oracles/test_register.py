@@ -1,4 +1,4 @@
-"""`experts_implementation="moeglot"` on stock modules: the same output and gradients as transformers' own implementations; refused where there is no registry."""
+"""`experts_implementation="moeglot"` on stock modules: output and gradients are those of transformers' own; refused without a registry."""
 
 import families
 import pytest

@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dropout, tmp_path):
 
 def test_stock_peft_computes_what_was_trained(bf16, tmp_path):
     peft = pytest.importorskip("peft")
-    model, _ = trained(BUNDLED, tmp_path / "out", recipe=Recipe(**{**vars(RECIPE), "steps": 6, "modules": ("q_proj", "v_proj"), "checkpointing": True}))
+    trained(BUNDLED, tmp_path / "out", recipe=Recipe(**{**vars(RECIPE), "steps": 6, "modules": ("q_proj", "v_proj"), "checkpointing": True}))
     ids = torch.tensor([tokenizer()("This License does not grant permission")["input_ids"]])
     live = load_adapter(moeglot.load(BUNDLED, "float32", native=True), tmp_path / "out" / "adapter").eval()
     convention = moeglot.open_adapter(tmp_path / "out" / "adapter", BUNDLED).convention.name

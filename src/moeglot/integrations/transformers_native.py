@@ -32,7 +32,7 @@ DECODED = "leave native out: moeglot.load then decodes the experts into the libr
 class EachItsOwn(Experts):
     """Llama 4's block hands every expert its own copy of the tokens, weighted already: [e t, h] -> [e t, h]."""
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         index = torch.arange(self.num_experts, device=flat.device).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
         return super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype)).view(hidden_states.shape)
@@ -41,7 +41,7 @@ class EachItsOwn(Experts):
 class ScoresOfAll(Experts):
     """gpt-oss in transformers 4.57 hands the routing weights of all experts, [t, e], and gets its batch axis back."""
 
-    def forward(self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden_states, router_indices, routing_weights.gather(1, router_indices))
 
 

@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """A stock experts module: hidden_states [t, h], top_k_index int [t, k], top_k_weights [t, k] -> [t, h]; sums in one order, gradients for the weights too."""
+    """A stock experts module: hidden_states [t, h], top_k_index int [t, k], top_k_weights [t, k] -> [t, h]; sums in one order, with gradients for weights."""
     routing = Routing.of(top_k_index, module.num_experts)
     here = torch.arange(len(routing.order), device=hidden_states.device) < routing.ends[-1]
     order = routing.order

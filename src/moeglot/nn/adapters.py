@@ -124,8 +124,10 @@ def _prove(adapter: Adapter, live: Mapping[int, Experts], folder: Path) -> None:
             for role in lora.roles:
                 for expert in range(module.num_experts):
                     mine = (_left(lora, role, expert).float().cpu() * lora.scale, lora.a.detach()[expert].float().cpu())
-                    if not (off := difference(mine, adapter.factors(layer, role, expert))) <= LIMIT:
-                        raise NotVerified(f"{folder}: layer {layer}, {role} of expert {expert} is off by {off:.1e}", "re-read from disk", "keep the model, and report this")
+                    off = difference(mine, adapter.factors(layer, role, expert))
+                    if not off <= LIMIT:
+                        what = f"{folder}: layer {layer}, {role} of expert {expert} is off by {off:.1e}"
+                        raise NotVerified(what, "the change was re-read from disk", "keep the model, and report this")
 
 
 # --- back onto a model -----------------------------------------------------------------------------------------------------------------
@@ -188,9 +190,9 @@ def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable
         from peft import PeftModel
     except ImportError as error:
         raise UsageError("the adapter changes modules that are no experts", f"those are PEFT's business, and {error}", "pip install peft") from error
-    family, folder_ = adapter.base.format.family, folder
-    folder_.mkdir()
-    tensors, modules = {}, []
+    folder.mkdir()
+    family, modules = adapter.base.format.family, []
+    tensors: dict[str, torch.Tensor] = {}
     for name, dense in adapter.dense.items():
         alias = aliases(name + ".weight", family)[-1].removesuffix(".weight")
         kinds = ("lora_embedding_A", "lora_embedding_B") if dense.embedding else ("lora_A.weight", "lora_B.weight")
@@ -199,8 +201,8 @@ def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable
             tensors[f"{PREFIX}{alias}.lora_B.bias"] = dense.bias_entry.read().clone()
         modules.append(Module(alias, dense.rank, dense.scale, False))
     tensors |= {PREFIX + replaced.alias: replaced.entry.read().clone() for replaced in adapter.replaced.values()}
-    save_file(tensors, folder_ / TENSORS, {"format": "pt"})
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
     said = {**adapter.config.raw, "target_parameters": None}
-    (folder_ / CONFIG).write_text(json.dumps(written_config(said, adapter.base, PEFT, modules), default=_plain), encoding="utf-8")
-    wrapped: torch.nn.Module = PeftModel.from_pretrained(model, folder_, is_trainable=trainable)
+    (folder / CONFIG).write_text(json.dumps(written_config(said, adapter.base, PEFT, modules), default=_plain), encoding="utf-8")
+    wrapped: torch.nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     return wrapped

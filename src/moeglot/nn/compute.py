@@ -1,8 +1,7 @@
-"""What runs of tokens become under a block of experts, forward and backward: products with decoded slices and adapters' factors, and the family's activation."""
+"""What runs of tokens become under a block of experts, forward and backward: products with decoded slices and with the factors of adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 

@@ -53,9 +53,8 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
     rows = len(ids) // length
     kept = max(1, round(rows * share))
     if rows - kept < 1:
-        raise UsageError(
-            f"{path}: {len(ids)} tokens are {rows} rows of {length}", "one row must train and one be held out", f"pass --length {max(8, len(ids) // 4)}, or more text"
-        )
+        what = f"{path}: {len(ids)} tokens are {rows} rows of {length}"
+        raise UsageError(what, "one row must train and one be held out", f"pass --length {max(8, len(ids) // 4)}, or more text")
     every = torch.tensor(ids[: rows * length]).view(rows, length)
     return Data(every[: rows - kept], every[rows - kept :], hashlib.sha256(text.encode()).hexdigest())
 

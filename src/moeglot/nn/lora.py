@@ -32,8 +32,7 @@ class Lora(torch.nn.Module):
         torch.nn.init.uniform_(self.a, -bound, bound)
         if self.targets != roles:
             frozen = torch.cat([torch.full((out, 1), float(role in self.targets)) for role in roles])
-            self.register_buffer("mask", frozen, persistent=False)
-            self.b.register_hook(lambda grad: grad * frozen.to(grad))
+            self.b.register_hook(lambda grad: grad * frozen.to(grad))  # type: ignore[no-untyped-call]
 
     @property
     def scale(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -130,8 +130,9 @@ class Experts(torch.nn.Module):
         lora = self.adapters.get("down" if roles == ("down",) else "first")
         if lora is None:
             return None
-        dropped = {"dropout": lora.dropout, "seed": seed + (self.num_experts if roles == ("down",) else 0)} if seed is not None else {}
-        return Factors(lora.roles, lora.a, lora.b, lora.scale, **dropped)
+        if seed is None:
+            return Factors(lora.roles, lora.a, lora.b, lora.scale)
+        return Factors(lora.roles, lora.a, lora.b, lora.scale, lora.dropout, seed + (self.num_experts if roles == ("down",) else 0))
 
     # --- as a file has it ------------------------------------------------------------------------------------------------------------
 
@@ -141,7 +142,9 @@ class Experts(torch.nn.Module):
             yield from line.stored()
 
     def _relative(self) -> Iterator[tuple[str, torch.Tensor]]:
-        stem = commonprefix([line.line.key.format(layer=self.layer, expert="{").partition("{")[0] for line in self.lines]).rpartition(".")[0] + "."
+        paths = [line.line.key.format(layer=self.layer, expert="{").partition("{")[0].split(".")[:-1] for line in self.lines]
+        shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
+        stem = ".".join([*shared, ""])
         for key, tensor in self.stored():
             yield key.removeprefix(stem), tensor
 

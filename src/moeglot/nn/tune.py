@@ -70,7 +70,9 @@ class Record:
         partial.rename(folder / RECORD)
 
 
-def tune(model: Any, tokenizer: Any, data: str | Path, out: str | Path, recipe: Recipe, *, base: str | None = None, resume: bool = False, step: Step | None = None) -> Record:
+def tune(
+    model: Any, tokenizer: Any, data: str | Path, out: str | Path, recipe: Recipe, *, base: str | None = None, resume: bool = False, step: Step | None = None
+) -> Record:
     """Train an adapter on a native model and write it to `out`/adapter, with the record beside it and checkpoints below.
 
     Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that another recipe, base or text made.
@@ -136,7 +138,7 @@ class _Run:
             self.model.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate_at(n)
-            parts = self.data.batch(n, self.recipe.batch * self.recipe.accumulate, self.recipe.seed).split(self.recipe.batch)
+            parts = torch.split(self.data.batch(n, self.recipe.batch * self.recipe.accumulate, self.recipe.seed), self.recipe.batch)
             total = 0.0
             for rows in parts:
                 loss = self.loss(rows) / len(parts)
