@@ -88,11 +88,14 @@ def held_lines(checkpoint: Checkpoint, encode: str) -> Lines:
         raise UsageError(
             f"nothing to encode as {encode}: the experts are quantized already", checkpoint.known, "leave encode out; they are held as they are on disk"
         )
-    first = checkpoint.layers[0]
-    return tuple(
-        (line, line.encoding.like(wanted) if not isinstance(line.encoding, Plain) else checkpoint.experts(first)[line.roles[0]].encoding)
-        for line in _producers(source, wanted) or _upright(source, wanted)
-    )
+    plain = checkpoint.experts(checkpoint.layers[0])
+    return tuple((line, plain[line.roles[0]].encoding if isinstance(line.encoding, Plain) else line.encoding) for line in lines_of(source, wanted))
+
+
+def lines_of(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
+    """The lines that hold a plain layout's experts in an encoding; vectors stay plain."""
+    lines = _producers(source, wanted) or _upright(source, wanted)
+    return tuple(line if isinstance(line.encoding, Plain) else replace(line, encoding=line.encoding.like(wanted)) for line in lines)
 
 
 def _producers(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
