@@ -171,6 +171,26 @@ def test_grouped_kernels_and_padded_strides(backend, tmp_path, monkeypatch):
     assert max(worst(*gradients(module, "qwen3-moe")).values()) <= LIMIT
 
 
+@pytest.mark.parametrize("backend", ["eager", "grouped"])
+def test_sums_as_on_a_gpu(backend, tmp_path, monkeypatch):
+    """Each slot has a place of its own, also those that belong to nobody."""
+    from moeglot.nn import routing
+
+    monkeypatch.setattr(routing, "adds_in_order", lambda device: False)
+    module = module_of("gpt-oss/openai", tmp_path / "base", backend)
+    assert max(worst(*gradients(module, "gpt-oss/openai")).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference"])
+def test_no_tokens_and_no_experts(backend, tmp_path):
+    module = module_of("gpt-oss/openai", tmp_path / "base", backend)
+    none = module(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert none.shape == (0, 64)
+    hidden = torch.randn(3, 64, requires_grad=True)
+    out = module(hidden, torch.full((3, 2), SIZES["e"]), torch.ones(3, 2))
+    assert not out.any()
+
+
 def test_dropout_is_the_same_in_backward_and_off_in_evaluation(tmp_path):
     """The loss along a random direction, by differences in float64 against the gradient; the same seed draws the same mask."""
     module = module_of("qwen3-moe/hub", tmp_path / "base", dropout=0.4).double()

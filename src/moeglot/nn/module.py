@@ -91,7 +91,7 @@ class Experts(torch.nn.Module):
         if torch.is_autocast_enabled(device):
             flat = flat.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            found = self._compute(flat, top_k_index.reshape(len(flat), -1), top_k_weights.reshape(len(flat), -1))
+            found = self._compute(flat, top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2))
         return found.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -54,13 +54,18 @@ class Block:
     ends: torch.Tensor
 
 
+def adds_in_order(device: torch.device) -> bool:
+    """index_add_ goes through its rows in their order there; elsewhere each slot gets a place of its own, and the sum comes after."""
+    return device.type == "cpu"
+
+
 class Total:
     """The sum over each token's experts, [t, width] in at least float32, without atomics: one order, whatever the machine does first."""
 
     def __init__(self, routing: Routing, width: int, like: torch.Tensor) -> None:
         self.routing, self.dtype = routing, like.dtype
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.here = like.device.type == "cpu"  # where index_add_ goes through its rows in their order
+        self.here = adds_in_order(like.device)
         rows = routing.tokens if self.here else routing.tokens * routing.ranks
         self.values = torch.zeros(rows, width, dtype=wide if self.here else like.dtype, device=like.device)
 
