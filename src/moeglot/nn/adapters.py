@@ -44,7 +44,7 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     live = {module.layer: module for module in experts_of(model).values() if module.adapters}
     if not live:
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
-    work = out.with_name(out.name + ".partial")
+    work = out.with_name(out.name + ".peft.partial")  # convert_adapter has a .partial of its own
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     said, tensors = _of_peft(model)
