@@ -74,9 +74,9 @@ def grouped(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights:
 
 
 def block_size(module: Experts, dtype: torch.dtype) -> int:
-    """How many decoded experts of a layer BUDGET holds; 1 on a CPU, where grouping gains nothing."""
+    """How many decoded experts BUDGET holds; never more than half a layer."""
     largest = max(prod(line.shape) for line in module.lines) * dtype.itemsize
-    return min(module.num_experts, max(1, BUDGET // largest))
+    return max(1, min(module.num_experts // 2, BUDGET // largest))
 
 
 def batched(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
