@@ -111,6 +111,15 @@ def test_what_is_not_saved_or_loaded(tmp_path):
     assert torch.equal(logits(plain), before)
 
 
+def test_an_adapter_that_peft_leaves_out_is_an_error(tmp_path):
+    folder = base_of("gpt-oss", "openai", "neither", tmp_path)
+    save_adapter(adapted(folder), tmp_path / "adapter", to="peft")
+    plain = moeglot.load(folder, dtype="float32", native=True)
+    logits(plain)
+    with pytest.raises((HalfAdapter, ValueError), match=r"load_adapter|target"):  # PEFT 0.18 says so itself
+        logits(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+
+
 def test_the_trainer_accumulation_and_checkpointing(tmp_path):
     """transformers' Trainer trains both kinds; checkpointing and accumulation change nothing but memory."""
     pytest.importorskip("accelerate")

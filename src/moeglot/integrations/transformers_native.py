@@ -16,7 +16,7 @@ from moeglot.codings import CODINGS
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
 from moeglot.encodings.plain import Plain
-from moeglot.errors import UsageError
+from moeglot.errors import HalfAdapter, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations.transformers import VERSION
@@ -146,12 +146,26 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: s
         new.post_expert_norm = getattr(old, "post_expert_norm", None)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
+    model.register_forward_pre_hook(never_dropped)
     if encode and not converted:
         raise UsageError(
             f"encode={encode!r} converted nothing",
             f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}",
             "name fewer modules",
         )
+
+
+def never_dropped(model: Any, *_: Any) -> None:
+    """Before a native model computes: an adapter that PEFT has in its config for experts, and that is on none, is an error. PEFT itself only warns."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        paths = {target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()}
+        for name, module in model.named_modules() if paths else ():
+            if isinstance(module, Experts) and not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
+                raise HalfAdapter(
+                    f"{name} has no adapter, and PEFT's config says that it has one",
+                    "PEFT knows no parameters of encoded experts, and left its factors out with a warning",
+                    "load it with moeglot.nn.load_adapter(model, path)",
+                )
 
 
 def path_of(chosen: Plan, layer: int) -> str:
