@@ -85,7 +85,7 @@ def beside(file: dict[str, torch.Tensor], base: str, shape: tuple[int, int, int]
     found = {}
     for theirs, name in (("_weight_scale", "_scale"), ("_weight_scale_2", "_scale_2"), ("_global_scale", "_global_scale")):
         if (scale := file.get(base + theirs)) is not None:
-            single = scale.numel() in (shape[0], 2 * shape[0])
+            single = theirs != "_weight_scale" or scale.ndim < 3
             found[base + name] = scale.view(shape[0], -1).repeat_interleave(shape[1] * shape[0] // scale.numel(), 1).unsqueeze(-1) if single else scale
     return found
 
