@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ class Data:
 
     def _row(self, n: int, seed: int) -> int:
         epoch, place = divmod(n, len(self.train))
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        return int(order[place])
+        return int(_order(len(self.train), seed * 1_000_003 + epoch)[place])
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:

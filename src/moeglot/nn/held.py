@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
-from typing import Any
 
 import torch
 
@@ -147,13 +145,6 @@ def encode(line: Stored, encoding: Encoding, roles: Mapping[str, Encoded], sizes
         found = line.join(lambda role: coded(exactly(roles[role])))
     else:
         found = coded(line.join(lambda role: exactly(roles[role])))
-    parts = encoding.stacked(found.parts, 1 if line.per_expert else sizes["e"]) if not line.per_expert else found.parts
-    shaped: dict[str, Any] = {}
-    for part in encoding.parts:
-        shaped[part.name] = parts[part.name] if part.shared else parts[part.name].view(line.slice_shape(part, sizes))
+    parts = found.parts if line.per_expert else encoding.stacked(found.parts, sizes["e"])
+    shaped = {part.name: parts[part.name] if part.shared else parts[part.name].view(line.slice_shape(part, sizes)) for part in encoding.parts}
     return Encoded(encoding, shaped, line.expert_shape(sizes))
-
-
-def numel(held: Held) -> int:
-    """Numbers of one expert's slice."""
-    return prod(held.shape)
