@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl
 PEFTS := 0.18.1 0.19.1 0.21.2
 
 .PRECIOUS: .venvs/%/ready
@@ -29,10 +29,13 @@ matrix-torchao matrix-modelopt matrix-mlx: matrix-%: .venvs/%/ready
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
 	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_unsloth.py
 
+matrix-trl: .venvs/trl/ready
+	.venvs/trl/bin/python -m pytest tests/oracles/test_trl.py tests/oracles/test_tune.py tests/oracles/test_lora_peft.py
+
 # PEFT with every transformers, by itself since it takes ten minutes: each environment has one, and the others are put before it.
 matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.5.4/ready $(PEFTS:%=.venvs/peft-%/ready)
 	set -e; for peft in $(PEFTS); do for python in .venv .venvs/transformers-4.57.6 .venvs/transformers-5.5.4; do \
-	    PYTHONPATH=.venvs/peft-$$peft $$python/bin/python -m pytest tests/oracles/test_peft.py; \
+	    PYTHONPATH=.venvs/peft-$$peft $$python/bin/python -m pytest tests/oracles/test_peft.py tests/oracles/test_lora_peft.py; \
 	done; done
 
 .venvs/peft-%/ready: .venv/ready

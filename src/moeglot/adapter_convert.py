@@ -72,7 +72,7 @@ def plan_conversion(adapter: Adapter, to: str) -> Conversion:
     if not patterns:
         found, others = _uniform(found, others, notes)
     modules = [Module(written.place.name, written.rank, written.scale, bool(written.place.roles)) for written in (*found, *others)]
-    config = written_config(adapter, convention, modules)
+    config = written_config(adapter.config.raw, adapter.base, convention, modules)
     return Conversion(
         adapter, convention, tuple(found), tuple((alias, one, as_) for (alias, one), as_ in zip(dense, others, strict=True)), config, tuple(notes)
     )

@@ -13,7 +13,7 @@ from moeglot.conventions import Convention
 from moeglot.factors import places
 
 if TYPE_CHECKING:
-    from moeglot.adapter import Adapter
+    from moeglot.checkpoint import Checkpoint
 
 DROPPED = ("layers_to_transform", "layers_pattern", "exclude_modules", "peft_version", "auto_mapping", UNSLOTH_MARK, MARK)
 """Keys that speak of the source's names or of its writer."""
@@ -29,11 +29,11 @@ class Module:
     expert: bool
 
 
-def written_config(adapter: Adapter, to: Convention, modules: Sequence[Module]) -> dict[str, Any]:
-    """adapter_config.json for a convention's readers."""
+def written_config(said: Mapping[str, Any], base: Checkpoint, to: Convention, modules: Sequence[Module]) -> dict[str, Any]:
+    """adapter_config.json for a convention's readers; `said`: the writer's own, of which the rest is kept."""
     rank, scale = Counter((module.rank, module.scale) for module in modules).most_common(1)[0][0]
     parameters = {module.name for module in modules if module.expert and to.wraps}
-    config: dict[str, Any] = {key: value for key, value in adapter.config.raw.items() if key not in DROPPED}
+    config: dict[str, Any] = {key: value for key, value in said.items() if key not in DROPPED}
     config |= {
         "peft_type": "LORA",
         "r": rank,
@@ -41,8 +41,8 @@ def written_config(adapter: Adapter, to: Convention, modules: Sequence[Module]) 
         "use_rslora": False,
         "rank_pattern": _pattern({module.name: module.rank for module in modules}, rank),
         "alpha_pattern": _pattern({module.name: _number(module.scale * module.rank) for module in modules}, _number(scale * rank)),
-        "target_modules": _brief([m.name for m in modules if m.name not in parameters], _every_module(adapter, to), 1),
-        "target_parameters": _brief(parameters, _every_place(adapter, to), 3) if parameters else None,
+        "target_modules": _brief([m.name for m in modules if m.name not in parameters], _every_module(base, to), 1),
+        "target_parameters": _brief(parameters, _every_place(base, to), 3) if parameters else None,
         MARK: to.name,
     }
     if to.wraps:
@@ -81,16 +81,15 @@ def _end(name: str, parts: int) -> str:
     return ".".join(pieces[-parts - pieces[-1].isdigit() :])
 
 
-def _every_place(adapter: Adapter, to: Convention) -> list[str]:
-    base = adapter.base
+def _every_place(base: Checkpoint, to: Convention) -> list[str]:
     return [place.name for layer in base.layers for place in places(to, base.format.family, layer, base.sizes["e"], base.format.family.roles)]
 
 
-def _every_module(adapter: Adapter, to: Convention) -> list[str]:
+def _every_module(base: Checkpoint, to: Convention) -> list[str]:
     """Every module that a name in target_modules could mean to the reader."""
     names = [
-        aliases(key, adapter.base.format.family)[-1 if to.wraps else 0].removesuffix(".weight")
-        for key, tensor in adapter.base.decoded("F32").items()
+        aliases(key, base.format.family)[-1 if to.wraps else 0].removesuffix(".weight")
+        for key, tensor in base.decoded("F32").items()
         if key.endswith(".weight") and len(tensor.shape) == 2
     ]
-    return names if to.wraps else names + _every_place(adapter, to)
+    return names if to.wraps else names + _every_place(base, to)

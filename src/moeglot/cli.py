@@ -32,6 +32,7 @@ from moeglot.cli_options import (
     print_json,
 )
 from moeglot.cli_run import run
+from moeglot.cli_tune import tune
 from moeglot.convert import default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
@@ -207,6 +208,7 @@ def demo(keep: Annotated[Optional[Path], typer.Option("--keep", metavar="DIR", h
 
 app.command()(merge)
 app.command()(run)
+app.command()(tune)
 
 
 def main() -> None:
@@ -222,7 +224,7 @@ def main() -> None:
             Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("interrupted; what was written is kept, and --resume goes on with a conversion", file=sys.stderr)
+        print("interrupted; what was written is kept, and --resume goes on with it", file=sys.stderr)
         sys.exit(130)
 
 

@@ -18,10 +18,16 @@ def run(
     dtype: Annotated[Optional[str], typer.Option("--dtype", help="bfloat16, float16 or float32; by default what config.json declares.")] = None,  # noqa: UP045
     device: Annotated[Optional[str], typer.Option("--device", help="Where the model goes, such as cuda; by default the CPU.")] = None,  # noqa: UP045
     format: Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself.")] = None,  # noqa: UP045
+    adapter: Annotated[Optional[str], typer.Option("--adapter", metavar="DIR", help="LoRA of its experts, in any convention.")] = None,  # noqa: UP045
+    native: Annotated[bool, typer.Option("--native", help="Keep the experts encoded in memory; an adapter needs it.")] = False,
 ) -> None:
     """Continue a text with a checkpoint in any format, by transformers; greedy."""
-    tokenizer = _tokenizer(path)
-    model = load(path, dtype, device, format)
+    tokenizer = tokenizer_of(path)
+    model = load(path, dtype, device, format, native=native or adapter is not None)
+    if adapter is not None:
+        from moeglot.nn import load_adapter
+
+        model = load_adapter(model, adapter).eval()
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if not ids.shape[-1]:
         raise UsageError("the prompt is empty", "the tokenizer makes no token of it", 'pass --prompt "Some words"')
@@ -32,7 +38,7 @@ def run(
     model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
 
 
-def _tokenizer(path: str) -> Any:
+def tokenizer_of(path: str) -> Any:
     """The one beside the weights; asked for first, since it is small."""
     try:
         from transformers import AutoTokenizer

@@ -46,10 +46,13 @@ class Expert:
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def _of_group(self, tokens: torch.Tensor, matrix: Matrix, group: str) -> torch.Tensor:
-        up = self.linear(tokens, matrix, f"{group}up")
-        gated = f"{group}gate" in self.roles
-        inner = self._inner(self.linear(tokens, matrix, f"{group}gate"), up) if gated else _function(self.function)(up)
+        inner = self.activate({role: self.linear(tokens, matrix, group + role) for role in self.first})
         return self.linear(inner, matrix, f"{group}down")
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The roles whose matrices multiply the tokens, as they are called in the first group."""
+        return ("gate", "up") if f"{self.groups[0]}gate" in self.roles else ("up",)
 
     def linear(self, x: torch.Tensor, matrix: Matrix, role: str) -> torch.Tensor:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
@@ -58,7 +61,12 @@ class Expert:
         out = torch.cat([x @ block.decode(torch.float32).mT for block in matrix(role).row_blocks()], -1)
         return out + matrix(f"{role}_bias").decode(torch.float32) if f"{role}_bias" in self.roles else out
 
-    def _inner(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def activate(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the first matrices gave, role -> [t, i] of any float dtype, to what `down` multiplies, [t, i]."""
+        up = given["up"]
+        if "gate" not in given:
+            return _function(self.function)(up)
+        gate = given["gate"]
         if self.kind == "softcapped-swiglu":
             return _softcap(gate, self.numbers["gate_cap"]) * gate.sigmoid() * _softcap(up, self.numbers["up_cap"])
         act, limit = _function(self.function), self.numbers.get("limit", float("inf"))

@@ -233,6 +233,31 @@ class Stored:
         shape, letters = tuple(part.shape), self.role_axes.split()
         return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :]
 
+    # --- what a matrix gives ----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def out_group(self) -> tuple[str, ...]:
+        """The letters of the axis that a matrix gives, or of the one that a bias has: `("i", "p")`."""
+        return next(group for group in self.expert_groups if self.role_axes[0] in group)
+
+    def apart(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the stored matrix gives, [..., (i p)] -> role -> [..., i], as views."""
+        from einops import rearrange
+
+        if len(self.roles) == 1:
+            return {self.roles[0]: given}
+        moved = rearrange(given, f"... ({' '.join(self.out_group)}) -> p ... {self.role_axes[0]}", p=len(self.roles))
+        return {role: moved[n] for n, role in enumerate(self.roles)}
+
+    def together(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The inverse of `apart`."""
+        import torch
+        from einops import rearrange
+
+        if len(self.roles) == 1:
+            return given[self.roles[0]]
+        return rearrange(torch.stack([given[role] for role in self.roles]), f"p ... {self.role_axes[0]} -> ... ({' '.join(self.out_group)})")
+
     # --- other readings --------------------------------------------------------------------------------------------------------------
 
     def misreadings(self, sizes: Sizes) -> Iterator[Stored]:

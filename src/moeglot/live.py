@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +16,34 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | int | None = None, format: str | None = None, **options: Any
+    path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | int | None = None,
+    format: str | None = None,
+    *,
+    native: bool = False,
+    encode: str | None = None,
+    modules_to_not_convert: Sequence[str] = (),
+    backend: str = "auto",
+    **options: Any,
 ) -> Any:
     """A stock transformers model that computes what the checkpoint says, from any format and encoding; evaluation mode.
 
     `path`: a folder, a safetensors file or a Hub id. `dtype`: float32, bfloat16 or float16; without it, the one that config.json declares.
     `device`: where the whole model goes, the CPU by default. `options` go to `from_pretrained`: `device_map`, `attn_implementation` and so on.
     Experts are decoded one at a time, straight into the parameters, so that memory holds the model and little more.
+    `native`: experts stay in memory as they are on disk, in `moeglot.nn.Experts`, and are decoded as they are used. `encode` ("mxfp4", "fp8-block", "nf4", ...)
+    quantizes plain ones on the way, except in modules that `modules_to_not_convert` names; `backend` says how they compute, see `moeglot.nn`.
     Raises `MoeglotError`: `FormatError` where nobody may say what the tensors mean, `CheckpointError` for broken tensors, `NotVerified` where transformers
     would leave a tensor out, unread or without numbers.
     """
     _require("load")
+    if not native and (encode or modules_to_not_convert or backend != "auto"):
+        raise UsageError("encode, modules_to_not_convert and backend are for native=True", "without it, experts are decoded", "pass native=True too")
     from moeglot.integrations import transformers_load
 
-    return transformers_load.load(path, dtype, device, format, options)
+    how = transformers_load.Native(encode, tuple(modules_to_not_convert), backend) if native else None
+    return transformers_load.load(path, dtype, device, format, options, how)
 
 
 def save(

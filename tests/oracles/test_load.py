@@ -66,7 +66,7 @@ def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> t
     packed = file.get(key + "_packed", file.get(key))
     scale = file.get(key + "_scale", file.get(key + "_scale_inv"))
     if packed.dtype == torch.float8_e4m3fn:
-        return packed.float() * spread(scale, *shape)
+        return packed.float() * spread(scale, *shape[-2:])
     if packed.dtype == torch.int32:  # eight nibbles, the lowest first, each 8 more than its number
         codes = torch.stack([(packed.long() >> 4 * n) & 15 for n in range(8)], -1).flatten(-2) - 8
         return codes * scale.float().repeat_interleave(32, -1)

@@ -216,3 +216,13 @@ def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:
             pad_token_id=tokenizer.eos_token_id,
         )
     return str(tokenizer.decode(found[0], skip_special_tokens=True))
+
+
+def register() -> None:
+    """Make `experts_implementation="moeglot"` work on stock models of transformers 5.23, through its own registry; doing it again changes nothing.
+
+    Raises `UsageError` in a release that has no registry for it, with the way that works there.
+    """
+    from moeglot.integrations import transformers_register
+
+    transformers_register.register()

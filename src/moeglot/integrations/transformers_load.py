@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moeglot.dtypes import WEIGHT_DTYPES, DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
+from moeglot.integrations import transformers_native
 from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
@@ -33,7 +35,23 @@ OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_lo
 INSTALLED = f"transformers {transformers.__version__}"
 
 
-def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.device | int | None, format: str | None, options: Mapping[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Native:
+    """How the experts stay encoded: as on disk or as `encode` says, except in the modules of `kept`; computed by `backend`."""
+
+    encode: str | None = None
+    kept: tuple[str, ...] = ()
+    backend: str = "auto"
+
+
+def load(
+    path: str | Path,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | int | None,
+    format: str | None,
+    options: Mapping[str, Any],
+    native: Native | None = None,
+) -> Any:
     """See `moeglot.load`."""
     if taken := sorted(OURS & options.keys()):
         raise UsageError(
@@ -45,9 +63,15 @@ def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.
     cls = model_class(config)
     with torch.device("meta"):
         empty = cls(config)
-    chosen = layout(checkpoint, {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}, kind)
+    modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    chosen = layout(checkpoint, modules, kind)
     state = state_dict(chosen, kind)
-    given = {**options, **_placement(device, options), "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if native:
+        _check_native(options)
+        transformers_native.check(chosen, modules, empty)
+        transformers_native.hollow(chosen, state)
+    placement = {} if native else _placement(device, options)
+    given = {**options, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     finally:  # whatever the library makes of it, the cause is what a tensor refused
@@ -55,8 +79,16 @@ def load(path: str | Path, dtype: str | torch.dtype | None, device: str | torch.
             raise refused
     _check(checkpoint, chosen, state, model, info)
     _finish(checkpoint, model)
+    if native:
+        transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend)
+        model.to(device or "cpu")
     give_back()
     return model
+
+
+def _check_native(options: Mapping[str, Any]) -> None:
+    if "device_map" in options:
+        raise UsageError(f"device_map={options['device_map']} with native=True", "its experts are put in place after the model is loaded", "pass device=")
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
@@ -77,7 +109,6 @@ def config_of(checkpoint: Checkpoint) -> Any:
             raise UsageError(
                 f"{INSTALLED} knows no model_type {checkpoint.config.get('model_type')}", checkpoint.known, "install a version that has the family"
             ) from error
-    config.name_or_path = str(checkpoint.source.folder)
     return config
 
 
@@ -159,6 +190,7 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 
 
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
-    """What lies beside the weights and belongs to a model: how it generates."""
+    """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
+    model.config.name_or_path = str(checkpoint.source.folder)
     if model.can_generate() and not checkpoint.source.single and (checkpoint.source.folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.source.folder)

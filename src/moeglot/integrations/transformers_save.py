@@ -22,6 +22,7 @@ from moeglot.dtypes import dtype_of
 from moeglot.errors import NotVerified, UsageError
 from moeglot.identify import Identification, identify
 from moeglot.integrations.transformers_load import INSTALLED, layouts
+from moeglot.nn.module import Experts
 from moeglot.plan import plan
 from moeglot.shards import Entry
 from moeglot.source import Source
@@ -59,6 +60,11 @@ def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
     """The model as a checkpoint; `folder` gets what lies beside the weights. Raises `FormatError` if its tensors are in no format that we know."""
     if not isinstance(model, transformers.PreTrainedModel):
         raise UsageError(f"{type(model).__name__} is no model of transformers", "its state dict has other names", "merge or unload what wraps the model first")
+    if held := next((name for name, module in model.named_modules() if isinstance(module, Experts)), None):
+        raise UsageError(
+            f"{held} holds what is on disk already", f"the model was loaded with native=True from {model.config.name_or_path}",
+            "moeglot convert that checkpoint; moeglot.nn.save_adapter writes what was trained",
+        )  # fmt: skip
     _write_beside(model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     entries = {name: hold(name, tensor) for name, tensor in model.state_dict().items() if name not in _tied(model)}

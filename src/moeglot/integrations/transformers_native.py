@@ -1,0 +1,189 @@
+"""Native loading: which modules of which releases `moeglot.nn.Experts` can stand in for, what each of them is asked, and how they are swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.coding import leaves_alone
+from moeglot.codings import CODINGS
+from moeglot.encoding import Encoding
+from moeglot.encodings import by_name
+from moeglot.encodings.plain import Plain
+from moeglot.errors import HalfAdapter, UsageError
+from moeglot.format import Format
+from moeglot.formats import of_family
+from moeglot.integrations.transformers import VERSION
+from moeglot.integrations.transformers_state import Lazy, expert_names
+from moeglot.layout import Stored
+from moeglot.nn.module import Experts
+from moeglot.plan import Plan
+
+INSTALLED = f"transformers {transformers.__version__}"
+DECODED = "leave native out: moeglot.load then decodes the experts into the library's own modules"
+
+
+class EachItsOwn(Experts):
+    """Llama 4's block hands every expert its own copy of the tokens, weighted already: [e t, h] -> [e t, h]."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        index = torch.arange(self.num_experts, device=flat.device).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
+        return super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype)).view(hidden_states.shape)
+
+
+class ScoresOfAll(Experts):
+    """gpt-oss in transformers 4.57 hands the routing weights of all experts, [t, e], and gets its batch axis back."""
+
+    def forward(self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states, router_indices, routing_weights.gather(1, router_indices))
+
+
+def kind_of(module: torch.nn.Module, name: str) -> type[Experts]:
+    """The class that can take a module's place; raises `UsageError` where none can."""
+    called = type(module).__name__
+    if VERSION < (5, 0):
+        if called == "GptOssExperts":
+            return ScoresOfAll
+        raise _refused(f"{name}: {called} of {INSTALLED} computes each expert by itself", "there, gpt-oss alone has one module for all experts")
+    if called == "Llama4TextExperts":
+        return EachItsOwn
+    if getattr(module, "zero_expert_num", 0):
+        raise _refused(f"{name}: some ids of {called} mean that a token stays as it is", "moeglot.nn.Experts skips ids that are no expert")
+    if "top_k_index" in forward_names(module) or hasattr(module, "is_transposed"):
+        return Experts
+    raise _refused(f"{name}: {called} is asked in a way of its own", "known is forward(hidden_states, top_k_index, top_k_weights)")
+
+
+def forward_names(module: torch.nn.Module) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _refused(what: str, known: str) -> UsageError:
+    return UsageError(what, known, DECODED)
+
+
+# --- what is held ----------------------------------------------------------------------------------------------------------------------
+
+
+Lines = tuple[tuple[Stored, Encoding], ...]
+
+
+def held_lines(checkpoint: Checkpoint, encode: str) -> Lines:
+    """What holds this checkpoint's experts in an encoding: a producer's lines, if one stores them so; else his names on the upright matrices."""
+    wanted, source = by_name(encode), checkpoint.format
+    if isinstance(wanted, Plain):
+        raise UsageError(
+            f"encode={encode!r} is no quantization", "plain experts are held as they are on disk", "leave encode out, or pass 'mxfp4', 'fp8-block' or 'nf4'"
+        )
+    if not source.is_plain:
+        raise UsageError(
+            f"nothing to encode as {encode}: the experts are quantized already", checkpoint.known, "leave encode out; they are held as they are on disk"
+        )
+    plain = checkpoint.experts(checkpoint.layers[0])
+    return tuple((line, plain[line.roles[0]].encoding if isinstance(line.encoding, Plain) else line.encoding) for line in lines_of(source, wanted))
+
+
+def lines_of(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
+    """The lines that hold a plain layout's experts in an encoding; vectors stay plain."""
+    lines = _producers(source, wanted) or _upright(source, wanted)
+    return tuple(line if isinstance(line.encoding, Plain) else replace(line, encoding=line.encoding.like(wanted)) for line in lines)
+
+
+def _producers(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
+    """The lines of the format that this layout has in the encoding, or that the family has at all; none if nobody stores it so."""
+    forms = [form for form in of_family(source.family) if any(line.encoding.kind == wanted.kind for line in form.stored)]
+    near = [form for form in forms if form.name.startswith(source.name + "+")] or [form for form in forms if not form.coding and not form.config.only]
+    exact = [form for form in near if any(line.encoding.name == wanted.name for line in form.stored)]
+    return next((form.stored for form in exact or near), ())
+
+
+def _upright(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
+    stacked = any(not line.per_expert for line in source.stored)
+    codings = [coding for coding in CODINGS if coding.encoding.kind == wanted.kind and (coding.stacked or not stacked)]
+    coding = next((coding for coding in codings if coding.encoding.name == wanted.name), next(iter(codings), None))
+    if coding is None:
+        raise UsageError(f"{wanted} has no names for the tensors of {source.name}", source.about, "convert the checkpoint first, with moeglot convert --encode")
+    return tuple(coding.line(replace(line, axes=upright_axes(line))) for line in source.stored)
+
+
+def upright_axes(line: Stored) -> str:
+    """The axes of a line with its matrix turned to [out, in], where it is a matrix that lies the other way."""
+    if line.upright or len(line.role_axes.split()) == 1:
+        return line.axes
+    groups = [f"({' '.join(group)})" if len(group) > 1 else group[0] for group in line.expert_groups]
+    return " ".join((["e"] if not line.per_expert else []) + groups[::-1])
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------------------------
+
+
+def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
+    """In a state dict, put one number in place of each tensor of the experts: a view of their shapes that takes no memory."""
+    for name, shape in expert_names(chosen).items():
+        lazy = state[name]
+        lazy.make = partial(torch.zeros((), dtype=lazy.dtype).expand, shape)
+
+
+def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str) -> None:
+    """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing."""
+    lines = held_lines(checkpoint, encode) if encode else None
+    converted = 0
+    for layer in checkpoint.layers:
+        name = path_of(chosen, layer)
+        old = model.get_submodule(name)
+        mine = lines if not leaves_alone({"modules_to_not_convert": kept}, name) else None
+        converted += mine is not None
+        new = kind_of(old, name).of(checkpoint, layer, lines=mine, backend=backend)
+        new.post_expert_norm = getattr(old, "post_expert_norm", None)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.train(old.training))
+    model.register_forward_pre_hook(never_dropped)
+    if encode and not converted:
+        raise UsageError(
+            f"encode={encode!r} converted nothing",
+            f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}",
+            "name fewer modules",
+        )
+
+
+def never_dropped(model: Any, *_: Any) -> None:
+    """Before a native model computes: an adapter that PEFT has in its config for experts, and that is on none, is an error. PEFT itself only warns."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        paths = {target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()}
+        for name, module in model.named_modules() if paths else ():
+            if isinstance(module, Experts) and not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
+                raise HalfAdapter(
+                    f"{name} has no adapter, and PEFT's config says that it has one",
+                    "PEFT knows no parameters of encoded experts, and left its factors out with a warning",
+                    "load it with moeglot.nn.load_adapter(model, path)",
+                )
+
+
+def path_of(chosen: Plan, layer: int) -> str:
+    """The module that holds a layer's experts."""
+    paths = {step.line.key.format(layer=layer).rpartition(".")[0] for step in chosen.steps if not step.line.per_expert}
+    if len(paths) != 1:
+        raise _refused(f"{INSTALLED} has no one module for the experts of {chosen.source.format.family.name}", f"its layout is {chosen.target.name}")
+    return paths.pop()
+
+
+def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module) -> None:
+    """Before anything is read: every layer has a module whose place can be taken."""
+    if any(modules.get(name) != shape for name, shape in expert_names(chosen).items()) and VERSION >= (5, 0):
+        raise _refused(f"{INSTALLED} has no module in a layout of {chosen.source.format.family.name} that moeglot knows", chosen.source.known)
+    for layer in chosen.source.layers[:1]:
+        if VERSION < (5, 0) and any(step.line.per_expert for step in chosen.steps):
+            raise _refused(
+                f"{INSTALLED} computes each expert of {chosen.source.format.family.name} by itself", "there, gpt-oss alone has one module for all experts"
+            )
+        name = path_of(chosen, layer)
+        kind_of(empty.get_submodule(name), name)

@@ -1,0 +1,208 @@
+"""An adapter of encoded experts on disk: one PEFT folder in a stated convention, together with what PEFT has on other modules, and back onto a live model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from moeglot.adapter import Adapter, open_adapter
+from moeglot.adapter_config import CONFIG, PREFIX, TENSORS, AdapterConfig
+from moeglot.adapter_convert import convert_adapter, difference
+from moeglot.adapter_parts import aliases
+from moeglot.adapter_written import Module, written_config
+from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoint import open as open_checkpoint
+from moeglot.conventions import PEFT
+from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
+from moeglot.factors import Place, holds, join, lay, places
+from moeglot.nn.lora import Lora, experts_of
+from moeglot.nn.module import Experts
+
+LIMIT = 1e-6
+"""Of the relative difference between a change in memory and the same change re-read."""
+READER = "transformers-5"
+
+
+def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, base: Checkpoint | str | Path | None = None) -> Path:
+    """Write the adapter of a model's native experts, and PEFT's on its other modules, as one PEFT folder that stock PEFT loads on the dense model.
+
+    `to`: a reader or a convention, as in `moeglot.convert_adapter`; `base`: the checkpoint, by default the folder that the model was loaded from.
+    The folder is re-read and every change compared with the live one. Raises `AdapterError` where nothing is adapted, `OutputExists`, `NotVerified`.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
+    checkpoint = _base(model, base)
+    live = {module.layer: module for module in experts_of(model).values() if module.adapters}
+    if not live:
+        raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
+    work = out.with_name(out.name + ".peft.partial")  # convert_adapter has a .partial of its own
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    said, tensors = _of_peft(model)
+    modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
+    for place, lora, pair in _of_experts(live, checkpoint):
+        tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
+        modules.append(Module(place.name, lora.rank, lora.scale, True))
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})
+    config = written_config({"task_type": "CAUSAL_LM", "bias": "none", **said}, checkpoint, PEFT, modules)
+    (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain), encoding="utf-8")
+    adapter = open_adapter(work, checkpoint)
+    _prove(adapter, live, work)
+    if to == READER:
+        work.rename(out)
+    else:
+        convert_adapter(adapter, to, out)
+        shutil.rmtree(work)
+    return out
+
+
+def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Checkpoint:
+    if isinstance(base, Checkpoint):
+        return base
+    path = base or getattr(getattr(model, "config", None), "name_or_path", None)
+    if not path:
+        raise UsageError("which checkpoint is this adapter for?", "the model does not say where it was loaded from", "pass base=PATH")
+    return open_checkpoint(path)
+
+
+def _of_peft(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What PEFT would write: adapter_config.json and tensors; nothing where PEFT has nothing on the model."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return {}, {}
+    from peft import get_peft_model_state_dict
+
+    if len(configs) > 1:
+        raise UsageError(f"PEFT has {len(configs)} adapters on the model", f"they are {', '.join(configs)}", "delete all but the one to save")
+    said = next(iter(configs.values())).to_dict()
+    AdapterConfig(json.loads(json.dumps(said, default=_plain))).check()
+    return json.loads(json.dumps(said, default=_plain)), dict(get_peft_model_state_dict(model))
+
+
+def _plain(value: Any) -> Any:
+    """What a config holds and JSON does not."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
+
+
+def _module(key: str, tensor: torch.Tensor, said: Mapping[str, Any]) -> Module:
+    name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+    return Module(name, len(tensor), AdapterConfig(said).scale(name, len(tensor)), False)
+
+
+def _of_experts(live: Mapping[int, Experts], base: Checkpoint) -> Iterator[tuple[Place, Lora, tuple[torch.Tensor, ...]]]:
+    """(place, the adapter there, its two tensors as PEFT has them)."""
+    family = base.format.family
+    if not holds(PEFT, family):
+        raise AdapterError(f"{PEFT.name} has no place for experts of {family.name}", PEFT.about, "train the attention alone")
+    for layer, module in live.items():
+        roles = [role for lora in module.adapters.values() for role in lora.roles]
+        for place in places(PEFT, family, layer, base.sizes["e"], roles):
+            lora = module.adapters["down" if place.roles == ("down",) else "first"]
+            if module.num_experts != base.sizes["e"]:
+                raise HalfAdapter(f"{place.name}: {module.num_experts} of {base.sizes['e']} experts are here", "the others live elsewhere", "gather them first")
+            lefts = [join(place, [_left(lora, role, expert) for role in place.roles]) for expert in range(module.num_experts)]
+            yield place, lora, lay(PEFT, lefts, list(lora.a.detach()))
+
+
+def _left(lora: Lora, role: str, expert: int) -> torch.Tensor:
+    """[out, r] of one role."""
+    return lora.b.detach()[expert].chunk(len(lora.roles))[lora.roles.index(role)]
+
+
+def _prove(adapter: Adapter, live: Mapping[int, Experts], folder: Path) -> None:
+    for layer, module in live.items():
+        for lora in module.adapters.values():
+            for role in lora.roles:
+                for expert in range(module.num_experts):
+                    mine = (_left(lora, role, expert).float().cpu() * lora.scale, lora.a.detach()[expert].float().cpu())
+                    off = difference(mine, adapter.factors(layer, role, expert))
+                    if not off <= LIMIT:
+                        what = f"{folder}: layer {layer}, {role} of expert {expert} is off by {off:.1e}"
+                        raise NotVerified(what, "the change was re-read from disk", "keep the model, and report this")
+
+
+# --- back onto a model -----------------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    model: torch.nn.Module,
+    path: str | Path,
+    *,
+    convention: str | None = None,
+    base: Checkpoint | str | Path | None = None,
+    trainable: bool = False,
+    dropout: float = 0.0,
+) -> torch.nn.Module:
+    """Put an adapter in any convention on a model with native experts -> the model, wrapped by PEFT if the adapter changes other modules too.
+
+    Raises as `moeglot.open_adapter` does, and `HalfAdapter` for experts that the model does not hold: nothing is left out.
+    """
+    adapter = open_adapter(path, _base(model, base), convention)
+    live = {module.layer: module for module in experts_of(model).values()}
+    with tempfile.TemporaryDirectory() as folder:
+        if adapter.pairs and adapter.convention is not PEFT:
+            convert_adapter(adapter, PEFT.name, Path(folder) / "peft")
+            adapter = open_adapter(Path(folder) / "peft", adapter.base)
+        for layer in adapter.layers:
+            if layer not in live:
+                raise HalfAdapter(f"layer {layer} is adapted, and its experts are none that moeglot holds", adapter.known, "load the model with native=True")
+            _put(adapter, layer, live[layer], dropout)
+        if adapter.dense or adapter.replaced:
+            model = _with_peft(adapter, model, Path(folder) / "dense", trainable)
+    for module in live.values():
+        for parameter in module.lora.parameters():
+            parameter.requires_grad_(trainable)
+    return model
+
+
+def _put(adapter: Adapter, layer: int, module: Experts, dropout: float) -> None:
+    if module.lora:
+        raise UsageError(f"layer {layer} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
+    e, h, i = (module.sizes[letter] for letter in "ehi")
+    for name, roles, out, inner in (("first", module.expert.first, i, h), ("down", ("down",), h, i)):
+        wanted = [role for role in roles if role in adapter.roles(layer)]
+        if not wanted:
+            continue
+        pairs = [adapter.pairs[layer, role, 0] for role in wanted]
+        if len({id(pair) for pair in pairs}) > 1:
+            raise HalfAdapter(f"layer {layer}: gate and up have pairs of their own", adapter.known, "merge it with moeglot merge")
+        lora = Lora(roles, roles, (e, out, inner), pairs[0].rank, pairs[0].scale * pairs[0].rank, dropout)
+        with torch.no_grad():
+            for expert in range(e):
+                sides = {role: pairs[0].raw(role, expert) for role in wanted}
+                lora.a[expert].copy_(sides[wanted[0]][1])
+                lora.b[expert].copy_(torch.cat([sides[role][0] if role in sides else torch.zeros(out, lora.rank) for role in roles]))
+        module.lora[name] = lora.to(module.lines[0].device)
+
+
+def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable: bool) -> torch.nn.Module:
+    """The modules that are no experts, by PEFT itself, from a folder that holds these alone."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UsageError("the adapter changes modules that are no experts", f"those are PEFT's business, and {error}", "pip install peft") from error
+    folder.mkdir()
+    family, modules = adapter.base.format.family, []
+    tensors: dict[str, torch.Tensor] = {}
+    for name, dense in adapter.dense.items():
+        alias = aliases(name + ".weight", family)[-1].removesuffix(".weight")
+        kinds = ("lora_embedding_A", "lora_embedding_B") if dense.embedding else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"{PREFIX}{alias}.{kinds[0]}": dense.a.read().clone(), f"{PREFIX}{alias}.{kinds[1]}": dense.b.read().clone()}
+        if dense.bias_entry:
+            tensors[f"{PREFIX}{alias}.lora_B.bias"] = dense.bias_entry.read().clone()
+        modules.append(Module(alias, dense.rank, dense.scale, False))
+    tensors |= {PREFIX + replaced.alias: replaced.entry.read().clone() for replaced in adapter.replaced.values()}
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    said = {**adapter.config.raw, "target_parameters": None}
+    (folder / CONFIG).write_text(json.dumps(written_config(said, adapter.base, PEFT, modules), default=_plain), encoding="utf-8")
+    wrapped: torch.nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    return wrapped

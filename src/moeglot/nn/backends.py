@@ -1,0 +1,129 @@
+"""The ways to compute a layer's experts, by name: the reference, one expert at a time, one slot at a time, or blocks of experts; and which one suits where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeglot.encoding import Encoded
+from moeglot.errors import UsageError
+from moeglot.layout import values
+from moeglot.nn.compute import Stage, biases_of, oriented, row_ids, stages
+from moeglot.nn.routing import Routing, Total
+
+if TYPE_CHECKING:
+    from moeglot.nn.module import Experts
+
+Backend = Callable[["Experts", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(module, hidden [t, h], top_k_index [t, k], top_k_weights [t, k]) -> [t, h]."""
+
+FEW = 64
+"""Slots (tokens × experts of each) up to which a device that computes in parallel takes one matrix for each slot."""
+BUDGET = 1 << 28
+"""Bytes of decoded experts that a block may take, at least one expert."""
+
+
+def reference(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each expert by `moeglot.experts`, in float32, its adapter added to its matrices: what the others are measured against."""
+    routing = Routing.of(index, module.num_experts)
+    total = torch.zeros(hidden.shape, device=hidden.device)
+    for block in routing.blocks(1):
+        slots = routing.order[block.rows]
+        roles = {role: each for line in module.lines for role, each in line.roles(block.experts.start).items()}
+        roles |= _changed(module, roles, block.experts.start)
+        out = module.expert.forward(hidden[slots // routing.ranks].float(), roles.__getitem__)
+        total = total.index_add(0, slots // routing.ranks, module.after(out) * weights.reshape(-1)[slots].float().unsqueeze(-1))
+    return total.to(hidden.dtype)
+
+
+def _changed(module: Experts, roles: dict[str, Encoded], expert: int) -> dict[str, Encoded]:
+    found = {}
+    for factors in (module.factors(module.expert.first), module.factors(("down",))):
+        if factors:
+            for n, role in enumerate(factors.roles):
+                b = factors.b[expert].float().chunk(len(factors.roles))[n]
+                found[role] = values(roles[role].decode(torch.float32) + factors.scale * (b @ factors.a[expert].float()))
+    return found
+
+
+def _in_blocks(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, size: int) -> torch.Tensor:
+    first, down = stages(module)
+    routing = Routing.of(index, module.num_experts)
+    total, flat = Total(routing, hidden.shape[-1], hidden), weights.reshape(-1)
+    for block in routing.blocks(size):
+        slots = routing.order[block.rows]
+        x = hidden[slots // routing.ranks]
+        ids = row_ids(block, x)
+        inner = module.expert.activate(first.forward(x, block, ids))
+        out = module.after(down.forward(inner, block, ids)["down"])
+        total.add(block.rows, out * flat[slots].unsqueeze(-1).to(out.dtype))
+    return total.sum()
+
+
+def eager(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One expert after the other, those alone that have tokens."""
+    return _in_blocks(module, hidden, index, weights, 1)
+
+
+def grouped(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Blocks of experts, each decoded at once and multiplied by one grouped GEMM."""
+    return _in_blocks(module, hidden, index, weights, block_size(module, hidden.dtype))
+
+
+def block_size(module: Experts, dtype: torch.dtype) -> int:
+    """How many decoded experts BUDGET holds; never more than half a layer."""
+    largest = max(prod(line.shape) for line in module.lines) * dtype.itemsize
+    return max(1, min(module.num_experts // 2, BUDGET // largest))
+
+
+def batched(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One matrix for each slot, gathered in its encoding: no id comes to the host; for few tokens."""
+    tokens, ranks = index.shape
+    first, down = stages(module)
+    ids = index.reshape(-1)
+    here = ids < module.num_experts
+    ids = ids.clamp(max=module.num_experts - 1)
+    x = hidden.repeat_interleave(ranks, 0)
+    inner = module.expert.activate(_each(first, x, ids))
+    out = module.after(_each(down, inner, ids)["down"])
+    weighted = torch.where(here.unsqueeze(-1), out * weights.reshape(-1, 1).to(out.dtype), 0)
+    return weighted.view(tokens, ranks, -1).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32)).to(hidden.dtype)
+
+
+def _each(stage: Stage, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """x [n, in], each row with its own expert -> role -> [n, out]."""
+    found: dict[str, torch.Tensor] = {}
+    for line in stage.lines:
+        found |= line.line.apart((x.unsqueeze(1) @ oriented(line, line.gathered(ids, x.dtype))).squeeze(1))
+    for role, bias in biases_of(stage.biases, range(stage.lines[0].experts), x.dtype).items():
+        found[role] = found[role] + bias[ids]
+    if stage.factors:
+        a, b = (side[ids].to(x.dtype) for side in (stage.factors.a, stage.factors.b))
+        change = (x.unsqueeze(1) @ a.mT @ b.mT).squeeze(1) * stage.factors.scale
+        for role, one in stage.factors.roles_of(change).items():
+            found[role] = found[role] + one
+    return found
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "eager": eager, "batched": batched, "grouped": grouped}
+NAMES = ("auto", *BACKENDS)
+
+
+def check(name: str) -> str:
+    """The name; raises `UsageError` for one that is not there."""
+    if name not in NAMES:
+        wrong = "the backend 'triton' is not there yet" if name == "triton" else f"{name!r} is not a backend"
+        raise UsageError(wrong, f"known: {', '.join(NAMES)}", "leave it out; 'auto' chooses by device and shape")
+    return name
+
+
+def choose(name: str, hidden: torch.Tensor, index: torch.Tensor) -> str:
+    """The backend that `auto` means for these tokens."""
+    if name != "auto":
+        return name
+    if hidden.device.type == "cpu":
+        return "eager"
+    return "batched" if index.numel() <= FEW else "grouped"

@@ -1,0 +1,150 @@
+"""Held: one stored tensor of a layer's experts in memory, in the bytes that its format has on disk and under its names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from moeglot.encoding import Encoded, Encoding, Part
+from moeglot.layout import Stored, exactly, values
+
+Read = Callable[[int], Encoded]
+"""Number of an expert on disk -> its slice of the stored tensor."""
+
+
+class Held(torch.nn.Module):
+    """The parts of one line of a format, for the experts `first` to `first + sizes["e"]` of a layer, as buffers.
+
+    A part that each expert has is one buffer [e, ...]; one that several share is a buffer of its own. No cast of the module touches them: their dtypes
+    are what the encoding says. `read` is asked for one expert at a time.
+    """
+
+    def __init__(self, line: Stored, encoding: Encoding, sizes: Mapping[str, int], layer: int, read: Read, first: int = 0) -> None:
+        super().__init__()
+        self.line, self.encoding, self.sizes, self.layer, self.first = line, encoding, dict(sizes), layer, first
+        self.shape = line.expert_shape(sizes)
+        for expert in range(sizes["e"]):
+            for name, tensor in read(first + expert).parts.items():
+                self._put(self._part(name), expert, tensor)
+        several = len(line.roles) > 1
+        self.alone = any(part.flat or part.shared or (several and part.is_single) for part in encoding.parts)
+        """Only one expert can be decoded at a time."""
+
+    def _part(self, name: str) -> Part:
+        return next(part for part in self.encoding.parts if part.name == name)
+
+    def _name(self, part: Part, expert: int) -> str:
+        """Of its buffer; a part may be called `shape`, which a module has already."""
+        return f"part_{part.name}_{expert}" if part.shared and self.line.per_expert else f"part_{part.name}"
+
+    def _put(self, part: Part, expert: int, tensor: torch.Tensor) -> None:
+        name = self._name(part, expert)
+        if part.shared:
+            if name not in self._buffers:
+                self.register_buffer(name, tensor.clone(), persistent=False)
+            return
+        if name not in self._buffers:
+            self.register_buffer(name, torch.empty(self.sizes["e"], *tensor.shape, dtype=tensor.dtype), persistent=False)
+        self.get_buffer(name)[expert].copy_(tensor)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Held:
+        """Buffers go to other devices, and are never cast: `fn` sees bytes."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer.reshape(-1).view(torch.uint8)).view(buffer.dtype).view(buffer.shape)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    @property
+    def experts(self) -> int:
+        return self.sizes["e"]
+
+    # --- numbers ---------------------------------------------------------------------------------------------------------------------
+
+    def encoded(self, expert: int) -> Encoded:
+        """The slice of one expert, its axes as they lie on disk."""
+        found = {}
+        for part in self.encoding.parts:
+            buffer = self.get_buffer(self._name(part, expert))
+            found[part.name] = buffer if part.shared else buffer[expert]
+        return Encoded(self.encoding, found, self.shape)
+
+    def roles(self, expert: int) -> dict[str, Encoded]:
+        """role -> [out, in] of one expert, still encoded where that can be."""
+        slice_ = self.encoded(expert)
+        return self.line.split(slice_ if self.line.movable(self.encoding, self.sizes) else values(slice_.decode(torch.float32)))
+
+    def dense(self, experts: range, dtype: torch.dtype) -> torch.Tensor:
+        """The slices of some experts that follow each other, decoded: [b, ...] in stored axes."""
+        if self.alone:
+            found = [self._decoded(expert, dtype) for expert in experts]
+            return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
+        return self._several({name: buffer[experts.start : experts.stop] for name, buffer in self._whole()}, len(experts), dtype)
+
+    def gathered(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """ids int [n] -> the slices of these experts [n, ...]. Packed bytes are gathered, then decoded, so that no id comes to the host."""
+        if self.alone:
+            return torch.stack([self._decoded(expert, dtype) for expert in ids.tolist()])
+        return self._several({name: _take(buffer, ids) for name, buffer in self._whole()}, len(ids), dtype)
+
+    def _whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(part, [e, ...]) where every part is one buffer."""
+        for part in self.encoding.parts:
+            yield part.name, self.get_buffer(self._name(part, 0))
+
+    def _several(self, parts: Mapping[str, torch.Tensor], count: int, dtype: torch.dtype) -> torch.Tensor:
+        return Encoded(self.encoding, parts, (count, *self.shape)).decode(dtype).to(self.device)
+
+    def _decoded(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        if len(self.line.roles) > 1 and any(part.is_single and not part.shared for part in self.encoding.parts):  # each projection has its own
+            roles = self.roles(expert)
+            found = self.line.join(lambda role: values(roles[role].decode(dtype).cpu())).parts["value"]
+        else:
+            found = self.encoded(expert).decode(dtype)
+        return found.to(self.device)
+
+    # --- as a file has them ----------------------------------------------------------------------------------------------------------
+
+    def stored(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, tensor) as on disk, as views of the buffers."""
+        for part in self.encoding.parts:
+            if self.line.per_expert:
+                for expert in range(self.experts):
+                    buffer = self.get_buffer(self._name(part, expert))
+                    one = buffer if part.shared else buffer[expert]
+                    yield self.line.key_of(part, self.layer, self.first + expert), one if part.shared else one.view(self.line.part_shape(part, self.sizes))
+            else:
+                buffer = self.get_buffer(self._name(part, 0))
+                yield self.line.key_of(part, self.layer, None), buffer if part.shared else buffer.view(self.line.part_shape(part, self.sizes))
+
+    def extra_repr(self) -> str:
+        return f"{self.line.short}: {self.experts} × {list(self.shape)} as {self.encoding}, {self.nbytes} bytes"
+
+
+def _take(buffer: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`buffer[ids]`, as bytes: torch does not index every type of 8 bits."""
+    rows = buffer.reshape(len(buffer), -1).view(torch.uint8)
+    return rows[ids].view(buffer.dtype).view(len(ids), *buffer.shape[1:])
+
+
+def encode(line: Stored, encoding: Encoding, roles: Mapping[str, Encoded], sizes: Mapping[str, int]) -> Encoded:
+    """role -> [out, in] of one expert, to the slice of a line in this encoding: each role by itself where it is coded so."""
+
+    def coded(given: Encoded) -> Encoded:
+        return Encoded(encoding, encoding.encode(given.parts["value"]), given.shape)
+
+    if line.movable(encoding, sizes):
+        found = line.join(lambda role: coded(exactly(roles[role])))
+    else:
+        found = coded(line.join(lambda role: exactly(roles[role])))
+    parts = found.parts if line.per_expert else encoding.stacked(found.parts, sizes["e"])
+    shaped = {part.name: parts[part.name] if part.shared else parts[part.name].view(line.slice_shape(part, sizes)) for part in encoding.parts}
+    return Encoded(encoding, shaped, line.expert_shape(sizes))

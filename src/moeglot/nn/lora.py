@@ -1,0 +1,100 @@
+"""LoRA on experts that stay encoded: one pair of factors for gate and up, which have one input, and one for down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeglot.errors import UsageError
+
+if TYPE_CHECKING:
+    from moeglot.nn.module import Experts
+
+TARGETS = ("gate", "up", "down")
+
+
+class Lora(torch.nn.Module):
+    """a [e, r, in] and b [e, p out, r] in float32 for `roles` in turn; the change of expert e is scale × b a, scale = alpha / r.
+
+    gate and up share `a`, as they do in every adapter of a fused gate_up_proj. A role that is not in `targets` keeps rows of zeros in b.
+    """
+
+    def __init__(self, roles: tuple[str, ...], targets: Sequence[str], shape: tuple[int, int, int], rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        experts, out, inner = shape
+        self.roles, self.targets, self.rank, self.alpha, self.dropout = roles, tuple(role for role in roles if role in targets), rank, alpha, dropout
+        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner))
+        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank))
+        bound = 1 / math.sqrt(inner)  # as torch.nn.Linear starts, and PEFT with it
+        torch.nn.init.uniform_(self.a, -bound, bound)
+        if self.targets != roles:
+            frozen = torch.cat([torch.full((out, 1), float(role in self.targets)) for role in roles])
+            self.b.register_hook(lambda grad: grad * frozen.to(grad))  # type: ignore[no-untyped-call]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def extra_repr(self) -> str:
+        return f"{' and '.join(self.targets)}, rank {self.rank}, scale {self.scale:g}, dropout {self.dropout:g}"
+
+
+def experts_of(model: torch.nn.Module) -> dict[str, Experts]:
+    """Name -> the native experts of a model; raises `UsageError` if there are none."""
+    from moeglot.nn.module import Experts
+
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no experts that moeglot holds",
+            "LoRA goes on moeglot.nn.Experts; other modules are PEFT's business",
+            "load the model with moeglot.load(path, native=True)",
+        )
+    return found
+
+
+def add_lora(
+    model: torch.nn.Module, r: int = 8, alpha: float | None = None, targets: Sequence[str] = TARGETS, dropout: float = 0.0
+) -> list[torch.nn.Parameter]:
+    """Put a LoRA adapter on every native experts module of a model, freeze what is no adapter, and return the new parameters (float32).
+
+    `r`: rank; `alpha`: the changes are multiplied by alpha / r, twice the rank by default. `targets`: among gate, up and down. Adapters that PEFT put on
+    other modules stay trainable. Raises `UsageError` for values that mean nothing, or where an adapter is already.
+    """
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise UsageError(f"{unknown[0]!r} is no matrix of an expert", f"known: {', '.join(TARGETS)}", "attention is PEFT's business: use get_peft_model for it")
+    if r < 1 or not 0 <= dropout < 1 or not targets:
+        raise UsageError(f"r = {r}, dropout = {dropout}, targets = {tuple(targets)}", "a rank is at least 1, dropout is at least 0 and below 1", "check them")
+    found = experts_of(model)
+    if busy := [name or "it" for name, module in found.items() if module.lora]:
+        raise UsageError(f"{busy[0]} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
+    added: list[torch.nn.Parameter] = []
+    for name, module in found.items():
+        if module.post_expert_norm is not None:
+            raise UsageError(f"{name}: no gradient goes through these experts", "their family has a norm after each expert", "leave the experts frozen")
+        for place, lora in make(module, r, alpha if alpha is not None else 2 * r, targets, dropout).items():
+            module.lora[place] = lora.to(module.lines[0].device)
+            added += lora.parameters()
+    if not added:
+        raise UsageError(f"no expert has {' or '.join(targets)}", f"the family is {next(iter(found.values())).family}", "choose other targets")
+    if not any("lora_" in name for name, _ in model.named_parameters()):  # else PEFT has said what trains
+        mine = {id(parameter) for parameter in added}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in mine)
+    return added
+
+
+def make(module: Experts, r: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Lora]:
+    """ "first" and "down" -> a fresh adapter, if any of its roles is wanted."""
+    e, h, i = (module.sizes[letter] for letter in "ehi")
+    places = {"first": (module.expert.first, i, h), "down": (("down",), h, i)}
+    return {place: Lora(roles, targets, (e, out, inner), r, alpha, dropout) for place, (roles, out, inner) in places.items() if set(roles) & set(targets)}
+
+
+def remove_lora(model: torch.nn.Module) -> None:
+    """Take the adapter off every native experts module."""
+    for module in experts_of(model).values():
+        module.lora = torch.nn.ModuleDict()

@@ -1,0 +1,191 @@
+"""Experts: a torch module that holds a layer's experts as they are on disk and computes what their family says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.encoding import Encoding
+from moeglot.encodings.plain import Plain
+from moeglot.errors import UsageError
+from moeglot.experts import Expert
+from moeglot.layout import Stored
+from moeglot.nn import backends, held
+from moeglot.nn.compute import Factors
+from moeglot.nn.held import Held
+from moeglot.nn.lora import Lora
+from moeglot.nn.routed import Routed
+
+
+class Experts(torch.nn.Module):
+    """The experts of one layer, or some that follow each other (`num_experts` of them, with local ids from 0; other ids are skipped).
+
+    `forward(hidden_states [t, h], top_k_index int [t, k], top_k_weights [t, k]) -> [t, h]` in the dtype of `hidden_states`, into which weights are decoded a
+    few experts at a time. Weights are frozen: gradients go to the tokens, the routing weights and an adapter, if `add_lora` put one here.
+    `state_dict()` has the bytes on disk under the keys on disk, as far as these follow the experts' path.
+    """
+
+    post_expert_norm: torch.nn.Module | None
+
+    def __init__(self, expert: Expert, lines: list[Held], layer: int, family: str = "", backend: str = "auto") -> None:
+        super().__init__()
+        self.expert, self.layer, self.family = expert, layer, family
+        self.backend = backends.check(backend)
+        self.held = torch.nn.ModuleList(lines)
+        self.num_experts = lines[0].experts
+        self.lora = torch.nn.ModuleDict()
+        self.post_expert_norm = None
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        layer: int,
+        *,
+        lines: Sequence[tuple[Stored, Encoding]] | None = None,
+        experts: range | None = None,
+        backend: str = "auto",
+    ) -> Experts:
+        """The experts of a checkpoint's layer, read one at a time. `lines`: what to hold in place of what is on disk, and in which encoding.
+
+        Raises `TensorMismatch` for a layer without experts and `BadNumbers` for parts that are impossible.
+        """
+        some = experts if experts is not None else range(checkpoint.sizes["e"])
+        sizes = {**checkpoint.sizes, "e": len(some)}
+        checkpoint.experts(layer)
+        found = []
+        on_disk = tuple((line, checkpoint.encoding(line, layer)) for line in checkpoint.format.stored)
+        for line, encoding in lines or on_disk:
+            read = _encoded(checkpoint, line, encoding, layer, sizes) if lines else _as_stored(checkpoint, line, layer)
+            found.append(Held(line, encoding, sizes, layer, read, some.start))
+        family = checkpoint.format.family
+        return cls(Expert.of(family, checkpoint.config, layer), found, layer, family.name, backend)
+
+    @property
+    def lines(self) -> tuple[Held, ...]:
+        """The stored tensors that it holds."""
+        return tuple(line for line in self.held if isinstance(line, Held))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds of the checkpoint."""
+        return sum(line.nbytes for line in self.lines)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return self.lines[0].sizes
+
+    @property
+    def is_encoded(self) -> bool:
+        """Some of its tensors are quantized."""
+        return any(not isinstance(line.encoding, Plain) for line in self.lines)
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """hidden_states [..., h], top_k_index int [t, k], top_k_weights [t, k] -> [..., h]."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        device = flat.device.type
+        if torch.is_autocast_enabled(device):
+            flat = flat.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            found = self._compute(flat, top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2))
+        return found.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if not len(hidden):
+            return hidden
+        name = backends.choose(self.backend, hidden, index)
+        trained = [factor for lora in self.lora.values() for factor in lora.parameters()]
+        wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad or any(factor.requires_grad for factor in trained))
+        dropped = self.training and any(lora.dropout for lora in self.adapters.values())
+        if name == "reference" or not (wanted or dropped):
+            return backends.BACKENDS[name](self, hidden, index, weights)
+        if self.post_expert_norm is not None:
+            raise UsageError(
+                f"layer {self.layer}: no gradient goes through these experts", "their family has a norm after each expert", "use backend='reference' to train"
+            )
+        seed = int(torch.randint(1 << 62, ())) if dropped else None  # the global generator, so that checkpointing draws it again
+        found: torch.Tensor = Routed.apply(self, name == "eager", seed, hidden, index, weights, *trained)  # type: ignore[no-untyped-call]
+        return found
+
+    def after(self, out: torch.Tensor) -> torch.Tensor:
+        """What follows each expert, [n, h] -> [n, h]: nothing, except where the family has a norm there."""
+        if self.post_expert_norm is None:
+            return out
+        found: torch.Tensor = self.post_expert_norm(out)
+        return found
+
+    # --- adapters --------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, Lora]:
+        """ "first" (gate and up) and "down", whichever is adapted."""
+        return {name: lora for name, lora in self.lora.items() if isinstance(lora, Lora)}
+
+    def factors(self, roles: tuple[str, ...], seed: int | None = None) -> Factors | None:
+        """The adapter of the matrices with these roles; `seed`: of this step's dropout."""
+        lora = self.adapters.get("down" if roles == ("down",) else "first")
+        if lora is None:
+            return None
+        if seed is None:
+            return Factors(lora.roles, lora.a, lora.b, lora.scale)
+        return Factors(lora.roles, lora.a, lora.b, lora.scale, lora.dropout, seed + (self.num_experts if roles == ("down",) else 0))
+
+    # --- as a file has it ------------------------------------------------------------------------------------------------------------
+
+    def stored(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(full key on disk, tensor), as views of the buffers."""
+        for line in self.lines:
+            yield from line.stored()
+
+    def _relative(self) -> Iterator[tuple[str, torch.Tensor]]:
+        paths = [line.line.key.format(layer=self.layer, expert="{").partition("{")[0].split(".")[:-1] for line in self.lines]
+        shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
+        stem = ".".join([*shared, ""])
+        for key, tensor in self.stored():
+            yield key.removeprefix(stem), tensor
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in self._relative():
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mine = {prefix + key: tensor for key, tensor in self._relative()}
+        others = {key: tensor for key, tensor in state_dict.items() if key not in mine}
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for key, tensor in mine.items():
+            given = state_dict.get(key)
+            if given is None:
+                missing_keys.append(key)
+            elif given.shape != tensor.shape or given.dtype != tensor.dtype:
+                error_msgs.append(f"{key}: {given.dtype} {list(given.shape)}, held are {tensor.dtype} {list(tensor.shape)}")
+            else:
+                tensor.copy_(given)
+
+    def extra_repr(self) -> str:
+        return f"{self.family} layer {self.layer}, {self.num_experts} experts, {self.nbytes} bytes, backend={self.backend}"
+
+
+def _as_stored(checkpoint: Checkpoint, line: Stored, layer: int) -> Callable[[int], Any]:
+    return lambda expert: checkpoint.checked(line, layer, expert)
+
+
+def _encoded(checkpoint: Checkpoint, line: Stored, encoding: Encoding, layer: int, sizes: Mapping[str, int]) -> Callable[[int], Any]:
+    def read(expert: int) -> Any:
+        roles = checkpoint.experts(layer)
+        return held.encode(line, encoding, {role: roles[role][expert] for role in line.roles}, sizes)
+
+    return read

@@ -1,0 +1,195 @@
+"""Fine-tuning: LoRA on the experts of a base that stays encoded, step by step, with checkpoints from which a killed run goes on to the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeglot.errors import OutputExists, UsageError
+from moeglot.nn.adapters import save_adapter
+from moeglot.nn.data import Data, read
+from moeglot.nn.lora import TARGETS, add_lora
+
+Step = Callable[[int, int, float], None]
+"""(steps done, steps in all, loss of the last)."""
+STATE, RECORD, HELD_OUT = "state.safetensors", "tune.json", 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains; two runs of one recipe give the same numbers. `modules`: other Linear layers that PEFT adapts, by the ends of their names."""
+
+    steps: int = 100
+    batch: int = 4
+    accumulate: int = 1
+    length: int = 128
+    rate: float = 1e-3
+    warmup: int = 10
+    r: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+    modules: tuple[str, ...] = ()
+    dropout: float = 0.0
+    held_out: float = 0.1
+    save_every: int = 50
+    checkpointing: bool = False
+    seed: int = 0
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to a tenth."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass
+class Record:
+    """What a run says of itself in tune.json. `losses`: of each step, in nats a token; `before` and `after`: of what is held out."""
+
+    base: str
+    data: str
+    recipe: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
+    before: float = math.nan
+    after: float = math.nan
+
+    def write(self, folder: Path) -> None:
+        told = {"schema": "moeglot/tune/1", **asdict(self)}
+        partial = folder / (RECORD + ".partial")
+        partial.write_text(json.dumps({key: None if value != value else value for key, value in told.items()}, indent=2), encoding="utf-8")
+        partial.rename(folder / RECORD)
+
+
+def tune(
+    model: Any, tokenizer: Any, data: str | Path, out: str | Path, recipe: Recipe, *, base: str | None = None, resume: bool = False, step: Step | None = None
+) -> Record:
+    """Train an adapter on a native model and write it to `out`/adapter, with the record beside it and checkpoints below.
+
+    Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that another recipe, base or text made.
+    """
+    out, read_ = Path(out), read(data, tokenizer, recipe.length, recipe.held_out)
+    record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))))
+    if os.path.lexists(out) and not resume:
+        raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or go on with it by --resume")
+    if not resume:
+        out.mkdir(parents=True)
+    run = _Run(_prepared(model, recipe), read_, recipe, record, out)
+    if resume:
+        run.restore()
+    else:
+        record.before = run.held_out()
+        record.write(out)
+    run.train(step)
+    record.after = run.held_out()
+    if not (out / "adapter").exists():
+        save_adapter(run.model, out / "adapter", base=base)
+    record.write(out)
+    return record
+
+
+def _prepared(model: Any, recipe: Recipe) -> Any:
+    torch.manual_seed(recipe.seed)
+    if recipe.modules:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise UsageError(f"{', '.join(recipe.modules)} are no experts", f"those are PEFT's business, and {error}", "pip install peft") from error
+        alpha = recipe.alpha if recipe.alpha is not None else 2 * recipe.r
+        model = get_peft_model(model, LoraConfig(r=recipe.r, lora_alpha=alpha, target_modules=list(recipe.modules), lora_dropout=recipe.dropout))
+    add_lora(model, recipe.r, recipe.alpha, recipe.targets, recipe.dropout)
+    if recipe.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+class _Run:
+    """A model, its data and its optimizer, somewhere between the first step and the last."""
+
+    def __init__(self, model: Any, data: Data, recipe: Recipe, record: Record, out: Path) -> None:
+        self.model, self.data, self.recipe, self.record, self.out = model, data, recipe, record, out
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.rate, weight_decay=0.0)
+
+    def loss(self, rows: torch.Tensor) -> torch.Tensor:
+        """Nats a token of rows [n, length]."""
+        rows = rows.to(next(self.model.parameters()).device)
+        logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        self.model.eval()
+        rows = self.data.held_out[:HELD_OUT]
+        found = [float(self.loss(row[None])) for row in rows]
+        return sum(found) / len(found)
+
+    def train(self, step: Step | None) -> None:
+        for n in range(len(self.record.losses), self.recipe.steps):
+            self.model.train()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.rate_at(n)
+            parts = torch.split(self.data.batch(n, self.recipe.batch * self.recipe.accumulate, self.recipe.seed), self.recipe.batch)
+            total = 0.0
+            for rows in parts:
+                loss = self.loss(rows) / len(parts)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.record.losses.append(total)
+            if (n + 1) % self.recipe.save_every == 0 and n + 1 < self.recipe.steps:
+                self.save()
+            if step:
+                step(n + 1, self.recipe.steps, total)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """The adapter, the optimizer and the state of chance, under the number of the step; the one before goes when this is whole."""
+        folder = self.out / "checkpoints"
+        work, done = folder / "partial", folder / f"step-{len(self.record.losses)}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        tensors = {"rng": torch.get_rng_state()}
+        for n, parameter in enumerate(self.trained):
+            state = self.optimizer.state[parameter]
+            tensors |= {f"{n}.value": parameter.detach(), f"{n}.first": state["exp_avg"], f"{n}.second": state["exp_avg_sq"]}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, work / STATE)
+        self.record.write(work)
+        work.rename(done)
+        for other in folder.iterdir():
+            if other != done:
+                shutil.rmtree(other)
+
+    def restore(self) -> None:
+        """Raises `UsageError` where there is nothing to go on with, or where it was made otherwise."""
+        if not (self.out / RECORD).is_file():
+            raise UsageError(f"{self.out}: no run to resume", f"it has no {RECORD}", "leave --resume out")
+        begun = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+        for key in ("base", "data", "recipe"):
+            if begun[key] != getattr(self.record, key):
+                raise UsageError(f"{self.out} was begun with another {key}", f"{RECORD} says {begun[key]}", "pass what it was begun with, or another folder")
+        self.record.before = begun["before"]
+        found = [path for path in (self.out / "checkpoints").glob("step-*") if (path / RECORD).is_file()]
+        if not found:
+            return
+        folder = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        self.record.losses = json.loads((folder / RECORD).read_text(encoding="utf-8"))["losses"]
+        tensors = load_file(folder / STATE)
+        for n, parameter in enumerate(self.trained):
+            with torch.no_grad():
+                parameter.copy_(tensors[f"{n}.value"])
+            first, second = (tensors[f"{n}.{which}"].to(parameter.device) for which in ("first", "second"))
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(len(self.record.losses))), "exp_avg": first, "exp_avg_sq": second}
+        torch.set_rng_state(tensors["rng"])

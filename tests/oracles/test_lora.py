@@ -1,0 +1,264 @@
+"""LoRA on encoded experts against float64 autograd through dense matrices, written down here; every gradient, and each of them broken on purpose."""
+
+import pytest
+import torch
+from synthetic import SIZES, write_checkpoint
+from test_transformers import relative
+
+import moeglot
+from moeglot.errors import UsageError
+from moeglot.nn import Experts, add_lora, compute, remove_lora, routed
+
+LIMIT, POWER = 1e-5, 1e-3
+FORMATS = (
+    "gpt-oss/openai",
+    "gpt-oss/transformers",
+    "qwen3-moe/hub",
+    "qwen3-moe/transformers-5",
+    "mixtral/hub+fp8-block",
+    "nemotron-h/hub",
+    "qwen3-moe/hub+nf4",
+)
+TOKENS, RANKS, R = 11, 2, 3
+
+
+def module_of(name: str, folder, backend="eager", targets=("gate", "up", "down"), dropout=0.0, sizes=None) -> Experts:
+    """One layer of a random checkpoint, with an adapter whose factors are random."""
+    plain, _, coding = name.partition("+")
+    if not (folder / "config.json").exists():
+        write_checkpoint(folder, plain, {"h": 64, "i": 32, **(sizes or {})}, dtype=torch.float32)
+    path = folder
+    if coding:
+        path = folder.with_name(folder.name + "-" + coding)
+        if not path.exists():
+            moeglot.convert(folder, name, path, allow_loss=True)
+    module = Experts.of(moeglot.open(path, None if coding else plain), 0, backend=backend)
+    torch.manual_seed(0)
+    add_lora(module, R, 2 * R, targets, dropout)
+    with torch.no_grad():
+        for lora in module.adapters.values():
+            lora.b.normal_()
+            if lora.targets != lora.roles:
+                lora.b.mul_(
+                    lora.b.new_tensor([float(role in targets) for role in lora.roles]).repeat_interleave(len(lora.b[0]) // len(lora.roles)).view(1, -1, 1)
+                )
+    return module
+
+
+def inputs(dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(1)
+    hidden, weights = torch.randn(TOKENS, 64) * 2, torch.rand(TOKENS, RANKS)
+    index = torch.stack([torch.randperm(SIZES["e"])[:RANKS] for _ in range(TOKENS)])
+    index[0, 1] = SIZES["e"]  # a slot that belongs to nobody here
+    return hidden.to(dtype).requires_grad_(), index, weights.to(dtype).requires_grad_()
+
+
+def activate(name: str, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+    if name.startswith("gpt-oss"):
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return torch.nn.functional.silu(gate) * up if gate is not None else torch.relu(up) ** 2
+
+
+def dense(module: Experts, name: str, hidden, index, weights, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Every token and expert by itself, with W + s B A formed, in float64."""
+    roles = [{role: each.decode(torch.float64) for line in module.lines for role, each in line.roles(expert).items()} for expert in range(module.num_experts)]
+    rows = []
+    for token in range(len(hidden)):
+        total = torch.zeros(hidden.shape[1], dtype=torch.float64)
+        for rank in range(index.shape[1]):
+            expert = int(index[token, rank])
+            if expert == module.num_experts:
+                continue
+            changed = dict(roles[expert])
+            for place, (a, b) in factors.items():
+                held = module.adapters[place]
+                for role, part in zip(held.roles, b[expert].chunk(len(held.roles)), strict=True):
+                    changed[role] = changed[role] + held.scale * part @ a[expert]
+            given = {role: changed[role] @ hidden[token] + changed.get(f"{role}_bias", 0) for role in ("gate", "up") if role in changed}
+            inner = activate(name, given.get("gate"), given["up"])
+            total = total + weights[token, rank] * (changed["down"] @ inner + changed.get("down_bias", 0))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def gradients(module: Experts, name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the module finds in float32, and float64 autograd: output and every gradient, by name."""
+    hidden, index, weights = inputs()
+    torch.manual_seed(2)
+    cotangent = torch.randn(hidden.shape)
+    out = module(hidden, index, weights)
+    out.backward(cotangent)
+    found = {"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad}
+    wide = {place: tuple(t.detach().double().requires_grad_() for t in (lora.a, lora.b)) for place, lora in module.adapters.items()}
+    hidden, index, weights = inputs(torch.float64)
+    right = dense(module, name, hidden, index, weights, wide)
+    right.backward(cotangent.double())
+    expected = {"out": right.detach(), "hidden": hidden.grad, "weights": weights.grad}
+    for place, lora in module.adapters.items():
+        found |= {f"{place}.a": lora.a.grad.clone(), f"{place}.b": lora.b.grad.clone()}
+        expected |= {f"{place}.a": wide[place][0].grad, f"{place}.b": wide[place][1].grad}
+        lora.a.grad = lora.b.grad = None
+    return found, expected
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: relative(found[name].double(), right) for name, right in expected.items()}
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference", "auto"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_are_those_of_dense_matrices(name, backend, tmp_path):
+    module = module_of(name, tmp_path / "base", backend)
+    found, expected = gradients(module, name)
+    assert max(worst(found, expected).values()) <= LIMIT
+    with torch.no_grad():
+        assert relative(module(*inputs()).double(), expected["out"]) <= LIMIT
+
+
+@pytest.mark.parametrize("targets", [("gate",), ("up", "down"), ("down",), ("gate", "up")], ids="-".join)
+def test_some_targets_alone(targets, tmp_path):
+    module = module_of("gpt-oss/openai", tmp_path / "base", targets=targets)
+    found, expected = gradients(module, "gpt-oss/openai")
+    for place, lora in module.adapters.items():
+        if lora.targets != lora.roles:  # what is no target gets no gradient
+            kept = lora.b.new_tensor([float(role in targets) for role in lora.roles]).repeat_interleave(len(lora.b[0]) // len(lora.roles)).view(1, -1, 1)
+            assert not found[f"{place}.b"].mul(1 - kept).any()
+            expected[f"{place}.b"] = expected[f"{place}.b"] * kept
+    assert max(worst(found, expected).values()) <= LIMIT
+
+
+MUTATIONS = {
+    "adapter of down is not in the gradient of its input": (compute.Stage, "through_a", lambda self, low, block: rows_through_a(self, low, block) * 0),
+    "scale is left out of the gradient of b": (compute, "outer", lambda a, b, ends: outer(a, b, ends) * 1.01),
+    "routing weights are left out": (
+        routed,
+        "_through_down",
+        lambda down, inner, grad, w, block, into: through_down(down, inner, grad, w * 0 + 1, block, into),
+    ),
+    "a bias is left out of the routing weights' gradient": (
+        compute.Held,
+        "dense",
+        lambda self, experts, dtype: held_dense(self, experts, dtype) * (len(self.shape) > 1),
+    ),
+    "the matrices are turned in backward": (compute.Stage, "backward", lambda self, given, block: stage_backward(self, given, block).flip(-1)),
+}
+rows_through_a, outer, through_down = compute.Stage.through_a, compute.outer, routed._through_down
+held_dense, stage_backward = compute.Held.dense, compute.Stage.backward
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_wrong_step_is_seen_by_a_wide_margin(mutation, tmp_path, monkeypatch):
+    module = module_of("gpt-oss/openai", tmp_path / "base")
+    with torch.no_grad():  # random checkpoints have small biases
+        next(line for line in module.lines if line.line.short == "down_proj_bias").part_value.normal_()
+    expected = gradients(module, "gpt-oss/openai")[1]
+    monkeypatch.setattr(*MUTATIONS[mutation])
+    found, _ = gradients(module, "gpt-oss/openai")
+    assert max(worst(found, expected).values()) > POWER
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped"])
+def test_grouped_kernels_and_padded_strides(backend, tmp_path, monkeypatch):
+    """torch's own grouped_mm, as on a GPU, on rows whose strides it refuses."""
+    from moeglot.nn import backends, grouped
+
+    monkeypatch.setattr(grouped, "is_native", lambda device: True)
+    monkeypatch.setattr(backends, "BUDGET", 1 << 16)
+    module = module_of("qwen3-moe/transformers-5", tmp_path / "base", backend, sizes={"h": 64, "i": 35})
+    with pytest.raises(RuntimeError, match="16 bytes"):
+        torch.nn.functional.grouped_mm(torch.randn(8, 35), torch.randn(2, 64, 35).mT, offs=torch.tensor([4, 8], dtype=torch.int32))
+    assert max(worst(*gradients(module, "qwen3-moe")).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped"])
+def test_sums_as_on_a_gpu(backend, tmp_path, monkeypatch):
+    """Each slot has a place of its own, also those that belong to nobody."""
+    from moeglot.nn import routing
+
+    monkeypatch.setattr(routing, "adds_in_order", lambda device: False)
+    module = module_of("gpt-oss/openai", tmp_path / "base", backend)
+    assert max(worst(*gradients(module, "gpt-oss/openai")).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference"])
+def test_no_tokens_and_no_experts(backend, tmp_path):
+    module = module_of("gpt-oss/openai", tmp_path / "base", backend)
+    none = module(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert none.shape == (0, 64)
+    hidden = torch.randn(3, 64, requires_grad=True)
+    out = module(hidden, torch.full((3, 2), SIZES["e"]), torch.ones(3, 2))
+    assert not out.any()
+
+
+def test_dropout_is_the_same_in_backward_and_off_in_evaluation(tmp_path):
+    """The loss along a random direction, by differences in float64 against the gradient; the same seed draws the same mask."""
+    module = module_of("qwen3-moe/hub", tmp_path / "base", dropout=0.4).double()
+    hidden, index, weights = inputs(torch.float64)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(7)
+        return module(hidden, index, weights).square().sum()
+
+    loss().backward()
+    for tensor in (hidden, weights, *(parameter for lora in module.adapters.values() for parameter in lora.parameters())):
+        direction, step = torch.randn_like(tensor), 1e-6
+        with torch.no_grad():
+            tensor += step * direction
+            high = loss()
+            tensor -= 2 * step * direction
+            low = loss()
+            tensor += step * direction
+        along = float((tensor.grad * direction).sum())
+        assert abs(float(high - low) / (2 * step) - along) <= 1e-5 * abs(along) + 1e-8
+    dropped = module(hidden, index, weights)
+    assert not torch.equal(dropped, module(hidden, index, weights))
+    module.eval()
+    assert torch.equal(module(hidden, index, weights), module(hidden, index, weights))
+    assert relative(dropped.detach(), module(hidden, index, weights).detach()) > POWER
+
+
+def test_nothing_dense_is_kept(tmp_path):
+    """What autograd saves: the tokens, the weights of routing, its order and ends, and the factors."""
+    module, saved = module_of("gpt-oss/openai", tmp_path / "base"), []
+    hidden, index, weights = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        module(hidden, index, weights)
+    factors = {tuple(p.shape) for lora in module.adapters.values() for p in lora.parameters()}
+    assert {tuple(t.shape) for t in saved} <= {tuple(hidden.shape), tuple(weights.shape), (TOKENS * RANKS,), (SIZES["e"],)} | factors
+    assert any(t.data_ptr() == hidden.data_ptr() for t in saved)
+
+
+def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(tmp_path):
+    write_checkpoint(tmp_path / "base", "gpt-oss/openai")
+    module = Experts.of(moeglot.open(tmp_path / "base"), 0)
+    hidden, index, weights = inputs()
+    before = module(hidden, index, weights).detach()
+    added = add_lora(module, 4)
+    assert [parameter.shape for parameter in added] == [parameter.shape for parameter in module.parameters()]
+    assert torch.equal(module(hidden, index, weights), before)
+    with pytest.raises(UsageError, match="has an adapter"):
+        add_lora(module, 4)
+    remove_lora(module)
+    assert not list(module.parameters())
+    for wrong in ({"r": 0}, {"targets": ("q_proj",)}, {"dropout": 1.0}, {"targets": ()}):
+        with pytest.raises(UsageError):
+            add_lora(module, **{"r": 4, **wrong})
+    with pytest.raises(UsageError, match="native=True"):
+        add_lora(torch.nn.Linear(2, 2), 4)
+
+
+def test_float16_and_bfloat16_and_autocast(tmp_path):
+    module = module_of("gpt-oss/openai", tmp_path / "base")
+    hidden, index, weights = inputs()
+    right = module(hidden, index, weights).detach()
+    for dtype, limit in ((torch.bfloat16, 3e-2), (torch.float16, 5e-3)):
+        found = module(hidden.to(dtype), index, weights.to(dtype))
+        assert found.dtype == dtype
+        assert relative(found.detach().float(), right) <= limit
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(hidden, index, weights)
+    assert found.dtype == torch.float32
+    assert 1e-5 < relative(found.detach(), right) <= 3e-2
+    found.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())

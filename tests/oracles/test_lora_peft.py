@@ -1,0 +1,147 @@
+"""One PEFT folder for attention (PEFT's own LoRA) and encoded experts (ours): stock PEFT loads it on the dense model and computes the same."""
+
+import pytest
+import torch
+import transformers
+from test_peft import READER, READERS
+from test_transformers import logits, model_of, relative
+
+import moeglot
+from moeglot.conventions import target
+from moeglot.errors import AdapterError, HalfAdapter, OutputExists, UsageError
+from moeglot.integrations.transformers import VERSION
+from moeglot.nn import add_lora, experts_of, load_adapter, remove_lora, save_adapter
+
+peft = pytest.importorskip("peft")
+
+LIMIT, POWER = 1e-5, 1e-2
+SIZES = {"square": (4, 64, 64), "h=2i": (4, 64, 32), "neither": (4, 64, 96)}
+BASES = {
+    "gpt-oss": ("openai", "transformers"),
+    "qwen3-moe": ("hub", "hub+fp8-block", "transformers-5+nf4") if VERSION >= (5, 0) else (),
+    "mixtral": ("hub+mxfp4-pack",) if VERSION >= (5, 0) else (),
+}
+CELLS = [(family, to, size) for family, forms in BASES.items() for to in forms for size in SIZES]
+
+
+def base_of(family, to, size, folder):
+    model_of(family, *SIZES[size]).save_pretrained(folder / "saved")
+    moeglot.convert(folder / "saved", f"{family}/{to}", folder / "base", allow_loss=True)
+    return folder / "base"
+
+
+def adapted(folder, attention=True, **options):
+    """A native model with both kinds of LoRA, their factors random."""
+    model = moeglot.load(folder, dtype="float32", native=True)
+    if attention:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"]))
+    add_lora(model, **{"r": 3, "alpha": 7, **options})
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    for module in experts_of(model).values():
+        for lora in module.adapters.values():
+            if lora.targets != lora.roles:
+                with torch.no_grad():
+                    for n, role in enumerate(lora.roles):
+                        lora.b.view(len(lora.b), len(lora.roles), -1, lora.rank)[:, n] *= role in lora.targets
+    return model.eval()
+
+
+@pytest.mark.parametrize(("family", "to", "size"), CELLS, ids=lambda value: str(value))
+def test_stock_peft_computes_the_same_on_the_dense_model(family, to, size, tmp_path):
+    folder = base_of(family, to, size, tmp_path)
+    model = adapted(folder)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter", to=READER, base=folder)
+    dense = moeglot.load(folder, dtype="float32")
+    before = logits(dense)
+    assert relative(before, expected) > POWER
+    again = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
+    assert relative(logits(again), expected) <= LIMIT
+    native = load_adapter(moeglot.load(folder, dtype="float32", native=True), tmp_path / "adapter").eval()
+    assert relative(logits(native), expected) <= LIMIT
+
+
+@pytest.mark.parametrize("targets", [("gate",), ("up",), ("down",), ("up", "down")], ids="-".join)
+def test_some_targets(targets, tmp_path):
+    folder = base_of("gpt-oss", "openai", "h=2i", tmp_path)
+    model = adapted(folder, attention=False, targets=targets)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter", to=READER)
+    again = peft.PeftModel.from_pretrained(moeglot.load(folder, dtype="float32"), tmp_path / "adapter").eval()
+    assert relative(logits(again), expected) <= LIMIT
+
+
+def test_any_convention_is_put_on_encoded_experts(tmp_path):
+    folder = base_of("gpt-oss", "openai", "neither", tmp_path)
+    model = adapted(folder)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    adapter = moeglot.open_adapter(tmp_path / "adapter", folder)
+    for reader in {*READERS.values(), "tinker", "sglang", "grouped"}:
+        moeglot.convert_adapter(adapter, reader, tmp_path / reader)
+        plain = moeglot.load(folder, dtype="float32", native=True)
+        again = load_adapter(plain, tmp_path / reader, convention=target(reader, True)[0].name).eval()
+        assert relative(logits(again), expected) <= LIMIT, reader
+
+
+def test_what_is_not_saved_or_loaded(tmp_path):
+    folder = base_of("gpt-oss", "openai", "neither", tmp_path)
+    plain = moeglot.load(folder, dtype="float32", native=True)
+    with pytest.raises(AdapterError, match="no expert has an adapter"):
+        save_adapter(plain, tmp_path / "adapter")
+    model = adapted(folder, attention=False)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(OutputExists):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UsageError, match="has an adapter"):
+        load_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UsageError, match="native=True"):
+        load_adapter(moeglot.load(folder, dtype="float32"), tmp_path / "adapter")
+    some = moeglot.load(folder, dtype="float32", native=True)
+    some.model.layers[1].mlp.experts = torch.nn.Identity()
+    with pytest.raises(HalfAdapter, match="layer 1"):
+        load_adapter(some, tmp_path / "adapter")
+    before = logits(plain)
+    load_adapter(plain, tmp_path / "adapter")
+    assert relative(logits(plain), before) > POWER
+    remove_lora(plain)
+    assert torch.equal(logits(plain), before)
+
+
+def test_an_adapter_that_peft_leaves_out_is_an_error(tmp_path):
+    folder = base_of("gpt-oss", "openai", "neither", tmp_path)
+    save_adapter(adapted(folder), tmp_path / "adapter", to="peft")
+    plain = moeglot.load(folder, dtype="float32", native=True)
+    logits(plain)
+    with pytest.raises((HalfAdapter, ValueError), match=r"load_adapter|target"):  # PEFT 0.18 says so itself
+        logits(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+
+
+def test_the_trainer_accumulation_and_checkpointing(tmp_path):
+    """transformers' Trainer trains both kinds; checkpointing and accumulation change nothing but memory."""
+    pytest.importorskip("accelerate")
+    folder = base_of("gpt-oss", "openai", "neither", tmp_path)
+    rows = [{"input_ids": list(range(n, n + 16)), "labels": list(range(n, n + 16))} for n in range(8)]
+    found = {}
+    for way, options in {"plain": {}, "checkpointed": {"gradient_checkpointing": True}, "accumulated": {"gradient_accumulation_steps": 2, "batch": 2}}.items():
+        model = moeglot.load(folder, dtype="float32", native=True)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"]))
+        add_lora(model, r=3)
+        batch = options.pop("batch", 4)
+        arguments = transformers.TrainingArguments(
+            tmp_path / way, max_steps=3, per_device_train_batch_size=batch, learning_rate=0.01, save_strategy="no", report_to=[], use_cpu=True,
+            logging_steps=1, disable_tqdm=True, seed=0, gradient_checkpointing_kwargs={"use_reentrant": False}, **options,
+        )  # fmt: skip
+        model.config.use_cache = False
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[-1] < losses[0]
+        assert all(lora.b.any() for module in experts_of(model).values() for lora in module.adapters.values())
+        found[way] = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    assert relative(found["checkpointed"], found["plain"]) <= LIMIT
+    assert relative(found["accumulated"], found["plain"]) <= 1e-3  # Adam divides by small numbers

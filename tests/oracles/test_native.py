@@ -1,0 +1,299 @@
+"""What works: every family, encoding and shape, decoded and native, in whichever transformers is installed, against stock modules with weights decoded here.
+
+Each cell quantizes a random model, decodes the file by the producers' rules (`test_load.matrix`, no code of moeglot's), puts the numbers into the stock
+model and compares float32 logits: of `moeglot.load`, and of `moeglot.load(native=True)` in every backend. What cannot be is refused, and that is the cell.
+"""
+
+import re
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_load import CODINGS, matrix
+from test_transformers import relative
+from transformers import CONFIG_MAPPING
+
+import moeglot
+from moeglot.errors import UsageError
+from moeglot.formats import FAMILIES
+from moeglot.integrations.transformers import VERSION
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+LIMIT, POWER = 1e-5, 1e-3
+NAMES = ("gpt-oss", "qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe", "llama4-text", "qwen3-vl-moe", "nemotron-h", "gemma4-text")
+BACKENDS = ("reference", "eager", "grouped", "batched")
+LAYOUTS = {"gpt-oss": None, "llama4-text": None, "qwen3-vl-moe": "transformers-5", "gemma4-text": "hub"}
+"""Family -> its layout with upright matrices that producers quantize; None where there is none, so that it is quantized on the way."""
+ON_THE_WAY = ("mxfp4", "fp8-block", "nf4")
+REFUSED = (
+    *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
+    *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm"),
+)
+"""Families whose experts a release asks in a way of its own, or names unlike any layout that moeglot knows."""
+TURNED = ("gpt-oss", "llama4-text")
+"""In the stock module, matrices lie [in, out]."""
+
+EACH = re.compile(r"layers\.(\d+)\..*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight(?:_packed)?$")
+STACKED = re.compile(r"layers\.(\d+)\..*experts\.(gate_up_proj|down_proj|up_proj)(?:_packed|_blocks)?$")
+ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+
+
+def model_of(name: str, size: str) -> torch.nn.Module:
+    """A tiny random model; skips where this version cannot build one."""
+    family = next(family for family in FAMILIES if family.name == name)
+    if family.model_types[0] not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not have {name}")
+    try:
+        live = families.model_of(family, size)
+        families.logits(live)
+    except Exception as error:
+        pytest.skip(f"no tiny model of it here: {error}")
+    if live.can_generate():
+        live.generation_config.do_sample = True  # else 4.57 finds the config's top_k strange
+    return live
+
+
+def experts_of(live: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    found = ((re.search(r"layers\.(\d+)\.", name), module) for name, module in live.named_modules() if name.endswith(".experts"))
+    return {int(match[1]): module for match, module in found if match}
+
+
+def decoded(file: dict[str, torch.Tensor], e: int, h: int, i: int) -> dict[int, dict[str, torch.Tensor]]:
+    """layer -> role -> float32 [e, out, in], or gate_up [e, 2i, h] where they are one tensor, by the rules of the producers."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key in file:
+        if match := EACH.search(key):
+            layer, expert, role = int(match[1]), int(match[2]), ROLE[match[3]]
+            shape = (h, i) if role == "down" else (i, h)
+            found.setdefault(layer, {}).setdefault(role, torch.zeros(e, *shape))[expert] = matrix(file, key.removesuffix("_packed"), shape)
+        elif match := STACKED.search(key):
+            shape = {"gate_up_proj": (e, 2 * i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}[match[2]]
+            base = key.removesuffix("_packed").removesuffix("_blocks")
+            if key.endswith("_blocks"):
+                file = {**file, base + "_packed": file[key].flatten(-2), base + "_scale": file[base + "_scales"]}
+            found.setdefault(int(match[1]), {})[match[2].removesuffix("_proj")] = matrix(file | beside(file, base, shape), base, shape)
+    return found
+
+
+def beside(file: dict[str, torch.Tensor], base: str, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """The scales of a stacked tensor under the names that one matrix has; those of a whole matrix, one for gate and one for up, as one for each row."""
+    found = {}
+    for theirs, name in (("_weight_scale", "_scale"), ("_weight_scale_2", "_scale_2"), ("_global_scale", "_global_scale")):
+        if (scale := file.get(base + theirs)) is not None:
+            single = theirs != "_weight_scale" or scale.ndim < 3
+            found[base + name] = scale.view(shape[0], -1).repeat_interleave(shape[1] * shape[0] // scale.numel(), 1).unsqueeze(-1) if single else scale
+    return found
+
+
+def overwritten(live: torch.nn.Module, name: str, file: dict[str, torch.Tensor], size: str) -> torch.nn.Module:
+    """The stock model with the experts that a file holds."""
+    experts, done = experts_of(live), 0
+    with torch.no_grad():
+        for layer, roles in decoded(file, *families.SIZES[size]).items():
+            module = experts[layer]
+            if isinstance(module, torch.nn.ModuleList):
+                for expert, one in enumerate(module):
+                    for part, parameter in one.named_parameters():
+                        parameter.copy_(roles[ROLE[part.split(".")[0]]][expert])
+            else:
+                both = roles.get("gate_up", torch.cat([roles["gate"], roles["up"]], 1) if "gate" in roles else None)
+                for part, given in (("gate_up_proj", both), ("up_proj", roles.get("up")), ("down_proj", roles["down"])):
+                    if given is not None and hasattr(module, part):
+                        getattr(module, part).copy_(given.mT if name in TURNED else given)
+            done += 1
+    assert done == len(experts)
+    return live
+
+
+def quantized(name: str, size: str, coding: str, folder: Path) -> tuple[torch.nn.Module, Path]:
+    """A random model and a folder with its experts in a coding; skips where no producer could have written that."""
+    live, layout = model_of(name, size), LAYOUTS.get(name, "hub")
+    families.saved(live, folder / "saved", layout == "hub" or VERSION < (5, 0))
+    moeglot.convert(folder / "saved", f"{name}/{layout}+{coding}", folder / "out", allow_loss=True)
+    return live, folder / "out"
+
+
+def native_works(name: str) -> bool:
+    return VERSION >= (5, 0) or name == "gpt-oss"
+
+
+def holds(folder: Path, name: str, expected: torch.Tensor, backends=BACKENDS, **options) -> None:
+    """The same logits in every backend; or the refusal, where the release has no module to take the place of."""
+    if not native_works(name):
+        with pytest.raises(UsageError, match="by itself"):
+            moeglot.load(folder, dtype="float32", native=True, **options)
+        return
+    for backend in backends:
+        model = moeglot.load(folder, dtype="float32", native=True, backend=backend, **options)
+        assert relative(families.logits(model), expected) <= LIMIT, backend
+
+
+# --- the matrix ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("size", families.SIZES)
+@pytest.mark.parametrize("name", [name for name in NAMES if LAYOUTS.get(name, "hub")])
+def test_quantized_on_disk(name, size, coding, tmp_path):
+    live, folder = quantized(name, size, coding, tmp_path)
+    before = families.logits(live)
+    expected = families.logits(overwritten(live, name, load_file(folder / "model.safetensors"), size))
+    assert relative(before, expected) > POWER  # the encoding shows, so it matters that it is decoded
+    assert relative(families.logits(moeglot.load(folder, dtype="float32")), expected) <= LIMIT
+    holds(folder, name, expected)
+
+
+@pytest.mark.parametrize("size", families.SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_on_disk(name, size, tmp_path):
+    live = model_of(name, size)
+    expected = families.logits(live)
+    for original in (True, False) if VERSION >= (5, 0) else (True,):
+        families.saved(live, folder := tmp_path / f"{original}", original)
+        assert relative(families.logits(moeglot.load(folder, dtype="float32")), expected) <= LIMIT
+        holds(folder, name, expected)
+
+
+@pytest.mark.parametrize("size", families.SIZES)
+def test_gpt_oss_in_mxfp4(size, tmp_path):
+    live = model_of("gpt-oss", size)
+    families.saved(live, tmp_path / "saved", True)
+    moeglot.convert(tmp_path / "saved", "gpt-oss/openai", folder := tmp_path / "out", allow_loss=True)
+    before = families.logits(live)
+    expected = families.logits(overwritten(live, "gpt-oss", load_file(folder / "model.safetensors"), size))
+    assert relative(before, expected) > POWER
+    assert relative(families.logits(moeglot.load(folder, dtype="float32")), expected) <= LIMIT
+    holds(folder, "gpt-oss", expected)
+
+
+@pytest.mark.parametrize("encode", ON_THE_WAY)
+@pytest.mark.parametrize("size", families.SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_quantized_on_the_way(name, size, encode, tmp_path):
+    """The bytes that it holds, decoded here, give the same logits in the stock model; and they are what the encoding's own file would hold."""
+    live = model_of(name, size)
+    before = families.logits(live)
+    families.saved(live, tmp_path, True)
+    if not native_works(name):
+        holds(tmp_path, name, before, encode=encode)
+        return
+    model = moeglot.load(tmp_path, dtype="float32", native=True, encode=encode)
+    expected = families.logits(overwritten(live, name, model.state_dict(), size))
+    assert relative(before, expected) > POWER
+    assert relative(families.logits(model), expected) <= LIMIT
+    holds(tmp_path, name, expected, encode=encode)
+
+
+# --- what it holds ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_its_state_dict_is_the_bytes_on_disk(coding, tmp_path):
+    if VERSION < (5, 0):
+        pytest.skip("4.57 has no module for all experts of Qwen")
+    _, folder = quantized("qwen3-moe", "neither", coding, tmp_path)
+    file, state = load_file(folder / "model.safetensors"), moeglot.load(folder, native=True).half().float().state_dict()
+    mine = {key: tensor for key, tensor in file.items() if ".experts." in key}
+    assert mine
+    for key, tensor in mine.items():
+        assert state[key].dtype == tensor.dtype
+        assert torch.equal(state[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), key
+    assert {key for key in state if ".experts." in key} == mine.keys()
+
+
+def test_it_loads_its_state_dict_and_refuses_another(tmp_path):
+    if VERSION < (5, 0):
+        pytest.skip("4.57 has no module for all experts of Qwen")
+    from moeglot.nn import Experts
+
+    _, folder = quantized("qwen3-moe", "h=2i", "fp8-block", tmp_path)
+    checkpoint = moeglot.open(folder)
+    one, other = (Experts.of(checkpoint, layer) for layer in checkpoint.layers[:2])
+    assert not all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    other.load_state_dict(one.state_dict())
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    key, state = "0.gate_proj.weight", one.state_dict()
+    for wrong in ({**state, "more": torch.ones(1)}, {k: v for k, v in state.items() if k != key}, {**state, key: state[key].float()}):
+        with pytest.raises(RuntimeError, match="more|" + key):
+            other.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_that_live_elsewhere_are_skipped(backend, tmp_path):
+    """The contract of expert parallelism: local ids, and num_experts for all others; the parts add up to the whole."""
+    from moeglot.nn import Experts
+
+    live = model_of("gpt-oss", "square")
+    families.saved(live, tmp_path, True)
+    checkpoint, e = moeglot.open(tmp_path), 3
+    layer = checkpoint.layers[0]
+    torch.manual_seed(0)
+    hidden, index, weights = torch.randn(9, 64), torch.randint(0, e, (9, 2)), torch.rand(9, 2)
+    whole = Experts.of(checkpoint, layer, backend="reference")(hidden, index, weights)
+    parts = []
+    for some in (range(2), range(2, 3)):
+        here = (index >= some.start) & (index < some.stop)
+        module = Experts.of(checkpoint, layer, experts=some, backend=backend)
+        assert module.num_experts == len(some)
+        parts.append(module(hidden, torch.where(here, index - some.start, len(some)), torch.where(here, weights, torch.nan)))
+    assert relative(sum(parts), whole) <= LIMIT
+    assert relative(parts[0], whole) > POWER
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_have_one_order(backend, tmp_path):
+    from moeglot.nn import Experts
+
+    families.saved(model_of("gpt-oss", "neither"), tmp_path, True)
+    module = Experts.of(moeglot.open(tmp_path), 0, backend=backend)
+    hidden, index, weights = torch.randn(40, 64).bfloat16(), torch.randint(0, 3, (40, 2)), torch.rand(40, 2).bfloat16()
+    first = module(hidden, index, weights)
+    assert all(torch.equal(module(hidden, index, weights), first) for _ in range(3))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------------------------
+
+
+def test_refusals(tmp_path):
+    live = model_of("gpt-oss", "square")
+    families.saved(live, folder := tmp_path / "plain", True)
+    moeglot.convert(folder, "gpt-oss/openai", coded := tmp_path / "mxfp4", allow_loss=True)
+    for wrong, words in (
+        ({"native": True, "backend": "triton"}, "not there yet"),
+        ({"native": True, "backend": "fast"}, "not a backend"),
+        ({"native": True, "encode": "bfloat16"}, "no quantization"),
+        ({"native": True, "encode": "mxfp4", "modules_to_not_convert": ["experts"]}, "converted nothing"),
+        ({"native": True, "device_map": "auto"}, "device_map"),
+        ({"encode": "mxfp4"}, "native=True"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            moeglot.load(folder, **wrong)
+    with pytest.raises(UsageError, match="on disk already"):
+        moeglot.save(moeglot.load(coded, native=True), tmp_path / "out", to="gpt-oss/transformers")
+    with pytest.raises(UsageError, match="quantized already"):
+        moeglot.load(coded, native=True, encode="mxfp4")
+
+
+def test_modules_to_not_convert(tmp_path):
+    live = model_of("gpt-oss", "h=2i")
+    families.saved(live, tmp_path, True)
+    model = moeglot.load(tmp_path, native=True, encode="mxfp4", modules_to_not_convert=["layers.1.mlp"])
+    assert {layer: module.is_encoded for layer, module in experts_of(model).items()} == {0: True, 1: False, 2: True}
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="4.57 has no module for all experts")
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES if not family.unverified and family.name not in NAMES])
+def test_every_other_family_holds_or_is_refused(name, tmp_path):
+    live = model_of(name, "neither")
+    expected = families.logits(live)
+    families.saved(live, tmp_path, True)
+    if name in REFUSED:
+        with pytest.raises(UsageError, match="native"):
+            moeglot.load(tmp_path, dtype="float32", native=True)
+    else:
+        assert relative(families.logits(moeglot.load(tmp_path, dtype="float32", native=True)), expected) <= LIMIT

@@ -1,0 +1,47 @@
+"""TRL's SFTTrainer over encoded experts: the loss falls, what is trained is the adapters, and one folder holds both kinds."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from test_transformers import relative
+
+import moeglot
+from moeglot.demo import BUNDLED
+from moeglot.nn import add_lora, experts_of, load_adapter, save_adapter
+
+trl = pytest.importorskip("trl", reason="in an environment of its own, tests/environments/trl.txt")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_sft(attention, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    model = moeglot.load(BUNDLED, "float32", native=True)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    torch.manual_seed(0)
+    if attention:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    add_lora(model, r=4)
+    text = "This License does not grant permission to use the trade names, trademarks, service marks, or product names of the Licensor. "
+    rows = datasets.Dataset.from_list([{"text": text[n:] + text[:n]} for n in range(0, 64, 4)])
+    arguments = trl.SFTConfig(
+        str(tmp_path / "run"), max_steps=8, per_device_train_batch_size=4, learning_rate=5e-3, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+        logging_steps=1, disable_tqdm=True, seed=0, max_length=64, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_accumulation_steps=2, warmup_steps=0,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5, losses
+    assert all(lora.b.any() for module in experts_of(model).values() for lora in module.adapters.values())
+    after = (model.get_base_model() if attention else model).state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items() if ".experts." in key)
+    save_adapter(model, tmp_path / "adapter", base=BUNDLED)
+    assert bool(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]) == attention
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    again = load_adapter(moeglot.load(BUNDLED, "float32", native=True), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert relative(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits) <= 1e-5

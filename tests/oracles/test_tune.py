@@ -1,0 +1,148 @@
+"""Training on the bundled model: the same curve whatever the base's encoding, resumed runs that give the same bytes, and stock PEFT that computes the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from test_transformers import relative
+from typer.testing import CliRunner
+
+import moeglot
+from moeglot.cli import app
+from moeglot.demo import BUNDLED
+from moeglot.errors import BrokenFile, OutputExists, UsageError
+from moeglot.nn import load_adapter
+from moeglot.nn.data import read
+from moeglot.nn.tune import Recipe, tune
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+TEXT = Path(__file__).parents[2] / "LICENSE"
+RECIPE = Recipe(steps=24, batch=2, length=64, rate=2e-3, warmup=3, r=4, save_every=8)
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory) -> Path:
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", folder := tmp_path_factory.mktemp("tune") / "bf16")
+    return folder
+
+
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(BUNDLED)
+
+
+def trained(base, out, encode=None, recipe=RECIPE, **options):
+    model = moeglot.load(base, "float32", native=True, encode=encode)
+    return model, tune(model, tokenizer(), TEXT, out, recipe, base=str(base), **options)
+
+
+def test_the_curve_is_the_same_whatever_encodes_the_base(bf16, tmp_path):
+    """bfloat16 and MXFP4 hold the same numbers here; FP8 and NF4 are off by what they round, which moves a curve less than a step of it does."""
+    found = {
+        "bfloat16": trained(bf16, tmp_path / "1")[1],
+        "mxfp4": trained(BUNDLED, tmp_path / "2")[1],
+        "fp8-block": trained(bf16, tmp_path / "3", "fp8-block")[1],
+        "nf4": trained(bf16, tmp_path / "4", "nf4")[1],
+    }
+    right = torch.tensor(found["bfloat16"].losses)
+    moved = float(right.diff().abs().mean())
+    for name, record in found.items():
+        off = (torch.tensor(record.losses) - right).abs()
+        assert float(off.max()) <= {"bfloat16": 0, "mxfp4": 1e-4}.get(name, 0.5 * moved), name
+        assert record.after < record.before - 0.5
+        assert sum(record.losses[-4:]) / 4 < record.before - 0.5
+    assert found["nf4"].losses != found["bfloat16"].losses
+    other = trained(BUNDLED, tmp_path / "5", recipe=Recipe(**{**vars(RECIPE), "seed": 1}))[1]
+    assert float((torch.tensor(other.losses) - right).abs().max()) > 0.5 * moved  # other rows in each step: the comparison can fail
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_killed_run_goes_on_to_the_same_bytes(dropout, tmp_path):
+    recipe = Recipe(**{**vars(RECIPE), "steps": 12, "save_every": 4, "dropout": dropout})
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == 7:
+            raise Killed
+
+    _, whole = trained(BUNDLED, tmp_path / "whole", recipe=recipe)
+    with pytest.raises(Killed):
+        trained(BUNDLED, tmp_path / "killed", recipe=recipe, step=kill)
+    assert not (tmp_path / "killed" / "adapter").exists()
+    with pytest.raises(OutputExists):
+        trained(BUNDLED, tmp_path / "killed", recipe=recipe)
+    with pytest.raises(UsageError, match="another recipe"):
+        trained(BUNDLED, tmp_path / "killed", recipe=Recipe(**{**vars(recipe), "rate": 1e-4}), resume=True)
+    _, again = trained(BUNDLED, tmp_path / "killed", recipe=recipe, resume=True)
+    assert again.losses == whole.losses
+    assert (again.before, again.after) == (whole.before, whole.after)
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_stock_peft_computes_what_was_trained(bf16, tmp_path):
+    peft = pytest.importorskip("peft")
+    trained(BUNDLED, tmp_path / "out", recipe=Recipe(**{**vars(RECIPE), "steps": 6, "modules": ("q_proj", "v_proj"), "checkpointing": True}))
+    ids = torch.tensor([tokenizer()("This License does not grant permission")["input_ids"]])
+    live = load_adapter(moeglot.load(BUNDLED, "float32", native=True), tmp_path / "out" / "adapter").eval()
+    convention = moeglot.open_adapter(tmp_path / "out" / "adapter", BUNDLED).convention.name
+    assert convention == "peft"
+    theirs = tmp_path / "theirs"
+    from test_peft import READER
+
+    moeglot.convert_adapter(moeglot.open_adapter(tmp_path / "out" / "adapter", BUNDLED), READER, theirs)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.float32).eval()
+    with torch.no_grad():
+        before, expected = dense(input_ids=ids).logits, live(input_ids=ids).logits
+        stock = peft.PeftModel.from_pretrained(dense, theirs).eval()
+        assert relative(stock(input_ids=ids).logits, expected) <= 1e-5
+    assert relative(before, expected) > 1e-2
+
+
+def test_the_command(tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = TEXT.read_text().split("\n\n")
+    data.write_text("\n".join(json.dumps({"text": line} if n % 2 else {"prompt": line[:9], "completion": line[9:]}) for n, line in enumerate(lines)))
+    options = ["--steps", "4", "--batch", "2", "--length", "32", "--rank", "2", "--dtype", "float32", "--encode", "nf4"]
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    found = CliRunner().invoke(app, ["tune", str(tmp_path / "bf16"), "--data", str(data), "--out", str(tmp_path / "out"), *options])
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert "held out, after" in found.output
+    record = json.loads((tmp_path / "out" / "tune.json").read_text())
+    assert (record["schema"], len(record["losses"])) == ("moeglot/tune/1", 4)
+    assert "<polyline" in (tmp_path / "out" / "loss.html").read_text()
+    try:
+        import matplotlib  # noqa: F401
+
+        assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    except ImportError:
+        assert not (tmp_path / "out" / "loss.png").exists()
+    ran = CliRunner().invoke(app, ["run", str(tmp_path / "bf16"), "--prompt", "This License", "--tokens", "5", "--adapter", str(tmp_path / "out" / "adapter")])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert "This License" in ran.output
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    words, path = tokenizer(), tmp_path / "data.jsonl"
+    for text, words_of_it in (('{"text": 1}', "keys text"), ("[1]", "list"), ("{", "no JSON")):
+        path.write_text(text)
+        with pytest.raises(BrokenFile, match=words_of_it):
+            read(path, words, 8, 0.1)
+    path.write_text(json.dumps({"text": "And God said"}))
+    with pytest.raises(UsageError, match="rows of 64"):
+        read(path, words, 64, 0.1)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read(tmp_path / "none.txt", words, 8, 0.1)
+    data = read(TEXT, words, 32, 0.25)
+    assert abs(len(data.held_out) / (len(data.train) + len(data.held_out)) - 0.25) < 0.01
+    first = torch.cat([data.batch(step, 4, 0) for step in range(len(data.train) // 4)])
+    assert len(first.unique(dim=0)) == len(first)  # each row once in an epoch
