@@ -51,7 +51,7 @@ docs: .venv/ready
 .venv/ready: pyproject.toml constraints.txt tests/environments/transformers-5.23.0.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP) torch
-	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,test,lint]'
+	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,fast,test,lint]'
 	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
 	touch $@
 

@@ -34,8 +34,8 @@ class Plain(Encoding):
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> Plain:
         return Plain(found["value"][0])
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        return parts["value"].to(dtype)
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        return parts["value"].to(dtype) if out is None else out.copy_(parts["value"])
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.dtype, "a spec's 'any float' is no encoding to write"

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
+from moeglot.kernels import backend
 
 # Normal quantiles, as the library has them to the last digit; 0.0 is code 7.
 NF4 = (
@@ -69,14 +70,19 @@ def _blocks(values: torch.Tensor, blocksize: int) -> Iterator[tuple[int, torch.T
         yield whole, values[whole * blocksize :].view(1, -1)
 
 
-def decode(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+def decode(
+    packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """packed u8 [⌈n/2⌉, 1], absmax float32 [⌈n/blocksize⌉] -> [n] in `dtype`: one product in float32, then one rounding."""
-    values = torch.empty(count, dtype=dtype)
+    values = backend.place((count,), dtype, packed.device, out)
     flat = packed.reshape(-1)
-    for first, out in _blocks(values, blocksize):
+    if dtype in (torch.bfloat16, torch.float32) and values.is_contiguous() and (fast := backend.compiled("bnb4", packed, values)):
+        fast.decode(flat, absmax, codebook(kind), blocksize, values)
+        return values
+    for first, to in _blocks(values, blocksize):
         at = first * blocksize
-        numbers = _pairs(kind)[flat[at // 2 : (at + out.numel() + 1) // 2].int()].flatten()[: out.numel()]
-        out.copy_(numbers.view(out.shape) * absmax[first : first + len(out)].unsqueeze(-1))
+        numbers = _pairs(kind)[flat[at // 2 : (at + to.numel() + 1) // 2].int()].flatten()[: to.numel()]
+        to.copy_(numbers.view(to.shape) * absmax[first : first + len(to)].unsqueeze(-1))
     return values
 
 
@@ -127,6 +133,9 @@ def _encode(values: torch.Tensor, kind: str, blocksize: int, search: bool = True
 
 def _round(block: torch.Tensor, kind: str, short: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """[b, s] -> codes u8 [b, s], absmax [b], as bitsandbytes rounds."""
+    if not short and block.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("bnb4", block)):
+        found: tuple[torch.Tensor, torch.Tensor] = fast.nearest(block, *_nearest_table(kind))
+        return found
     block = block.float()
     absmax = block.abs().amax(-1)
     if short:

@@ -12,8 +12,11 @@ from math import inf
 
 import torch
 
+from moeglot.kernels import backend
+
 CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB whatever the matrix
 Block = tuple[int, int]
+E4M3, INT4 = "e4m3", "int4"
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,14 @@ class Grid:
 
     `largest`: the magnitudes of codes that the largest number of a tile may have, the likeliest first. `nearest`: quotients (float32, may be overwritten)
     -> the nearest codes, as float32. `holds`: which scales (float32) the scale's own type has. `ulps`: how far a scale may be from the quotient of the
-    largest number and its code: 1 where a product is rounded, 0 where none is.
+    largest number and its code: 1 where a product is rounded, 0 where none is. `kind`: the name of `nearest` for compiled kernels.
     """
 
     largest: tuple[float, ...]
     nearest: Callable[[torch.Tensor], torch.Tensor]
     holds: Callable[[torch.Tensor], torch.Tensor]
     ulps: int = 1
+    kind: str = ""
 
 
 def shape_of(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
@@ -85,6 +89,9 @@ def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor,
 def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [tiles, tiles]: the largest magnitude; NaN and infinity stay."""
     amax = torch.zeros(shape_of(tuple(values.shape), block))
+    if values.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("grid", values)):
+        fast.largest(values, block, amax)
+        return amax
     for rows in runs(*values.shape):
         magnitude = values[rows].to(torch.float32).abs()
         found = torch.cat([part.amax(-1) for part, _ in tiled(magnitude, block[1])], -1)
@@ -95,6 +102,9 @@ def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
 def refuted(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [tiles, tiles], twice: the smallest and the largest number that codes × scale do not reproduce; inf and -inf where all are reproduced."""
     low, high = torch.full_like(scale, inf), torch.full_like(scale, -inf)
+    if values.dtype in (torch.bfloat16, torch.float32) and grid.kind and (fast := backend.compiled("grid", values)):
+        fast.refuted(values, scale, block, grid.kind, low, high)
+        return low, high
     for rows in runs(*values.shape):
         factor = scale[tile_rows(rows, block)]
         lows, highs = [], []

@@ -8,7 +8,8 @@ import torch
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
+from moeglot.kernels import backend
+from moeglot.kernels.grid import INT4, Block, Grid, largest, matrices, over, runs, settle, shape_of, times
 
 WORD = 8  # numbers in an int32
 OFFSET = 8
@@ -31,7 +32,7 @@ def _nearest(quotients: torch.Tensor) -> torch.Tensor:
 def _grid(dtype: str) -> Grid:
     """-8 × scale or 7 × scale is the largest number of every producer's group; others only where groups were cut."""
     torch_dtype = DTYPES[dtype].torch
-    return Grid((7, 8, 6, 5, 4, 3, 2, 1), _nearest, lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0)
+    return Grid((7, 8, 6, 5, 4, 3, 2, 1), _nearest, lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0, kind=INT4)
 
 
 def columns_of(shape: torch.Tensor) -> int:
@@ -42,7 +43,7 @@ def columns_of(shape: torch.Tensor) -> int:
     return int(columns[0])
 
 
-def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: torch.dtype) -> torch.Tensor:
+def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] -> [..., out, in], code × scale in float32."""
     shape = (*packed.shape[:-1], columns)
     if tuple(scale.shape) != shape_of(shape, block) or packed.shape[-1] != -(-columns // WORD):
@@ -51,10 +52,14 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block
             f"eight numbers are packed in an int32, and {block[1] or 'all'} of a row share a scale",
             "check group_size in config.json",
         )
-    values = torch.empty(shape, dtype=dtype)
-    for words, factor, out in zip(matrices(packed), matrices(scale), matrices(values), strict=True):
-        for rows in runs(*out.shape):
-            out[rows] = times(_unpack(words[rows])[:, :columns], rows, factor.to(torch.float32), block)
+    values = backend.place(shape, dtype, packed.device, out)
+    fast = backend.compiled("int4", packed, values) if dtype in (torch.bfloat16, torch.float32) else None
+    for words, factor, to in zip(matrices(packed), matrices(scale), backend.places(values), strict=True):
+        if fast:
+            fast.decode(words, factor.to(torch.float32), block[1] or columns, to)
+            continue
+        for rows in runs(*to.shape):
+            to[rows] = times(_unpack(words[rows])[:, :columns], rows, factor.to(torch.float32), block)
     return values
 
 
@@ -68,9 +73,13 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
     """values [..., out, in] of a float type -> packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] in `dtype`. Zero has no sign."""
     packed = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
     scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
+    fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(packed), matrices(scale), strict=True):
         for rows in runs(*given.shape):
             factor[rows] = _scales(given[rows], block, dtype, divisor)
+            if fast:
+                fast.encode(backend.in_half_or_single(given[rows]), factor[rows].to(torch.float32), block[1] or given.shape[1], words[rows])
+                continue
             quotients = over(given[rows].to(torch.float32, copy=True), slice(0, rows.stop - rows.start), factor[rows].to(torch.float32), block)
             words[rows] = _pack(_nearest(quotients))
     return packed, scale
@@ -94,7 +103,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
     """float32 [n, in] from -8 to 7 -> i32 [n, ⌈in / 8⌉]; nibbles behind the last number are 0."""
     nibbles = (codes + OFFSET).to(torch.uint8)
     nibbles = torch.nn.functional.pad(nibbles, (0, -codes.shape[1] % WORD))
-    return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).view(torch.int32)
+    return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
 
 
 def largest_codes(packed: torch.Tensor, columns: int, block: Block) -> torch.Tensor:
