@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes"},
+    {"errors", "version", "dtypes", "scratch"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
     {"layout"},

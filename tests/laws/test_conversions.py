@@ -11,8 +11,6 @@ from moeglot.encodings.plain import Plain
 from moeglot.formats import PLAIN
 from moeglot.shards import tensor_bytes
 
-pytestmark = pytest.mark.usefixtures("kernels")
-
 SIZES = {"square": (2, 64, 64), "h=2i": (2, 64, 32), "2h=i": (3, 32, 64), "e=h=i": (32, 32, 32), "one": (1, 32, 32)}
 THOROUGH = ("gpt-oss", "qwen3-moe", "mixtral")
 """Families that are tried at every size; the others, whose lines are of the same kinds, at the square one."""
