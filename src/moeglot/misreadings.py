@@ -26,8 +26,17 @@ class Misreading:
 
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
-    """The declared reading, one role at a time."""
-    return lambda role: checkpoint.expert(checkpoint.format.line_of(role), layer, expert)[role]
+    """The declared reading, one role at a time; what lies together and needs no decoding to be taken apart is read and checked once."""
+    found: dict[str, dict[str, Encoded]] = {}
+
+    def matrix(role: str) -> Encoded:
+        line = checkpoint.format.line_of(role)
+        roles = found.get(line.key) or checkpoint.expert(line, layer, expert)
+        if line.movable(checkpoint.encoding(line, layer), checkpoint.sizes):
+            found[line.key] = roles
+        return roles[role]
+
+    return matrix
 
 
 def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:

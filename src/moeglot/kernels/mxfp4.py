@@ -113,5 +113,7 @@ def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tens
 
 def undetermined(packed: torch.Tensor) -> int:
     """How many groups have no code above 3 (index 5), so that their scale cannot be known from their values."""
+    if fast := backend.compiled("mxfp4", packed):
+        return int(fast.undetermined(packed))
     magnitude = torch.maximum(packed & 7, (packed >> 4) & 7)
     return int((magnitude.amax(-1) <= 5).sum())

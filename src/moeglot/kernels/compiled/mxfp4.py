@@ -220,3 +220,20 @@ def _encode_single(values: Array, groups: int, rule: int, limits: Array, packed:
             packed[n * 16 + j] = uint8(codes[2 * j] | uint8(codes[2 * j + 1] << uint8(4)))
         scale[n] = power
     return True
+
+
+def undetermined(packed: torch.Tensor) -> int:
+    """packed u8 [n, 16] -> how many groups have no code above 3."""
+    packed = packed.contiguous()
+    return int(_undetermined(memory(packed).view(uint64), len(packed))) if packed.numel() else 0
+
+
+@jit
+def _undetermined(packed: Array, groups: int) -> int:
+    """A magnitude is above 3 where the upper two of its three bits are set, as in codes 6 and 7."""
+    count = 0
+    for n in range(groups):
+        a, b = packed[2 * n], packed[2 * n + 1]
+        large = ((a & (a << uint64(1))) | (b & (b << uint64(1)))) & uint64(0x4444444444444444)
+        count += 1 if large == 0 else 0
+    return count
