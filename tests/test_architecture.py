@@ -20,7 +20,7 @@ LAYERS = (
     {"formats", "conventions"},
     {"factors"},
     {"shards", "config", "hub"},
-    {"source", "dense"},
+    {"source", "dense", "direct"},
     {"identify", "structure", "profiles", "outline"},
     {"evidence"},
     {"checkpoint", "adapter_config", "adapter_evidence"},

@@ -32,8 +32,10 @@ def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
     def matrix(role: str) -> Encoded:
         line = checkpoint.format.line_of(role)
         roles = found.get(line.key) or checkpoint.expert(line, layer, expert)
-        if line.movable(checkpoint.encoding(line, layer), checkpoint.sizes):
+        if len(line.roles) > 1 and len(line.role_axes.split()) == 2 and line.movable(checkpoint.encoding(line, layer), checkpoint.sizes):
             found[line.key] = roles
+        elif len(line.role_axes.split()) == 2:
+            found.clear()
         return roles[role]
 
     return matrix
@@ -64,7 +66,7 @@ def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
 def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
-        yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
+        yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(checkpoint, line, other)), line)
     if not isinstance(checkpoint.encoding(line, checkpoint.layers[0]), Plain):
         yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line)
 
@@ -84,10 +86,11 @@ def _replaced(checkpoint: Checkpoint, line: Stored, change: Change) -> Read:
     return read
 
 
-def _relaid(line: Stored, other: Stored) -> Change:
+def _relaid(checkpoint: Checkpoint, line: Stored, other: Stored) -> Change:
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
-            stored = line.join(lambda r: exactly(declared(r)))
+            plain = isinstance(checkpoint.encoding(line, layer), Plain)
+            stored = checkpoint.checked(line, layer, expert) if plain else line.join(lambda r: exactly(declared(r)))
             return other.split(stored)[role]
 
         return matrix

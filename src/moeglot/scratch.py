@@ -19,8 +19,8 @@ SMALL = 1 << 20
 """Bytes below which the allocator's own memory is as good."""
 ALIGNED = 1 << 21
 """Sizes are whole huge pages."""
-KEPT = 4
-"""Free buffers that a thread keeps, the last used ones."""
+KEPT = 16 << 20
+"""Bytes of free buffers that a thread keeps when it takes a new one, the last used ones."""
 
 _of_thread = threading.local()
 
@@ -36,19 +36,28 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _buffer(nbytes: int) -> mmap.mmap:
-    """The smallest free buffer that is large enough and not twice as large as needed, or a new one."""
+    """The smallest free buffer that is large enough and not much larger, or a new one."""
     buffers: list[mmap.mmap] = _of_thread.__dict__.setdefault("buffers", [])
     free = [n for n in range(len(buffers)) if sys.getrefcount(buffers[n]) == _REFERENCES]
-    fits = [n for n in free if nbytes <= len(buffers[n]) <= max(2 * nbytes, nbytes + ALIGNED)]
+    fits = [n for n in free if nbytes <= len(buffers[n]) <= nbytes + nbytes // 4 + ALIGNED]
     if fits:
         found = buffers.pop(min(fits, key=lambda n: len(buffers[n])))
     else:
-        for n in reversed(free[: max(0, len(free) - KEPT + 1)]):
-            del buffers[n]
-        found = mmap.mmap(-1, -(-nbytes // ALIGNED) * ALIGNED)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            found.madvise(mmap.MADV_HUGEPAGE)
+        kept = 0
+        for n in reversed(free):
+            kept += len(buffers[n])
+            if kept > KEPT:
+                del buffers[n]
+        found = _new(-(-nbytes // ALIGNED) * ALIGNED)
     buffers.append(found)
+    return found
+
+
+def _new(nbytes: int) -> mmap.mmap:
+    """Private where the system knows the difference: what is shared is no huge pages, and is counted apart."""
+    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if hasattr(mmap, "MAP_PRIVATE") else mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        found.madvise(mmap.MADV_HUGEPAGE)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from moeglot import scratch
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
-from moeglot.dense import DecodedTensor, DenseTensor
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError
@@ -16,7 +16,7 @@ from moeglot.fingerprint import Fingerprint
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.misreadings import right
 
-SLAB = 1 << 22
+SLAB = 1 << 21
 """Numbers of a matrix that are compared at a time."""
 
 
@@ -195,6 +195,8 @@ def _same(a: DenseTensor, b: DenseTensor) -> bool:
     """The same bytes; or, if one is a quantized matrix, its values as the other's float type rounds them."""
     from moeglot.kernels.bits import same
 
+    if isinstance(a, HubTensor) and isinstance(b, HubTensor):
+        return a.same(b)
     x, y = a.read(), b.read()
     if isinstance(a, DecodedTensor) != isinstance(b, DecodedTensor):
         x, y = (x.to(y.dtype), y) if isinstance(a, DecodedTensor) else (x, y.to(x.dtype))

@@ -17,6 +17,9 @@ from moeglot.errors import UsageError
 VARIABLE = "MOEGLOT_KERNELS"
 NAMES = ("numba", "torch")
 
+WORTH = 1 << 18
+"""Numbers, or bytes of codes, from which compiled kernels are used of themselves."""
+
 _asked: str | None = None
 
 
@@ -48,8 +51,13 @@ def using(name: str) -> Iterator[None]:
 
 
 def compiled(name: str, *tensors: torch.Tensor) -> ModuleType | None:
-    """The module of compiled kernels of that name, or None where torch's tables are to compute; compiled ones are for tensors in this machine's memory."""
+    """The module of compiled kernels of that name, or None where torch's tables are to compute.
+
+    Compiled ones are for tensors in this machine's memory. Unless asked for, they wait for a tensor that is worth the second which numba takes to start.
+    """
     if any(tensor.device.type != "cpu" for tensor in tensors) or current() == "torch":
+        return None
+    if not (_asked or os.environ.get(VARIABLE)) and all(tensor.numel() < WORTH for tensor in tensors):
         return None
     return importlib.import_module(f"moeglot.kernels.compiled.{name}")
 
