@@ -27,6 +27,8 @@ SMALLEST = 1e-38  # what the library divides by instead of less, and what it sto
 POSITIONS = 65535  # its CPU kernel rounds a scale to one of these steps of [-1, 1] before it takes the nearest of the 256
 CHUNK = 1 << 19  # values at a time, a multiple of every block size
 
+FEW = 32  # blocks that are looked at first
+
 
 @cache
 def codebook(kind: str) -> torch.Tensor:
@@ -105,7 +107,7 @@ def encode(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tenso
 
 def _supported(values: torch.Tensor) -> torch.Tensor:
     held = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.to(torch.float32)
-    if not bool(held.isfinite().all()):
+    if held.numel() and not all(math.isfinite(number.item()) for number in held.aminmax()):
         raise BadNumbers(
             "a weight is NaN or infinite, which 4-bit codes cannot hold",
             "the largest code is one absmax, and float32 holds that",
@@ -118,6 +120,8 @@ def _encode(values: torch.Tensor, kind: str, blocksize: int, search: bool = True
     """flat values -> codes u8 [n], absmax [blocks], whether they decode to the same bits. A search ends where the first block is on no grid."""
     codes = torch.empty(values.numel(), dtype=torch.uint8)
     absmax = torch.empty(-(-values.numel() // blocksize))
+    if search and values.numel() > FEW * blocksize and not _encode(values[: FEW * blocksize], kind, blocksize)[2]:
+        return codes, absmax, False
     for first, block in _blocks(values, blocksize):
         found, scale = _round(block, kind, short=block.shape[1] < blocksize)
         if search:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 import torch
-from numpy import float32, int32, uint8, uint32
+from numpy import float32, int32, uint8, uint16, uint32
 
 from moeglot.kernels.compiled.jit import Array, jit, memory
 from moeglot.kernels.compiled.numbers import half_bits, single
@@ -22,18 +22,32 @@ def decode(packed: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, b
 
 @jit
 def _decode_half(packed: Array, absmax: Array, codebook: Array, blocksize: int, count: int, out: Array) -> None:
+    values = numpy.empty(16, uint16)
     for b in range((count + blocksize - 1) // blocksize):
         by = absmax[b]
-        for k in range(b * blocksize, min(count, (b + 1) * blocksize)):
-            out[k] = half_bits(float32(codebook[(packed[k >> 1] >> (4 - ((k & 1) << 2))) & 15] * by).view(uint32))
+        for code in range(16):
+            values[code] = half_bits(float32(codebook[code] * by).view(uint32))
+        first, last = b * blocksize, min(count, (b + 1) * blocksize)
+        codes, to = packed[first // 2 :], out[first:]
+        for j in range((last - first) // 2):
+            to[2 * j], to[2 * j + 1] = values[codes[j] >> 4], values[codes[j] & 15]
+        if (last - first) % 2:
+            to[last - first - 1] = values[codes[(last - first) // 2] >> 4]
 
 
 @jit
 def _decode_single(packed: Array, absmax: Array, codebook: Array, blocksize: int, count: int, out: Array) -> None:
+    values = numpy.empty(16, uint32)
     for b in range((count + blocksize - 1) // blocksize):
         by = absmax[b]
-        for k in range(b * blocksize, min(count, (b + 1) * blocksize)):
-            out[k] = float32(codebook[(packed[k >> 1] >> (4 - ((k & 1) << 2))) & 15] * by).view(uint32)
+        for code in range(16):
+            values[code] = float32(codebook[code] * by).view(uint32)
+        first, last = b * blocksize, min(count, (b + 1) * blocksize)
+        codes, to = packed[first // 2 :], out[first:]
+        for j in range((last - first) // 2):
+            to[2 * j], to[2 * j + 1] = values[codes[j] >> 4], values[codes[j] & 15]
+        if (last - first) % 2:
+            to[last - first - 1] = values[codes[(last - first) // 2] >> 4]
 
 
 def nearest(block: torch.Tensor, midpoints: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +63,8 @@ def nearest(block: torch.Tensor, midpoints: torch.Tensor, codes: torch.Tensor) -
 @jit
 def _nearest(values: Array, shift: int, blocks: int, size: int, smallest: float, midpoints: Array, codes: Array, found: Array, absmax: Array) -> None:
     index = numpy.empty(size, uint8)
-    m = midpoints
+    a, b0, c, d, e, f, g, h = midpoints[0], midpoints[1], midpoints[2], midpoints[3], midpoints[4], midpoints[5], midpoints[6], midpoints[7]
+    i, j, k0, m, n, o, p = midpoints[8], midpoints[9], midpoints[10], midpoints[11], midpoints[12], midpoints[13], midpoints[14]
     for b in range(blocks):
         given, to = values[b * size :], found[b * size :]
         largest = int32(0)
@@ -61,9 +76,9 @@ def _nearest(values: Array, shift: int, blocks: int, size: int, smallest: float,
         inverse = float32(float32(1.0) / (most if most > smallest else smallest))
         for k in range(size):
             v = float32(single(given[k], shift) * inverse)
-            low = int32(v > m[0]) + int32(v > m[1]) + int32(v > m[2]) + int32(v > m[3]) + int32(v > m[4])
-            middle = int32(v > m[5]) + int32(v > m[6]) + int32(v > m[7]) + int32(v > m[8]) + int32(v > m[9])
-            high = int32(v > m[10]) + int32(v > m[11]) + int32(v > m[12]) + int32(v > m[13]) + int32(v > m[14])
-            index[k] = uint8(low + middle + high)
+            low = int32(int32(v > a) + int32(v > b0) + int32(v > c) + int32(v > d) + int32(v > e))
+            middle = int32(int32(v > f) + int32(v > g) + int32(v > h) + int32(v > i) + int32(v > j))
+            high = int32(int32(v > k0) + int32(v > m) + int32(v > n) + int32(v > o) + int32(v > p))
+            index[k] = uint8(int32(low + middle) + high)
         for k in range(size):
             to[k] = codes[index[k]]

@@ -46,3 +46,12 @@ def int4(quotient: Any) -> Any:
     whole = float32(float32(held + float32(12582912.0)) - float32(12582912.0))
     whole = whole if whole < float32(7.0) else float32(7.0)
     return whole if whole > float32(-8.0) else float32(-8.0)
+
+
+@inline
+def e2m1(nibble: Any) -> Any:
+    """A nibble (uint32) -> its number in E2M1."""
+    m = uint32(nibble & uint32(7))
+    bits = uint32(uint32(m << uint32(22)) + uint32(0x3F000000)) if m > uint32(1) else uint32(0)
+    bits = uint32(0x3F000000) if m == uint32(1) else bits
+    return uint32(bits | uint32(uint32(nibble & uint32(8)) << uint32(28))).view(float32)

@@ -9,13 +9,8 @@ from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
-from moeglot.kernels.compiled.numbers import half_bits
-from moeglot.kernels.e2m1 import E2M1, thresholds
-
-
-@cache
-def _values() -> Array:
-    return memory(torch.tensor([*E2M1, *(-value for value in E2M1)])).view(float32)
+from moeglot.kernels.compiled.numbers import e2m1, half_bits
+from moeglot.kernels.e2m1 import thresholds
 
 
 @cache
@@ -30,31 +25,31 @@ def decode(packed: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> Non
     for some, to in in_rows(out):
         if to.numel():
             given = (memory(packed[some]), packed.stride(0), len(to), factors[some.start * factor.shape[1] :], factor.shape[1])
-            kernel(*given, _values(), memory(to), to.stride(0))
+            kernel(*given, memory(to), to.stride(0))
 
 
 @jit
-def _decode_half(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, values: Array, out: Array, out_row: int) -> None:
+def _decode_half(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
             by = factor[r * groups + g]
             for j in range(8):
-                code = codes[g * 8 + j]
-                to[g * 16 + 2 * j] = half_bits(float32(values[code & 15] * by).view(uint32))
-                to[g * 16 + 2 * j + 1] = half_bits(float32(values[code >> 4] * by).view(uint32))
+                code = uint32(codes[g * 8 + j])
+                to[g * 16 + 2 * j] = half_bits(float32(e2m1(code) * by).view(uint32))
+                to[g * 16 + 2 * j + 1] = half_bits(float32(e2m1(uint32(code >> uint32(4))) * by).view(uint32))
 
 
 @jit
-def _decode_single(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, values: Array, out: Array, out_row: int) -> None:
+def _decode_single(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
             by = factor[r * groups + g]
             for j in range(8):
-                code = codes[g * 8 + j]
-                to[g * 16 + 2 * j] = float32(values[code & 15] * by).view(uint32)
-                to[g * 16 + 2 * j + 1] = float32(values[code >> 4] * by).view(uint32)
+                code = uint32(codes[g * 8 + j])
+                to[g * 16 + 2 * j] = float32(e2m1(code) * by).view(uint32)
+                to[g * 16 + 2 * j + 1] = float32(e2m1(uint32(code >> uint32(4))) * by).view(uint32)
 
 
 def encode(values: torch.Tensor, factor: torch.Tensor, packed: torch.Tensor) -> None:
