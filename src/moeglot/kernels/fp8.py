@@ -102,8 +102,9 @@ def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
     weight = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block))
+    numbers = 1 << (22 if backend.compiled("fp8", values) else 20)  # compiled kernels need no scratch
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
-        step = block[0] * max(1, (1 << 20) // (block[0] * given.shape[1])) if block[0] else given.shape[0]
+        step = block[0] * max(1, numbers // (block[0] * given.shape[1])) if block[0] else given.shape[0]
         for at in range(0, given.shape[0], step):
             some = given[at : at + step]
             scale = _scales(some, block, dtype)
