@@ -6,7 +6,7 @@ ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandb
 PEFTS := 0.18.1 0.19.1 0.21.2
 
 .PRECIOUS: .venvs/%/ready
-.PHONY: demo test lint matrix docs clean
+.PHONY: demo test lint matrix bench docs clean
 
 demo: .venv/ready
 	$(BIN)/moeglot demo
@@ -45,6 +45,13 @@ matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.
 matrix-%: .venv/ready .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
 
+# Everything that this machine can measure; on an idle one, or the ratios mean little. bitsandbytes lives in an environment of its own.
+bench: .venv/ready .venvs/bitsandbytes/ready
+	$(BIN)/python benchmarks/kernels.py
+	.venvs/bitsandbytes/bin/python $(PIP) numba rich
+	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
+	$(BIN)/python benchmarks/streaming.py --peers
+
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'
 	$(BIN)/python docs/generate.py
@@ -54,7 +61,7 @@ docs: .venv/ready
 .venv/ready: pyproject.toml constraints.txt tests/environments/transformers-5.23.0.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(PIP) torch
-	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,test,lint]'
+	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,fast,test,lint]'
 	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
 	touch $@
 

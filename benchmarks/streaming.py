@@ -1,10 +1,14 @@
-"""How much memory and time a conversion takes: its peak of anonymous memory against what is promised, its speed against `cp`, and `inspect` on a large index.
+"""How much memory and time a conversion takes: its peak of anonymous memory against what is promised, its speed against the disk and against transformers,
+and `inspect` on a large index.
 
 Converts a random gpt-oss of real shapes, and one half as large, from MXFP4 to BF16, with one worker and with two, through the command line, verification
 and certificate included. The promise: 4 × the largest stored expert matrix × workers + 200 MB, whatever the model's size. Run on an idle machine:
 
-    python benchmarks/streaming.py [--layers 4] [--folder DIR] [--results FILE]
+    python benchmarks/streaming.py [--layers 4] [--experts 32] [--peers] [--folder DIR] [--results FILE]
 
+Three things to compare with, in the same run: `cp` of the output; the floor, which is every byte of the source read and every byte of the output written
+by the same number of threads in the way that we read and write, and nothing else; and with --peers, transformers' from_pretrained(dequantize=True) and
+save_pretrained, which verifies nothing. "writing" is the conversion proper; the phases after it re-read the output and verify it.
 Anonymous memory is RssAnon of /proc/PID/status, read every 20 ms; mapped files are not in it, since the kernel drops their pages at will.
 """
 
@@ -21,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -32,6 +37,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 import moeglot
+from moeglot import scratch
+from moeglot.direct import Output
 from moeglot.format import Format
 from moeglot.formats import by_name
 
@@ -56,6 +63,9 @@ class Run:
     limit_bytes: int
     seconds: float
     copy_seconds: float
+    floor_seconds: float
+    peer_seconds: float | None
+    peak_resident_bytes: int
     phases: Mapping[str, tuple[int, float]]
 
     @property
@@ -72,8 +82,19 @@ class Run:
         """Bytes of output per second."""
         return self.output_bytes / self.seconds
 
+    @property
+    def writing(self) -> float:
+        """How many times the floor the conversion proper takes, from the start of the process to the last byte written."""
+        return sum(self.phases[phase][1] for phase in ("planning", "writing") if phase in self.phases) / self.floor_seconds
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "holds": self.holds, "bytes_per_second": round(self.rate), "times_cp": round(self.ratio, 2)}
+        return {
+            **asdict(self),
+            "holds": self.holds,
+            "bytes_per_second": round(self.rate),
+            "times_cp": round(self.ratio, 2),
+            "writing_times_floor": round(self.writing, 2),
+        }
 
 
 # --- synthetic checkpoints -------------------------------------------------------------------------------------------------------------
@@ -93,7 +114,9 @@ def write_gpt_oss(folder: Path, layers: int) -> Path:
     config = {
         "model_type": "gpt_oss",
         "torch_dtype": "bfloat16",
+        "architectures": ["GptOssForCausalLM"],
         "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
         "swiglu_limit": 7.0,
         "quantization_config": {"quant_method": "mxfp4"},
         **{keys[0]: SIZES[letter] for letter, keys in form.family.sizes.items()},
@@ -159,8 +182,69 @@ def anonymous(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def convert(source: Path, out: Path, workers: int) -> tuple[float, dict[str, tuple[int, float]]]:
-    """Seconds, and phase -> (peak of anonymous memory, seconds)."""
+def resident(pid: int) -> int:
+    """The peak of resident memory of a process in bytes, mapped files included; 0 if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
+def floor(source: Path, output: Path, folder: Path, workers: int) -> float:
+    """Seconds to read the source and to write as many bytes as the output has, in pieces as large as an expert's, and nothing else."""
+    target = folder / "floor"
+    sizes = {path.name: path.stat().st_size for path in output.glob("*.safetensors")}
+    target.mkdir()
+    for name, size in sizes.items():
+        with (target / name).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    pieces = [(name, at, min(LARGEST, size - at)) for name, size in sizes.items() for at in range(0, size, LARGEST)]
+    reads = [(path, at) for path in source.glob("*.safetensors") for at in range(0, path.stat().st_size, LARGEST)]
+    files = {name: Output(target / name) for name in sizes}
+
+    def write(piece: tuple[str, int, int]) -> None:
+        name, at, count = piece
+        files[name].write(scratch.empty((count,), torch.uint8), at)
+
+    def read(piece: tuple[Path, int]) -> None:
+        path, at = piece
+        with path.open("rb", buffering=0) as file:
+            file.seek(at)
+            file.readinto(scratch.empty((LARGEST,), torch.uint8).numpy())
+
+    os.sync()
+    began = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:
+        for future in [*(pool.submit(read, piece) for piece in reads), *(pool.submit(write, piece) for piece in pieces)]:
+            future.result()
+    seconds = time.monotonic() - began
+    for file in files.values():
+        file.close()
+    shutil.rmtree(target)
+    return seconds
+
+
+PEER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, Mxfp4Config
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2], save_original_format=False)
+"""
+
+
+def peer(source: Path, out: Path) -> float:
+    """Seconds of transformers' own way to the same tensors, in a process of its own."""
+    os.sync()
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", PEER, str(source), str(out)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = time.monotonic() - began
+    shutil.rmtree(out)
+    return seconds
+
+
+def convert(source: Path, out: Path, workers: int) -> tuple[float, int, dict[str, tuple[int, float]]]:
+    """Seconds, the peak of resident memory, and phase -> (peak of anonymous memory, seconds)."""
     command = [sys.executable, "-m", "moeglot.cli", "convert", str(source), str(out), "--to", "gpt-oss/transformers", "--workers", str(workers)]
     os.sync()
     began = time.monotonic()
@@ -170,17 +254,19 @@ def convert(source: Path, out: Path, workers: int) -> tuple[float, dict[str, tup
         reader.start()
         peaks: dict[str, int] = {}
         starts: dict[str, float] = {}
+        most = 0
         while process.poll() is None:
             phase = told[-1]
             starts.setdefault(phase, time.monotonic())
             peaks[phase] = max(peaks.get(phase, 0), anonymous(process.pid))
+            most = max(most, resident(process.pid))
             time.sleep(INTERVAL)
         reader.join()
     ended = time.monotonic()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
     ends = [*list(starts.values())[1:], ended]
-    return ended - began, {phase: (peaks[phase], end - start) for (phase, start), end in zip(starts.items(), ends, strict=True)}
+    return ended - began, most, {phase: (peaks[phase], end - start) for (phase, start), end in zip(starts.items(), ends, strict=True)}
 
 
 def copy(folder: Path, to: Path) -> float:
@@ -191,13 +277,14 @@ def copy(folder: Path, to: Path) -> float:
     return time.monotonic() - began
 
 
-def measure(source: Path, layers: int, folder: Path) -> Iterator[Run]:
+def measure(source: Path, layers: int, folder: Path, peers: bool) -> Iterator[Run]:
+    peer_seconds = peer(source, folder / "peer") if peers else None
     for workers in (1, 2):
         out = folder / "out"
-        seconds, phases = convert(source, out, workers)
-        copy_seconds = copy(out, folder / "copy")
+        seconds, most, phases = convert(source, out, workers)
+        copy_seconds, floor_seconds = copy(out, folder / "copy"), floor(source, out, folder, workers)
         limit, peak = MATRICES * LARGEST * workers + ALLOWANCE, max(peak for peak, _ in phases.values())
-        yield Run(layers, workers, nbytes(source), nbytes(out), peak, limit, seconds, copy_seconds, phases)
+        yield Run(layers, workers, nbytes(source), nbytes(out), peak, limit, seconds, copy_seconds, floor_seconds, peer_seconds, most, phases)
         shutil.rmtree(out)
         shutil.rmtree(folder / "copy")
 
@@ -226,12 +313,36 @@ def device() -> dict[str, Any]:
 
 
 def show(runs: list[Run], tensors: int, seconds: float) -> None:
-    table = Table("layers", "workers", "output", "peak", "limit", "phases: peak, time", "time", "rate", "times cp", title="gpt-oss MXFP4 to BF16, verified")
+    table = Table(
+        "layers",
+        "workers",
+        "output",
+        "peak",
+        "limit",
+        "phases: peak, time",
+        "time",
+        "rate",
+        "× cp",
+        "writing × floor",
+        "× transformers",
+        title="gpt-oss MXFP4 to BF16, verified",
+    )
     for run in runs:
         phases = "\n".join(f"{phase}: {peak / 1e6:.0f} MB, {time:.1f} s" for phase, (peak, time) in run.phases.items())
         shown = (f"{run.output_bytes / 1e9:.2f} GB", f"{run.peak_bytes / 1e6:.0f} MB", f"{run.limit_bytes / 1e6:.0f} MB", phases)
         colour = "green" if run.holds else "red"
-        table.add_row(str(run.layers), str(run.workers), *shown, f"{run.seconds:.1f} s", f"{run.rate / 1e6:.0f} MB/s", f"{run.ratio:.1f}", style=colour)
+        versus = f"{run.peer_seconds / run.seconds:.1f}" if run.peer_seconds else ""
+        table.add_row(
+            str(run.layers),
+            str(run.workers),
+            *shown,
+            f"{run.seconds:.1f} s",
+            f"{run.rate / 1e6:.0f} MB/s",
+            f"{run.ratio:.1f}",
+            f"{run.writing:.1f}",
+            versus,
+            style=colour,
+        )
     console = Console(width=140)
     console.print(table)
     console.print(f"inspect, {tensors} tensors: {seconds:.2f} s", style="green" if seconds < INSPECT_LIMIT else "red")
@@ -240,9 +351,12 @@ def show(runs: list[Run], tensors: int, seconds: float) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Memory and time of a conversion.")
     arguments.add_argument("--layers", type=int, default=4, help="of the larger model: 1.6 GB of output each (default: 4)")
+    arguments.add_argument("--experts", type=int, default=SIZES["e"], help="of a layer, which is 50 MB of output each (default: 32)")
+    arguments.add_argument("--peers", action="store_true", help="also time transformers on the same checkpoint; it needs all of it in memory, twice")
     arguments.add_argument("--folder", type=Path, help="where to work (default: the folder for temporary files)")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "streaming.json")
     given = arguments.parse_args()
+    SIZES["e"] = given.experts
     needed = int(given.layers * (0.43e9 + 2 * 1.6e9) + 3 * 0.38e9)
     found: dict[str, Any] = {"date": str(date.today()), "device": device(), "torch": torch.__version__, "moeglot": moeglot.__version__}
     runs: list[Run] = []
@@ -250,9 +364,9 @@ def main() -> None:
         folder = Path(name)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise SystemExit(f"{folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; pass --folder or fewer --layers")
-        for layers in (given.layers // 2, given.layers):
+        for layers in sorted({max(1, given.layers // 2), given.layers}):
             source = write_gpt_oss(folder / "source", layers)
-            runs += measure(source, layers, folder)
+            runs += measure(source, layers, folder, given.peers)
             shutil.rmtree(source)
         tensors = write_index(folder / "index")
         seconds = inspect(folder / "index")

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes", "rounding", "survival"},
+    {"errors", "version", "dtypes", "rounding", "survival", "scratch"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
     {"layout"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"formats", "conventions"},
     {"factors"},
     {"shards", "config", "hub"},
-    {"source", "dense"},
+    {"source", "dense", "direct"},
     {"identify", "structure", "profiles", "outline"},
     {"evidence"},
     {"checkpoint", "adapter_config", "adapter_evidence"},

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.shards import let_go
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -57,12 +58,19 @@ def each_expert(
 ) -> Iterator[Any]:
     """`work(layer, expert)` for each expert, or for those of a sample, in order, on threads, a few at a time."""
     places = sample or [(layer, expert) for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])]
+
+    def run(layer: int, expert: int) -> Any:
+        try:
+            return work(layer, expert)
+        finally:
+            let_go()
+
     with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
-        window = [pool.submit(work, *place) for place in places[: 2 * workers]]
+        window = [pool.submit(run, *place) for place in places[: 2 * workers]]
         for n in range(len(places)):
             result = window.pop(0).result()
             if n + 2 * workers < len(places):
-                window.append(pool.submit(work, *places[n + 2 * workers]))
+                window.append(pool.submit(run, *places[n + 2 * workers]))
             if progress:
                 progress(what, n + 1, len(places))
             yield result

@@ -16,13 +16,14 @@ from moeglot.adapter import Adapter
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress, one_thread, return_large_buffers
+from moeglot.direct import Output
 from moeglot.errors import LossRefused, UsageError
 from moeglot.identify import MARK
 from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
 from moeglot.plan import SHARD_SIZE, Plan, Unit
 from moeglot.plan import plan as make_plan
-from moeglot.shards import no_space, tensor_bytes, write_at
+from moeglot.shards import no_space
 from moeglot.source import INDEX
 from moeglot.units import estimate, make
 from moeglot.work import Work
@@ -112,7 +113,7 @@ def _refuse_expected_loss(plan: Plan) -> None:
 
 def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, threads: int, progress: Progress | None) -> dict[str, Loss]:
     """Write every unit that is not on disk yet; returns what was lost, by unit."""
-    files = {shard.file: os.open(work.files / shard.file, os.O_RDWR) for shard in plan.shards}
+    files = {shard.file: Output(work.files / shard.file) for shard in plan.shards}
     places = {name: (files[shard.file], offset) for shard in plan.shards for name, offset in shard.offsets.items()}
     losses = dict(done)
 
@@ -130,8 +131,8 @@ def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, thr
         total = sum(unit.nbytes for unit in plan.units)
         _in_parallel(run, pending, threads, partial(_tell, progress, total - sum(unit.nbytes for unit in pending), total))
     finally:
-        for descriptor in files.values():
-            os.close(descriptor)
+        for file in files.values():
+            file.close()
     return losses
 
 
@@ -168,16 +169,16 @@ def _refuse_loss(unit: Unit, loss: Loss) -> None:
     )
 
 
-def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, tuple[int, int]]) -> None:
+def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, tuple[Output, int]]) -> None:
     if unit.step is None:
-        descriptor, offset = places[unit.key.removesuffix("|dense")]
-        write_at(descriptor, tensor_bytes(parts["value"]), offset)
+        file, offset = places[unit.key.removesuffix("|dense")]
+        file.write(parts["value"], offset)
         return
     line = unit.step.line
     for part in unit.step.target.parts:
-        data = tensor_bytes(parts[part.name])
-        descriptor, offset = places[line.key_of(part, unit.step.layer, unit.expert)]
-        write_at(descriptor, data, offset if line.per_expert or part.shared else offset + unit.expert * len(data))
+        tensor = parts[part.name]
+        file, offset = places[line.key_of(part, unit.step.layer, unit.expert)]
+        file.write(tensor, offset if line.per_expert or part.shared else offset + unit.expert * tensor.numel() * tensor.element_size())
 
 
 def _write_rest(plan: Plan, folder: Path) -> None:

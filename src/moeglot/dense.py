@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoded, Encoding
 from moeglot.errors import BadNumbers
-from moeglot.shards import Entry
+from moeglot.shards import Entry, let_go
 
 if TYPE_CHECKING:
     import torch
+
+
+PIECE = 1 << 25
+"""Bytes that are compared at a time."""
 
 
 class DenseTensor(Protocol):
@@ -58,6 +62,22 @@ class HubTensor:
 
     def read(self) -> torch.Tensor:
         return self.entry.read(self.first, self.rows)
+
+    def same(self, other: HubTensor) -> bool:
+        """The same bytes under the same dtype and shape; some rows at a time, so that a large tensor is never ours as a whole."""
+        from moeglot.kernels.bits import same
+
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        if not self.shape:
+            return same(self.read(), other.read())
+        step = max(1, PIECE * self.shape[0] // max(1, self.entry.nbytes))
+        for at in range(0, self.shape[0], step):
+            rows = min(step, self.shape[0] - at)
+            if not same(self.entry.read(self.first + at, rows), other.entry.read(other.first + at, rows)):
+                return False
+            let_go()
+        return True
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class Encoding(ABC):
         return self
 
     @abstractmethod
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        """parts of a matrix -> values [..., out, in] in `dtype`."""
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """parts of a matrix -> values [..., out, in] in `dtype`; written to `out` if it is given, whatever its strides, and returned."""
 
     @abstractmethod
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -198,9 +198,9 @@ class Encoded:
             parts = {name: tensor[first // block : -(-last // block)] if (block := blocks[name]) else tensor for name, tensor in self.parts.items()}
             yield Encoded(self.encoding, parts, (last - first, *self.shape[1:]))
 
-    def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """Values [..., out, in]; raises `TensorMismatch` if the parts themselves declare another shape."""
-        values = self.encoding.decode(self.parts, dtype)
+    def decode(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Values [..., out, in], in `out` if it is given; raises `TensorMismatch` if the parts themselves declare another shape."""
+        values = self.encoding.decode(self.parts, dtype, out)
         if tuple(values.shape) != self.shape:
             raise TensorMismatch(
                 f"parts of {self.encoding} declare a tensor of shape {list(values.shape)}, not {list(self.shape)}",

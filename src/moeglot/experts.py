@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moeglot import scratch
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
 from moeglot.family import Config, Family, dig
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 LOUD = 3.0
 """Standard deviation of the gate's pre-activations; with quiet ones, swapped gate and up give nearly the same output."""
+
+SLAB = 1 << 21
+"""Numbers of a matrix that are decoded at a time."""
 
 Matrix = Callable[[str], Encoded]
 """role -> its canonical tensor, still encoded; it is decoded some rows at a time."""
@@ -58,7 +62,7 @@ class Expert:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
         import torch
 
-        out = torch.cat([x @ block.decode(torch.float32).mT for block in matrix(role).row_blocks()], -1)
+        out = product(x, matrix(role))
         return out + matrix(f"{role}_bias").decode(torch.float32) if f"{role}_bias" in self.roles else out
 
     def activate(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -75,6 +79,20 @@ class Expert:
             gate = gate.clamp(max=limit)
             return gate * (gate * self.numbers["alpha"]).sigmoid() * (up + 1)
         return (act(gate).clamp(max=limit) if self.kind == "capped-swiglu" else act(gate.clamp(max=limit))) * up
+
+
+def product(x: torch.Tensor, matrix: Encoded) -> torch.Tensor:
+    """x [t, in] @ [out, in]ᵀ -> [t, out] in float32; the matrix is decoded some rows at a time, the way it lies, in memory that is used again."""
+    import torch
+
+    def decoded(block: Encoded) -> torch.Tensor:
+        rows, columns = block.shape
+        part = next(iter(block.parts.values()))
+        if part.dim() == 2 and part.stride(0) < part.stride(1):
+            return block.decode(torch.float32, scratch.empty((columns, rows), torch.float32).mT)
+        return block.decode(torch.float32, scratch.empty((rows, columns), torch.float32))
+
+    return torch.cat([x @ decoded(block).mT for block in matrix.row_blocks(SLAB)], -1)
 
 
 def _number(config: Config, key: str, default: float, layer: int) -> float:
@@ -117,10 +135,8 @@ def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
 
 def loudness(expert: Expert, tokens: torch.Tensor, matrix: Matrix) -> float:
     """The factor that gives the gate's pre-activations (up's where there is no gate) on these tokens a standard deviation of about 3."""
-    import torch
-
     first = matrix("gate" if "gate" in expert.roles else "up")
-    spread = float(torch.cat([tokens @ block.decode(torch.float32).mT for block in first.row_blocks()], -1).std())
+    spread = float(product(tokens, first).std())
     return LOUD / spread if spread > 0 else 1.0
 
 

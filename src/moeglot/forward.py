@@ -11,6 +11,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.experts import Expert, Matrix, loudness, probe, relative_error
 from moeglot.misreadings import Misreading, combined, misreadings, right
+from moeglot.shards import let_go
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,9 @@ class Probe:
     def error(self, misreading: Misreading | None = None) -> float:
         """Relative error of the declared reading, or of a wrong one."""
         matrix = misreading.read(self.layer, self.expert) if misreading else self.declared
-        return relative_error(self.side.seen(self.layer, self.expert, self.model.forward(self.tokens, matrix)), self.answer)
+        found = relative_error(self.side.seen(self.layer, self.expert, self.model.forward(self.tokens, matrix)), self.answer)
+        let_go()
+        return found
 
     def is_moot(self, misreading: Misreading) -> bool:
         """It misreads biases that are all zero, or scales where there are none, so that it is no wrong reading."""

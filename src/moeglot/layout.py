@@ -228,6 +228,27 @@ class Stored:
         assert joined is not None
         return joined
 
+    def decoded(self, role: Callable[[str], Encoded], dtype: torch.dtype) -> torch.Tensor:
+        """As `join`, with the values of each role decoded where they belong in memory that is used again."""
+        from moeglot import scratch
+
+        encoded = role(self.roles[0])
+        shape = self._shape(self.expert_groups, dict(zip(self.role_axes.split(), encoded.shape, strict=True)))
+        found = scratch.empty(shape, dtype)
+        places = self.split(values(found))
+        for name in self.roles:
+            encoded = encoded if name == self.roles[0] else role(name)
+            encoded.decode(dtype, places[name].parts["value"])
+        return found
+
+    def turns_into(self, other: Stored) -> bool:
+        """Both hold the same roles, and one expert's slice becomes the other's by axes that change places as a whole."""
+        return self.roles == other.roles and sorted(self.expert_groups) == sorted(other.expert_groups)
+
+    def turned(self, other: Stored, tensor: torch.Tensor) -> torch.Tensor:
+        """One expert's slice of a line that this `turns_into`, as a view with the axes of this one."""
+        return tensor.permute([other.expert_groups.index(group) for group in self.expert_groups])
+
     def _joined_shape(self, part: torch.Tensor) -> tuple[int, ...]:
         """Shape of a part of one expert's slice, from the shape that it has in one role."""
         shape, letters = tuple(part.shape), self.role_axes.split()

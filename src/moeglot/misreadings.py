@@ -27,8 +27,19 @@ class Misreading:
 
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
-    """The declared reading, one role at a time."""
-    return lambda role: checkpoint.expert(checkpoint.format.line_of(role), layer, expert)[role]
+    """The declared reading, one role at a time; what lies together and needs no decoding to be taken apart is read and checked once."""
+    found: dict[str, dict[str, Encoded]] = {}
+
+    def matrix(role: str) -> Encoded:
+        line = checkpoint.format.line_of(role)
+        roles = found.get(line.key) or checkpoint.expert(line, layer, expert)
+        if len(line.roles) > 1 and len(line.role_axes.split()) == 2 and line.movable(checkpoint.encoding(line, layer), checkpoint.sizes):
+            found[line.key] = roles
+        elif len(line.role_axes.split()) == 2:
+            found.clear()
+        return roles[role]
+
+    return matrix
 
 
 def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
@@ -56,7 +67,7 @@ def combined(checkpoint: Checkpoint) -> Iterator[Misreading]:
 def _of_line(checkpoint: Checkpoint, line: Stored) -> Iterator[Misreading]:
     for other in line.misreadings(checkpoint.sizes):
         order = "" if other.roles == line.roles else f", {' before '.join(other.roles)}"
-        yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(line, other)), line)
+        yield Misreading(f'{line.short} is read as "{other.axes}"{order}', _replaced(checkpoint, line, _relaid(checkpoint, line, other)), line)
     if not line.is_plain:
         yield Misreading(f"{line.short} with inverted scales", _replaced(checkpoint, line, _inverted(checkpoint, line)), line, scales=True)
 
@@ -76,10 +87,11 @@ def _replaced(checkpoint: Checkpoint, line: Stored, change: Change) -> Read:
     return read
 
 
-def _relaid(line: Stored, other: Stored) -> Change:
+def _relaid(checkpoint: Checkpoint, line: Stored, other: Stored) -> Change:
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
-            stored = line.join(lambda r: exactly(declared(r)))
+            plain = line.is_plain
+            stored = checkpoint.checked(line, layer, expert) if plain else line.join(lambda r: exactly(declared(r)))
             return other.split(stored)[role]
 
         return matrix

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 ALIGNMENT = 4096  # where our data starts, so that a tensor can be read and written without the page cache
+SLICE = 1 << 26
+"""Bytes of the largest slices that are read as a whole."""
 SPEC = "https://github.com/huggingface/safetensors#format"
 
 
@@ -43,7 +45,10 @@ class Entry(NamedTuple):
         return self.end - self.start
 
     def read(self, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        """The tensor, or `rows` entries of its first axis from `first`; a view of the mapped file, read when it is touched."""
+        """The tensor, or `rows` entries of its first axis from `first`; a view of the mapped file, read when it is touched.
+
+        Of a slice as large as an expert's, the kernel is told that all of it will be.
+        """
         import torch
 
         shape = self.shape if rows is None else (rows, *self.shape[1:])
@@ -53,19 +58,34 @@ class Entry(NamedTuple):
         if not prod(shape):
             return torch.empty(shape, dtype=dtype)
         now = self.path.stat()
-        return torch.frombuffer(_mapping(self.path, now.st_ino, now.st_mtime_ns), dtype=dtype, count=prod(shape), offset=self.start + first * row).view(shape)
+        mapping, offset = _mapping(self.path, now.st_ino, now.st_mtime_ns), self.start + first * row
+        if ALIGNMENT < prod(shape) * size <= SLICE and hasattr(mmap, "MADV_WILLNEED"):
+            page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            mapping.madvise(mmap.MADV_WILLNEED, page, offset + prod(shape) * size - page)
+        return torch.frombuffer(mapping, dtype=dtype, count=prod(shape), offset=offset).view(shape)
 
 
 @cache
 def _mapping(path: Path, inode: int, changed: int) -> mmap.mmap:
     """One map for each state of a file, so that one that was replaced is read anew."""
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a private map: torch wants a writable buffer, nothing writes to it
+        _maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # private: torch wants a writable buffer, nothing writes to it
+    return _maps[-1]
+
+
+_maps: list[mmap.mmap] = []
+
+
+def let_go() -> None:
+    """Pages of mapped files that were touched count as ours until we say so; whoever needs one again reads it again."""
+    for found in _maps if hasattr(mmap, "MADV_DONTNEED") else ():
+        found.madvise(mmap.MADV_DONTNEED)
 
 
 def forget_mappings() -> None:
     """Drop all maps, because files are about to be renamed."""
     _mapping.cache_clear()
+    _maps.clear()
 
 
 def _refuse(path: Path, what: str, known: str) -> BrokenFile:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moeglot import scratch
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.layout import exactly, values
+from moeglot.layout import exactly
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
@@ -50,6 +51,8 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
         twin = source.checked(step.twin, step.layer, expert)
         if (copied := twin.encoding.recode(twin.parts, step.target)) is not None:
             return dict(copied), Loss()
+    if (straight := _straight(plan, step, expert)) is not None:
+        return straight
     roles = _roles(plan, step, expert)
     if step.moves_codes:
         recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
@@ -59,13 +62,25 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     return _encoded(plan, step, roles)
 
 
+def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss] | None:
+    """A stored slice whose axes change places as a whole, decoded at once where the target has it; None if there is more to do than that."""
+    source, line = plan.source, plan.source.format.line_of(step.line.roles[0])
+    if not (step.exact and isinstance(step.target, Plain) and line.turns_into(step.line)):
+        return None
+    stored = source.checked(line, step.layer, expert)
+    if not line.movable(stored.encoding, source.sizes):
+        return None
+    value = scratch.empty(step.line.expert_shape(source.sizes), by_torch_name(step.target.name).torch)
+    stored.decode(value.dtype, line.turned(step.line, value))
+    return {"value": value}, Loss(blocks=blocks_of(stored), undetermined=stored.encoding.undetermined(stored.parts))
+
+
 def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
     """The roles in the target's encoding: each by itself where it codes them so, else all together as they are stored."""
     lost: list[Loss] = []
 
     def given(role: str) -> Encoded:
-        exact = step.exact and isinstance(step.target, Plain)
-        return values(roles[role].decode(by_torch_name(step.target.name).torch)) if exact else exactly(roles[role])
+        return exactly(roles[role])
 
     def encode(found: Encoded, near: Encoded | None = None) -> Encoded:
         coded = near or Encoded(step.target, step.target.encode(found.parts["value"]), found.shape)
@@ -75,6 +90,8 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
 
     if step.exact:
         lost += [Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts)) for encoded in roles.values()]
+    if step.exact and isinstance(step.target, Plain):
+        return {"value": step.line.decoded(roles.__getitem__, by_torch_name(step.target.name).torch)}, sum(lost, Loss())
     if step.line.movable(step.target, plan.source.sizes):
         return dict(step.line.join(lambda role: encode(given(role), _near(roles[role], step.target))).parts), sum(lost, Loss())
     return dict(encode(step.line.join(given)).parts), sum(lost, Loss())

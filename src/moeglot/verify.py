@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from moeglot import scratch
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
-from moeglot.dense import DecodedTensor, DenseTensor
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded
+from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError
 from moeglot.fingerprint import Fingerprint
 from moeglot.forward import Side, checkpoint_side, forward
+from moeglot.misreadings import right
 
-if TYPE_CHECKING:
-    import torch
+SLAB = 1 << 21
+"""Numbers of a matrix that are compared at a time."""
 
 
 def verify(
@@ -95,12 +97,8 @@ def values(subject: Checkpoint, other: Checkpoint, *, workers: int = 1, progress
     comparable(subject, other)
 
     def work(layer: int, expert: int) -> tuple[int, dict[str, float]]:
-        return layer, {role: _difference(role, layer, expert) for role in subject.format.family.roles}
-
-    def _difference(role: str, layer: int, expert: int) -> float:
-        mine = subject.expert(subject.format.line_of(role), layer, expert)[role]
-        theirs = other.expert(other.format.line_of(role), layer, expert)[role]
-        return difference(mine, theirs)
+        mine, theirs = right(subject, layer, expert), right(other, layer, expert)
+        return layer, {role: difference(mine(role), theirs(role)) for role in subject.format.family.roles}
 
     return _worst(subject, each_expert(subject, work, "values", workers, progress))
 
@@ -136,30 +134,45 @@ def difference(mine: Encoded, theirs: Encoded) -> float:
     """0 if the numbers are the same, bit for bit (the sign of zero too); else their relative error, never 0."""
     import torch
 
-    if (
-        mine.encoding.name == theirs.encoding.name
-        and mine.parts.keys() == theirs.parts.keys()
-        and all(_same_bits(mine.parts[name], theirs.parts[name]) for name in mine.parts)
-    ):
+    from moeglot.kernels.bits import same
+
+    if _same_parts(mine, theirs) or _same_in_half(mine, theirs):
         return 0.0
     error = size = 0.0
-    same = True
+    equal = True
     for a, b in zip(mine.row_blocks(), theirs.row_blocks(), strict=True):
         x, y = a.decode(torch.float32), b.decode(torch.float32)
-        same = same and _same_bits(x, y)
+        equal = equal and same(x, y)
         error += float((x - y).square().sum(dtype=torch.float64))
         size += float(y.square().sum(dtype=torch.float64))
-    if same:
+    if equal:
         return 0.0
     ratio = (error / size) ** 0.5 if size else float("inf")
     return max(ratio, 1e-45) if ratio == ratio else float("inf")
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same_parts(mine: Encoded, theirs: Encoded) -> bool:
+    """The same codes and scales, so that nothing need be decoded."""
+    from moeglot.kernels.bits import same
+
+    alike = mine.encoding.name == theirs.encoding.name and mine.parts.keys() == theirs.parts.keys()
+    return alike and all(same(mine.parts[name], theirs.parts[name]) for name in mine.parts)
+
+
+def _same_in_half(mine: Encoded, theirs: Encoded) -> bool:
+    """Both are numbers that bfloat16 holds exactly, and as such they are the same, some rows at a time."""
     import torch
 
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
+    from moeglot.kernels.bits import same
+
+    if not all(encoded.encoding.fits_in(Plain("BF16")) for encoded in (mine, theirs)):
+        return False
+
+    def decoded(block: Encoded) -> torch.Tensor:
+        plain = isinstance(block.encoding, Plain)
+        return block.decode(torch.bfloat16, None if plain else scratch.empty(block.shape, torch.bfloat16))
+
+    return all(same(decoded(a), decoded(b)) for a, b in zip(mine.row_blocks(SLAB), theirs.row_blocks(SLAB), strict=True))
 
 
 def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[str, DenseTensor]], Mapping[str, DenseTensor]] = dict) -> Check:
@@ -181,10 +194,14 @@ def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[st
 
 def _same(a: DenseTensor, b: DenseTensor) -> bool:
     """The same bytes; or, if one is a quantized matrix, its values as the other's float type rounds them."""
+    from moeglot.kernels.bits import same
+
+    if isinstance(a, HubTensor) and isinstance(b, HubTensor):
+        return a.same(b)
     x, y = a.read(), b.read()
     if isinstance(a, DecodedTensor) != isinstance(b, DecodedTensor):
         x, y = (x.to(y.dtype), y) if isinstance(a, DecodedTensor) else (x, y.to(x.dtype))
-    return _same_bits(x, y)
+    return same(x, y)
 
 
 def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:

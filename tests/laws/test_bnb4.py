@@ -19,6 +19,8 @@ from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, TensorMismatch, UsageError
 from moeglot.kernels import bnb4 as kernel
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 F32 = numpy.float32
 # Table E of the QLoRA paper, as float32; FP4: sign, then 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4.
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]

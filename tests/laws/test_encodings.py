@@ -21,6 +21,8 @@ from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, TensorMismatch, UnknownFormat, UsageError
 from moeglot.kernels import fp8 as fp8_kernel
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 CODED = {name: encoding for name, encoding in ENCODINGS.items() if not isinstance(encoding, Plain) and not name.startswith("mxfp4:")}
 CODED |= {
     "fp8-block-64x32": FP8((64, 32), "F32"),

@@ -14,6 +14,8 @@ from moeglot.encodings.mxfp4 import MXFP4, RULES, mxfp4
 from moeglot.errors import BadNumbers
 from moeglot.kernels import mxfp4 as kernel
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # OCP MX 1.0, table 5
 
 

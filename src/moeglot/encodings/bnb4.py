@@ -146,7 +146,7 @@ class BNB4(Encoding):
         rows, columns = QuantState.read(parts["state"]).shape
         return rows, columns
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from moeglot.kernels import bnb4
 
         state = QuantState.read(parts["state"])
@@ -154,7 +154,8 @@ class BNB4(Encoding):
         if shape is None:
             raise _refuse(f"a quant_state of shape {list(state.shape)} beside {parts['packed'].numel()} bytes of codes")
         values = bnb4.decode(parts["packed"], absmax(parts), self.kind, state.blocksize, prod(shape), DTYPES[state.dtype].torch)
-        return values.view(shape).to(dtype)
+        values = values.view(shape)
+        return values.to(dtype) if out is None else out.copy_(values)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.dtypes import by_torch_name

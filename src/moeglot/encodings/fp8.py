@@ -73,10 +73,10 @@ class FP8(Encoding):
         rows, columns = parts["weight"].shape
         return rows, columns
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from moeglot.kernels import fp8
 
-        return fp8.decode(parts["weight"], parts["scale"], self.block, dtype)
+        return fp8.decode(parts["weight"], parts["scale"], self.block, dtype, out)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.kernels import fp8

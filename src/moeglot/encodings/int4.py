@@ -82,10 +82,10 @@ class INT4(Encoding):
         rows, columns = parts["shape"].tolist()
         return rows, columns
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from moeglot.kernels import int4
 
-        return int4.decode(parts["packed"], parts["scale"], int4.columns_of(parts["shape"]), self.block, dtype, parts.get("zero_point"))
+        return int4.decode(parts["packed"], parts["scale"], int4.columns_of(parts["shape"]), self.block, dtype, parts.get("zero_point"), out)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch

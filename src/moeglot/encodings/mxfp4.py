@@ -68,10 +68,10 @@ class MXFP4(Encoding):
         rows = parts["scale"].shape[0]
         return rows, 2 * parts["packed"].numel() // rows
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from moeglot.kernels import mxfp4
 
-        return mxfp4.decode(*_blocks(parts), dtype)
+        return mxfp4.decode(*_blocks(parts), dtype, out)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.kernels import mxfp4

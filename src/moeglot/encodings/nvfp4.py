@@ -70,10 +70,10 @@ class NVFP4(Encoding):
         rows, columns = parts["packed"].shape
         return rows, 2 * columns
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         from moeglot.kernels import nvfp4
 
-        return nvfp4.decode(parts["packed"], parts["scale"], parts["global"], self._rules, dtype)
+        return nvfp4.decode(parts["packed"], parts["scale"], parts["global"], self._rules, dtype, out)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.kernels import nvfp4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from moeglot.kernels.lattice import Grid
-
-CHUNK = 1 << 20
-"""Values looked at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Plain(Encoding):
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> Plain:
         return Plain(found["value"][0])
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        return parts["value"].to(dtype)
+    def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        return parts["value"].to(dtype) if out is None else out.copy_(parts["value"])
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.dtype, "a spec's 'any float' is no encoding to write"
@@ -54,8 +52,7 @@ class Plain(Encoding):
         value = parts["value"]
         if value.is_meta:
             return "is a placeholder without numbers (meta device)"
-        rows = max(1, CHUNK * len(value) // max(1, value.numel()))
-        finite = all(bool(value[at : at + rows].isfinite().all()) for at in range(0, len(value), rows))
+        finite = not value.numel() or all(isfinite(number.item()) for number in value.aminmax())  # one pass; NaN is both the least and the most
         return None if finite else "holds NaN or infinite numbers"
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
+from moeglot.kernels import backend
 from moeglot.kernels.lattice import Levels
 
 # Normal quantiles, as the library has them to the last digit; 0.0 is code 7.
@@ -26,6 +27,8 @@ NESTED_BLOCK = 256  # scales that share a scale
 SMALLEST = 1e-38  # what the library divides by instead of less, and what it stores for a short last block of zeros
 POSITIONS = 65535  # its CPU kernel rounds a scale to one of these steps of [-1, 1] before it takes the nearest of the 256
 CHUNK = 1 << 19  # values at a time, a multiple of every block size
+
+FEW = 32  # blocks that are looked at first
 
 
 @cache
@@ -82,14 +85,19 @@ def _blocks(values: torch.Tensor, blocksize: int) -> Iterator[tuple[int, torch.T
         yield whole, values[whole * blocksize :].view(1, -1)
 
 
-def decode(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+def decode(
+    packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """packed u8 [⌈n/2⌉, 1], absmax float32 [⌈n/blocksize⌉] -> [n] in `dtype`: one product in float32, then one rounding."""
-    values = torch.empty(count, dtype=dtype)
+    values = backend.place((count,), dtype, packed.device, out)
     flat = packed.reshape(-1)
-    for first, out in _blocks(values, blocksize):
+    if dtype in (torch.bfloat16, torch.float32) and values.is_contiguous() and (fast := backend.compiled("bnb4", packed, values)):
+        fast.decode(flat, absmax, codebook(kind), blocksize, values)
+        return values
+    for first, to in _blocks(values, blocksize):
         at = first * blocksize
-        numbers = _pairs(kind)[flat[at // 2 : (at + out.numel() + 1) // 2].int()].flatten()[: out.numel()]
-        out.copy_(numbers.view(out.shape) * absmax[first : first + len(out)].unsqueeze(-1))
+        numbers = _pairs(kind)[flat[at // 2 : (at + to.numel() + 1) // 2].int()].flatten()[: to.numel()]
+        to.copy_(numbers.view(to.shape) * absmax[first : first + len(to)].unsqueeze(-1))
     return values
 
 
@@ -112,7 +120,7 @@ def encode(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tenso
 
 def _supported(values: torch.Tensor) -> torch.Tensor:
     held = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.to(torch.float32)
-    if not bool(held.isfinite().all()):
+    if held.numel() and not all(math.isfinite(number.item()) for number in held.aminmax()):
         raise BadNumbers(
             "a weight is NaN or infinite, which 4-bit codes cannot hold",
             "the largest code is one absmax, and float32 holds that",
@@ -125,6 +133,8 @@ def _encode(values: torch.Tensor, kind: str, blocksize: int, search: bool = True
     """flat values -> codes u8 [n], absmax [blocks], whether they decode to the same bits. A search ends where the first block is on no grid."""
     codes = torch.empty(values.numel(), dtype=torch.uint8)
     absmax = torch.empty(-(-values.numel() // blocksize))
+    if search and values.numel() > FEW * blocksize and not _encode(values[: FEW * blocksize], kind, blocksize)[2]:
+        return codes, absmax, False
     for first, block in _blocks(values, blocksize):
         found, scale = _round(block, kind, short=block.shape[1] < blocksize)
         if search:
@@ -140,6 +150,9 @@ def _encode(values: torch.Tensor, kind: str, blocksize: int, search: bool = True
 
 def _round(block: torch.Tensor, kind: str, short: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """[b, s] -> codes u8 [b, s], absmax [b], as bitsandbytes rounds."""
+    if not short and block.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("bnb4", block)):
+        found: tuple[torch.Tensor, torch.Tensor] = fast.nearest(block, *_nearest_table(kind))
+        return found
     block = block.float()
     absmax = block.abs().amax(-1)
     if short:

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.kernels.grid import Block, Grid, largest, matrices, over, runs, settle, shape_of, times
+from moeglot.kernels import backend
+from moeglot.kernels.grid import E4M3, Block, Grid, largest, matrices, over, runs, settle, shape_of, times
 from moeglot.kernels.lattice import Levels
 
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
@@ -25,8 +26,8 @@ def _nearest(quotients: torch.Tensor) -> torch.Tensor:
 def _grid(dtype: str) -> Grid:
     magnitudes = torch.arange(1, NAN, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     if dtype == "F32":
-        return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: torch.ones_like(scale, dtype=torch.bool))
-    return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: scale.bfloat16().float() == scale, ulps=0)  # 4 + 8 bits are exact in 24
+        return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: torch.ones_like(scale, dtype=torch.bool), kind=E4M3)
+    return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: scale.bfloat16().float() == scale, ulps=0, kind=E4M3)  # 4 + 8 bits are exact in 24
 
 
 @cache
@@ -60,7 +61,7 @@ def scale_as(values: torch.Tensor, dtype: str) -> torch.Tensor | None:
     return byte.to(torch.uint8) if dtype == "U8" else byte.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype) -> torch.Tensor:
+def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """weight F8_E4M3 [..., out, in], scale [..., ⌈out / block[0]⌉, ⌈in / block[1]⌉] -> [..., out, in], computed in float32.
 
     Raises `TensorMismatch` for a scale of another shape, `BadNumbers` for values that `dtype` cannot hold.
@@ -74,10 +75,14 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
         )
     factors = scale_values(scale)
     _representable(factors, dtype)
-    values = torch.empty(weight.shape, dtype=dtype)
-    for codes, factor, out in zip(matrices(weight), matrices(factors), matrices(values), strict=True):
+    values = backend.place(tuple(weight.shape), dtype, weight.device, out)
+    fast = backend.compiled("fp8", weight, values) if dtype in (torch.bfloat16, torch.float32) else None
+    for codes, factor, to in zip(matrices(weight), matrices(factors), backend.places(values), strict=True):
+        if fast:
+            fast.decode(codes, factor, block, to)
+            continue
         for rows in runs(*codes.shape):
-            out[rows] = times(codes[rows].to(torch.float32), rows, factor, block)
+            to[rows] = times(codes[rows].to(torch.float32), rows, factor, block)
     if dtype == torch.bfloat16 and scale.dtype not in (torch.float32, torch.bfloat16) and bool((factors < 2.0**-124).any()):
         _exact(weight, factors, block, values)
     return values
@@ -108,8 +113,9 @@ def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
     weight = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block))
+    numbers = 1 << (22 if backend.compiled("fp8", values) else 20)  # compiled kernels need no scratch
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
-        step = block[0] * max(1, (1 << 20) // (block[0] * given.shape[1])) if block[0] else given.shape[0]
+        step = block[0] * max(1, numbers // (block[0] * given.shape[1])) if block[0] else given.shape[0]
         for at in range(0, given.shape[0], step):
             some = given[at : at + step]
             scale = _scales(some, block, dtype)
@@ -142,6 +148,9 @@ def _scales(values: torch.Tensor, block: Block, dtype: str) -> torch.Tensor:
 
 def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.Tensor) -> None:
     """The quotient in float32, rounded to the nearest code, ties to even."""
+    if fast := backend.compiled("fp8", values):
+        fast.encode(backend.in_half_or_single(values), scale, block, out)
+        return
     for rows in runs(*values.shape):
         quotients = over(values[rows].to(torch.float32, copy=True), rows, scale, block)
         out[rows] = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

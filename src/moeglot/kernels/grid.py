@@ -12,8 +12,12 @@ from math import inf
 
 import torch
 
+from moeglot.kernels import backend
+
 CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB whatever the matrix
+FEW = 128  # numbers of a row that are looked at first
 Block = tuple[int, int]
+E4M3, INT4 = "e4m3", "int4"
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,14 @@ class Grid:
 
     `largest`: the magnitudes of codes that the largest number of a tile may have, the likeliest first. `nearest`: quotients (float32, may be overwritten)
     -> the nearest codes, as float32. `holds`: which scales (float32) the scale's own type has. `ulps`: how far a scale may be from the quotient of the
-    largest number and its code: 1 where a product is rounded, 0 where none is.
+    largest number and its code: 1 where a product is rounded, 0 where none is. `kind`: the name of `nearest` for compiled kernels.
     """
 
     largest: tuple[float, ...]
     nearest: Callable[[torch.Tensor], torch.Tensor]
     holds: Callable[[torch.Tensor], torch.Tensor]
     ulps: int = 1
+    kind: str = ""
 
 
 def shape_of(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
@@ -93,6 +98,9 @@ def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor,
 def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [tiles, tiles]: the largest magnitude; NaN and infinity stay."""
     amax = torch.zeros(shape_of(tuple(values.shape), block))
+    if values.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("grid", values)):
+        fast.largest(values, block, amax)
+        return amax
     for rows in runs(*values.shape):
         magnitude = values[rows].to(torch.float32).abs()
         found = torch.cat([part.amax(-1) for part, _ in tiled(magnitude, block[1])], -1)
@@ -103,6 +111,9 @@ def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
 def refuted(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [tiles, tiles], twice: the smallest and the largest number that codes × scale do not reproduce; inf and -inf where all are reproduced."""
     low, high = torch.full_like(scale, inf), torch.full_like(scale, -inf)
+    if values.dtype in (torch.bfloat16, torch.float32) and grid.kind and (fast := backend.compiled("grid", values)):
+        fast.refuted(values, scale, block, grid.kind, low, high)
+        return low, high
     for rows in runs(*values.shape):
         factor = scale[tile_rows(rows, block)]
         lows, highs = [], []
@@ -124,12 +135,15 @@ def neighbours(numbers: torch.Tensor, ulps: int) -> torch.Tensor:
 
 def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, least: float = 0.0) -> torch.Tensor:
     """The scale [tiles, tiles], with those of tiles that lie on a grid replaced by one (≥ `least`) that reproduces every number of the tile."""
-    low, high = refuted(values, scale, block, grid)
+    low, high = _refuted_by_few(values, scale, block, grid)
+    if not bool((high > -inf).all()):
+        low, high = refuted(values, scale, block, grid)
+    step, guesses = block[0] or values.shape[0], len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
+    if guesses * len(scale) <= 4 * CHUNK:
+        high = torch.where(_possible(values, low, high, block, grid, least), high, -inf)
     if not bool((high > -inf).any()):
         return scale
     scale = scale.clone()
-    step = block[0] or values.shape[0]
-    guesses = len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
     count = max(1, CHUNK // max(guesses, step * values.shape[1]))
     for first in range(0, scale.shape[0], count):
         tiles = slice(first, first + count)
@@ -139,16 +153,23 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
     return scale
 
 
+def _refuted_by_few(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `refuted`, from the first row of each tile, or the first numbers of each row; numbers that are on no grid show it there already."""
+    height, width = block[0] or values.shape[0], block[1] or values.shape[1]
+    if height > 1:
+        return refuted(values[::height], scale, (1, block[1]), grid)
+    if width >= 8 * FEW and width == values.shape[1]:
+        return refuted(values[:, :FEW], scale, (1, FEW), grid)
+    return torch.full_like(scale, inf), torch.full_like(scale, -inf)
+
+
 def _search(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, block: Block, grid: Grid, least: float) -> None:
     """Replace in `scale` what can be replaced. Each guess that fails names two more numbers, and these rule out nearly all of the other guesses."""
     where = (high > -inf).nonzero()
-    amax = largest(values, block)[where[:, 0], where[:, 1]]
-    guesses = neighbours(amax.unsqueeze(-1) / torch.tensor(grid.largest), grid.ulps)
-    alive = grid.holds(guesses) & (guesses >= least) & guesses.isfinite() & (guesses > 0)
+    guesses, alive = _guesses(largest(values, block)[where[:, 0], where[:, 1]], grid, least)
     low, high = low[where[:, 0], where[:, 1]], high[where[:, 0], where[:, 1]]
     while len(where):
-        for witness in (low.unsqueeze(-1), high.unsqueeze(-1)):
-            alive &= grid.nearest(witness / guesses) * guesses == witness
+        alive &= _fits(guesses, low, high, grid)
         left = alive.any(-1)
         where, guesses, alive = where[left], guesses[left], alive[left]
         if not len(where):
@@ -160,6 +181,24 @@ def _search(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: 
         scale[where[done, 0], where[done, 1]] = guess[done]
         alive.scatter_(1, choice, False)
         where, guesses, alive, low, high = where[~done], guesses[~done], alive[~done], low[~done], high[~done]
+
+
+def _guesses(amax: torch.Tensor, grid: Grid, least: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest magnitudes [k] -> the scales that such a number may have [k, n], and which of them are scales at all."""
+    guesses = neighbours(amax.unsqueeze(-1) / torch.tensor(grid.largest), grid.ulps)
+    return guesses, grid.holds(guesses) & (guesses >= least) & guesses.isfinite() & (guesses > 0)
+
+
+def _fits(guesses: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """bool [k, n]: codes × the guess reproduce both of two numbers [k]."""
+    fits = [grid.nearest(witness / guesses) * guesses == witness for witness in (low.unsqueeze(-1), high.unsqueeze(-1))]
+    return fits[0] & fits[1]
+
+
+def _possible(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, block: Block, grid: Grid, least: float) -> torch.Tensor:
+    """bool [tiles, tiles]: whether any guess reproduces the two numbers that refuted the usual scale."""
+    guesses, alive = _guesses(largest(values, block).flatten(), grid, least)
+    return (alive & _fits(guesses, low.flatten(), high.flatten(), grid)).any(-1).view(low.shape)
 
 
 def _refuted_at(

@@ -8,7 +8,8 @@ import torch
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.kernels.grid import Block, Grid, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
+from moeglot.kernels import backend
+from moeglot.kernels.grid import INT4, Block, Grid, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
 from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
@@ -32,7 +33,7 @@ def _nearest(quotients: torch.Tensor) -> torch.Tensor:
 def _grid(dtype: str) -> Grid:
     """-8 × scale or 7 × scale is the largest number of every producer's group; others only where groups were cut."""
     torch_dtype = DTYPES[dtype].torch
-    return Grid((7, 8, 6, 5, 4, 3, 2, 1), _nearest, lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0)
+    return Grid((7, 8, 6, 5, 4, 3, 2, 1), _nearest, lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0, kind=INT4)
 
 
 @cache
@@ -61,7 +62,15 @@ def columns_of(shape: torch.Tensor) -> int:
     return int(columns[0])
 
 
-def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block, dtype: torch.dtype, zero: torch.Tensor | None = None) -> torch.Tensor:
+def decode(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    columns: int,
+    block: Block,
+    dtype: torch.dtype,
+    zero: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] -> [..., out, in], code × scale in float32.
 
     `zero` i32 [..., ⌈out / 8⌉, in / group]: the zero points, packed along the rows; (code - zero) × scale.
@@ -73,14 +82,18 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, columns: int, block: Block
             f"eight numbers are packed in an int32, and {block[1] or 'all'} of a row share a scale",
             "check group_size in config.json",
         )
-    values = torch.empty(shape, dtype=dtype)
+    values = backend.place(shape, dtype, packed.device, out)
     zeros = None if zero is None else matrices(zero_points(zero, shape[-2]))
-    for n, (words, factor, out) in enumerate(zip(matrices(packed), matrices(scale), matrices(values), strict=True)):
-        for rows in runs(*out.shape):
+    fast = backend.compiled("int4", packed, values) if zero is None and dtype in (torch.bfloat16, torch.float32) else None
+    for n, (words, factor, to) in enumerate(zip(matrices(packed), matrices(scale), backend.places(values), strict=True)):
+        if fast:
+            fast.decode(words, factor.to(torch.float32), block[1] or columns, to)
+            continue
+        for rows in runs(*to.shape):
             codes = _unpack(words[rows])[:, :columns]
             if zeros is not None:
                 codes = plus(codes, rows, -zeros[n], block)
-            out[rows] = times(codes, rows, factor.to(torch.float32), block)
+            to[rows] = times(codes, rows, factor.to(torch.float32), block)
     return values
 
 
@@ -106,9 +119,13 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
     """values [..., out, in] of a float type -> packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] in `dtype`. Zero has no sign."""
     found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
     scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
+    fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
         for rows in runs(*given.shape):
             factor[rows] = _scales(given[rows], block, dtype, divisor)
+            if fast:
+                fast.encode(backend.in_half_or_single(given[rows]), factor[rows].to(torch.float32), block[1] or given.shape[1], words[rows])
+                continue
             quotients = over(given[rows].to(torch.float32, copy=True), slice(0, rows.stop - rows.start), factor[rows].to(torch.float32), block)
             words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
     return found, scale

@@ -1,4 +1,4 @@
-"""MXFP4 with torch lookup tables: a pair of bytes is four values, one multiplication applies the scale."""
+"""MXFP4 with torch lookup tables: a pair of bytes is four values, one multiplication applies the scale; or compiled, bit for bit the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
-from moeglot.kernels import e2m1
+from moeglot.kernels import backend, e2m1
 
 GROUP = 32
 BIAS = 127
@@ -29,30 +29,43 @@ def powers(scale: torch.Tensor) -> torch.Tensor:
     return _scales(torch.float32, scale.device)[scale.int()]
 
 
-def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """packed u8 [..., n, 16], scale u8 [..., n] -> [..., 32 n] in `dtype`; exact in bfloat16, float32 and float64.
 
     Raises `BadNumbers` for a scale of 255 (NaN in E8M0) and for codes that are infinite under their scale.
     """
+    values = backend.place((*scale.shape[:-1], scale.shape[-1] * GROUP), dtype, packed.device, out)
     if dtype not in (torch.bfloat16, torch.float32):
-        return decode(packed, scale, torch.float32).to(dtype)
-    values = torch.empty(*scale.shape, GROUP, dtype=dtype, device=packed.device)
-    codes, powers, groups = packed.reshape(-1, GROUP // 2), scale.reshape(-1), values.view(-1, GROUP)
-    step = CHUNK // GROUP
-    for at in range(0, len(groups), step):
-        _decode_groups(codes[at : at + step], powers[at : at + step], groups[at : at + step])
-    return values.view(*scale.shape[:-1], -1)
+        return values.copy_(decode(packed, scale, torch.float32))
+    fast = backend.compiled("mxfp4", packed, scale, values)
+    for codes, powers, to in zip(backend.matrices(packed.flatten(-2)), backend.matrices(scale), backend.places(values), strict=True):
+        if fast:
+            if bad := fast.decode(codes.unflatten(-1, (-1, GROUP // 2)), powers, to):
+                raise _not_finite(bad)
+            continue
+        rows = max(1, CHUNK // max(1, to.shape[1]))
+        for at in range(0, len(to), rows):
+            some = to[at : at + rows]
+            groups = (some if some.is_contiguous() else torch.empty(some.shape, dtype=dtype, device=some.device)).view(-1, GROUP)
+            _decode_groups(codes[at : at + rows].reshape(-1, GROUP // 2), powers[at : at + rows].reshape(-1), groups)
+            if not some.is_contiguous():
+                some.copy_(groups.view(some.shape))
+    return values
 
 
 def _decode_groups(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [n, 16], scale u8 [n] -> out [n, 32]."""
     e2m1.unpack(packed, out).mul_(_scales(out.dtype, packed.device)[scale.int()].unsqueeze(-1))
     if len(scale) and int(scale.max()) > LAST_FINITE and not bool(out.isfinite().all()):
-        raise BadNumbers(
-            f"an MXFP4 scale of {int(scale.max())} makes a value that is not finite",
-            "a value is code × 2^(scale - 127), and 255 is NaN (OCP MX 1.0, 5.4.1)",
-            "the file is damaged or not MXFP4; compare its hash with its producer's",
-        )
+        raise _not_finite(int(scale.max()))
+
+
+def _not_finite(scale: int) -> BadNumbers:
+    return BadNumbers(
+        f"an MXFP4 scale of {scale} makes a value that is not finite",
+        "a value is code × 2^(scale - 127), and 255 is NaN (OCP MX 1.0, 5.4.1)",
+        "the file is damaged or not MXFP4; compare its hash with its producer's",
+    )
 
 
 def _exponents(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
@@ -72,14 +85,18 @@ def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torc
     exact = values.to(torch.float32)
     amax = exact.abs().amax(-1)
     if not bool(amax.isfinite().all()):
-        raise BadNumbers(
-            "a weight is NaN or infinite, which MXFP4 cannot hold",
-            "E2M1 has no such code (OCP MX 1.0, 5.3.3)",
-            "find where the source lost its numbers; moeglot verify PATH names the tensor",
-        )
+        raise _cannot_hold()
     exponent = _exponents(amax, scale_rule)
     magnitude = torch.ldexp(exact.abs(), -exponent.unsqueeze(-1)).contiguous()
     return e2m1.pack(e2m1.nearest(magnitude, ties), exact), (exponent + BIAS).to(torch.uint8)
+
+
+def _cannot_hold() -> BadNumbers:
+    return BadNumbers(
+        "a weight is NaN or infinite, which MXFP4 cannot hold",
+        "E2M1 has no such code (OCP MX 1.0, 5.3.3)",
+        "find where the source lost its numbers; moeglot verify PATH names the tensor",
+    )
 
 
 def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +104,13 @@ def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tens
     groups = values.reshape(-1, GROUP)
     packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=values.device)
     scale = torch.empty(len(groups), dtype=torch.uint8, device=values.device)
-    step = CHUNK // GROUP
+    fast, step = backend.compiled("mxfp4", values), CHUNK // GROUP
     for at in range(0, len(groups), step):
+        if fast:
+            given = backend.in_half_or_single(groups[at : at + step])
+            if not fast.encode(given, scale_rule, ties, packed[at : at + step], scale[at : at + step]):
+                raise _cannot_hold()
+            continue
         packed[at : at + step], scale[at : at + step] = _encode_rows(groups[at : at + step], scale_rule, ties)
     leading = (*values.shape[:-1], values.shape[-1] // GROUP)
     return packed.view(*leading, GROUP // 2), scale.view(leading)
@@ -96,5 +118,7 @@ def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tens
 
 def undetermined(packed: torch.Tensor) -> int:
     """How many groups have no code above 3 (index 5), so that their scale cannot be known from their values."""
+    if fast := backend.compiled("mxfp4", packed):
+        return int(fast.undetermined(packed))
     magnitude = torch.maximum(packed & 7, (packed >> 4) & 7)
     return int((magnitude.amax(-1) <= 5).sum())

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from moeglot.errors import BadNumbers
-from moeglot.kernels import e2m1
+from moeglot.kernels import backend, e2m1
 from moeglot.kernels.grid import CHUNK, neighbours
 
 GROUP = 16
@@ -54,7 +54,7 @@ def rounded(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(max=LARGEST_SCALE).to(torch.float8_e4m3fn).to(torch.float32)
 
 
-def decode(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules, dtype: torch.dtype) -> torch.Tensor:
+def decode(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """packed u8 [..., out, in / 2], scale F8_E4M3 [..., out, in / 16], by float32 [..., 1, 1] -> [..., out, in]. Raises `BadNumbers`."""
     factor = rules.factor(scale.to(torch.float32), by)
     if not bool((factor * LARGEST_CODE).isfinite().all()):
@@ -63,12 +63,18 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: R
             f"the global scales here are {by.flatten()[:4].tolist()}, and a scale of a group is at most 448",
             "the file is damaged, or its global scale multiplies where its format says that it divides",
         )
-    values = torch.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)
-    codes, factors, out = packed.reshape(-1, GROUP // 2), factor.reshape(-1, 1), values.view(-1, GROUP)
-    for at in range(0, len(codes), CHUNK // GROUP):
-        some = slice(at, at + CHUNK // GROUP)
-        found = torch.empty(len(out[some]), GROUP)
-        out[some] = e2m1.unpack(codes[some].contiguous(), found).mul_(factors[some])
+    values = backend.place((*packed.shape[:-1], packed.shape[-1] * 2), dtype, packed.device, out)
+    fast = backend.compiled("nvfp4", packed, values) if dtype in (torch.bfloat16, torch.float32) else None
+    for codes, factors, to in zip(backend.matrices(packed), backend.matrices(factor), backend.places(values), strict=True):
+        if fast:
+            fast.decode(codes, factors, to)
+            continue
+        rows = max(1, CHUNK // max(1, to.shape[1]))
+        for at in range(0, len(to), rows):
+            some = slice(at, at + rows)
+            found = torch.empty(factors[some].numel(), GROUP)
+            e2m1.unpack(codes[some].reshape(-1, GROUP // 2), found).mul_(factors[some].reshape(-1, 1))
+            to[some] = found.view(to[some].shape)
     return values
 
 
@@ -85,12 +91,17 @@ def _encode(matrix: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Ten
     by, exact = _global(groups, rules)
     packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8)
     scale = torch.empty(len(groups), dtype=torch.float8_e4m3fn)
+    fast = backend.compiled("nvfp4", matrix)
     for some in _runs(groups):
         given = groups[some].to(torch.float32)
         chosen = _fit(given, by.view(1), rules)[0][:, 0] if exact else rules.group(given.abs().amax(-1), by)
-        quotients = given / rules.factor(chosen, by).unsqueeze(-1)
-        packed[some] = e2m1.pack(e2m1.nearest(quotients.abs(), "even"), given)
+        factor = rules.factor(chosen, by)
         scale[some] = chosen.to(torch.float8_e4m3fn)
+        if fast:
+            fast.encode(given, factor, packed[some])
+            continue
+        quotients = given / factor.unsqueeze(-1)
+        packed[some] = e2m1.pack(e2m1.nearest(quotients.abs(), "even"), given)
     return packed.view(len(matrix), -1), scale.view(len(matrix), -1), by
 
 

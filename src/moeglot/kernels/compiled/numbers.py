@@ -1,0 +1,57 @@
+"""Roundings of one number in compiled kernels, in bits: to bfloat16 and to E4M3, to nearest, ties to even, as torch rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy import float32, int32, uint8, uint16, uint32
+
+from moeglot.kernels.compiled.jit import inline
+
+
+@inline
+def half_bits(bits: Any) -> Any:
+    """The bits of a finite float32 -> the bits of the nearest bfloat16."""
+    return uint16(uint32(uint32(bits + uint32(0x7FFF)) + uint32(uint32(bits >> uint32(16)) & uint32(1))) >> uint32(16))
+
+
+@inline
+def single(bits: Any, shift: Any) -> Any:
+    """The float32 whose upper bits these are: shift 16 for a bfloat16, 0 for a float32."""
+    return uint32(uint32(bits) << shift).view(float32)
+
+
+@inline
+def e4m3(magnitude: Any) -> Any:
+    """A float32 of 0 to 448 -> the nearest number of E4M3; below 2^-6 its steps are 2^-9, which those of float32 are above 2^14."""
+    bits = float32(magnitude).view(uint32)
+    kept = uint32(uint32(uint32(bits + uint32(0x7FFFF)) + uint32(uint32(bits >> uint32(20)) & uint32(1))) & uint32(0xFFF00000)).view(float32)
+    small = float32(float32(magnitude + float32(16384.0)) - float32(16384.0))
+    return kept if magnitude >= float32(0.015625) else small
+
+
+@inline
+def e4m3_code(rounded: Any) -> Any:
+    """A magnitude of E4M3 as float32 -> its code."""
+    normal = int32(int32(float32(rounded).view(uint32) >> uint32(20)) - int32(960))
+    small = int32(rounded * float32(512.0))
+    return uint8(normal if rounded >= float32(0.015625) else small)
+
+
+@inline
+def int4(quotient: Any) -> Any:
+    """A float32 -> the nearest whole number from -8 to 7, ties to even; beyond ±8.5 anything rounds to the ends, so that 2^22 steps suffice."""
+    held = quotient if quotient < float32(9.0) else float32(9.0)
+    held = held if held > float32(-9.0) else float32(-9.0)
+    whole = float32(float32(held + float32(12582912.0)) - float32(12582912.0))
+    whole = whole if whole < float32(7.0) else float32(7.0)
+    return whole if whole > float32(-8.0) else float32(-8.0)
+
+
+@inline
+def e2m1(nibble: Any) -> Any:
+    """A nibble (uint32) -> its number in E2M1."""
+    m = uint32(nibble & uint32(7))
+    bits = uint32(uint32(m << uint32(22)) + uint32(0x3F000000)) if m > uint32(1) else uint32(0)
+    bits = uint32(0x3F000000) if m == uint32(1) else bits
+    return uint32(bits | uint32(uint32(nibble & uint32(8)) << uint32(28))).view(float32)

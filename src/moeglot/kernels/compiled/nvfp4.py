@@ -1,0 +1,74 @@
+"""NVFP4 compiled: sixteen codes under a float32 factor that both levels of scales have been multiplied into."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from numpy import float32, int32, uint8, uint32
+
+from moeglot.kernels.backend import in_rows
+from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
+from moeglot.kernels.compiled.numbers import e2m1, half_bits
+from moeglot.kernels.e2m1 import thresholds
+
+
+@cache
+def _limits() -> Array:
+    return memory(thresholds("even", torch.device("cpu"))).view(float32)
+
+
+def decode(packed: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
+    """packed u8 [rows, 8 n], factor float32 [rows, n] -> out [rows, 16 n], bfloat16 or float32 of any strides."""
+    packed, factors = rows_together(packed), memory(factor.contiguous()).view(float32)
+    kernel = _decode_half if out.dtype == torch.bfloat16 else _decode_single
+    for some, to in in_rows(out):
+        if to.numel():
+            given = (memory(packed[some]), packed.stride(0), len(to), factors[some.start * factor.shape[1] :], factor.shape[1])
+            kernel(*given, memory(to), to.stride(0))
+
+
+@jit
+def _decode_half(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
+    for r in range(rows):
+        codes, to = packed[r * packed_row :], out[r * out_row :]
+        for g in range(groups):
+            by = factor[r * groups + g]
+            for j in range(8):
+                code = uint32(codes[g * 8 + j])
+                to[g * 16 + 2 * j] = half_bits(float32(e2m1(code) * by).view(uint32))
+                to[g * 16 + 2 * j + 1] = half_bits(float32(e2m1(uint32(code >> uint32(4))) * by).view(uint32))
+
+
+@jit
+def _decode_single(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
+    for r in range(rows):
+        codes, to = packed[r * packed_row :], out[r * out_row :]
+        for g in range(groups):
+            by = factor[r * groups + g]
+            for j in range(8):
+                code = uint32(codes[g * 8 + j])
+                to[g * 16 + 2 * j] = float32(e2m1(code) * by).view(uint32)
+                to[g * 16 + 2 * j + 1] = float32(e2m1(uint32(code >> uint32(4))) * by).view(uint32)
+
+
+def encode(values: torch.Tensor, factor: torch.Tensor, packed: torch.Tensor) -> None:
+    """values float32 [n, 16], factor float32 [n] -> packed u8 [n, 8]; quotients to the nearest code, ties to even."""
+    given = memory(values.contiguous()).view(float32)
+    _encode(given, memory(factor.contiguous()).view(float32), len(values), _limits(), memory(packed))
+
+
+@jit
+def _encode(values: Array, factor: Array, groups: int, limits: Array, packed: Array) -> None:
+    a, b, c, d, e, f, g = limits[0], limits[1], limits[2], limits[3], limits[4], limits[5], limits[6]
+    for n in range(groups):
+        by = factor[n]
+        for j in range(8):
+            byte = int32(0)
+            for half in range(2):
+                value = values[n * 16 + 2 * j + half]
+                q = abs(float32(value / by))
+                code = int32(int32(q >= a) + int32(q >= b) + int32(q >= c) + int32(q >= d) + int32(q >= e) + int32(q >= f) + int32(q >= g))
+                sign = int32(int32(float32(value).view(uint32) >> uint32(28)) & int32(8))
+                byte |= int32(code | sign) << int32(4 * half)
+            packed[n * 8 + j] = uint8(byte)

@@ -1,0 +1,201 @@
+"""The compiled kernels give the bits of torch's tables, wherever they write; which of them computes is said in one place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from strategies import make_parts
+
+from moeglot.encoding import WHOLE, Encoding
+from moeglot.encodings import ENCODINGS
+from moeglot.encodings.bnb4 import BNB4
+from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.mxfp4 import RULES, mxfp4
+from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.encodings.plain import Plain
+from moeglot.errors import BadNumbers, UsageError
+from moeglot.kernels import backend
+from moeglot.kernels import mxfp4 as kernel
+
+needs_numba = pytest.mark.skipif(not backend.installed(), reason="numba is not installed")
+CODED = {name: encoding for name, encoding in ENCODINGS.items() if not isinstance(encoding, Plain)}
+CODED |= {"fp8-block-48x32": FP8((48, 32), "F32"), "fp8-all-rows": FP8((WHOLE, 16), "F32"), "nf4": BNB4(), "fp4": BNB4("fp4"), "nf4:4096": BNB4(blocksize=4096)}
+EACH = pytest.mark.parametrize("encoding", CODED.values(), ids=CODED)
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64], ids=str)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, the sign of zero too."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def places(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """[out, in] as it may lie in somebody's memory: straight, with gaps, turned, turned and interleaved, at an odd place."""
+    rows, columns = shape
+    return {
+        "straight": torch.zeros(rows, columns, dtype=dtype),
+        "every other row": torch.zeros(rows, 2, columns, dtype=dtype)[:, 1],
+        "with a gap": torch.zeros(rows, columns + 3, dtype=dtype)[:, 1:-2],
+        "turned": torch.zeros(columns, rows, dtype=dtype).mT,
+        "turned and interleaved": torch.zeros(columns, rows, 2, dtype=dtype)[..., 1].mT,
+    }
+
+
+def parts_of(encoding: Encoding, shape: tuple[int, ...], seed: int) -> dict[str, torch.Tensor]:
+    if isinstance(encoding, BNB4):
+        return encoding.encode(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16())
+    return dict(make_parts(encoding, shape, seed).parts)
+
+
+@EACH
+@DTYPES
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_decode_writes_where_it_is_told(encoding, dtype, name):
+    if name == "numba" and not backend.installed():
+        pytest.skip("numba is not installed")
+    shape = (192, 256)
+    parts = parts_of(encoding, shape, 1)
+    with backend.using("torch"):
+        expected = encoding.decode(parts, dtype)
+    with backend.using(name):
+        assert same(encoding.decode(parts, dtype), expected)
+        for place, out in places(shape, dtype).items():
+            assert encoding.decode(parts, dtype, out).data_ptr() == out.data_ptr()
+            assert same(out, expected), place
+        experts = torch.empty(3, *shape, dtype=dtype)
+        if not isinstance(encoding, BNB4):
+            assert same(encoding.decode(parts_of(encoding, (3, *shape), 2), dtype, experts), encoding.decode(parts_of(encoding, (3, *shape), 2), dtype))
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_mxfp4_over_all_bytes_and_scales(dtype):
+    """Every scale that `decode` takes, in every place; the two paths of a turned tile, with common scales only and with rare ones, both."""
+    scale = torch.arange(253, dtype=torch.uint8).repeat_interleave(3).view(-1, 1).expand(759, 16).contiguous()
+    packed = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(759, 16, 16).contiguous()
+    for some in (slice(None), slice(6, -3)):
+        with backend.using("torch"):
+            expected = kernel.decode(packed[some], scale[some], dtype)
+        with backend.using("numba"):
+            for place, out in places((len(expected), 512), dtype).items():
+                assert same(kernel.decode(packed[some], scale[some], dtype, out), expected), place
+
+
+@needs_numba
+@pytest.mark.parametrize("place", ["straight", "turned", "turned and interleaved"])
+def test_mxfp4_refuses_the_same_numbers(place):
+    """Each code under each of the scales that make some codes infinite, and 255, which is NaN."""
+    for scale in (252, 253, 254, 255):
+        for code in range(16):
+            parts = torch.full((64, 2, 16), code * 17, dtype=torch.uint8), torch.full((64, 2), scale, dtype=torch.uint8)
+            refused = []
+            for name in backend.NAMES:
+                with backend.using(name):
+                    try:
+                        kernel.decode(*parts, torch.bfloat16, places((64, 64), torch.bfloat16)[place])
+                        refused.append(None)
+                    except BadNumbers as error:
+                        refused.append(str(error))
+            assert refused[0] == refused[1], (scale, code)
+            assert (refused[0] is not None) == (scale == 255 or 2.0 ** (scale - 127) * float([0, 0.5, 1, 1.5, 2, 3, 4, 6][code & 7]) >= 2.0**128)
+
+
+SPECIAL = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 2.0**-126, 2.0**-133, 3e38, -3e38, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0])
+
+
+def numbers(dtype: torch.dtype) -> torch.Tensor:
+    """[64, 128]: of all sizes, halfway between codes, subnormal, zeros of both signs."""
+    random = torch.Generator().manual_seed(3)
+    found = torch.randn(64, 128, generator=random) * torch.exp2(torch.randint(-140, 120, (64, 1), generator=random).float())
+    found[1] = torch.randint(-30, 31, (128,), generator=random) / 4
+    found[2, : len(SPECIAL)] = SPECIAL
+    found[3], found[4] = 0.0, -0.0
+    found[5] = torch.randint(-30, 31, (128,), generator=random) * 2.0**-130
+    return found.to(dtype)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_mxfp4_encodes_to_the_same_bytes(rule, dtype):
+    values = numbers(dtype).nan_to_num(posinf=60000.0, neginf=-60000.0)
+    assert _coded_alike(mxfp4(rule), values)
+    assert _coded_alike(mxfp4(rule), values.mT.contiguous().mT)
+
+
+@needs_numba
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_encoder_writes_the_same_bytes(encoding, dtype):
+    random = torch.Generator().manual_seed(4)
+    values = (torch.randn(192, 256, generator=random) * torch.exp2(torch.randint(-20, 4, (192, 1), generator=random).float())).to(dtype)
+    values[7], values[8] = 0.0, -0.0
+    grid = encoding.decode(parts_of(encoding, (192, 256), 5), torch.float32).to(dtype)
+    for given in (values, values.mT.contiguous().mT, grid):
+        assert _coded_alike(encoding, given)
+
+
+def _coded_alike(encoding: Encoding, values: torch.Tensor) -> bool:
+    found = []
+    for name in backend.NAMES:
+        with backend.using(name):
+            found.append(encoding.encode(values))
+    return all(same(found[0][part], found[1][part]) for part in found[0])
+
+
+@needs_numba
+def test_a_wrong_bit_is_seen():
+    """The power of the comparisons above: one code, one scale, one sign of zero."""
+    parts = parts_of(mxfp4("openai"), (64, 64), 1)
+    right = kernel.decode(parts["packed"], parts["scale"], torch.bfloat16)
+    for change in ("packed", "scale"):
+        wrong = {**parts, change: parts[change].clone()}
+        wrong[change].view(-1)[5] ^= 1
+        assert not same(kernel.decode(wrong["packed"], wrong["scale"], torch.bfloat16), right)
+    assert not same(torch.tensor([0.0]), torch.tensor([-0.0]))
+
+
+# --- which kernels ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_which_kernels(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    assert backend.current() == "torch"
+    assert backend.compiled("mxfp4", torch.zeros(1)) is None
+    monkeypatch.setenv(backend.VARIABLE, "fortran")
+    with pytest.raises(UsageError, match="no fortran kernels"):
+        backend.current()
+    monkeypatch.delenv(backend.VARIABLE)
+    assert backend.current() == ("numba" if backend.installed() else "torch")
+
+
+def test_other_memory_than_this_machine_s_is_torch_s():
+    assert backend.compiled("mxfp4", torch.zeros(1, device="meta")) is None
+
+
+def test_torch_s_kernels_need_no_numba():
+    code = "import sys, torch; from moeglot.encodings import by_name; by_name('mxfp4').encode(torch.randn(4, 32)); print('numba' in sys.modules)"
+    environment = {"MOEGLOT_KERNELS": "torch", "PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@needs_numba
+def test_kernels_run_side_by_side_and_leave_torch_s_threads_alone():
+    before = torch.get_num_threads()
+    encodings = [CODED[name] for name in ("mxfp4", "fp8-block", "nvfp4", "int4:32", "nf4")]
+    parts = [parts_of(encoding, (128, 256), 1) for encoding in encodings]
+    with backend.using("numba"), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: encodings[n % 5].decode(parts[n % 5], torch.bfloat16), range(40)))
+        assert all(same(values, encodings[n % 5].decode(parts[n % 5], torch.bfloat16)) for n, values in enumerate(found))
+    assert torch.get_num_threads() == before
+
+
+def test_an_out_of_another_shape_is_refused():
+    parts = parts_of(NVFP4(), (16, 64), 1)
+    for wrong in (torch.empty(64, 16), torch.empty(16, 64, dtype=torch.float64)):
+        with pytest.raises(AssertionError, match="out is"):
+            NVFP4().decode(parts, torch.float32, wrong)
