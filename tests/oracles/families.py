@@ -170,7 +170,10 @@ def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
     for letter, keys in family.sizes.items():
         if letter in sizes and (letter != "j" or keys != family.sizes["i"]):
             put(options, keys[0], sizes[letter])
-    for path, value in {**EXTRA.get(family.name, {}), **(BEFORE_5.get(family.name, {}) if VERSION < (5, 0) else {})}.items():
+    extra = EXTRA.get(family.name, {})
+    if VERSION < (5, 0):  # which does not know rope_parameters
+        extra = {path: value for path, value in extra.items() if not path.endswith("rope_parameters")} | BEFORE_5.get(family.name, {})
+    for path, value in extra.items():
         put(options, path, value)
     return cls(**options)
 

@@ -2,7 +2,7 @@
 
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Dense
-from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, numbered, separate, turned, usual
+from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, numbered, release_5_5, separate, turned, usual
 
 INNER = "language_model.model.layers.{layer}."
 TEXT = "text_config"
@@ -38,9 +38,18 @@ MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=ROUTED, sparse=first_den
 LANGUAGE = {"model.language_model.{rest}": "language_model.model.{rest}", "lm_head.{rest}": "language_model.lm_head.{rest}"}
 PROJECTOR = {"model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}"}
 
+ARIA_NAMES = {**LANGUAGE, "model.vision_tower.{rest}": "vision_tower.{rest}", **PROJECTOR}
+ARIA_MEMORY = memory(ARIA, turned(NESTED + "mlp.experts."), ARIA_NAMES)
+
 FORMATS = (
     hub(ARIA, "rhymes-ai/Aria", turned(INNER + "mlp.experts.", "fc1.weight", "fc2.weight"), "the release on the Hub: all experts in one tensor, [in, out]"),
-    memory(ARIA, turned(NESTED + "mlp.experts."), {**LANGUAGE, "model.vision_tower.{rest}": "vision_tower.{rest}", **PROJECTOR}),
+    ARIA_MEMORY,
+    release_5_5(
+        ARIA_MEMORY,
+        turned(NESTED + "mlp.experts.", "fc1.weight", "fc2.weight"),
+        "the experts module in memory of 5.5, and what it saves: [in, out]",
+        ARIA_NAMES,
+    ),
     hub(LLAMA4, "meta-llama/Llama-4-Scout-17B-16E", turned(INNER + "feed_forward.experts."), "the release on the Hub: [in, out]"),
     hub(GEMMA4, "google/gemma-4-26B-A4B-it", fused(NESTED + "experts."), BOTH),
     hub(DIFFUSION_GEMMA, "google/diffusiongemma-26B-A4B-it", fused("model.decoder.layers.{layer}.experts."), BOTH),
