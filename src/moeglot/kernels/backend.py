@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from moeglot import scratch
 from moeglot.errors import UsageError
 
 VARIABLE = "MOEGLOT_KERNELS"
@@ -95,6 +96,6 @@ def in_rows(out: torch.Tensor, numbers: int = 1 << 19) -> Iterator[tuple[slice, 
     step = max(1, numbers // max(1, out.shape[1]))
     for at in range(0, len(out), step):
         some = out[at : at + step]
-        found = torch.empty(some.shape, dtype=out.dtype, device=out.device)
+        found = scratch.empty(tuple(some.shape), out.dtype) if out.device.type == "cpu" else torch.empty(some.shape, dtype=out.dtype, device=out.device)
         yield slice(at, at + step), found
         some.copy_(found)

@@ -43,13 +43,15 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
             if bad := fast.decode(codes.unflatten(-1, (-1, GROUP // 2)), powers, to):
                 raise _not_finite(bad)
             continue
-        rows = max(1, CHUNK // max(1, to.shape[1]))
-        for at in range(0, len(to), rows):
-            some = to[at : at + rows]
-            groups = (some if some.is_contiguous() else torch.empty(some.shape, dtype=dtype, device=some.device)).view(-1, GROUP)
-            _decode_groups(codes[at : at + rows].reshape(-1, GROUP // 2), powers[at : at + rows].reshape(-1), groups)
-            if not some.is_contiguous():
-                some.copy_(groups.view(some.shape))
+        for some, place in backend.in_rows(to, 1 << 22):
+            rows = max(1, CHUNK // max(1, place.shape[1]))
+            for at in range(0, len(place), rows):
+                run = slice(some.start + at, some.start + min(at + rows, len(place)))
+                groups = place[at : at + rows]
+                straight = groups if groups.is_contiguous() else torch.empty(groups.shape, dtype=dtype, device=groups.device)
+                _decode_groups(codes[run].reshape(-1, GROUP // 2), powers[run].reshape(-1), straight.view(-1, GROUP))
+                if straight is not groups:
+                    groups.copy_(straight)
     return values
 
 

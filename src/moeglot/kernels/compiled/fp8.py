@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 from numpy import float32, int32, uint8, uint16, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
-from moeglot.kernels.compiled.numbers import e4m3, e4m3_code, half_bits, single
+from moeglot.kernels.compiled.numbers import e4m3_code, half_bits
 
 
 def decode(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor) -> None:
@@ -69,13 +70,14 @@ def encode(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], ou
 
 @jit
 def _encode(values: Array, shift: int, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array) -> None:
+    factors = numpy.empty(columns, float32)
     for r in range(rows):
-        for tile in range(tiles):
-            at, factor = tile * width, scale[r // height * tiles + tile]
-            given, to, count = values[r * columns + at :], out[r * columns + at :], min(width, columns - at)
-            for k in range(count):
-                value = single(given[k], shift)
-                quotient = float32(abs(value) / factor)
-                quotient = quotient if quotient < float32(448.0) else float32(448.0)
-                sign = uint8(uint32(float32(value).view(uint32) >> uint32(24)) & uint32(0x80))
-                to[k] = uint8(e4m3_code(e4m3(quotient)) | sign)
+        if r % height == 0:
+            for k in range(columns):
+                factors[k] = scale[r // height * tiles + k // width]
+        given, to = values[r * columns :], out[r * columns :]
+        for k in range(columns):
+            bits = uint32(uint32(given[k]) << shift)
+            quotient = float32(uint32(bits & uint32(0x7FFFFFFF)).view(float32) / factors[k])
+            quotient = quotient if quotient < float32(448.0) else float32(448.0)
+            to[k] = uint8(e4m3_code(quotient) | uint32(uint32(bits >> uint32(24)) & uint32(0x80)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy import float32, int32, uint8, uint16, uint32
+from numpy import float32, uint16, uint32
 
 from moeglot.kernels.compiled.jit import inline
 
@@ -31,11 +31,12 @@ def e4m3(magnitude: Any) -> Any:
 
 
 @inline
-def e4m3_code(rounded: Any) -> Any:
-    """A magnitude of E4M3 as float32 -> its code."""
-    normal = int32(int32(float32(rounded).view(uint32) >> uint32(20)) - int32(960))
-    small = int32(rounded * float32(512.0))
-    return uint8(normal if rounded >= float32(0.015625) else small)
+def e4m3_code(magnitude: Any) -> Any:
+    """A float32 of 0 to 448 -> the code (uint32) of the nearest number of E4M3; of the small ones, the last bits of a sum with 2^14 count the steps."""
+    bits = float32(magnitude).view(uint32)
+    normal = uint32(uint32(uint32(uint32(bits + uint32(0x7FFFF)) + uint32(uint32(bits >> uint32(20)) & uint32(1))) >> uint32(20)) - uint32(960))
+    small = uint32(float32(magnitude + float32(16384.0)).view(uint32) & uint32(0xF))
+    return normal if magnitude >= float32(0.015625) else small
 
 
 @inline

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy
 import torch
-from numpy import float32, int32, uint8, uint32
+from numpy import float32, int32, uint8, uint16, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
@@ -30,26 +31,32 @@ def decode(packed: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> Non
 
 @jit
 def _decode_half(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
+    values = numpy.empty(16, uint16)
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
             by = factor[r * groups + g]
+            for code in range(16):
+                values[code] = half_bits(float32(e2m1(uint32(code)) * by).view(uint32))
             for j in range(8):
-                code = uint32(codes[g * 8 + j])
-                to[g * 16 + 2 * j] = half_bits(float32(e2m1(code) * by).view(uint32))
-                to[g * 16 + 2 * j + 1] = half_bits(float32(e2m1(uint32(code >> uint32(4))) * by).view(uint32))
+                code = codes[g * 8 + j]
+                to[g * 16 + 2 * j] = values[code & 15]
+                to[g * 16 + 2 * j + 1] = values[code >> 4]
 
 
 @jit
 def _decode_single(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
+    values = numpy.empty(16, uint32)
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
             by = factor[r * groups + g]
+            for code in range(16):
+                values[code] = float32(e2m1(uint32(code)) * by).view(uint32)
             for j in range(8):
-                code = uint32(codes[g * 8 + j])
-                to[g * 16 + 2 * j] = float32(e2m1(code) * by).view(uint32)
-                to[g * 16 + 2 * j + 1] = float32(e2m1(uint32(code >> uint32(4))) * by).view(uint32)
+                code = codes[g * 8 + j]
+                to[g * 16 + 2 * j] = values[code & 15]
+                to[g * 16 + 2 * j + 1] = values[code >> 4]
 
 
 def encode(values: torch.Tensor, factor: torch.Tensor, packed: torch.Tensor) -> None:
