@@ -153,9 +153,13 @@ class BNB4(Encoding):
         shape = state.slice_shape(parts["packed"])
         if shape is None:
             raise _refuse(f"a quant_state of shape {list(state.shape)} beside {parts['packed'].numel()} bytes of codes")
-        values = bnb4.decode(parts["packed"], absmax(parts), self.kind, state.blocksize, prod(shape), DTYPES[state.dtype].torch)
-        values = values.view(shape)
-        return values.to(dtype) if out is None else out.copy_(values)
+        rounded = DTYPES[state.dtype].torch
+        straight = out is not None and dtype == rounded and out.is_contiguous()
+        place = out.view(-1) if out is not None and straight else None
+        values = bnb4.decode(parts["packed"], absmax(parts), self.kind, state.blocksize, prod(shape), rounded, place).view(shape)
+        if out is None:
+            return values.to(dtype)
+        return out if straight else out.copy_(values)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.dtypes import by_torch_name

@@ -191,6 +191,9 @@ def _guesses(amax: torch.Tensor, grid: Grid, least: float) -> tuple[torch.Tensor
 
 def _fits(guesses: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid) -> torch.Tensor:
     """bool [k, n]: codes × the guess reproduce both of two numbers [k]."""
+    if grid.kind and (fast := backend.compiled("grid", guesses)):
+        found: torch.Tensor = fast.fits(guesses, low, grid.kind) & fast.fits(guesses, high, grid.kind)
+        return found
     fits = [grid.nearest(witness / guesses) * guesses == witness for witness in (low.unsqueeze(-1), high.unsqueeze(-1))]
     return fits[0] & fits[1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numpy import float32, int32, uint32
+from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.compiled.jit import Array, jit, memory
 from moeglot.kernels.compiled.numbers import e4m3, int4, single
@@ -110,3 +110,30 @@ def _note(least: int, most: int, place: int, low: Array, high: Array) -> None:
         below, above = uint32(_in_order(int32(least))).view(float32), uint32(_in_order(int32(most))).view(float32)
         low[place] = below if below < low[place] else low[place]
         high[place] = above if above > high[place] else high[place]
+
+
+def fits(guesses: torch.Tensor, witness: torch.Tensor, kind: str) -> torch.Tensor:
+    """guesses float32 [k, n], a number for each row [k] -> bool [k, n]: a code × the guess is that number."""
+    found = torch.empty(guesses.shape, dtype=torch.bool)
+    if guesses.numel():
+        kernel = _fits_e4m3 if kind == "e4m3" else _fits_int4
+        kernel(memory(guesses.contiguous()).view(float32), memory(witness.contiguous()).view(float32), *guesses.shape, memory(found.view(torch.uint8)))
+    return found
+
+
+@jit
+def _fits_e4m3(guesses: Array, witness: Array, rows: int, columns: int, found: Array) -> None:
+    for r in range(rows):
+        magnitude, some, to = abs(witness[r]), guesses[r * columns :], found[r * columns :]
+        for k in range(columns):
+            quotient = float32(magnitude / some[k])
+            quotient = quotient if quotient < float32(448.0) else float32(448.0)
+            to[k] = uint8(float32(e4m3(quotient) * some[k]) == magnitude)
+
+
+@jit
+def _fits_int4(guesses: Array, witness: Array, rows: int, columns: int, found: Array) -> None:
+    for r in range(rows):
+        value, some, to = witness[r], guesses[r * columns :], found[r * columns :]
+        for k in range(columns):
+            to[k] = uint8(float32(int4(float32(value / some[k])) * some[k]) == value)
