@@ -13,6 +13,7 @@ LAYERS = (
     {"errors", "version", "dtypes", "rounding", "survival", "scratch"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
+    {"floats"},
     {"layout"},
     {"coding", "family"},
     {"format"},
@@ -44,7 +45,7 @@ LAYERS = (
     {"integrations", "inspection", "plots"},
     {"live"},
     {"demo", "cli_run", "cli_progress"},
-    {"cli_tune"},
+    {"cli_tune", "cli_moments"},
     {"cli_adapter", "cli_merge"},
     {"cli"},
 )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.layout import values
+from moeglot.floats import values
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 EXPERTS, RANK = 3, 4

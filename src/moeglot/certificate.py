@@ -14,9 +14,9 @@ from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
 from moeglot.experts import Expert, Matrix
+from moeglot.floats import values as plain
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
-from moeglot.layout import values as plain
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Step, Unit
 from moeglot.units import make

@@ -18,9 +18,10 @@ from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
 from moeglot.evidence import decide
+from moeglot.floats import values
 from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
-from moeglot.layout import Stored, values
+from moeglot.layout import Stored
 from moeglot.shards import Entry
 from moeglot.source import Source, read_source
 from moeglot.structure import structure_problems

@@ -14,6 +14,7 @@ from rich.console import Console
 import moeglot
 from moeglot import cli_adapter, inspection, report
 from moeglot.cli_merge import carry_out, merge
+from moeglot.cli_moments import moments
 from moeglot.cli_options import (
     AllowLossOption,
     DryRunOption,
@@ -207,6 +208,7 @@ def demo(keep: Annotated[Optional[Path], typer.Option("--keep", metavar="DIR", h
 
 
 app.command()(merge)
+app.command()(moments)
 app.command()(run)
 app.command()(tune)
 

@@ -11,8 +11,8 @@ from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
 from moeglot.experts import Expert, Matrix
+from moeglot.floats import values
 from moeglot.forward import LIMIT, loud_tokens
-from moeglot.layout import values
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan

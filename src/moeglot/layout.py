@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import FLOATS, Plain
 from moeglot.errors import TensorMismatch
+from moeglot.floats import values
 
 if TYPE_CHECKING:
     import torch
@@ -296,19 +297,3 @@ class Stored:
                 flips = [[*before, order] for before in flips for order in permutations(group)]
             for flip in flips:
                 yield " ".join((["e"] if not self.per_expert else []) + [g[0] if len(g) == 1 else f"({' '.join(g)})" for g in flip])
-
-
-def values(tensor: torch.Tensor) -> Encoded:
-    """A tensor of a float dtype as an `Encoded`."""
-    from moeglot.dtypes import dtype_of
-
-    return Encoded(Plain(dtype_of(tensor).name), {"value": tensor}, tuple(tensor.shape))
-
-
-def exactly(encoded: Encoded) -> Encoded:
-    """The same numbers as plain floats: itself if it is plain, else in bfloat16 if that holds all of them, else in float32."""
-    import torch
-
-    if isinstance(encoded.encoding, Plain):
-        return encoded
-    return values(encoded.decode(torch.bfloat16 if encoded.encoding.fits_in(Plain("BF16")) else torch.float32))

@@ -14,7 +14,8 @@ from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, UnsupportedAdapter, UsageError
-from moeglot.layout import Stored, values
+from moeglot.floats import values
+from moeglot.layout import Stored
 from moeglot.rounding import Rounding
 from moeglot.shards import Entry, read_header
 from moeglot.survival import Survival
@@ -145,16 +146,17 @@ class Change:
 
         return Piece(encoded.decode(torch.float32), *self.adapter.factors(layer, role, expert), cut, (layer, role, expert))
 
-    def _moments(self, layer: int, role: str, expert: int) -> torch.Tensor:
-        """float32 [in, in] of the inputs of one matrix; raises `UsageError`."""
-        found = self._measured.get(key := moments_key(layer, expert, role))
-        if found is None:
+    def _moments(self, layer: int, role: str, expert: int) -> torch.Tensor | None:
+        """float32 [in, in] of the inputs of one matrix; None for an expert that no token reached. Raises `UsageError` for a layer that was not measured."""
+        if found := self._measured.get(moments_key(layer, expert, role)):
+            return found.read()
+        if not any(key.startswith(f"layers.{layer}.") for key in self._measured):
             raise UsageError(
-                f"{self.rounding.moments} has no {key}",
+                f"{self.rounding.moments} has no layers.{layer}",
                 f"it has the second moments of {len(self._measured)} inputs",
                 "gather them again on this base, or choose another rounding",
             )
-        return found.read()
+        return None
 
     @cached_property
     def _measured(self) -> Mapping[str, Entry]:

@@ -9,7 +9,8 @@ from itertools import product
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
 from moeglot.experts import Matrix
-from moeglot.layout import SECOND, Stored, exactly, values
+from moeglot.floats import exactly, values
+from moeglot.layout import SECOND, Stored
 
 Read = Callable[[int, int], Matrix]
 """(layer, expert) -> the matrices that a reading computes with."""

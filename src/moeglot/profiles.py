@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
+from moeglot.floats import exactly, values
 from moeglot.format import Format
-from moeglot.layout import Sizes, Stored, exactly, values
+from moeglot.layout import Sizes, Stored
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.layout import exactly
+from moeglot.floats import exactly
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, Mixtral
 
 import moeglot
 from moeglot.demo import BUNDLED
+from moeglot.floats import values
 from moeglot.integrations.transformers import VERSION
-from moeglot.layout import values
 
 LIMIT = 1e-5
 GOLDEN = Path(__file__).parents[1] / "golden" / "king-james-logits.json"

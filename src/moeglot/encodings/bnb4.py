@@ -9,15 +9,15 @@ Producer: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bits
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite, prod
-from typing import TYPE_CHECKING, Any, Literal
+from math import prod
+from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import ANY, WHOLE, Encoding, Part, Parts, Stored
 from moeglot.encodings.plain import Plain
+from moeglot.encodings.quant_state import BLOCKSIZES, NESTED_BLOCK, QuantState, refuse
 from moeglot.errors import BadNumbers, UsageError
 
 if TYPE_CHECKING:
@@ -26,12 +26,8 @@ if TYPE_CHECKING:
     from moeglot.kernels.lattice import Lattice
 
 Kind = Literal["nf4", "fp4"]
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the library takes
-NESTED_BLOCK = 256
 STATE_BYTES = 256
 """Length of the JSON that we write, filled up with blanks: a file's header is written before the numbers in it are known."""
-
-STATE_DTYPES = ("F32", "BF16", "F16")
 
 
 def names(kind: Kind) -> dict[str, str]:
@@ -44,57 +40,6 @@ def names(kind: Kind) -> dict[str, str]:
         "nested_map": ".nested_quant_map",
         "state": f".quant_state.bitsandbytes__{kind}",
     }
-
-
-@dataclass(frozen=True)
-class QuantState:
-    """What the JSON declares. `shape` is that of the whole stored tensor; `dtype` is what a decoded number is rounded to."""
-
-    kind: str
-    blocksize: int
-    dtype: str
-    shape: tuple[int, ...]
-    offset: float | None = None
-
-    @classmethod
-    def read(cls, text: torch.Tensor) -> QuantState:
-        """u8 [n] -> QuantState; raises `BadNumbers` for what is no such JSON."""
-        try:
-            told = json.loads(bytes(text.tolist()))
-            dtype = next(name for name in STATE_DTYPES if DTYPES[name].torch_name == told["dtype"])
-            offset = float(told["nested_offset"]) if "nested_offset" in told else None
-            state = cls(str(told["quant_type"]), int(told["blocksize"]), dtype, tuple(int(size) for size in told["shape"]), offset)
-        except (ValueError, TypeError, KeyError, StopIteration) as error:
-            raise _refuse(f"a quant_state that cannot be read: {type(error).__name__} {error}") from error
-        if state.blocksize not in BLOCKSIZES or told.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK or not isfinite(offset or 0):
-            raise _refuse(f"a quant_state with blocks of {told['blocksize']} and {told.get('nested_blocksize')}, offset {offset}")
-        return state
-
-    def write(self, length: int) -> torch.Tensor:
-        """u8 [length], blanks at the end; `ANY` is as long as the text."""
-        import torch
-
-        told: dict[str, Any] = {"quant_type": self.kind, "blocksize": self.blocksize, "dtype": DTYPES[self.dtype].torch_name, "shape": list(self.shape)}
-        if self.offset is not None:
-            told |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset}
-        text = json.dumps(told).encode().ljust(max(length, 0))
-        assert length in (ANY, len(text)), f"{len(text)} bytes of quant_state do not fit in {length}"
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-    def slice_shape(self, packed: torch.Tensor) -> tuple[int, ...] | None:
-        """Shape of the values that these codes are: the declared one, or that of one expert of it; None if neither fits."""
-        for first in range(max(0, len(self.shape) - 2), -1, -1):
-            if -(-prod(self.shape[first:]) // 2) == packed.numel():
-                return self.shape[first:]
-        return None
-
-
-def _refuse(what: str) -> BadNumbers:
-    return BadNumbers(
-        f"a 4-bit tensor has {what}",
-        "bitsandbytes writes quant_type, blocksize, dtype and shape there (functional.py, QuantState.as_dict)",
-        "fetch the file again from its producer",
-    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +97,7 @@ class BNB4(Encoding):
         state = QuantState.read(parts["state"])
         shape = state.slice_shape(parts["packed"])
         if shape is None:
-            raise _refuse(f"a quant_state of shape {list(state.shape)} beside {parts['packed'].numel()} bytes of codes")
+            raise refuse(f"a quant_state of shape {list(state.shape)} beside {parts['packed'].numel()} bytes of codes")
         rounded = DTYPES[state.dtype].torch
         straight = out is not None and dtype == rounded and out.is_contiguous()
         place = out.view(-1) if out is not None and straight else None
@@ -257,9 +202,9 @@ class BNB4(Encoding):
         """Nested absmax are coded anew as a whole."""
         from moeglot.kernels.lattice import any_in_flat, chosen
 
-        fresh = self.encode(values)
         if self.nested:
-            return fresh
+            return self.encode(values)
+        fresh = self.encode(values)
         return {**parts, "scale": chosen(any_in_flat(beyond, self.blocksize), fresh["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:
@@ -288,7 +233,7 @@ def absmax(parts: Parts) -> torch.Tensor:
         return parts["scale"]
     offset = QuantState.read(parts["state"]).offset
     if offset is None:
-        raise _refuse("nested absmax and a quant_state without nested_offset")
+        raise refuse("nested absmax and a quant_state without nested_offset")
     return bnb4.decode_nested(parts["scale"], parts["nested_scale"], parts["nested_map"], offset)
 
 

@@ -20,7 +20,7 @@ from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, MoeglotError
-from moeglot.layout import values
+from moeglot.floats import values
 from moeglot.plan import Plan, Step
 
 

@@ -10,7 +10,7 @@ import torch
 
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
-from moeglot.layout import values
+from moeglot.floats import values
 from moeglot.nn.compute import Stage, biases_of, oriented, row_ids, stages
 from moeglot.nn.routing import Routing, Total
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from moeglot.encoding import Encoded, Encoding, Part
-from moeglot.layout import Stored, exactly, values
+from moeglot.floats import exactly, values
+from moeglot.layout import Stored
 
 Read = Callable[[int], Encoded]
 """Number of an expert on disk -> its slice of the stored tensor."""

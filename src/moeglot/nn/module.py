@@ -39,6 +39,7 @@ class Experts(torch.nn.Module):
         self.num_experts = lines[0].experts
         self.lora = torch.nn.ModuleDict()
         self.post_expert_norm = None
+        self.watched_by: Callable[[Experts, torch.Tensor, torch.Tensor], None] | None = None
 
     @classmethod
     def of(
@@ -58,7 +59,7 @@ class Experts(torch.nn.Module):
         sizes = {**checkpoint.sizes, "e": len(some)}
         checkpoint.experts(layer)
         found = []
-        on_disk = tuple((line, checkpoint.encoding(line, layer)) for line in checkpoint.format.stored)
+        on_disk = tuple((line, checkpoint.encoding(line, layer)) for line in checkpoint.format.lines(layer))
         for line, encoding in lines or on_disk:
             read = _encoded(checkpoint, line, encoding, layer, sizes) if lines else _as_stored(checkpoint, line, layer)
             found.append(Held(line, encoding, sizes, layer, read, some.start))
@@ -97,6 +98,8 @@ class Experts(torch.nn.Module):
     def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if not len(hidden):
             return hidden
+        if self.watched_by is not None:
+            self.watched_by(self, hidden, index)
         name = backends.choose(self.backend, hidden, index)
         trained = [factor for lora in self.lora.values() for factor in lora.parameters()]
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad or any(factor.requires_grad for factor in trained))

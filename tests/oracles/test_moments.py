@@ -1,0 +1,93 @@
+"""Second moments of experts' inputs, judged by hooks on transformers' own modules; and a merge that rounds with them."""
+
+import pytest
+import torch
+import transformers
+from adapters import WRITERS, Job
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import moeglot
+from moeglot.nn.moments import gather
+
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    from moeglot.demo import BUNDLED
+
+    return BUNDLED
+
+
+@pytest.fixture(scope="module")
+def rows(bundled):
+    tokenizer = AutoTokenizer.from_pretrained(bundled)
+    text = "And God said, Let there be light: and there was light. And the king said unto him, Go, and he went up to the city. " * 40
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:768]).view(6, 128)
+
+
+@pytest.mark.skipif(not FIVE, reason="transformers 4 hands its experts other arguments")
+def test_they_are_those_of_transformers_own_modules(bundled, rows, tmp_path):
+    gather(moeglot.load(bundled, "float32", native=True), rows, tmp_path / "moments.safetensors")
+    found = load_file(tmp_path / "moments.safetensors")
+    theirs: dict[str, torch.Tensor] = {}
+    model = moeglot.load(bundled, "float32")
+
+    def hook(layer):
+        def see(module, arguments, keywords):
+            hidden, index = (*arguments, *keywords.values())[:2]
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            for expert in range(module.num_experts):
+                given = hidden[(index == expert).any(-1)].double()
+                both = given @ module.gate_up_proj[expert].double() + module.gate_up_proj_bias[expert].double()
+                gate, up = both[:, ::2].clamp(max=7), both[:, 1::2].clamp(-7, 7)
+                inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+                for name, x in (("hidden", given), ("intermediate", inner)):
+                    key = f"layers.{layer}.experts.{expert}.{name}"
+                    theirs[key] = theirs.get(key, 0) + x.mT @ x
+
+        return see
+
+    for n, layer in enumerate(model.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(hook(n), with_kwargs=True)
+    with torch.inference_mode():
+        for row in rows:
+            model(input_ids=row.unsqueeze(0))
+    reached = {key: tensor for key, tensor in theirs.items() if float(tensor.norm()) > 0}
+    assert found.keys() == reached.keys()
+    assert len(found) > 40
+    assert max(float((found[key] - tensor).norm() / tensor.norm()) for key, tensor in reached.items()) < 1e-5
+
+
+@pytest.mark.skipif(not FIVE, reason="once is enough")
+def test_gptq_with_them_is_nearer_in_the_outputs(bundled, rows, tmp_path):
+    base = moeglot.open(bundled)
+    made = WRITERS["PEFT"][2](Job("gpt-oss", 8, 192, 192, 4, layers=4))
+    made.tensors = {key: tensor * (0.02 if "lora_B" in key else 1) for key, tensor in made.tensors.items()}
+    adapter = moeglot.open_adapter(made.save(tmp_path / "adapter"), base, "peft")
+    gather(moeglot.load(bundled, "float32", native=True), rows, tmp_path / "moments.safetensors")
+    kept = load_file(tmp_path / "moments.safetensors")
+    error = {}
+    for rounding in ("nearest", f"gptq:{tmp_path / 'moments.safetensors'}"):
+        out = tmp_path / rounding.partition(":")[0]
+        moeglot.merge(base, adapter, out, to="gpt-oss/llm-compressor", encode="fp8-block", round=rounding, threshold=0, allow_loss=True)
+        merged, total = moeglot.open(out), 0.0
+        for (layer, role, expert), change in made.changes.items():
+            moments = kept.get(f"layers.{layer}.experts.{expert}.{'intermediate' if role == 'down' else 'hidden'}")
+            if moments is not None:
+                wanted = base.experts(layer)[role][expert].decode(torch.float32).double() + 0.02 * change
+                off = merged.experts(layer)[role][expert].decode(torch.float32).double() - wanted
+                total += float((off @ moments.double() @ off.mT).trace())
+        error[rounding.partition(":")[0]] = total**0.5
+    assert error["gptq"] < 0.8 * error["nearest"]
+
+
+def test_a_file_without_an_experts_moments_is_refused(bundled, tmp_path):
+    from safetensors.torch import save_file
+
+    base = moeglot.open(bundled)
+    adapter = WRITERS["PEFT"][2](Job("gpt-oss", 8, 192, 192, 4, layers=4)).save(tmp_path / "adapter")
+    save_file({"layers.0.experts.0.hidden": torch.eye(192)}, tmp_path / "some.safetensors")
+    with pytest.raises(moeglot.UsageError, match=r"has no layers\.0\.experts\.0\.intermediate|has no layers"):
+        moeglot.merge(base, moeglot.open_adapter(adapter, base, "peft"), tmp_path / "out", round=f"gptq:{tmp_path / 'some.safetensors'}")
