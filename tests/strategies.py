@@ -15,8 +15,8 @@ TREACHEROUS = [(2, 32, 32), (32, 32, 32), (3, 64, 32), (4, 32, 64), (64, 64, 32)
 SIZES = st.one_of(
     st.sampled_from(TREACHEROUS),
     st.tuples(st.integers(1, 6), st.sampled_from([32, 64, 96]), st.sampled_from([32, 64, 96])),
-).map(lambda found: dict(zip("ehi", found, strict=True)))
-"""e, h, i; multiples of 32 for the sake of MXFP4's groups."""
+).map(lambda found: dict(zip("ehij", (*found, found[1]), strict=True)))
+"""e, h, i, and j of a second group of experts; multiples of 32 for the sake of MXFP4's groups."""
 
 
 def make_parts(encoding: Encoding, shape: tuple[int, ...], seed: int) -> Encoded:

@@ -41,7 +41,7 @@ def test_axes_say_where_each_number_lies(chosen, sizes, seed):
     counts = {**sizes, "p": len(line.roles)}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(20):
-        at = {letter: int(torch.randint(counts[letter], (), generator=generator)) for letter in "hip"}
+        at = {letter: int(torch.randint(counts[letter], (), generator=generator)) for letter in "hijp"}
         place = []
         for group in parse_axes(line.axes) if line.per_expert else parse_axes(line.axes)[1:]:
             index = 0
