@@ -217,7 +217,7 @@ def test_what_is_touched_can_stay_in_bfloat16(tmp_path):
     made = WRITERS["PEFT"][2](Job("qwen3-moe", EXPERTS, h, i, RANK))
     changes = {place: change for place, change in made.changes.items() if place[0] == 1}
     made.tensors = {key: tensor for key, tensor in made.tensors.items() if "layers.1." in key}
-    made.config["layers_to_transform"] = [1]
+    made.config["target_parameters"] = [f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     adapter = moeglot.open_adapter(made.save(tmp_path / "adapter"), opened, "peft")
     certificate = moeglot.merge(opened, adapter, tmp_path / "out", keep_touched="bf16", allow_loss=True)
     assert min(one["rec"] for one in certificate.document["merge"]["survived"].values()) > 0.99

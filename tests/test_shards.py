@@ -296,3 +296,26 @@ def test_a_transposed_tensor_is_written_row_major(tmp_path: Path) -> None:
     given = torch.arange(6, dtype=torch.int64).view(2, 3).t()
     (path,) = _write(tmp_path, {"x": given}, 10**6, {})
     assert load_file(path)["x"].equal(given)
+
+
+def test_threads_that_open_several_files_at_once_each_read_their_own(tmp_path):
+    """Maps are made when they are first needed, by whichever threads come first."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    from moeglot.shards import forget_mappings, read_header
+
+    entries = []
+    for n in range(8):
+        save_file({"x": torch.full((4,), float(n))}, tmp_path / f"{n}.safetensors")
+        entries.append(read_header(tmp_path / f"{n}.safetensors")[0]["x"])
+    together = Barrier(8)
+
+    def read(entry):
+        together.wait()
+        return float(entry.read()[0])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(60):
+            forget_mappings()
+            assert list(pool.map(read, entries)) == [float(n) for n in range(8)]

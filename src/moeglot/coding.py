@@ -83,7 +83,10 @@ def method(quantization: Quantization) -> str:
 
 
 def leaves_alone(quantization: Quantization, module: str) -> bool:
-    """quantization_config says that this module is not quantized: it, or one that it is in, is named or matches a pattern."""
+    """quantization_config says that this module is not quantized: it, or one that it is in, is named or matches a pattern; or others alone are listed."""
+    layers = quantization.get("quantized_layers")
+    if isinstance(layers, Mapping) and str(quantization.get("quant_algo")).upper() == "MIXED_PRECISION":
+        return not any(f"{module}.".startswith(f"{name}.") for name in layers)
     kept = [*(quantization.get("modules_to_not_convert") or ()), *(quantization.get("llm_int8_skip_modules") or ())]
     if any(isinstance(name, str) and (f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module))) for name in kept):
         return True

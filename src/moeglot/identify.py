@@ -218,6 +218,13 @@ def _unlike(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], size
         lines = tuple(other if leaves_alone(said, line.module(layer)) else line for line, other in zip(form.stored, plain, strict=True))
         if any(line.is_plain != other.is_plain for line, other in zip(lines, form.stored, strict=True)):
             found[layer] = lines
+        for module in [line.module(layer) for line in lines if not line.is_plain]:
+            if form.coding and form.coding.read(said, module) is None:
+                raise Contradiction(
+                    f"{module} is declared in another way than {form.coding.name}",
+                    f"the layers before it are {form.name}; one format has one coding for the experts that are quantized",
+                    "convert such layers with the producer's tool first",
+                )
     return found
 
 

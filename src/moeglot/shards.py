@@ -69,8 +69,9 @@ class Entry(NamedTuple):
 def _mapping(path: Path, inode: int, changed: int) -> mmap.mmap:
     """One map for each state of a file, so that one that was replaced is read anew."""
     with open(path, "rb") as file:
-        _maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))  # private: torch wants a writable buffer, nothing writes to it
-    return _maps[-1]
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants a writable buffer, nothing writes to it
+    _maps.append(found)
+    return found
 
 
 _maps: list[mmap.mmap] = []

@@ -32,7 +32,7 @@ LAYOUTS = {"gpt-oss": None, "llama4-text": None, "qwen3-vl-moe": "transformers-5
 ON_THE_WAY = ("mxfp4", "fp8-block", "nf4")
 REFUSED = (
     *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
-    *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm"),
+    *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm", "switch-transformers", "nllb-moe", "ernie4-5-vl-moe"),
 )
 """Families whose experts a release asks in a way of its own, or names unlike any layout that moeglot knows."""
 TURNED = ("gpt-oss", "llama4-text")

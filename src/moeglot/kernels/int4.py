@@ -191,7 +191,7 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
 def packed(nibbles: torch.Tensor) -> torch.Tensor:
     """u8 [n, in] -> i32 [n, ⌈in / 8⌉]; nibbles behind the last number are 0."""
     nibbles = torch.nn.functional.pad(nibbles, (0, -nibbles.shape[1] % WORD))
-    return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).contiguous().view(torch.int32)
+    return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).flatten().view(torch.int32).view(len(nibbles), -1)  # strides of an axis of one may be anything
 
 
 def largest_codes(packed: torch.Tensor, columns: int, block: Block, zero: torch.Tensor | None = None) -> torch.Tensor:
