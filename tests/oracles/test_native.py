@@ -38,7 +38,7 @@ REFUSED = (
     *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm", "switch-transformers", "nllb-moe", "ernie4-5-vl-moe"),
 )
 """Families whose experts a release asks in a way of its own, or names unlike any layout that moeglot knows."""
-TURNED = ("gpt-oss", "llama4-text")
+TURNED = ("gpt-oss", "llama4-text", *(("qwen3-vl-moe",) if VERSION < (5, 0) else ()))
 """In the stock module, matrices lie [in, out]."""
 
 EACH = re.compile(r"layers\.(\d+)\..*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight(?:_packed)?$")

@@ -29,6 +29,17 @@ INSTALLED = f"transformers {transformers.__version__}"
 DECODED = "leave native out: moeglot.load then decodes the experts into the library's own modules"
 
 
+class _Nothing(torch.Tensor):
+    """Zeros of any shape in the memory of one, for what is about to be replaced; 4.57 asks for contiguous memory, and here there is none to give."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> _Nothing:
+        return torch.zeros((), dtype=dtype).expand(shape).as_subclass(cls)
+
+    def contiguous(self, *_: Any, **__: Any) -> _Nothing:
+        return self
+
+
 class EachItsOwn(Experts):
     """Llama 4's block hands every expert its own copy of the tokens, weighted already: [e t, h] -> [e t, h]."""
 
@@ -130,7 +141,7 @@ def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
     """In a state dict, put one number in place of each tensor of the experts: a view of their shapes that takes no memory."""
     for name, shape in expert_names(chosen).items():
         lazy = state[name]
-        lazy.make = partial(torch.zeros((), dtype=lazy.dtype).expand, shape)
+        lazy.make = partial(_Nothing.of, shape, lazy.dtype)
 
 
 def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str) -> None:
