@@ -181,6 +181,13 @@ def test_experts_without_factors_stay_byte_identical(base, tmp_path):
     assert all("layers.1." in key and "experts.2.down_proj" in key for key in changed)
 
 
+def test_gpt_oss_leaves_mxfp4_for_the_layout_that_transformers_reads(tmp_path):
+    made = case(tmp_path, "gpt-oss", "mxfp4", "square")
+    moeglot.merge(made.base, made.adapter, tmp_path / "out", encode="bf16")
+    assert moeglot.open(tmp_path / "out").format.name == "gpt-oss/transformers"
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 @pytest.mark.parametrize("base", ["bf16", "mxfp4", "fp8-block", "nvfp4", "int4", "nf4"])
 def test_into_other_encodings(base, tmp_path):
     """A base in any encoding becomes a 16-bit or 32-bit model that says nothing of a quantization."""

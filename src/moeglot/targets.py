@@ -42,6 +42,7 @@ def own(form: Format, wanted: Encoding | None) -> Format:
         return found
     able = [variant(other, wanted) for other in of_family(form.family) if not other.coding and other.alone == form.alone and other.is_plain]
     able = [other for other in able if other.is_plain == isinstance(wanted, Plain)]
+    able = [other for other in able if "transformers" in other.reads] or able
     if len(able) != 1:
         names = ", ".join(other.name for other in able) or "none"
         raise UsageError(f"{form.name} cannot hold {wanted}", f"formats of {form.family.name} that can: {names}", "pass --to with one of these")
