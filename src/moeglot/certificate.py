@@ -129,7 +129,7 @@ class Rounded:
         if worst or not abs(apart - self.stated) <= 1e-3 * self.stated:
             detail = f"off {of} as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
             return Check("values", "does not hold", "canonical tensors", detail, figures)
-        detail = f"{of} as {rounding} rounds it, bit for bit; relative error {apart:.3g}"
+        detail = f"{of} as {rounding} rounds it, bit for bit" + (f"; relative error {apart:.3g}" if self.lossy else "")
         return Check("values", "holds", "canonical tensors", detail, figures)
 
     def _only_rounded(self, role: str, layer: int, expert: int) -> bool:

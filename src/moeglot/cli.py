@@ -13,7 +13,7 @@ from rich.console import Console
 
 import moeglot
 from moeglot import cli_adapter, inspection, report
-from moeglot.cli_merge import carry_out, merge
+from moeglot.cli_merge import merge, show_and_carry_out
 from moeglot.cli_moments import moments
 from moeglot.cli_options import (
     AllowLossOption,
@@ -133,7 +133,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
     plan = moeglot.plan(moeglot.open(src, format), to, encode=encode, adapter=adapter, round=round, shard_size=parse_size(shard_size))
-    raise typer.Exit(carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json))
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json))
 
 
 @app.command()

@@ -59,10 +59,10 @@ def merge(
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)
     plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=parse_size(shard_size))
-    raise typer.Exit(carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, html))
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, html))
 
 
-def carry_out(
+def show_and_carry_out(
     plan: Plan,
     out: Path,
     dry_run: bool,

@@ -110,6 +110,8 @@ class Plan:
     expected_error: Mapping[str, float] = field(default_factory=dict)
     change: Change | None = None
     expected_survival: Mapping[str, Survival] = field(default_factory=dict)
+    estimated: bool = False
+    """Its losses and what survives were measured on a few experts."""
 
     def merges(self, step: Step, expert: int) -> bool:
         """An adapter's change is added to this slice."""

@@ -122,7 +122,9 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
 
 
 def estimate(plan: Plan) -> Plan:
-    """The plan with the relative error of each lossy step, measured on a few of its experts."""
+    """The plan with the relative error of each lossy step, and what survives of an adapter's change, measured on a few of its experts; once."""
+    if plan.estimated:
+        return plan
     found: dict[str, Loss] = {}
     survived: dict[str, Survival] = {}
     experts = plan.source.sizes["e"]
@@ -139,4 +141,4 @@ def estimate(plan: Plan) -> Plan:
             survived = added(survived, loss.survived)
     # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
     errors = {verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()}
-    return replace(plan, expected_error=errors, expected_survival=survived)
+    return replace(plan, expected_error=errors, expected_survival=survived, estimated=True)

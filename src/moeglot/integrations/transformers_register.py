@@ -52,7 +52,8 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
 
 def _linear(module: Any, x: torch.Tensor, name: str, ends: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     weight = getattr(module, name)
-    found: torch.Tensor = Grouped.apply(x.to(weight.dtype), weight if module.is_transposed else weight.mT, ends)  # type: ignore[no-untyped-call]
+    matrices = weight if module.is_transposed else weight.mT  # the class says how its own parameters lie
+    found: torch.Tensor = Grouped.apply(x.to(weight.dtype), matrices, ends)  # type: ignore[no-untyped-call]  # torch types no Function.apply
     return found + getattr(module, f"{name}_bias")[ids] if module.has_bias else found
 
 

@@ -32,7 +32,7 @@ class Lora(torch.nn.Module):
         torch.nn.init.uniform_(self.a, -bound, bound)
         if self.targets != roles:
             frozen = torch.cat([torch.full((out, 1), float(role in self.targets)) for role in roles])
-            self.b.register_hook(lambda grad: grad * frozen.to(grad))  # type: ignore[no-untyped-call]
+            self.b.register_hook(lambda grad: grad * frozen.to(grad))  # type: ignore[no-untyped-call]  # torch types no hook
 
     @property
     def scale(self) -> float:

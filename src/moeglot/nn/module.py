@@ -111,7 +111,7 @@ class Experts(torch.nn.Module):
                 f"layer {self.layer}: no gradient goes through these experts", "their family has a norm after each expert", "use backend='reference' to train"
             )
         seed = int(torch.randint(1 << 62, ())) if dropped else None  # the global generator, so that checkpointing draws it again
-        found: torch.Tensor = Routed.apply(self, name == "eager", seed, hidden, index, weights, *trained)  # type: ignore[no-untyped-call]
+        found: torch.Tensor = Routed.apply(self, name == "eager", seed, hidden, index, weights, *trained)  # type: ignore[no-untyped-call]  # torch types no Function.apply
         return found
 
     def after(self, out: torch.Tensor) -> torch.Tensor:
