@@ -242,6 +242,10 @@ class Stored:
             encoded.decode(dtype, places[name].parts["value"])
         return found
 
+    def in_out(self, slices: torch.Tensor) -> torch.Tensor:
+        """Values of slices [b, ...] in stored axes -> [b, in, out], as a view."""
+        return slices.mT if self.upright else slices
+
     def turns_into(self, other: Stored) -> bool:
         """Both hold the same roles, and one expert's slice becomes the other's by axes that change places as a whole."""
         return self.roles == other.roles and sorted(self.expert_groups) == sorted(other.expert_groups)
@@ -254,8 +258,6 @@ class Stored:
         """Shape of a part of one expert's slice, from the shape that it has in one role."""
         shape, letters = tuple(part.shape), self.role_axes.split()
         return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :]
-
-    # --- what a matrix gives ----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def out_group(self) -> tuple[str, ...]:
@@ -279,8 +281,6 @@ class Stored:
         if len(self.roles) == 1:
             return given[self.roles[0]]
         return rearrange(torch.stack([given[role] for role in self.roles]), f"p ... {self.role_axes[0]} -> ... ({' '.join(self.out_group)})")
-
-    # --- other readings --------------------------------------------------------------------------------------------------------------
 
     def misreadings(self, sizes: Sizes) -> Iterator[Stored]:
         """Every other reading of the same bytes that no shape refutes: axes turned, gate and up in the other arrangement or order."""

@@ -180,7 +180,7 @@ def plan(
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
     change = _change(source, adapter, round)
     if target.family != source.format.family:
-        names = ", ".join(form.name for form in of_family(source.format.family))
+        names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone

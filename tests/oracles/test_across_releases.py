@@ -5,7 +5,6 @@ The newest release saves in its own environment (`make test` makes it, before `m
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import families
@@ -40,8 +39,9 @@ def saved(tmp_path_factory):
     """FOLDER/FAMILY as the newest release saves it, with the logits that it computes."""
     folder = tmp_path_factory.mktemp("saved")
     command = [str(NEWEST), str(ROOT / "tests" / "oracles" / "save_models.py"), str(folder), *(family.name for family in KNOWN)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.startswith(str(ROOT)))}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("src", "tests"))}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
 from moeglot.floats import values
-from moeglot.nn.compute import Stage, biases_of, oriented, row_ids, stages
+from moeglot.nn.compute import Stage, biases_of, row_ids, stages
 from moeglot.nn.routing import Routing, Total
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _each(stage: Stage, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.T
     """x [n, in], each row with its own expert -> role -> [n, out]."""
     found: dict[str, torch.Tensor] = {}
     for line in stage.lines:
-        found |= line.line.apart((x.unsqueeze(1) @ oriented(line, line.gathered(ids, x.dtype))).squeeze(1))
+        found |= line.line.apart((x.unsqueeze(1) @ line.line.in_out(line.gathered(ids, x.dtype))).squeeze(1))
     for role, bias in biases_of(stage.biases, range(stage.lines[0].experts), x.dtype).items():
         found[role] = found[role] + bias[ids]
     if stage.factors:

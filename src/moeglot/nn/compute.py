@@ -65,7 +65,7 @@ class Stage:
         """x [n, in] -> role -> [n, out]."""
         found: Roles = {}
         for line in self.lines:
-            found |= line.line.apart(rows(x, oriented(line, line.dense(block.experts, x.dtype)), block.ends))
+            found |= line.line.apart(rows(x, line.line.in_out(line.dense(block.experts, x.dtype)), block.ends))
         for role, bias in biases_of(self.biases, block.experts, x.dtype).items():
             found[role] = found[role] + (bias[0] if len(bias) == 1 else bias[ids - block.experts.start])
         if self.factors:
@@ -78,7 +78,7 @@ class Stage:
     def backward(self, given: Roles, block: Block) -> torch.Tensor:
         """role -> [n, out] of the gradient, to [n, in] through the matrices alone."""
         found = [
-            rows(line.line.together(given), oriented(line, line.dense(block.experts, next(iter(given.values())).dtype)).mT, block.ends) for line in self.lines
+            rows(line.line.together(given), line.line.in_out(line.dense(block.experts, next(iter(given.values())).dtype)).mT, block.ends) for line in self.lines
         ]
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
@@ -101,11 +101,6 @@ class Stage:
         together = torch.cat([given[role] for role in self.factors.roles], -1)
         into[0][experts] += outer(low, x, block.ends)
         into[1][experts] += outer(together, rows(x, a.mT, block.ends), block.ends) * self.factors.scale
-
-
-def oriented(line: Held, dense: torch.Tensor) -> torch.Tensor:
-    """Decoded slices [b, ...] in stored axes -> [b, in, out], as a view."""
-    return dense.mT if line.line.upright else dense
 
 
 def biases_of(lines: tuple[Held, ...], experts: range, dtype: torch.dtype) -> Roles:
