@@ -1,12 +1,13 @@
 """Merges of every encoding, judged by sums in float64 on grids that this file reads from the bytes itself; and what a merge refuses."""
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
 import torch
 from adapters import WRITERS, Job
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
@@ -242,3 +243,26 @@ def test_what_is_touched_can_stay_in_bfloat16(tmp_path):
     made = case(tmp_path / "other", "gpt-oss", "mxfp4", "square")
     with pytest.raises(moeglot.UsageError, match="cannot leave some experts in floats"):
         moeglot.merge(made.base, made.adapter, tmp_path / "refused", keep_touched="bf16")
+
+
+def test_an_embedding_that_is_the_output_as_well_is_not_changed(tmp_path):
+    """Live, PEFT changes one of the two uses; attention in the same base is merged."""
+    made = case(tmp_path, "qwen3-moe", "bf16", "square")
+    folder = made.base.source.folder
+    config = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "tied")
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    rows, columns = made.base.source.entries["model.embed_tokens.weight"].shape
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    factors = {f"{name}A": torch.ones(RANK, rows), f"{name}B": torch.ones(columns, RANK)}
+    (tmp_path / "of-embedding").mkdir()
+    save_file(factors, tmp_path / "of-embedding" / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["embed_tokens"]}
+    (tmp_path / "of-embedding" / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.raises(moeglot.UnsupportedAdapter, match="input and output embeddings are one tensor"):
+        moeglot.merge(tmp_path / "tied", tmp_path / "of-embedding", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    moeglot.merge(folder, tmp_path / "of-embedding", tmp_path / "out", threshold=0)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {"model.embed_tokens.weight"}
+    moeglot.merge(tmp_path / "tied", moeglot.open_adapter(tmp_path / "adapter", tmp_path / "tied", "peft"), tmp_path / "experts")

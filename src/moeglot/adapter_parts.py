@@ -12,7 +12,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import Convention
 from moeglot.errors import BadNumbers, HalfAdapter, TensorMismatch, UnsupportedAdapter
 from moeglot.factors import Place, stacked_form, take
-from moeglot.family import Family
+from moeglot.family import Family, dig
 from moeglot.shards import Entry
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Factors = tuple["torch.Tensor", "torch.Tensor"]
 KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias", "lora_embedding_A": "a", "lora_embedding_B": "b"}
 """What follows a module's name -> which part of its change it is. https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py"""
+
+TIES = ("tie_word_embeddings", "text_config.tie_word_embeddings")
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,3 +190,21 @@ def check_replaced(replaced: Mapping[str, Replaced], base: Checkpoint) -> None:
                 "the vocabulary was resized, which no change of weights expresses",
                 "resize the base first, with transformers' resize_token_embeddings",
             )
+
+
+def check_ties(dense: Mapping[str, Dense], replaced: Mapping[str, Replaced], base: Checkpoint) -> None:
+    """Raises `UnsupportedAdapter` for a change of an embedding that is the output as well: live it changes one of the two, merged it would change both."""
+    import torch
+
+    if not any(dig(base.config, path) for path in TIES):
+        return
+    changed = [dense[name] for name in dense if dense[name].embedding or name.endswith("lm_head")]
+    weights = base.decoded("F32")
+    for found in [*changed, *(replaced[name] for name in replaced if name.endswith(EMBEDDINGS))]:
+        if isinstance(found, Replaced) and torch.equal(found.entry.read(), weights[found.name].read()):
+            continue  # PEFT adds a copy of the base's
+        raise UnsupportedAdapter(
+            f"{found.alias} is changed, and the base's input and output embeddings are one tensor",
+            "config.json says tie_word_embeddings; the adapter changes one use of it, a merge would change both",
+            "untie the base first: copy the embedding to lm_head.weight and set tie_word_embeddings to false; or train without the embedding",
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeglot.adapter import Adapter
-from moeglot.adapter_parts import Dense
+from moeglot.adapter_parts import Dense, check_ties
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
@@ -166,6 +166,7 @@ class Change:
 
     def dense(self, tensors: Mapping[str, DenseTensor]) -> dict[str, DenseTensor]:
         """Hub name -> tensor that is no expert, with the adapter's changes; raises `UnsupportedAdapter` where a tie would be cut."""
+        check_ties(self.adapter.dense, self.adapter.replaced, self.adapter.base)
         found = dict(tensors)
         exact = self.adapter.base.decoded("F32")
         for name, replaced in self.adapter.replaced.items():

@@ -144,6 +144,23 @@ def test_our_factors_are_the_change_that_it_applies(trained):
     assert len(adapter.dense) == sum(name.endswith("lora_A") and "experts" not in name for name in names)
 
 
+def test_a_merged_checkpoint_computes_what_it_computes_live(trained, tmp_path):
+    """`merge` into the base's own float32, read by transformers alone; with every other reading of the adapter it does not."""
+    merged = {}
+    for reading in dict.fromkeys((written_by_this_cell(trained.family), "peft", "peft-turned", "grouped", "grouped-turned")):
+        try:
+            adapter = moeglot.open_adapter(trained.adapter, trained.base, reading)
+        except moeglot.MoeglotError:
+            continue
+        certificate = moeglot.merge(adapter.base, adapter, tmp_path / reading)
+        assert certificate.report.verdict == "holds"
+        assert {round(one["rec"], 5) for one in certificate.document["merge"]["survived"].values()} == {1}
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / reading, dtype=torch.float32, attn_implementation="eager")
+        merged[reading] = relative(logits(model.eval()), trained.live)
+    assert merged.pop(written_by_this_cell(trained.family)) <= LIMIT
+    assert all(other >= 100 * LIMIT for other in merged.values())
+
+
 def test_every_other_reading_is_refused_or_far_off(trained):
     convention = written_by_this_cell(trained.family)
     merged, plain, far = trained.model.merge_and_unload(), trained.plain(), []
