@@ -198,13 +198,14 @@ def check_ties(dense: Mapping[str, Dense], replaced: Mapping[str, Replaced], bas
 
     if not any(dig(base.config, path) for path in TIES):
         return
-    changed = [dense[name] for name in dense if dense[name].embedding or name.endswith("lm_head")]
     weights = base.decoded("F32")
-    for found in [*changed, *(replaced[name] for name in replaced if name.endswith(EMBEDDINGS))]:
-        if isinstance(found, Replaced) and torch.equal(found.entry.read(), weights[found.name].read()):
-            continue  # PEFT adds a copy of the base's
+    changed = [found.alias for name, found in dense.items() if found.embedding or name.endswith("lm_head")]
+    for name, found in replaced.items():  # PEFT adds a copy of the base's
+        if name.endswith(EMBEDDINGS) and not torch.equal(found.entry.read(), weights[name].read()):
+            changed.append(found.alias)
+    if changed:
         raise UnsupportedAdapter(
-            f"{found.alias} is changed, and the base's input and output embeddings are one tensor",
+            f"{changed[0]} is changed, and the base's input and output embeddings are one tensor",
             "config.json says tie_word_embeddings; the adapter changes one use of it, a merge would change both",
             "untie the base first: copy the embedding to lm_head.weight and set tie_word_embeddings to false; or train without the embedding",
         )

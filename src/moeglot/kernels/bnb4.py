@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from moeglot import scratch
 from moeglot.errors import BadNumbers
 from moeglot.kernels import backend
 from moeglot.kernels.lattice import Levels
@@ -107,52 +108,57 @@ def encode(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tenso
     A matrix whose every block lies on the grid (it was decoded from such codes, whatever their absmax) is coded without loss, and values held in
     float32 that lie on it in bfloat16 or float16 get that dtype. Any other is rounded as bitsandbytes does, and has its own dtype.
     """
-    values = _supported(values).reshape(-1)
-    for dtype in (values.dtype, torch.bfloat16, torch.float16) if values.dtype == torch.float32 else (values.dtype,):
-        held = values.to(dtype)
-        if dtype == values.dtype or torch.equal(held.to(values.dtype), values):
-            codes, absmax, exact = _encode(held, kind, blocksize)
-            if exact:
-                return pack(codes, kind), absmax, dtype
-    codes, absmax, _ = _encode(values, kind, blocksize, search=False)
-    return pack(codes, kind), absmax, values.dtype
-
-
-def _supported(values: torch.Tensor) -> torch.Tensor:
-    held = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.to(torch.float32)
-    if held.numel() and not all(math.isfinite(number.item()) for number in held.aminmax()):
+    values = (values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.to(torch.float32)).reshape(-1)
+    packed, absmax = _rounded(values, kind, blocksize)
+    if not bool(absmax.isfinite().all()):
         raise BadNumbers(
             "a weight is NaN or infinite, which 4-bit codes cannot hold",
             "the largest code is one absmax, and float32 holds that",
             "find where the source lost its numbers; moeglot verify PATH names the tensor",
         )
-    return held
+    for dtype in (values.dtype, torch.bfloat16, torch.float16) if values.dtype == torch.float32 else (values.dtype,):
+        held = values.to(dtype)
+        if (dtype == values.dtype or torch.equal(held.to(values.dtype), values)) and (found := _exact(held, kind, blocksize)):
+            return pack(found[0], kind), found[1], dtype
+    return packed, absmax, values.dtype
 
 
-def _encode(values: torch.Tensor, kind: str, blocksize: int, search: bool = True) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """flat values -> codes u8 [n], absmax [blocks], whether they decode to the same bits. A search ends where the first block is on no grid."""
+def _rounded(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """flat values -> packed u8 [⌈n/2⌉, 1] and absmax [blocks], as bitsandbytes rounds; an absmax is not finite where a number of its block is not."""
+    packed = scratch.empty((-(-values.numel() // 2), 1), torch.uint8)
+    absmax = torch.empty(-(-values.numel() // blocksize))
+    fast = backend.compiled("bnb4", values) if values.dtype in (torch.bfloat16, torch.float32) else None
+    for first, block in _blocks(values, blocksize):
+        start = first * blocksize // 2
+        into, largest = packed[start : start + -(-block.numel() // 2)], absmax[first : first + len(block)]
+        if fast and block.shape[1] == blocksize:
+            fast.nearest(block, *_nearest_table(kind), into, largest)
+            continue
+        codes, found = _round(block, kind, short=block.shape[1] < blocksize)
+        into[:], largest[:] = pack(codes.flatten(), kind), found
+    return packed, absmax
+
+
+def _exact(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """flat values -> codes u8 [n], absmax [blocks] that decode to the same bits; None if there are none, which the first blocks show already."""
+    if values.numel() > FEW * blocksize and not _exact(values[: FEW * blocksize], kind, blocksize):
+        return None
     codes = torch.empty(values.numel(), dtype=torch.uint8)
     absmax = torch.empty(-(-values.numel() // blocksize))
-    if search and values.numel() > FEW * blocksize and not _encode(values[: FEW * blocksize], kind, blocksize)[2]:
-        return codes, absmax, False
     for first, block in _blocks(values, blocksize):
         found, scale = _round(block, kind, short=block.shape[1] < blocksize)
-        if search:
-            wrong = ~_same(found, scale, block, kind)
-            again = _on_grid(block[wrong], kind)
-            if again is None:
-                return codes, absmax, False
-            found[wrong], scale[wrong] = again
+        wrong = ~_same(found, scale, block, kind)
+        again = _on_grid(block[wrong], kind)
+        if again is None:
+            return None
+        found[wrong], scale[wrong] = again
         codes[first * blocksize : first * blocksize + block.numel()] = found.flatten()
         absmax[first : first + len(block)] = scale
-    return codes, absmax, search
+    return codes, absmax
 
 
 def _round(block: torch.Tensor, kind: str, short: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """[b, s] -> codes u8 [b, s], absmax [b], as bitsandbytes rounds."""
-    if not short and block.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("bnb4", block)):
-        found: tuple[torch.Tensor, torch.Tensor] = fast.nearest(block, *_nearest_table(kind))
-        return found
     block = block.float()
     absmax = block.abs().amax(-1)
     if short:

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from moeglot import scratch
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels import backend
 from moeglot.kernels.grid import E4M3, Block, Grid, largest, matrices, over, runs, settle, shape_of, times
@@ -111,7 +112,7 @@ def _exact(weight: torch.Tensor, scale: torch.Tensor, block: Block, values: torc
 
 def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
-    weight = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
+    weight = scratch.empty(tuple(values.shape), torch.uint8).view(torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block))
     numbers = 1 << (22 if backend.compiled("fp8", values) else 20)  # compiled kernels need no scratch
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
@@ -143,7 +144,7 @@ def _scales(values: torch.Tensor, block: Block, dtype: str) -> torch.Tensor:
     scale = (amax / LARGEST).clamp_(min=LEAST)
     if dtype == "BF16":
         scale = scale.to(torch.bfloat16).to(torch.float32)  # the largest quotient is at most 448 × (1 + 2^-8), which rounds to 448
-    return settle(values, torch.where(amax == 0, 1.0, scale), block, _grid(dtype), LEAST)
+    return settle(values, torch.where(amax == 0, 1.0, scale), block, _grid(dtype), LEAST, amax)
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.Tensor) -> None:

@@ -133,14 +133,19 @@ def neighbours(numbers: torch.Tensor, ulps: int) -> torch.Tensor:
     return (numbers.contiguous().view(torch.int32).unsqueeze(-1) + steps).clamp_(min=0).view(torch.float32).flatten(-2)
 
 
-def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, least: float = 0.0) -> torch.Tensor:
-    """The scale [tiles, tiles], with those of tiles that lie on a grid replaced by one (≥ `least`) that reproduces every number of the tile."""
+def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, least: float = 0.0, amax: torch.Tensor | None = None) -> torch.Tensor:
+    """The scale [tiles, tiles], with those of tiles that lie on a grid replaced by one (≥ `least`) that reproduces every number of the tile.
+
+    `amax`: what `largest` says of these values, for those who know it.
+    """
     low, high = _refuted_by_few(values, scale, block, grid)
     if not bool((high > -inf).all()):
         low, high = refuted(values, scale, block, grid)
+    amax = largest(values, block) if amax is None else amax
     step, guesses = block[0] or values.shape[0], len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
     if guesses * len(scale) <= 4 * CHUNK:
-        high = torch.where(_possible(values, low, high, block, grid, least), high, -inf)
+        numbers = torch.stack([low, high, values[::step, :: block[1] or values.shape[1]].to(torch.float32)])
+        high = torch.where(_possible(amax, numbers, grid, least), high, -inf)
     if not bool((high > -inf).any()):
         return scale
     scale = scale.clone()
@@ -149,7 +154,7 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
         tiles = slice(first, first + count)
         if bool((high[tiles] > -inf).any()):
             rows = slice(first * step, min((first + count) * step, values.shape[0]))
-            _search(values[rows], scale[tiles], low[tiles], high[tiles], block, grid, least)
+            _search(values[rows], amax[tiles], scale[tiles], low[tiles], high[tiles], block, grid, least)
     return scale
 
 
@@ -163,13 +168,15 @@ def _refuted_by_few(values: torch.Tensor, scale: torch.Tensor, block: Block, gri
     return torch.full_like(scale, inf), torch.full_like(scale, -inf)
 
 
-def _search(values: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, block: Block, grid: Grid, least: float) -> None:
+def _search(
+    values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor, block: Block, grid: Grid, least: float
+) -> None:
     """Replace in `scale` what can be replaced. Each guess that fails names two more numbers, and these rule out nearly all of the other guesses."""
     where = (high > -inf).nonzero()
-    guesses, alive = _guesses(largest(values, block)[where[:, 0], where[:, 1]], grid, least)
+    guesses, alive = _guesses(amax[where[:, 0], where[:, 1]], grid, least)
     low, high = low[where[:, 0], where[:, 1]], high[where[:, 0], where[:, 1]]
     while len(where):
-        alive &= _fits(guesses, low, high, grid)
+        alive &= _fits(guesses, low, grid) & _fits(guesses, high, grid)
         left = alive.any(-1)
         where, guesses, alive = where[left], guesses[left], alive[left]
         if not len(where):
@@ -189,19 +196,24 @@ def _guesses(amax: torch.Tensor, grid: Grid, least: float) -> tuple[torch.Tensor
     return guesses, grid.holds(guesses) & (guesses >= least) & guesses.isfinite() & (guesses > 0)
 
 
-def _fits(guesses: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """bool [k, n]: codes × the guess reproduce both of two numbers [k]."""
+def _fits(guesses: torch.Tensor, number: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """bool [k, n]: a code × the guess reproduces a number [k]."""
     if grid.kind and (fast := backend.compiled("grid", guesses)):
-        found: torch.Tensor = fast.fits(guesses, low, grid.kind) & fast.fits(guesses, high, grid.kind)
+        found: torch.Tensor = fast.fits(guesses, number, grid.kind)
         return found
-    fits = [grid.nearest(witness / guesses) * guesses == witness for witness in (low.unsqueeze(-1), high.unsqueeze(-1))]
-    return fits[0] & fits[1]
+    number = number.unsqueeze(-1)
+    return grid.nearest(number / guesses) * guesses == number
 
 
-def _possible(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, block: Block, grid: Grid, least: float) -> torch.Tensor:
-    """bool [tiles, tiles]: whether any guess reproduces the two numbers that refuted the usual scale."""
-    guesses, alive = _guesses(largest(values, block).flatten(), grid, least)
-    return (alive & _fits(guesses, low.flatten(), high.flatten(), grid)).any(-1).view(low.shape)
+def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
+    """bool [tiles, tiles]: False where no guess reproduces these numbers [n, tiles, tiles] of a tile; infinite ones name no number, and none fits."""
+    if grid.kind and (fast := backend.compiled("grid", numbers)):
+        found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest), grid.ulps, least, grid.kind)
+        return found
+    guesses, alive = _guesses(amax.flatten(), grid, least)
+    for number in numbers.flatten(1):
+        alive &= _fits(guesses, number, grid)
+    return alive.any(-1).view(amax.shape)
 
 
 def _refuted_at(

@@ -179,7 +179,7 @@ def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> t
         raise _no_scale(amax, dtype, divisor)
     empty = torch.finfo(scale.dtype).eps  # what compressed-tensors writes for a group of zeros, and what keeps a float16 scale from being one
     scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype), scale)
-    return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST).to(scale.dtype)
+    return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax).to(scale.dtype)
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from moeglot import scratch
 from moeglot.encoding import Encoded, Encoding, Part
+from moeglot.encodings.plain import Plain
 from moeglot.floats import exactly, values
 from moeglot.layout import Stored
 
@@ -102,15 +104,20 @@ class Held(torch.nn.Module):
             yield part.name, self.get_buffer(self._name(part, 0))
 
     def _several(self, parts: Mapping[str, torch.Tensor], count: int, dtype: torch.dtype) -> torch.Tensor:
-        return Encoded(self.encoding, parts, (count, *self.shape)).decode(dtype).to(self.device)
+        return self._memory(Encoded(self.encoding, parts, (count, *self.shape)), dtype)
 
     def _decoded(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         if len(self.line.roles) > 1 and any(part.is_single and not part.shared for part in self.encoding.parts):  # each projection has its own
             roles = self.roles(expert)
             found = self.line.join(lambda role: values(roles[role].decode(dtype).cpu())).parts["value"]
         else:
-            found = self.encoded(expert).decode(dtype)
+            return self._memory(self.encoded(expert), dtype)
         return found.to(self.device)
+
+    def _memory(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        """Decoded on the device of the parts; on a CPU into memory that is used again as soon as no product refers to it."""
+        coded = not isinstance(self.encoding, Plain) and self.device.type == "cpu"
+        return encoded.decode(dtype, scratch.empty(encoded.shape, dtype) if coded else None).to(self.device)
 
     # --- as a file has them ----------------------------------------------------------------------------------------------------------
 

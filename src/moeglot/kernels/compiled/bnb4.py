@@ -50,23 +50,22 @@ def _decode_single(packed: Array, absmax: Array, codebook: Array, blocksize: int
             to[last - first - 1] = values[codes[(last - first) // 2] >> 4]
 
 
-def nearest(block: torch.Tensor, midpoints: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """block [b, s], bfloat16 or float32 -> codes u8 [b, s], absmax float32 [b]; values × (1 / absmax), at a midpoint the lower value."""
-    block = block.contiguous()
-    found, absmax = torch.empty(block.shape, dtype=torch.uint8), torch.empty(len(block))
+def nearest(block: torch.Tensor, midpoints: torch.Tensor, codes: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
+    """block [b, s], bfloat16 or float32, s even -> packed u8 [b × s / 2, 1], absmax float32 [b]; values × (1 / absmax), at a midpoint the lower value."""
     shift = uint32(16 if block.dtype == torch.bfloat16 else 0)
-    where = (memory(midpoints).view(float32), memory(codes.contiguous()), memory(found), memory(absmax).view(float32))
-    _nearest(memory(block), shift, *block.shape, SMALLEST, *where)
-    return found, absmax
+    where = (memory(midpoints).view(float32), memory(codes.contiguous()), memory(packed), memory(absmax).view(float32))
+    _nearest(memory(block.contiguous()), shift, *block.shape, SMALLEST, bool((codes == torch.arange(16)).all()), *where)
 
 
 @jit
-def _nearest(values: Array, shift: int, blocks: int, size: int, smallest: float, midpoints: Array, codes: Array, found: Array, absmax: Array) -> None:
+def _nearest(
+    values: Array, shift: int, blocks: int, size: int, smallest: float, sorted_: bool, midpoints: Array, codes: Array, packed: Array, absmax: Array
+) -> None:
     index = numpy.empty(size, uint8)
     a, b0, c, d, e, f, g, h = midpoints[0], midpoints[1], midpoints[2], midpoints[3], midpoints[4], midpoints[5], midpoints[6], midpoints[7]
     i, j, k0, m, n, o, p = midpoints[8], midpoints[9], midpoints[10], midpoints[11], midpoints[12], midpoints[13], midpoints[14]
     for b in range(blocks):
-        given, to = values[b * size :], found[b * size :]
+        given, to = values[b * size :], packed[b * size // 2 :]
         largest = int32(0)
         for k in range(size):
             bits = int32(uint32(uint32(given[k]) << shift) & uint32(0x7FFFFFFF))
@@ -80,5 +79,8 @@ def _nearest(values: Array, shift: int, blocks: int, size: int, smallest: float,
             middle = int32(int32(v > f) + int32(v > g) + int32(v > h) + int32(v > i) + int32(v > j))
             high = int32(int32(v > k0) + int32(v > m) + int32(v > n) + int32(v > o) + int32(v > p))
             index[k] = uint8(int32(low + middle) + high)
-        for k in range(size):
-            to[k] = codes[index[k]]
+        if not sorted_:
+            for k in range(size):
+                index[k] = codes[index[k]]
+        for k in range(size // 2):
+            to[k] = uint8(uint8(index[2 * k] << uint8(4)) | index[2 * k + 1])

@@ -73,8 +73,8 @@ def _encode(values: Array, shift: int, rows: int, columns: int, scale: Array, ti
     factors = numpy.empty(columns, float32)
     for r in range(rows):
         if r % height == 0:
-            for k in range(columns):
-                factors[k] = scale[r // height * tiles + k // width]
+            for tile in range(tiles):
+                factors[tile * width : (tile + 1) * width] = scale[r // height * tiles + tile]
         given, to = values[r * columns :], out[r * columns :]
         for k in range(columns):
             bits = uint32(uint32(given[k]) << shift)

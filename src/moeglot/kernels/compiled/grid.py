@@ -137,3 +137,53 @@ def _fits_int4(guesses: Array, witness: Array, rows: int, columns: int, found: A
         value, some, to = witness[r], guesses[r * columns :], found[r * columns :]
         for k in range(columns):
             to[k] = uint8(float32(int4(float32(value / some[k])) * some[k]) == value)
+
+
+def possible(amax: torch.Tensor, numbers: torch.Tensor, largest: torch.Tensor, ulps: int, least: float, kind: str) -> torch.Tensor:
+    """Largest magnitude of each tile [...] and some of its numbers [n, ...] -> bool [...]: whether a scale (≥ `least`) may have codes for them all."""
+    found = torch.empty(amax.shape, dtype=torch.bool)
+    if amax.numel():
+        given = (memory(tensor.contiguous()).view(float32) for tensor in (amax, numbers, largest))
+        (_possible_e4m3 if kind == "e4m3" else _possible_int4)(*given, ulps, float32(least), memory(found.view(torch.uint8)))
+    return found
+
+
+@jit
+def _possible_e4m3(amax: Array, numbers: Array, largest: Array, ulps: int, least: float, found: Array) -> None:
+    for tile in range(len(amax)):
+        found[tile] = uint8(0)
+        for guess in range(len(largest) * (2 * ulps + 1)):
+            scale = _guess(amax[tile], largest, guess, ulps)
+            held = scale >= least
+            for at in range(tile, len(numbers), len(amax)):
+                magnitude = abs(numbers[at])
+                held = held and float32(e4m3(min(float32(magnitude / scale), float32(448.0))) * scale) == magnitude
+                if not held:
+                    break
+            if held:
+                found[tile] = uint8(1)
+                break
+
+
+@jit
+def _possible_int4(amax: Array, numbers: Array, largest: Array, ulps: int, least: float, found: Array) -> None:
+    for tile in range(len(amax)):
+        found[tile] = uint8(0)
+        for guess in range(len(largest) * (2 * ulps + 1)):
+            scale = _guess(amax[tile], largest, guess, ulps)
+            held = scale >= least
+            for at in range(tile, len(numbers), len(amax)):
+                held = held and float32(int4(float32(numbers[at] / scale)) * scale) == numbers[at]
+                if not held:
+                    break
+            if held:
+                found[tile] = uint8(1)
+                break
+
+
+@jit
+def _guess(amax: float, largest: Array, guess: int, ulps: int) -> Any:
+    """The quotient of the largest magnitude and that of a code, or a float32 beside it."""
+    each = 2 * ulps + 1
+    bits = int32(float32(amax / largest[guess // each]).view(uint32))
+    return uint32(int32(bits + int32(guess % each - ulps))).view(float32)
