@@ -17,6 +17,7 @@ from moeglot.errors import BrokenFile, OutputExists, UsageError
 from moeglot.nn import load_adapter
 from moeglot.nn.data import read
 from moeglot.nn.tune import Recipe, tune
+from moeglot.survival import Survival
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -106,6 +107,29 @@ def test_stock_peft_computes_what_was_trained(bf16, tmp_path):
         stock = peft.PeftModel.from_pretrained(dense, theirs).eval()
         assert relative(stock(input_ids=ids).logits, expected) <= 1e-5
     assert relative(before, expected) > 1e-2
+
+
+def test_a_merged_model_computes_what_was_trained_up_to_what_the_merge_reports(tmp_path):
+    """Dense, read by transformers: all of it in float32; elsewhere as much of the change of the logits as the report says of the change of the weights."""
+    trained(BUNDLED, tmp_path / "out")
+    adapter, ids = tmp_path / "out" / "adapter", torch.tensor([tokenizer()(TEXT.read_text()[:2000])["input_ids"]])
+    shares = {}
+    with torch.no_grad():
+        base = moeglot.load(BUNDLED, "float32")(input_ids=ids).logits
+        change = load_adapter(moeglot.load(BUNDLED, "float32", native=True), adapter).eval()(input_ids=ids).logits - base
+        for encode, rounding in (("float32", "nearest"), ("bfloat16", "nearest"), (None, "nearest"), (None, "delta")):
+            out = tmp_path / f"{encode}-{rounding}"
+            certificate = moeglot.merge(BUNDLED, adapter, out, encode=encode, round=rounding, threshold=0)
+            found = moeglot.load(out, "float32")(input_ids=ids).logits - base
+            rec = sum(certificate.survived.values(), Survival()).rec
+            shares[encode, rounding] = rec, float((found * change).sum() / (change * change).sum()), relative(found, change)
+    assert shares["float32", "nearest"][2] <= 1e-5
+    for rec, share, off in (shares["bfloat16", "nearest"], shares[None, "delta"]):
+        assert rec >= 0.95
+        assert abs(share - 1) <= 0.05
+        assert off <= 0.25
+    rec, share, off = shares[None, "nearest"]
+    assert max(rec, share) < 0.6 < 0.5 + off  # most of it is lost, and the report says so
 
 
 def test_the_command(tmp_path):

@@ -208,7 +208,7 @@ def _fits(guesses: torch.Tensor, number: torch.Tensor, grid: Grid) -> torch.Tens
 def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
     """bool [tiles, tiles]: False where no guess reproduces these numbers [n, tiles, tiles] of a tile; infinite ones name no number, and none fits."""
     if grid.kind and (fast := backend.compiled("grid", numbers)):
-        found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest), grid.ulps, least, grid.kind)
+        found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest, dtype=torch.float32), grid.ulps, least, grid.kind)
         return found
     guesses, alive = _guesses(amax.flatten(), grid, least)
     for number in numbers.flatten(1):
