@@ -1,0 +1,93 @@
+"""Compiles a kernel for a GPU that need not be there, and counts what the machine code does: run as a program, since TRITON_INTERPRET must not be set.
+
+`python assembly.py KIND ALONG ARCH ROWS OUTER INNER WARPS STAGES` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {"x": "*bf16", "ends": "*i32", "order": "*i64", "bias": "*bf16", "low": "*bf16", "side": "*bf16", "weights": "*bf16", "out": "*bf16"}
+CODES = {"mxfp4": ("*i32", "*u8"), "fp8": ("*u8", "*fp32"), "plain": ("*bf16", None)}
+
+
+def compiled(kernel, given: dict, arch: int, warps: int, stages: int):
+    """given: name -> type of an argument, or the value of a constant. Addresses and strides are multiples of 16, as those of torch's tensors are."""
+    names = kernel.arg_names
+    signature = {name: given[name] if isinstance(given[name], str) and given[name][:1] in "*i" else "constexpr" for name in names}
+    constants = {(names.index(name),): given[name] for name in names if signature[name] == "constexpr"}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if signature[name].startswith("*") or name.startswith(("x_", "codes_", "side_"))}
+    aligned = {place: what for place, what in aligned.items() if place not in constants}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
+
+
+def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int, warps: int, stages: int):
+    """The grouped product of gpt-oss-20b's gate_up_proj, with bias, an adapter of rank 16, gather, scatter and weights."""
+    import torch
+    import triton.language as tl
+
+    from moeglot.kernels.triton import gemm
+
+    codes, scales = CODES[kind]
+    given = {**POINTERS, "codes": codes, "scales": scales, "tiles": "i32", "experts": "i32", "x_row": "i32", "side_expert": "i32", "side_out": "i32"}
+    strides = {"codes_expert": "i32", "codes_row": "i32", "codes_column": 1} if kind == "plain" else {"codes_expert": 0, "codes_row": 0, "codes_column": 0}
+    sizes = {"HEIGHT": 5760, "WIDTH": 2880, "BLOCK_HEIGHT": 128, "BLOCK_WIDTH": 128}
+    flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True, "RANK": 16, "LOW": 16, "side_rank": 1}
+    given |= strides | sizes | flags | {"M": rows, "N": outer, "K": inner, "COMPUTE": tl.bfloat16}
+    assert torch
+    return compiled(gemm._product, given, arch, warps, stages)
+
+
+def counted(found, weights: int, warps: int) -> dict:
+    """Of the innermost loop that multiplies: instructions for each decoded weight, and what spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        text = subprocess.run([BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+    lines = [(int(match[1], 16), match[2]) for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+    body = loop(lines)
+    names = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in body]
+    threads = 32 * warps
+    kinds = {name: sum(each.split(".")[0] == name for each in names) for name in sorted({each.split(".")[0] for each in names})}
+    stack = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert stack, usage.stdout
+    return {
+        "a_weight": len(body) * threads / weights,
+        "spills": sum(name.split(".")[0] in ("STL", "LDL") for _, line in lines for name in [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]]),
+        "registers": int(stack[1]),
+        "stack": int(stack[2]),
+        "shared": found.metadata.shared,
+        "loop": kinds,
+    }
+
+
+def loop(lines: list[tuple[int, str]]) -> list[str]:
+    """The shortest run between a branch backwards and its target that holds a matrix instruction."""
+    best: list[str] = []
+    for n, (address, line) in enumerate(lines):
+        jump = re.search(r"\bBRA\S*\s+(?:\S+,\s*)*`?\(?\.?L?_?x?_?(?:0x)?([0-9a-f]+)\)?$", line.strip())
+        if not jump or int(jump[1], 16) >= address:
+            continue
+        inside = [text for at, text in lines[: n + 1] if at >= int(jump[1], 16)]
+        if any("MMA" in text for text in inside) and (not best or len(inside) < len(best)):
+            best = inside
+    return best
+
+
+if __name__ == "__main__":
+    kind, along, *numbers = sys.argv[1:]
+    arch, rows, outer, inner, warps, stages = map(int, numbers)
+    found = product(kind, along == "along", arch, rows, outer, inner, warps, stages)
+    print(json.dumps(counted(found, outer * inner, warps)))
