@@ -17,7 +17,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"x": "*bf16", "ends": "*i32", "order": "*i64", "bias": "*bf16", "low": "*bf16", "side": "*bf16", "weights": "*bf16", "out": "*bf16"}
+POINTERS = {
+    "x": "*bf16",
+    "starts": "*i32",
+    "ends": "*i32",
+    "order": "*i64",
+    "bias": "*bf16",
+    "low": "*bf16",
+    "side": "*bf16",
+    "weights": "*bf16",
+    "out": "*bf16",
+}
 CODES = {"mxfp4": ("*i32", "*u8"), "fp8": ("*u8", "*fp32"), "plain": ("*bf16", None)}
 
 

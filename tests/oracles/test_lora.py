@@ -1,5 +1,7 @@
 """LoRA on encoded experts against float64 autograd through dense matrices, written down here; every gradient, and each of them broken on purpose."""
 
+import os
+
 import pytest
 import torch
 from synthetic import SIZES, write_checkpoint
@@ -20,6 +22,9 @@ FORMATS = (
     "qwen3-moe/hub+nf4",
 )
 TOKENS, RANKS, R = 11, 2, 3
+
+
+BACKENDS = ("eager", "grouped", "batched", "reference", "auto", *(("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()))
 
 
 def module_of(name: str, folder, backend="eager", targets=("gate", "up", "down"), dropout=0.0, sizes=None) -> Experts:
@@ -106,7 +111,7 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return {name: relative(found[name].double(), right) for name, right in expected.items()}
 
 
-@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference", "auto"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_are_those_of_dense_matrices(name, backend, tmp_path):
     module = module_of(name, tmp_path / "base", backend)
@@ -181,7 +186,7 @@ def test_sums_as_on_a_gpu(backend, tmp_path, monkeypatch):
     assert max(worst(*gradients(module, "gpt-oss/openai")).values()) <= LIMIT
 
 
-@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens_and_no_experts(backend, tmp_path):
     module = module_of("gpt-oss/openai", tmp_path / "base", backend)
     none = module(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))

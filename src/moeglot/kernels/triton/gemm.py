@@ -37,11 +37,20 @@ class Matrices:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which rows belong to which expert. `ends` int32 [e]: where each run ends. `order` int64 [n]: the slot (token × rank) of each row."""
+    """Which rows belong to which expert: `starts` and `ends` int32 [e] of each run. `order` int64 [n]: the slot (token × rank) of each row."""
 
+    starts: torch.Tensor
     ends: torch.Tensor
     order: torch.Tensor
     ranks: int
+
+    @classmethod
+    def of(cls, ends: torch.Tensor, order: torch.Tensor, ranks: int) -> Rows:
+        return cls(torch.nn.functional.pad(ends[:-1], (1, 0)), ends, order, ranks)
+
+    def some(self, experts: range) -> Rows:
+        """Of experts that follow each other; the rows keep their places."""
+        return Rows(self.starts[experts.start : experts.stop], self.ends[experts.start : experts.stop], self.order, self.ranks)
 
     def tiles(self, height: int) -> int:
         """The most tiles of so many rows that the runs can have, whatever the routing."""
@@ -67,37 +76,39 @@ def product(
     bias: torch.Tensor | None = None,
     change: Change | None = None,
     weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """x [n, in] times each row's matrix -> [n, out] in the type of x; sums are float32.
 
     `along`: the sum runs along the stored matrix's columns (x Mᵀ), else along its rows (x M). `gather`: row m reads the token of slot `order[m]`, so that
     x is [t, in]. `scatter`: row m is written to place `order[m]`. `bias` [e, out]; `weights` [t k]: each row is multiplied by that of its slot, at last.
-    Rows of experts that live elsewhere are zero. Raises `UsageError` where the kernels cannot run.
+    Rows of nobody are zero, or stay what they are in `out` [n, out], if it is given. Raises `UsageError` where the kernels cannot run.
     """
     check(x.device)
     check_dtype(x.dtype)
     experts, height, width = matrices.shape
     inner, outer = (width, height) if along else (height, width)
-    shape = tiles or tiles_for(x.device, len(rows.order) / experts, matrices.kind)
-    out = torch.zeros(len(rows.order), outer, dtype=x.dtype, device=x.device)
+    shape = tiles or tiles_for(x.device, len(rows.order) / experts)
+    found = x.new_zeros(len(rows.order), outer) if out is None else out
     codes = matrices.codes.view(torch.int32) if matrices.kind == MXFP4 else matrices.codes.view(torch.uint8) if matrices.kind == FP8 else matrices.codes
     strides = codes.stride() if matrices.kind == PLAIN else (0, 0, 0)
     side = change.side if change else None
     grid = (rows.tiles(shape.rows) * triton.cdiv(outer, shape.outer),)
     if not len(rows.order):
-        return out
+        return found
     _product[grid](
         x if x.stride(-1) == 1 else x.contiguous(),
         codes,
         matrices.scale,
+        rows.starts,
         rows.ends,
         rows.order,
         bias,
         change.low if change else None,
         side,
         weights,
-        out,
+        found,
         rows.tiles(shape.rows),
         experts,
         x.stride(0) if x.stride(-1) == 1 else inner,
@@ -122,15 +133,15 @@ def product(
         num_warps=shape.warps,
         num_stages=shape.stages,
     )
-    return out
+    return found
 
 
 @jit
-def _run(ends: tl.tensor, experts: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
+def _run(starts: tl.tensor, ends: tl.tensor, experts: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
     """The expert of a tile of rows, its first row, and where the expert's rows end; expert = `experts` for a tile that is nobody's."""
     each = tl.arange(0, EXPERTS)
     end = tl.load(ends + each, mask=each < experts, other=0)
-    begin = tl.load(ends + each - 1, mask=(each > 0) & (each < experts), other=0)
+    begin = tl.load(starts + each, mask=each < experts, other=0)
     tiles = tl.where(each < experts, (end - begin + M - 1) // M, 0)
     after = tl.cumsum(tiles, 0)
     expert = tl.sum(((after <= tile) & (each < experts)).to(tl.int32), 0)
@@ -182,6 +193,7 @@ def _product(
     x: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
+    starts: tl.tensor,
     ends: tl.tensor,
     order: tl.tensor,
     bias: tl.tensor,
@@ -217,7 +229,7 @@ def _product(
 ) -> None:
     """Rows of one expert times N of its matrix' columns; tiles of rows that share a part of the matrix follow each other."""
     pid = tl.program_id(0)
-    expert, first, end = _run(ends, experts, pid % tiles, M, EXPERTS)
+    expert, first, end = _run(starts, ends, experts, pid % tiles, M, EXPERTS)
     if expert >= experts:
         return
     OUT: tl.constexpr = HEIGHT if ALONG else WIDTH

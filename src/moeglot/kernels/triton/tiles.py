@@ -56,10 +56,16 @@ def table_of(device: torch.device) -> Table | None:
     return table(torch.cuda.get_device_capability(device))
 
 
-def tiles_for(device: torch.device, rows: float, kind: str) -> Tiles:
+def tiles_for(device: torch.device, rows: float) -> Tiles:
     """The tiles for so many rows an expert, on average."""
     if device.type == "cpu":
         return INTERPRETED
     found = table_of(device)
     assert found, "checked before"
     return next((tiles for most, tiles in found.steps if rows <= most), found.steps[-1][1])
+
+
+def crossover(device: torch.device) -> int | None:
+    """Rows an expert from which decoding first is cheaper, where it ever is."""
+    found = table_of(device) if device.type == "cuda" else None
+    return found.crossover if found else None
