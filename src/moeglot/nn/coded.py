@@ -37,7 +37,7 @@ def matrices(line: Held, dtype: torch.dtype) -> Matrices | None:
         return None
     if isinstance(encoding, MXFP4) and line.largest_scale <= LARGEST_SCALE:
         return Matrices(gemm.MXFP4, line.get_buffer("part_packed").view(torch.uint8), line.get_buffer("part_scale").view(torch.uint8), shape)
-    if isinstance(encoding, FP8) and encoding.block == BLOCK:
+    if isinstance(encoding, FP8) and encoding.block == BLOCK and line.shape[1] % 4 == 0:
         return Matrices(gemm.FP8, line.get_buffer("part_weight"), fp8.scale_values(line.get_buffer("part_scale")), shape, BLOCK)
     return None
 

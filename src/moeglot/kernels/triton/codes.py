@@ -62,14 +62,25 @@ def power_of(scale: tl.tensor) -> tl.tensor:
 
 
 @jit
-def e4m3(code: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    """E4M3 codes as int32 -> their numbers; the two codes of NaN become ±480."""
-    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 4)
+def e4m3(word: tl.tensor, COMPUTE: tl.constexpr, N: tl.constexpr) -> tl.tensor:
+    """Bytes N and N + 2 of words int32, N 0 or 1 -> their numbers in bfloat16 or float32; the two codes of NaN become ±480."""
+    sign = word << 8 if N == 0 else word
+    magnitude = (word & 0x007F007F) << 4 if N == 0 else (word >> 4) & 0x07F007F0
+    bits = (sign & -0x7FFF8000) | magnitude
     if COMPUTE == tl.bfloat16:
-        found = bits.to(tl.int16).to(tl.bfloat16, bitcast=True) * tl.full([], 2.0**120, tl.bfloat16)
+        low, high = bits.to(tl.int16).to(tl.bfloat16, bitcast=True), (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        found = (bits << 16).to(tl.float32, bitcast=True) * tl.full([], 2.0**120, tl.float32)
-    return found
+        low, high = (bits << 16).to(tl.float32, bitcast=True), (bits & -0x10000).to(tl.float32, bitcast=True)
+    rest = tl.full([], 2.0**120, COMPUTE)
+    return low * rest, high * rest
+
+
+@jit
+def four(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """words int32 [r, w] of four codes of E4M3 -> [r, 4 w]; within a thread's registers."""
+    a, c = e4m3(word, COMPUTE, 0)
+    b, d = e4m3(word, COMPUTE, 1)
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
 @jit

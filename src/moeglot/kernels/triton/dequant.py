@@ -113,7 +113,8 @@ def _fp8(
     code = tl.load(codes + (matrix * rows + r)[:, None] * columns + c[None, :], mask=here, other=0).to(tl.int32)
     tiles = matrix * tl.cdiv(rows, height) + r // height
     scale = tl.load(scales + tiles[:, None] * tl.cdiv(columns, width) + c[None, :] // width, mask=here, other=0.0)
-    values = e4m3(code, tl.float32) * scale
+    values, _ = e4m3(code, tl.float32, 0)
+    values = values * scale
     nan = (0x7FC00000 | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
     values = tl.where((code & 0x7F) == 0x7F, nan, values)
     place = out + matrix * out_matrix + r[:, None] * out_row + c[None, :] * out_column

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeglot.kernels.triton.codes import e4m3, eight, factor_of
+from moeglot.kernels.triton.codes import eight, factor_of, four
 from moeglot.kernels.triton.launch import check, check_dtype, jit
 from moeglot.kernels.triton.tiles import Tiles, tiles_for
 
@@ -25,7 +25,7 @@ class Matrices:
 
     plain   codes [e, rows, columns] of any strides, in the type that is computed in
     mxfp4   codes u8 [e, rows, columns / 32, 16], scale u8 [e, rows, columns / 32], all at most 128
-    fp8     codes F8_E4M3 [e, rows, columns], scale float32 [e, ⌈rows / block⌉, ⌈columns / block⌉]
+    fp8     codes F8_E4M3 [e, rows, columns], columns a multiple of 4, scale float32 [e, ⌈rows / block⌉, ⌈columns / block⌉]
     """
 
     kind: str
@@ -89,9 +89,9 @@ def product(
     check_dtype(x.dtype)
     experts, height, width = matrices.shape
     inner, outer = (width, height) if along else (height, width)
-    shape = tiles or tiles_for(x.device, len(rows.order) / experts)
+    shape = tiles or tiles_for(x.device, len(rows.order) / experts, matrices.kind, x.dtype)
     found = x.new_zeros(len(rows.order), outer) if out is None else out
-    codes = matrices.codes.view(torch.int32) if matrices.kind == MXFP4 else matrices.codes.view(torch.uint8) if matrices.kind == FP8 else matrices.codes
+    codes = matrices.codes if matrices.kind == PLAIN else matrices.codes.view(torch.int32)
     strides = codes.stride() if matrices.kind == PLAIN else (0, 0, 0)
     side = change.side if change else None
     grid = (rows.tiles(shape.rows) * triton.cdiv(outer, shape.outer),)
@@ -176,15 +176,15 @@ def _decoded(
             here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
             word, scale = tl.load(at, mask=here, other=0), tl.load(group, mask=here, other=0)
         found = eight(word, factor_of(scale, COMPUTE))
+    elif KIND == "fp8":
+        w = column // 4 + tl.arange(0, WIDE // 4)
+        at = codes + r[:, None] * (WIDTH // 4) + w[None, :]
+        word = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 4), other=0)
+        found = four(word, COMPUTE)
     else:
         c = column + tl.arange(0, WIDE)
-        if KIND == "fp8":
-            at = codes + r[:, None] * WIDTH + c[None, :]
-        else:
-            at = codes + r[:, None] * stride_row + c[None, :] * stride_column
+        at = codes + r[:, None] * stride_row + c[None, :] * stride_column
         found = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (c[None, :] < WIDTH), other=0)
-        if KIND == "fp8":
-            found = e4m3(found.to(tl.int32), COMPUTE)
     return found
 
 
@@ -243,7 +243,7 @@ def _product(
         codes += matrix * (HEIGHT * (WIDTH // 32 * 4))
         scales += matrix * (HEIGHT * (WIDTH // 32))
     elif KIND == "fp8":
-        codes += matrix * (HEIGHT * WIDTH)
+        codes += matrix * (HEIGHT * (WIDTH // 4))
         scales += matrix * (tl.cdiv(HEIGHT, BLOCK_HEIGHT) * tl.cdiv(WIDTH, BLOCK_WIDTH))
     else:
         codes += matrix * codes_expert

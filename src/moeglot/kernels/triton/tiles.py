@@ -19,25 +19,33 @@ class Tiles:
     stages: int
 
 
+Steps = tuple[tuple[int, Tiles], ...]
+"""The tiles for up to so many rows an expert, in rising order; the last one also for more."""
+
+
 @dataclass(frozen=True)
 class Table:
-    """Of one architecture: the tiles for up to so many rows an expert, in rising order; the last one also for more.
+    """Of one architecture: tiles for four bits and for plain numbers (`steps`), and for FP8, whose scales need registers beside the sum's.
 
     `crossover`: rows an expert from which decoding all matrices and torch's grouped GEMM are cheaper than decoding tiles again for each run of rows;
-    None where that GEMM is a loop that waits for the host.
+    None where that GEMM is a loop that waits for the host. Reckoned, not measured: decoding a layer takes about as long as its products with 600 rows.
     """
 
-    steps: tuple[tuple[int, Tiles], ...]
+    steps: Steps
+    fp8: Steps
     crossover: int | None = None
 
 
-SMALL = Tiles(16, 64, 128, 4, 4)
+FEW = Tiles(16, 128, 64, 4, 4)
+SHORT: Steps = ((16, FEW), (32, Tiles(32, 64, 64, 4, 3)))
+"""Where registers and shared memory are short and tensor cores slow against decoding: runs of rows stay short."""
+LONG: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 3)), (128, Tiles(128, 128, 64, 8, 3)))
+LONG_FP8: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 8, 3)), (128, Tiles(128, 128, 64, 8, 3)))
 TABLES: dict[str, Table] = {
-    # registers and shared memory are short, tensor cores slow against decoding: runs of rows stay short
-    "sm_80": Table(((16, Tiles(16, 64, 64, 4, 4)), (32, Tiles(32, 64, 64, 4, 3)))),
-    "sm_90": Table(((16, Tiles(16, 128, 64, 4, 4)), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 3)), (128, Tiles(128, 128, 64, 8, 3))), 1024),
-    "sm_100": Table(((16, Tiles(16, 128, 64, 4, 4)), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 3)), (128, Tiles(128, 128, 64, 8, 3))), 1024),
-    "sm_120": Table(((16, Tiles(16, 64, 64, 4, 3)), (32, Tiles(32, 64, 64, 4, 3)))),
+    "sm_80": Table(SHORT, SHORT),  # and 86, 89
+    "sm_90": Table((*LONG, (256, Tiles(256, 128, 64, 8, 3))), LONG_FP8, 1024),
+    "sm_100": Table(LONG, LONG_FP8[:3], 1024),
+    "sm_120": Table(SHORT, SHORT),
 }
 INTERPRETED = Tiles(16, 32, 32, 4, 1)
 
@@ -46,8 +54,7 @@ def table(capability: tuple[int, int]) -> Table | None:
     """The table of a compute capability; None for one without tensor cores for bfloat16 (sm_75 and before): decode, then multiply."""
     if capability < (8, 0):
         return None
-    name = "sm_80" if capability[0] == 8 else "sm_90" if capability[0] == 9 else "sm_100" if capability[0] in (10, 11) else "sm_120"
-    return TABLES[name]
+    return TABLES[{8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_120")]
 
 
 @cache
@@ -56,13 +63,16 @@ def table_of(device: torch.device) -> Table | None:
     return table(torch.cuda.get_device_capability(device))
 
 
-def tiles_for(device: torch.device, rows: float) -> Tiles:
-    """The tiles for so many rows an expert, on average."""
+def tiles_for(device: torch.device, rows: float, kind: str, dtype: torch.dtype) -> Tiles:
+    """The tiles for so many rows an expert, on average. float32 takes twice the memory, so its tiles are the smallest."""
     if device.type == "cpu":
         return INTERPRETED
     found = table_of(device)
     assert found, "checked before"
-    return next((tiles for most, tiles in found.steps if rows <= most), found.steps[-1][1])
+    steps = found.fp8 if kind == "fp8" else found.steps
+    if dtype == torch.float32:
+        return steps[0][1]
+    return next((tiles for most, tiles in steps if rows <= most), steps[-1][1])
 
 
 def crossover(device: torch.device) -> int | None:
