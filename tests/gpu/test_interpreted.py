@@ -264,6 +264,16 @@ def test_dropout_draws_once_for_both_directions(tmp_path):
     assert abs(differences - along) <= 2e-3 * abs(along)
 
 
+def test_a_conversion_by_the_kernels_writes_the_same_bytes(tmp_path):
+    write_checkpoint(tmp_path / "base", "gpt-oss/openai", {"h": 64, "i": 32})
+    for name in ("torch", "triton"):
+        with backend.using(name):
+            moeglot.convert(tmp_path / "base", "gpt-oss/transformers", tmp_path / name, encode="bfloat16", workers=1)  # the interpreter is one for all threads
+    files = sorted(path.name for path in (tmp_path / "torch").glob("*.safetensors"))
+    assert files
+    assert all((tmp_path / "torch" / file).read_bytes() == (tmp_path / "triton" / file).read_bytes() for file in files)
+
+
 def test_what_cannot_run_is_refused():
     with pytest.raises(UsageError, match="TRITON_INTERPRET"):
         check_dtype(torch.bfloat16)

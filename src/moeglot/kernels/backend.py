@@ -26,6 +26,7 @@ WORTH = 1 << 18
 """Numbers, or bytes of codes, from which compiled kernels are used of themselves."""
 
 _asked: str | None = None
+_device: torch.device | None = None
 
 
 @cache
@@ -63,6 +64,33 @@ def using(name: str) -> Iterator[None]:
         _asked = before
 
 
+@contextmanager
+def on(device: str | None) -> Iterator[None]:
+    """All threads decode on this device while it lasts, whatever device the codes come from and the numbers go to; None or "cpu" changes nothing.
+
+    Raises `UsageError` where there is no such GPU, or nothing to decode with.
+    """
+    global _device
+    before = _device
+    if device not in (None, "cpu"):
+        _device = _gpu(str(device))
+    try:
+        yield
+    finally:
+        _device = before
+
+
+def _gpu(name: str) -> torch.device:
+    count = torch.cuda.device_count()
+    known = ["cuda", *(f"cuda:{n}" for n in range(count))]
+    if name not in known or not count:
+        here = f"torch {torch.__version__} sees {count or 'no'} CUDA device{'s' if count != 1 else ''}"
+        raise UsageError(f"nothing can be decoded on {name!r}", here, f"choose {' or '.join(known)}" if count else "leave --device out: the CPU decodes")
+    if not has_triton():
+        raise UsageError(f"nothing can be decoded on {name!r}", "triton is not installed", "pip install 'moeglot[triton]', or leave --device out")
+    return torch.device(name)
+
+
 def compiled(name: str, *tensors: torch.Tensor) -> ModuleType | None:
     """The module of compiled kernels of that name, or None where torch's tables are to compute.
 
@@ -76,12 +104,22 @@ def compiled(name: str, *tensors: torch.Tensor) -> ModuleType | None:
 
 
 def on_gpu(*tensors: torch.Tensor) -> ModuleType | None:
-    """The module of Triton's kernels that decode, or None where torch's tables are to compute. Tensors of a CPU get it only if it is asked for by name."""
+    """The module of Triton's kernels that decode, or None where others are to compute. Tensors of a CPU get it if it is asked for by name or device."""
     asked = _asked or os.environ.get(VARIABLE)
-    if asked == "triton" or (asked is None and has_triton() and all(tensor.device.type == "cuda" for tensor in tensors)):
+    if _device or asked == "triton" or (asked is None and has_triton() and all(tensor.device.type == "cuda" for tensor in tensors)):
         current()
         return importlib.import_module("moeglot.kernels.triton.dequant")
     return None
+
+
+def there(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device that decodes."""
+    return tensor if _device is None else tensor.to(_device)
+
+
+def room(out: torch.Tensor) -> torch.Tensor:
+    """`out`, or memory like it on the device that decodes."""
+    return out if _device is None else torch.empty_like(out, device=_device)
 
 
 def place(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:

@@ -77,7 +77,8 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
     _representable(factors, dtype)
     values = backend.place(tuple(weight.shape), dtype, weight.device, out)
     if gpu := backend.on_gpu(weight, scale, values):
-        gpu.fp8(weight, factors, block, values)
+        found = gpu.fp8(backend.there(weight), backend.there(factors), block, backend.room(values))
+        values = values if found is values else values.copy_(found)
         return _checked(values, weight, scale, factors, block)
     fast = backend.compiled("fp8", weight, values) if dtype in (torch.bfloat16, torch.float32) else None
     for codes, factor, to in zip(matrices(weight), matrices(factors), backend.places(values), strict=True):

@@ -38,8 +38,10 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
     if dtype not in (torch.bfloat16, torch.float32):
         return values.copy_(decode(packed, scale, torch.float32))
     if gpu := backend.on_gpu(packed, scale, values):
-        _refuse_not_finite(scale, gpu.mxfp4(packed, scale, values))
-        return values
+        powers = backend.there(scale)
+        found = gpu.mxfp4(backend.there(packed), powers, backend.room(values))
+        _refuse_not_finite(powers, found)
+        return values if found is values else values.copy_(found)
     fast = backend.compiled("mxfp4", packed, scale, values)
     for codes, powers, to in zip(backend.matrices(packed.flatten(-2)), backend.matrices(scale), backend.places(values), strict=True):
         if fast:
