@@ -31,7 +31,8 @@ matrix-bitsandbytes: .venvs/bitsandbytes/ready
 
 # 690 MB installed. Where there is a GPU, the tests that need one run too; elsewhere they say that they are skipped.
 matrix-triton: .venvs/triton/ready
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/gpu/test_interpreted.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/gpu/test_interpreted.py tests/gpu/test_refused.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles/test_lora.py -k triton
 	.venvs/triton/bin/python -m pytest tests/gpu
 
 matrix-trl: .venvs/trl/ready
@@ -56,6 +57,7 @@ bench: .venv/ready .venvs/bitsandbytes/ready
 	.venvs/bitsandbytes/bin/python $(PIP) numba rich
 	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
 	$(BIN)/python benchmarks/streaming.py --peers
+	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

@@ -1,6 +1,6 @@
 """Compiles a kernel for a GPU that need not be there, and counts what the machine code does: run as a program, since TRITON_INTERPRET must not be set.
 
-`python assembly.py KIND ALONG ARCH ROWS OUTER INNER WARPS STAGES` prints one JSON object.
+`python assembly.py KIND along|across ARCH ROWS,OUTER,INNER,WARPS,STAGES …` prints a JSON list; KIND `others` is all other kernels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ POINTERS = {
     "weights": "*bf16",
     "out": "*bf16",
 }
+NO_SIDE = {"side_expert": 0, "side_rank": 0, "side_out": 0}
 CODES = {"mxfp4": ("*i32", "*u8"), "fp8": ("*i32", "*fp32"), "plain": ("*bf16", None)}
 
 
@@ -54,7 +55,7 @@ def by_table(word, factor):
     return found.reshape([word.shape[0], word.shape[1] * 8])
 
 
-def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int, warps: int, stages: int):
+def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int, warps: int, stages: int, other: dict | None = None):
     """The grouped product of gpt-oss-20b's gate_up_proj, with bias, an adapter of rank 16, gather, scatter and weights."""
     from moeglot.kernels.triton import gemm
 
@@ -66,8 +67,28 @@ def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int
     strides = {"codes_expert": "i32", "codes_row": "i32", "codes_column": 1} if kind == "plain" else {"codes_expert": 0, "codes_row": 0, "codes_column": 0}
     sizes = {"HEIGHT": 5760, "WIDTH": 2880, "BLOCK_HEIGHT": 128, "BLOCK_WIDTH": 128}
     flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True, "RANK": 16, "LOW": 16, "side_rank": 1}
-    given |= strides | sizes | flags | {"M": rows, "N": outer, "K": inner, "COMPUTE": tl.bfloat16}
+    given |= strides | sizes | flags | {"M": rows, "N": outer, "K": inner, "COMPUTE": tl.bfloat16} | (other or {})
     return compiled(gemm._product, given, arch, warps, stages)
+
+
+def others(arch: int) -> dict:
+    """The kernels beside the product, and products of other types and with less to do: name -> found."""
+    from moeglot.kernels.triton import dequant, outer
+
+    codes = {"words": "*i32", "codes": "*u8", "scales": "*u8", "out": "*i16", "rows": "i32", "groups": "i32", "columns": "i32"}
+    strides = {"out_matrix": "i32", "out_row": "i32", "out_column": 1, "HEIGHT": 128, "WIDTH": 128, "HALF": True, "ROWS": dequant.ROWS}
+    found = {"mxfp4": compiled(dequant._mxfp4, {**codes, **strides, "WORDS": dequant.WORDS}, arch, 4, 3)}
+    turned = {**codes, **strides, "out_row": 1, "out_column": "i32"}
+    found["mxfp4 turned"] = compiled(dequant._mxfp4, {**turned, "WORDS": dequant.WORDS}, arch, 4, 3)
+    found["mxfp4 to float32"] = compiled(dequant._mxfp4, {**codes, **strides, "HALF": False, "out": "*fp32", "WORDS": dequant.WORDS}, arch, 4, 3)
+    found["fp8"] = compiled(dequant._fp8, {**codes, **strides, "scales": "*fp32", "COLUMNS": dequant.COLUMNS}, arch, 4, 3)
+    sizes = {"RANKS": 4, "GATHER": True, "RANK": 16, "COLUMNS": 2880, "R": 16, "C": 128, "M": 32}
+    found["outer"] = compiled(outer._outer, {**POINTERS, "narrow": "*bf16", "wide": "*bf16", "out": "*fp32", **sizes}, arch, 4, 3)
+    found["bare"] = product("mxfp4", True, arch, 16, 128, 64, 4, 4, {"bias": None, "low": None, "side": None, "weights": None, "RANK": 0, **NO_SIDE})
+    wide = {name: "*fp32" for name, kind in POINTERS.items() if kind == "*bf16"}
+    found["float32"] = product("mxfp4", True, arch, 16, 128, 64, 4, 4, {**wide, "COMPUTE": tl.float32})
+    found["plain"] = product("plain", True, arch, 16, 128, 64, 4, 4)
+    return found
 
 
 def counted(found, weights: int, warps: int) -> dict:
@@ -108,7 +129,8 @@ def loop(lines: list[tuple[int, str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    kind, along, *numbers = sys.argv[1:]
-    arch, rows, outer, inner, warps, stages = map(int, numbers)
-    found = product(kind, along == "along", arch, rows, outer, inner, warps, stages)
-    print(json.dumps(counted(found, outer * inner, warps)))
+    kind, along, arch, *tiles = sys.argv[1:]
+    found = [counted(each, 1, 4) | {"name": name} for name, each in others(int(arch)).items()] if kind == "others" else []
+    for rows, outer, inner, warps, stages in (map(int, each.split(",")) for each in tiles):
+        found.append(counted(product(kind, along == "along", int(arch), rows, outer, inner, warps, stages), outer * inner, warps))
+    print(json.dumps(found))

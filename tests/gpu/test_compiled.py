@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,8 +27,8 @@ POWER = 1.5
 """How many times the ceiling a table of codes costs at the least."""
 
 
-def assembled(kind: str, along: bool, arch: int, tiles: Tiles) -> dict:
-    words = [kind, "along" if along else "across", *map(str, (arch, tiles.rows, tiles.outer, tiles.inner, tiles.warps, tiles.stages))]
+def assembled(kind: str, along: bool, arch: int, tiles: list[Tiles]) -> list[dict]:
+    words = [kind, "along" if along else "across", str(arch), *(f"{one.rows},{one.outer},{one.inner},{one.warps},{one.stages}" for one in tiles)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, Path(__file__).with_name("assembly.py"), *words], capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr[-2000:]
@@ -46,8 +45,7 @@ def steps(kind: str, arch: int):
 def test_nothing_spills_and_decoding_is_cheap(kind, arch, along):
     tiles = [one for _, one in steps(kind, arch)]
     assert [one.rows for one in tiles] == list(CEILINGS[kind, arch])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda one: assembled(kind, along, arch, one), tiles))
+    found = assembled(kind, along, arch, tiles)
     for one, ceiling, got in zip(tiles, CEILINGS[kind, arch].values(), found, strict=True):
         assert (got["spills"], got["stack"]) == (0, 0), one
         assert any("MMA" in name for name in got["loop"]), one
@@ -57,11 +55,18 @@ def test_nothing_spills_and_decoding_is_cheap(kind, arch, along):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_a_kernel_that_looks_codes_up_is_seen(arch):
     tiles = steps("mxfp4", arch)[0][1]
-    assert assembled("mxfp4-by-table", True, arch, tiles)["a_weight"] > POWER * CEILINGS["mxfp4", arch][tiles.rows]
+    assert assembled("mxfp4-by-table", True, arch, [tiles])[0]["a_weight"] > POWER * CEILINGS["mxfp4", arch][tiles.rows]
 
 
 @pytest.mark.parametrize("arch", [90, 100])
 def test_a_kernel_that_spills_is_seen(arch):
-    found = assembled("mxfp4", True, arch, Tiles(128, 256, 64, 8, 3))
+    found = assembled("mxfp4", True, arch, [Tiles(128, 256, 64, 8, 3)])[0]
     assert found["spills"] > 0
     assert found["stack"] > 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_other_kernels_compile_and_do_not_spill(arch):
+    found = assembled("others", True, arch, [])
+    assert [each["name"] for each in found] == ["mxfp4", "mxfp4 turned", "mxfp4 to float32", "fp8", "outer", "bare", "float32", "plain"]
+    assert {each["name"]: each["spills"] + each["stack"] for each in found if each["spills"] + each["stack"]} == {}

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from moeglot.kernels.backend import places
 from moeglot.kernels.triton.codes import e4m3, eight, power_of, rounded_bits
-from moeglot.kernels.triton.launch import check, jit
+from moeglot.kernels.triton.launch import beside, check, jit
 
 ROWS = 32
 """Of a tile: as many as a turned row has numbers in a sector of memory, twice."""
@@ -28,7 +28,10 @@ def mxfp4(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch
     matrices, rows, columns = to.shape
     grid = (matrices * triton.cdiv(rows, ROWS) * triton.cdiv(columns // 8, WORDS),)
     if to.numel():
-        _mxfp4[grid](codes, scale.contiguous(), to, rows, columns // 32, *to.stride(), HALF=out.dtype == torch.bfloat16, ROWS=ROWS, WORDS=WORDS, num_warps=4)
+        with beside(out):
+            _mxfp4[grid](
+                codes, scale.contiguous(), to, rows, columns // 32, *to.stride(), HALF=out.dtype == torch.bfloat16, ROWS=ROWS, WORDS=WORDS, num_warps=4
+            )
     return out
 
 
@@ -41,9 +44,22 @@ def fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], out: 
     to, codes = _matrices(out), weight.contiguous().view(torch.uint8)
     matrices, rows, columns = to.shape
     grid = (matrices * triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)
-    tile = (block[0] or rows, block[1] or columns)
     if to.numel():
-        _fp8[grid](codes, scale.contiguous(), to, rows, columns, *tile, *to.stride(), HALF=out.dtype == torch.bfloat16, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+        with beside(out):
+            _fp8[grid](
+                codes,
+                scale.contiguous(),
+                to,
+                rows,
+                columns,
+                *to.stride(),
+                HEIGHT=block[0],
+                WIDTH=block[1],
+                HALF=out.dtype == torch.bfloat16,
+                ROWS=ROWS,
+                COLUMNS=COLUMNS,
+                num_warps=4,
+            )
     return out
 
 
@@ -95,11 +111,11 @@ def _fp8(
     out: tl.tensor,
     rows: int,
     columns: int,
-    height: int,
-    width: int,
     out_matrix: int,
     out_row: int,
     out_column: int,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -111,8 +127,10 @@ def _fp8(
     c = pid % across * COLUMNS + tl.arange(0, COLUMNS)
     here = (r[:, None] < rows) & (c[None, :] < columns)
     code = tl.load(codes + (matrix * rows + r)[:, None] * columns + c[None, :], mask=here, other=0).to(tl.int32)
-    tiles = matrix * tl.cdiv(rows, height) + r // height
-    scale = tl.load(scales + tiles[:, None] * tl.cdiv(columns, width) + c[None, :] // width, mask=here, other=0.0)
+    tile_row = r // HEIGHT if HEIGHT else r * 0
+    tile_column = c // WIDTH if WIDTH else c * 0
+    high, wide = tl.cdiv(rows, HEIGHT) if HEIGHT else 1, tl.cdiv(columns, WIDTH) if WIDTH else 1
+    scale = tl.load(scales + (matrix * high + tile_row)[:, None] * wide + tile_column[None, :], mask=here, other=0.0)
     values, _ = e4m3(code, tl.float32, 0)
     values = values * scale
     nan = (0x7FC00000 | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moeglot.kernels.triton.codes import eight, factor_of, four
-from moeglot.kernels.triton.launch import check, check_dtype, jit
+from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 from moeglot.kernels.triton.tiles import Tiles, tiles_for
 
 PLAIN, MXFP4, FP8 = "plain", "mxfp4", "fp8"
@@ -97,42 +97,43 @@ def product(
     grid = (rows.tiles(shape.rows) * triton.cdiv(outer, shape.outer),)
     if not len(rows.order):
         return found
-    _product[grid](
-        x if x.stride(-1) == 1 else x.contiguous(),
-        codes,
-        matrices.scale,
-        rows.starts,
-        rows.ends,
-        rows.order,
-        bias,
-        change.low if change else None,
-        side,
-        weights,
-        found,
-        rows.tiles(shape.rows),
-        experts,
-        x.stride(0) if x.stride(-1) == 1 else inner,
-        *strides,
-        *(side.stride() if side is not None else (0, 0, 0)),
-        RANKS=rows.ranks,
-        EXPERTS=triton.next_power_of_2(experts),
-        HEIGHT=height,
-        WIDTH=width,
-        BLOCK_HEIGHT=matrices.block[0],
-        BLOCK_WIDTH=matrices.block[1],
-        KIND=matrices.kind,
-        ALONG=along,
-        GATHER=gather,
-        SCATTER=scatter,
-        RANK=side.shape[1] if side is not None else 0,
-        LOW=max(16, triton.next_power_of_2(side.shape[1])) if side is not None else 16,
-        M=shape.rows,
-        N=shape.outer,
-        K=shape.inner,
-        COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
-    )
+    with beside(x):
+        _product[grid](
+            x if x.stride(-1) == 1 else x.contiguous(),
+            codes,
+            matrices.scale,
+            rows.starts,
+            rows.ends,
+            rows.order,
+            bias,
+            change.low if change else None,
+            side,
+            weights,
+            found,
+            rows.tiles(shape.rows),
+            experts,
+            x.stride(0) if x.stride(-1) == 1 else inner,
+            *strides,
+            *(side.stride() if side is not None else (0, 0, 0)),
+            RANKS=rows.ranks,
+            EXPERTS=triton.next_power_of_2(experts),
+            HEIGHT=height,
+            WIDTH=width,
+            BLOCK_HEIGHT=matrices.block[0],
+            BLOCK_WIDTH=matrices.block[1],
+            KIND=matrices.kind,
+            ALONG=along,
+            GATHER=gather,
+            SCATTER=scatter,
+            RANK=side.shape[1] if side is not None else 0,
+            LOW=max(16, triton.next_power_of_2(side.shape[1])) if side is not None else 16,
+            M=shape.rows,
+            N=shape.outer,
+            K=shape.inner,
+            COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,11 @@ def interpreted() -> bool:
 def runs_on(device: torch.device) -> bool:
     """Kernels can run on tensors of this device."""
     return interpreted() if device.type == "cpu" else device.type == "cuda"
+
+
+def beside(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Kernels start on the device of this tensor, whichever is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def check(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moeglot.kernels.triton.gemm import Rows
-from moeglot.kernels.triton.launch import check, check_dtype, jit
+from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 
 
 def outer(narrow: torch.Tensor, wide: torch.Tensor, rows: Rows, gather: bool = False) -> torch.Tensor:
@@ -19,22 +19,23 @@ def outer(narrow: torch.Tensor, wide: torch.Tensor, rows: Rows, gather: bool = F
     out = torch.empty(experts, rank, columns, device=narrow.device)
     width = 32 if narrow.device.type == "cpu" else 128
     grid = (experts, triton.cdiv(columns, width))
-    _outer[grid](
-        narrow,
-        wide,
-        rows.starts,
-        rows.ends,
-        rows.order,
-        out,
-        RANKS=rows.ranks,
-        GATHER=gather,
-        RANK=rank,
-        COLUMNS=columns,
-        R=max(16, triton.next_power_of_2(rank)),
-        C=width,
-        M=32,
-        num_warps=4,
-    )
+    with beside(narrow):
+        _outer[grid](
+            narrow,
+            wide,
+            rows.starts,
+            rows.ends,
+            rows.order,
+            out,
+            RANKS=rows.ranks,
+            GATHER=gather,
+            RANK=rank,
+            COLUMNS=columns,
+            R=max(16, triton.next_power_of_2(rank)),
+            C=width,
+            M=32,
+            num_warps=4,
+        )
     return out
 
 
