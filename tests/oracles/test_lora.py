@@ -267,3 +267,24 @@ def test_float16_and_bfloat16_and_autocast(tmp_path):
     assert 1e-5 < relative(found.detach(), right) <= 3e-2
     found.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+FUSED = {
+    "scale is left out of the gradients of the factors": ("outer", lambda right: lambda *given, **how: right(*given, **how) * 1.01),
+    "the matrices are turned in backward": ("Step.backward", lambda right: lambda *given, **how: right(*given, **how).flip(-1)),
+    "what follows a is left out in backward": ("Step.through_b", lambda right: lambda *given, **how: right(*given, **how) * 0),
+    "the adapter is left out": ("Step.low", lambda right: lambda *given, **how: right(*given, **how) * 0),
+    "slots of another token are summed": ("Step.summed", lambda right: lambda step, slots: right(step, slots.roll(1, 0))),
+}
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not at work (make matrix-triton)")
+@pytest.mark.parametrize("mutation", FUSED)
+def test_a_wrong_step_of_the_kernels_is_seen(mutation, tmp_path, monkeypatch):
+    from moeglot.nn import fused
+
+    module = module_of("gpt-oss/openai", tmp_path / "base", "triton")
+    place, wrong = FUSED[mutation]
+    owner, name = (fused.Step, place.partition(".")[2]) if "." in place else (fused, place)
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    assert max(worst(*gradients(module, "gpt-oss/openai")).values()) > POWER
