@@ -106,6 +106,7 @@ def counted(found, weights: int, warps: int) -> dict:
     stack = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
     assert stack, usage.stdout
     return {
+        "loads": sum(kinds.get(name, 0) for name in ("LDS", "LDG", "LDC", "LDL", "LD")) * threads / weights,
         "a_weight": len(body) * threads / weights,
         "spills": sum(name.split(".")[0] in ("STL", "LDL") for _, line in lines for name in [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]]),
         "registers": int(stack[1]),
@@ -116,14 +117,15 @@ def counted(found, weights: int, warps: int) -> dict:
 
 
 def loop(lines: list[tuple[int, str]]) -> list[str]:
-    """The shortest run between a branch backwards and its target that holds a matrix instruction."""
+    """The shortest run between a branch backwards and its target that holds a matrix instruction, and neither writes a result nor ends the program."""
     best: list[str] = []
     for n, (address, line) in enumerate(lines):
         jump = re.search(r"\bBRA\S*\s+(?:\S+,\s*)*`?\(?\.?L?_?x?_?(?:0x)?([0-9a-f]+)\)?$", line.strip())
         if not jump or int(jump[1], 16) >= address:
             continue
         inside = [text for at, text in lines[: n + 1] if at >= int(jump[1], 16)]
-        if any("MMA" in text for text in inside) and (not best or len(inside) < len(best)):
+        multiplies = any("MMA" in text for text in inside) and not any(re.search(r"\b(STG|EXIT)\b", text) for text in inside)
+        if multiplies and (not best or len(inside) < len(best)):
             best = inside
     return best
 
