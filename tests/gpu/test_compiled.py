@@ -23,7 +23,7 @@ CEILINGS = {
     ("fp8", 100): {16: 5.2, 32: 5.7, 64: 7.0},
     ("fp8", 120): {16: 6.2, 32: 10.0},
 }
-LOADS = 0.5
+LOADS = 0.6
 """Loads a weight: of its four or eight bits, its scale, and the tokens. A table of codes needs one more for each."""
 
 
@@ -58,7 +58,7 @@ def test_a_kernel_that_looks_codes_up_is_seen(arch):
     tiles = steps("mxfp4", arch)[0][1]
     found = assembled("mxfp4-by-table", True, arch, [tiles])[0]
     assert found["a_weight"] > CEILINGS["mxfp4", arch][tiles.rows]
-    assert found["loads"] > 2 * LOADS
+    assert found["loads"] > 1
 
 
 @pytest.mark.parametrize("arch", [90, 100])
