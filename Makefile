@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton
 PEFTS := 0.18.1 0.19.1 0.21.2
 
 .PRECIOUS: .venvs/%/ready
@@ -29,6 +29,12 @@ matrix-torchao matrix-modelopt matrix-mlx: matrix-%: .venvs/%/ready
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
 	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_unsloth.py
 
+# 690 MB installed. Where there is a GPU, the tests that need one run too; elsewhere they say that they are skipped.
+matrix-triton: .venvs/triton/ready
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/gpu/test_interpreted.py tests/gpu/test_refused.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles/test_lora.py -k "triton or kernels"
+	.venvs/triton/bin/python -m pytest tests/gpu
+
 matrix-trl: .venvs/trl/ready
 	.venvs/trl/bin/python -m pytest tests/oracles/test_trl.py tests/oracles/test_tune.py tests/oracles/test_lora_peft.py
 
@@ -51,6 +57,7 @@ bench: .venv/ready .venvs/bitsandbytes/ready
 	.venvs/bitsandbytes/bin/python $(PIP) numba rich
 	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
 	$(BIN)/python benchmarks/streaming.py --peers
+	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

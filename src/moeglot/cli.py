@@ -129,11 +129,12 @@ def convert(
     shard_size: ShardSizeOption = "5GB",
     workers: WorkersOption = None,
     resume: ResumeOption = False,
+    device: Annotated[Optional[str], typer.Option("--device", help="Where MXFP4 and FP8 are decoded, such as cuda; by default the CPU.")] = None,  # noqa: UP045
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
     plan = moeglot.plan(moeglot.open(src, format), to, encode=encode, adapter=adapter, round=round, shard_size=parse_size(shard_size))
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json))
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, device=device))
 
 
 @app.command()

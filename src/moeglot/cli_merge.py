@@ -72,6 +72,7 @@ def show_and_carry_out(
     json: bool,
     threshold: float = THRESHOLD,
     html: Path | None = None,
+    device: str | None = None,
 ) -> int:
     """Show a plan, carry it out, and report; returns the exit status."""
     from moeglot.cli_progress import bar
@@ -86,7 +87,7 @@ def show_and_carry_out(
     if dry_run:
         return 0
     with bar(json) as progress:
-        certificate = carry_out(plan, out, allow_loss, workers, resume, progress, threshold)
+        certificate = carry_out(plan, out, allow_loss, workers, resume, progress, threshold, device)
     if json:
         print_json({**certificate.document, "out": str(certificate.out)})
     else:

@@ -50,14 +50,17 @@ def convert(
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    device: str | None = None,
 ) -> Certificate:
     """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
+
+    `device`: where MXFP4 and FP8 are decoded, a GPU such as "cuda"; what was written is verified on the CPU all the same.
 
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(plan, Path(out), allow_loss, workers, resume, progress)
+    return carry_out(plan, Path(out), allow_loss, workers, resume, progress, device=device)
 
 
 def default_workers() -> int:
@@ -72,8 +75,13 @@ def carry_out(
     resume: bool = False,
     progress: Progress | None = None,
     threshold: float = THRESHOLD,
+    device: str | None = None,
 ) -> Certificate:
-    """Carry out a plan. `threshold`: the share of an adapter's change that must survive in each role."""
+    """Carry out a plan. `threshold`: the share of an adapter's change that must survive in each role. `device`: as in `convert`."""
+    from moeglot.kernels import backend
+
+    with backend.on(device):
+        pass  # or it is refused before anything is touched
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers", "a conversion needs at least one", "pass --workers 1 or more")
     return_large_buffers()
@@ -89,7 +97,8 @@ def carry_out(
             work.finish()
             return read_certificate(out)
         try:
-            losses = _stream(plan, work, done, allow_loss, threads, progress)
+            with backend.on(device):
+                losses = _stream(plan, work, done, allow_loss, threads, progress)
             refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
             _write_rest(plan, work.files)
             certificate = certify(plan, work.files, losses, threads, progress)

@@ -1,5 +1,7 @@
 """LoRA on encoded experts against float64 autograd through dense matrices, written down here; every gradient, and each of them broken on purpose."""
 
+import os
+
 import pytest
 import torch
 from synthetic import SIZES, write_checkpoint
@@ -20,6 +22,9 @@ FORMATS = (
     "qwen3-moe/hub+nf4",
 )
 TOKENS, RANKS, R = 11, 2, 3
+
+
+BACKENDS = ("eager", "grouped", "batched", "reference", "auto", *(("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ()))
 
 
 def module_of(name: str, folder, backend="eager", targets=("gate", "up", "down"), dropout=0.0, sizes=None) -> Experts:
@@ -106,7 +111,7 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return {name: relative(found[name].double(), right) for name, right in expected.items()}
 
 
-@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference", "auto"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_are_those_of_dense_matrices(name, backend, tmp_path):
     module = module_of(name, tmp_path / "base", backend)
@@ -181,7 +186,7 @@ def test_sums_as_on_a_gpu(backend, tmp_path, monkeypatch):
     assert max(worst(*gradients(module, "gpt-oss/openai")).values()) <= LIMIT
 
 
-@pytest.mark.parametrize("backend", ["eager", "grouped", "batched", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens_and_no_experts(backend, tmp_path):
     module = module_of("gpt-oss/openai", tmp_path / "base", backend)
     none = module(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
@@ -262,3 +267,24 @@ def test_float16_and_bfloat16_and_autocast(tmp_path):
     assert 1e-5 < relative(found.detach(), right) <= 3e-2
     found.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+FUSED = {
+    "scale is left out of the gradients of the factors": ("outer", lambda right: lambda *given, **how: right(*given, **how) * 1.01),
+    "the matrices are turned in backward": ("Step.backward", lambda right: lambda *given, **how: right(*given, **how).flip(-1)),
+    "what follows a is left out in backward": ("Step.through_b", lambda right: lambda *given, **how: right(*given, **how) * 0),
+    "the adapter is left out": ("Step.low", lambda right: lambda *given, **how: right(*given, **how) * 0),
+    "slots of another token are summed": ("Step.summed", lambda right: lambda step, slots: right(step, slots.roll(1, 0))),
+}
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not at work (make matrix-triton)")
+@pytest.mark.parametrize("mutation", FUSED)
+def test_a_wrong_step_of_the_kernels_is_seen(mutation, tmp_path, monkeypatch):
+    from moeglot.nn import fused
+
+    module = module_of("gpt-oss/openai", tmp_path / "base", "triton")
+    place, wrong = FUSED[mutation]
+    owner, name = (fused.Step, place.partition(".")[2]) if "." in place else (fused, place)
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    assert max(worst(*gradients(module, "gpt-oss/openai")).values()) > POWER

@@ -1,4 +1,7 @@
-"""Which code computes on a CPU: numba's where it is installed, torch's tables where it is not or where they are asked for. Both give the same bits."""
+"""Which code computes: on a CPU numba's where it is installed, on a GPU Triton's, and torch's tables elsewhere or where they are asked for.
+
+All give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ from moeglot.errors import UsageError
 
 VARIABLE = "MOEGLOT_KERNELS"
 NAMES = ("numba", "torch")
+"""On a CPU. "triton" is the third: asked for by name, it computes on a CPU too, in Triton's interpreter."""
 
 WORTH = 1 << 18
 """Numbers, or bytes of codes, from which compiled kernels are used of themselves."""
 
 _asked: str | None = None
+_device: torch.device | None = None
 
 
 @cache
@@ -30,12 +35,20 @@ def installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+@cache
+def has_triton() -> bool:
+    """triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def current() -> str:
-    """`"numba"` or `"torch"`: what `using` says, else the environment variable MOEGLOT_KERNELS, else what is installed. Raises `UsageError`."""
+    """`"numba"`, `"torch"` or `"triton"`: what `using` says, else the environment variable MOEGLOT_KERNELS, else what is installed. Raises `UsageError`."""
     asked = _asked or os.environ.get(VARIABLE) or ("numba" if installed() else "torch")
-    if asked not in NAMES or (asked == "numba" and not installed()):
-        known = "numba is not installed here" if asked == "numba" else f"known are {' and '.join(NAMES)}"
-        raise UsageError(f"there are no {asked} kernels", known, f"pip install 'moeglot[fast]', or unset {VARIABLE}")
+    missing = {"numba": not installed(), "triton": not has_triton(), "torch": False}
+    if missing.get(asked, True):
+        known = f"{asked} is not installed here" if asked in missing else f"known are {', '.join(missing)}"
+        extra = "triton" if asked == "triton" else "fast"
+        raise UsageError(f"there are no {asked} kernels", known, f"pip install 'moeglot[{extra}]', or unset {VARIABLE}")
     return asked
 
 
@@ -51,16 +64,62 @@ def using(name: str) -> Iterator[None]:
         _asked = before
 
 
+@contextmanager
+def on(device: str | None) -> Iterator[None]:
+    """All threads decode on this device while it lasts, whatever device the codes come from and the numbers go to; None or "cpu" changes nothing.
+
+    Raises `UsageError` where there is no such GPU, or nothing to decode with.
+    """
+    global _device
+    before = _device
+    if device not in (None, "cpu"):
+        _device = _gpu(str(device))
+    try:
+        yield
+    finally:
+        _device = before
+
+
+def _gpu(name: str) -> torch.device:
+    count = torch.cuda.device_count()
+    known = ["cuda", *(f"cuda:{n}" for n in range(count))]
+    if name not in known or not count:
+        here = f"torch {torch.__version__} sees {count or 'no'} CUDA device{'s' if count != 1 else ''}"
+        raise UsageError(f"nothing can be decoded on {name!r}", here, f"choose {' or '.join(known)}" if count else "leave --device out: the CPU decodes")
+    if not has_triton():
+        raise UsageError(f"nothing can be decoded on {name!r}", "triton is not installed", "pip install 'moeglot[triton]', or leave --device out")
+    return torch.device(name)
+
+
 def compiled(name: str, *tensors: torch.Tensor) -> ModuleType | None:
     """The module of compiled kernels of that name, or None where torch's tables are to compute.
 
     Compiled ones are for tensors in this machine's memory. Unless asked for, they wait for a tensor that is worth the second which numba takes to start.
     """
-    if any(tensor.device.type != "cpu" for tensor in tensors) or current() == "torch":
+    if any(tensor.device.type != "cpu" for tensor in tensors) or current() != "numba":
         return None
     if not (_asked or os.environ.get(VARIABLE)) and all(tensor.numel() < WORTH for tensor in tensors):
         return None
     return importlib.import_module(f"moeglot.kernels.compiled.{name}")
+
+
+def on_gpu(*tensors: torch.Tensor) -> ModuleType | None:
+    """The module of Triton's kernels that decode, or None where others are to compute. Tensors of a CPU get it if it is asked for by name or device."""
+    asked = _asked or os.environ.get(VARIABLE)
+    if _device or asked == "triton" or (asked is None and has_triton() and all(tensor.device.type == "cuda" for tensor in tensors)):
+        current()
+        return importlib.import_module("moeglot.kernels.triton.dequant")
+    return None
+
+
+def there(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device that decodes."""
+    return tensor if _device is None else tensor.to(_device)
+
+
+def room(out: torch.Tensor) -> torch.Tensor:
+    """`out`, or memory like it on the device that decodes."""
+    return out if _device is None else torch.empty_like(out, device=_device)
 
 
 def place(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, out: torch.Tensor | None) -> torch.Tensor:

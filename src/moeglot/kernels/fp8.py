@@ -77,6 +77,10 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
     factors = scale_values(scale)
     _representable(factors, dtype)
     values = backend.place(tuple(weight.shape), dtype, weight.device, out)
+    if gpu := backend.on_gpu(weight, scale, values):
+        found = gpu.fp8(backend.there(weight), backend.there(factors), block, backend.room(values))
+        values = values if found is values else values.copy_(found)
+        return _checked(values, weight, scale, factors, block)
     fast = backend.compiled("fp8", weight, values) if dtype in (torch.bfloat16, torch.float32) else None
     for codes, factor, to in zip(matrices(weight), matrices(factors), backend.places(values), strict=True):
         if fast:
@@ -84,7 +88,11 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
             continue
         for rows in runs(*codes.shape):
             to[rows] = times(codes[rows].to(torch.float32), rows, factor, block)
-    if dtype == torch.bfloat16 and scale.dtype not in (torch.float32, torch.bfloat16) and bool((factors < 2.0**-124).any()):
+    return _checked(values, weight, scale, factors, block)
+
+
+def _checked(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor, block: Block) -> torch.Tensor:
+    if values.dtype == torch.bfloat16 and scale.dtype not in (torch.float32, torch.bfloat16) and bool((factors < 2.0**-124).any()):
         _exact(weight, factors, block, values)
     return values
 

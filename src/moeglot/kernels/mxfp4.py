@@ -37,6 +37,11 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
     values = backend.place((*scale.shape[:-1], scale.shape[-1] * GROUP), dtype, packed.device, out)
     if dtype not in (torch.bfloat16, torch.float32):
         return values.copy_(decode(packed, scale, torch.float32))
+    if gpu := backend.on_gpu(packed, scale, values):
+        powers = backend.there(scale)
+        found = gpu.mxfp4(backend.there(packed), powers, backend.room(values))
+        _refuse_not_finite(powers, found)
+        return values if found is values else values.copy_(found)
     fast = backend.compiled("mxfp4", packed, scale, values)
     for codes, powers, to in zip(backend.matrices(packed.flatten(-2)), backend.matrices(scale), backend.places(values), strict=True):
         if fast:
@@ -58,7 +63,11 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
 def _decode_groups(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [n, 16], scale u8 [n] -> out [n, 32]."""
     e2m1.unpack(packed, out).mul_(_scales(out.dtype, packed.device)[scale.int()].unsqueeze(-1))
-    if len(scale) and int(scale.max()) > LAST_FINITE and not bool(out.isfinite().all()):
+    _refuse_not_finite(scale, out)
+
+
+def _refuse_not_finite(scale: torch.Tensor, out: torch.Tensor) -> None:
+    if scale.numel() and int(scale.max()) > LAST_FINITE and not bool(out.isfinite().all()):
         raise _not_finite(int(scale.max()))
 
 

@@ -1,4 +1,4 @@
-"""The ways to compute a layer's experts, by name: the reference, one expert at a time, one slot at a time, or blocks of experts; and which one suits where."""
+"""The ways to compute a layer's experts, by name: the reference, one expert or slot at a time, blocks of experts, or their codes; and which one suits where."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
 from moeglot.floats import values
+from moeglot.kernels.backend import has_triton
 from moeglot.nn.compute import Stage, biases_of, row_ids, stages
 from moeglot.nn.routing import Routing, Total
 
@@ -108,22 +109,45 @@ def _each(stage: Stage, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.T
     return found
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "eager": eager, "batched": batched, "grouped": grouped}
+def triton(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """All experts at once, multiplied in their codes by Triton's kernels, without waiting for the device."""
+    from moeglot.nn.fused import forward
+
+    return forward(module, hidden, index, weights)
+
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "eager": eager, "batched": batched, "grouped": grouped, "triton": triton}
 NAMES = ("auto", *BACKENDS)
 
 
 def check(name: str) -> str:
     """The name; raises `UsageError` for one that is not there."""
     if name not in NAMES:
-        wrong = "the backend 'triton' is not there yet" if name == "triton" else f"{name!r} is not a backend"
-        raise UsageError(wrong, f"known: {', '.join(NAMES)}", "leave it out; 'auto' chooses by device and shape")
+        raise UsageError(f"{name!r} is not a backend", f"known: {', '.join(NAMES)}", "leave it out; 'auto' chooses by device and shape")
+    if name == "triton" and not has_triton():
+        raise UsageError("there is no triton backend here", "triton is not installed", "pip install 'moeglot[triton]', or leave the backend out")
     return name
 
 
-def choose(name: str, hidden: torch.Tensor, index: torch.Tensor) -> str:
-    """The backend that `auto` means for these tokens."""
+def choose(name: str, hidden: torch.Tensor, index: torch.Tensor, encoded: bool) -> str:
+    """The backend that computes these tokens; raises `UsageError` where the one that is asked for cannot. `encoded`: some matrices are quantized.
+
+    A GPU without tensor cores for bfloat16 (sm_75 and before) decodes and multiplies instead of "triton".
+    """
+    if name == "triton":
+        from moeglot.kernels.triton import launch, tiles
+
+        launch.check(hidden.device)
+        if hidden.device.type == "cuda" and tiles.table_of(hidden.device) is None:
+            return "grouped"
+        launch.check_dtype(hidden.dtype)
     if name != "auto":
         return name
     if hidden.device.type == "cpu":
         return "eager"
+    if hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16 and encoded and has_triton():
+        from moeglot.kernels.triton import tiles
+
+        if tiles.table_of(hidden.device) is not None:
+            return "triton"
     return "batched" if index.numel() <= FEW else "grouped"

@@ -33,6 +33,13 @@ class Held(torch.nn.Module):
         several = len(line.roles) > 1
         self.alone = any(part.flat or part.shared or (several and part.is_single) for part in encoding.parts)
         """Only one expert can be decoded at a time."""
+        self.note_scales()
+
+    def note_scales(self) -> None:
+        """`largest_scale`: of scales that are powers of two as bytes; 0 where there are none. Looked up here, so that no step has to ask a device."""
+        scale = self._buffers.get("part_scale")
+        powers = scale is not None and scale.numel() and scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and not scale.is_meta
+        self.largest_scale = int(scale.view(torch.uint8).max()) if scale is not None and powers else 0
 
     def _part(self, name: str) -> Part:
         return next(part for part in self.encoding.parts if part.name == name)

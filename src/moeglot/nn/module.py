@@ -100,7 +100,7 @@ class Experts(torch.nn.Module):
             return hidden
         if self.watched_by is not None:
             self.watched_by(self, hidden, index)
-        name = backends.choose(self.backend, hidden, index)
+        name = backends.choose(self.backend, hidden, index, self.is_encoded)
         trained = [factor for lora in self.lora.values() for factor in lora.parameters()]
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad or any(factor.requires_grad for factor in trained))
         dropped = self.training and any(lora.dropout for lora in self.adapters.values())
@@ -111,6 +111,11 @@ class Experts(torch.nn.Module):
                 f"layer {self.layer}: no gradient goes through these experts", "their family has a norm after each expert", "use backend='reference' to train"
             )
         seed = int(torch.randint(1 << 62, ())) if dropped else None  # the global generator, so that checkpointing draws it again
+        if name == "triton":
+            from moeglot.nn.fused import Fused
+
+            fused: torch.Tensor = Fused.apply(self, seed, hidden, index, weights, *trained)  # type: ignore[no-untyped-call]  # torch types no Function.apply
+            return fused
         found: torch.Tensor = Routed.apply(self, name == "eager", seed, hidden, index, weights, *trained)  # type: ignore[no-untyped-call]  # torch types no Function.apply
         return found
 
@@ -177,6 +182,8 @@ class Experts(torch.nn.Module):
                 error_msgs.append(f"{key}: {given.dtype} {list(given.shape)}, held are {tensor.dtype} {list(tensor.shape)}")
             else:
                 tensor.copy_(given)
+        for line in self.lines:
+            line.note_scales()
 
     def extra_repr(self) -> str:
         return f"{self.family} layer {self.layer}, {self.num_experts} experts, {self.nbytes} bytes, backend={self.backend}"

@@ -1,0 +1,276 @@
+"""Products of groups of rows with a matrix each, which is decoded tile by tile on the way to the tensor cores: one kernel, forward and backward.
+
+Which expert a tile of rows belongs to is found inside the kernel from the routing's ends, so that the host never waits. Rows are gathered where they are read
+and scattered where they are written; the bias, an adapter's change and the routing weight are added to a tile that is still in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moeglot.kernels.triton.codes import eight, factor_of, four
+from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
+from moeglot.kernels.triton.tiles import Tiles, tiles_for
+
+PLAIN, MXFP4, FP8 = "plain", "mxfp4", "fp8"
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """One stored matrix [rows, columns] an expert, in its codes. `shape`: (experts, rows, columns).
+
+    plain   codes [e, rows, columns] of any strides, in the type that is computed in
+    mxfp4   codes u8 [e, rows, columns / 32, 16], scale u8 [e, rows, columns / 32], all at most 128
+    fp8     codes F8_E4M3 [e, rows, columns], columns a multiple of 4, scale float32 [e, ⌈rows / block⌉, ⌈columns / block⌉]
+    """
+
+    kind: str
+    codes: torch.Tensor
+    scale: torch.Tensor | None
+    shape: tuple[int, int, int]
+    block: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows belong to which expert: `starts` and `ends` int32 [e] of each run. `order` int64 [n]: the slot (token × rank) of each row."""
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+    order: torch.Tensor
+    ranks: int
+
+    @classmethod
+    def of(cls, ends: torch.Tensor, order: torch.Tensor, ranks: int) -> Rows:
+        return cls(torch.nn.functional.pad(ends[:-1], (1, 0)), ends, order, ranks)
+
+    def some(self, experts: range) -> Rows:
+        """Of experts that follow each other; the rows keep their places."""
+        return Rows(self.starts[experts.start : experts.stop], self.ends[experts.start : experts.stop], self.order, self.ranks)
+
+    def tiles(self, height: int) -> int:
+        """The most tiles of so many rows that the runs can have, whatever the routing."""
+        return min(len(self.order), len(self.ends)) + len(self.order) // height
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What is added to each row: low [n, r] times side [e, r, out]ᵀ of its expert; `side` of any strides, both in the type that is computed in."""
+
+    low: torch.Tensor
+    side: torch.Tensor
+
+
+def product(
+    x: torch.Tensor,
+    matrices: Matrices,
+    rows: Rows,
+    along: bool,
+    *,
+    gather: bool = False,
+    scatter: bool = False,
+    bias: torch.Tensor | None = None,
+    change: Change | None = None,
+    weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """x [n, in] times each row's matrix -> [n, out] in the type of x; sums are float32.
+
+    `along`: the sum runs along the stored matrix's columns (x Mᵀ), else along its rows (x M). `gather`: row m reads the token of slot `order[m]`, so that
+    x is [t, in]. `scatter`: row m is written to place `order[m]`. `bias` [e, out]; `weights` [t k]: each row is multiplied by that of its slot, at last.
+    Rows of nobody are zero, or stay what they are in `out` [n, out], if it is given. Raises `UsageError` where the kernels cannot run.
+    """
+    check(x.device)
+    check_dtype(x.dtype)
+    experts, height, width = matrices.shape
+    inner, outer = (width, height) if along else (height, width)
+    shape = tiles or tiles_for(x.device, len(rows.order) / experts, matrices.kind, x.dtype)
+    found = x.new_zeros(len(rows.order), outer) if out is None else out
+    codes = matrices.codes if matrices.kind == PLAIN else matrices.codes.view(torch.int32)
+    strides = codes.stride() if matrices.kind == PLAIN else (0, 0, 0)
+    side = change.side if change else None
+    grid = (rows.tiles(shape.rows) * triton.cdiv(outer, shape.outer),)
+    if not len(rows.order):
+        return found
+    with beside(x):
+        _product[grid](
+            x if x.stride(-1) == 1 else x.contiguous(),
+            codes,
+            matrices.scale,
+            rows.starts,
+            rows.ends,
+            rows.order,
+            bias,
+            change.low if change else None,
+            side,
+            weights,
+            found,
+            rows.tiles(shape.rows),
+            experts,
+            x.stride(0) if x.stride(-1) == 1 else inner,
+            *strides,
+            *(side.stride() if side is not None else (0, 0, 0)),
+            RANKS=rows.ranks,
+            EXPERTS=triton.next_power_of_2(experts),
+            HEIGHT=height,
+            WIDTH=width,
+            BLOCK_HEIGHT=matrices.block[0],
+            BLOCK_WIDTH=matrices.block[1],
+            KIND=matrices.kind,
+            ALONG=along,
+            GATHER=gather,
+            SCATTER=scatter,
+            RANK=side.shape[1] if side is not None else 0,
+            LOW=max(16, triton.next_power_of_2(side.shape[1])) if side is not None else 16,
+            M=shape.rows,
+            N=shape.outer,
+            K=shape.inner,
+            COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+            num_warps=shape.warps,
+            num_stages=shape.stages,
+        )
+    return found
+
+
+@jit
+def _run(starts: tl.tensor, ends: tl.tensor, experts: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
+    """The expert of a tile of rows, its first row, and where the expert's rows end; expert = `experts` for a tile that is nobody's."""
+    each = tl.arange(0, EXPERTS)
+    end = tl.load(ends + each, mask=each < experts, other=0)
+    begin = tl.load(starts + each, mask=each < experts, other=0)
+    tiles = tl.where(each < experts, (end - begin + M - 1) // M, 0)
+    after = tl.cumsum(tiles, 0)
+    expert = tl.sum(((after <= tile) & (each < experts)).to(tl.int32), 0)
+    mine = each == expert
+    first = tl.sum(tl.where(mine, begin + (tile - after + tiles) * M, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@jit
+def _decoded(
+    codes: tl.tensor,
+    scales: tl.tensor,
+    r: tl.tensor,
+    column: int,
+    stride_row: int,
+    stride_column: int,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+) -> tl.tensor:
+    """A tile of an expert's stored matrix: rows r [TALL], WIDE columns from `column` on -> numbers [TALL, WIDE]; zeros outside. FP8 without its scales."""
+    whole: tl.constexpr = HEIGHT % TALL == 0 and WIDTH % WIDE == 0
+    if KIND == "mxfp4":
+        w = column // 8 + tl.arange(0, WIDE // 8)
+        at, group = codes + r[:, None] * (WIDTH // 32 * 4) + w[None, :], scales + r[:, None] * (WIDTH // 32) + w[None, :] // 4
+        if whole:
+            word, scale = tl.load(at), tl.load(group)
+        else:
+            here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
+            word, scale = tl.load(at, mask=here, other=0), tl.load(group, mask=here, other=0)
+        found = eight(word, factor_of(scale, COMPUTE))
+    elif KIND == "fp8":
+        w = column // 4 + tl.arange(0, WIDE // 4)
+        at = codes + r[:, None] * (WIDTH // 4) + w[None, :]
+        word = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 4), other=0)
+        found = four(word, COMPUTE)
+    else:
+        c = column + tl.arange(0, WIDE)
+        at = codes + r[:, None] * stride_row + c[None, :] * stride_column
+        found = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (c[None, :] < WIDTH), other=0)
+    return found
+
+
+@jit
+def _product(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    starts: tl.tensor,
+    ends: tl.tensor,
+    order: tl.tensor,
+    bias: tl.tensor,
+    low: tl.tensor,
+    side: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    tiles: int,
+    experts: int,
+    x_row: int,
+    codes_expert: int,
+    codes_row: int,
+    codes_column: int,
+    side_expert: int,
+    side_rank: int,
+    side_out: int,
+    RANKS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_HEIGHT: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    ALONG: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    RANK: tl.constexpr,
+    LOW: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+) -> None:
+    """Rows of one expert times N of its matrix' columns; tiles of rows that share a part of the matrix follow each other."""
+    pid = tl.program_id(0)
+    expert, first, end = _run(starts, ends, experts, pid % tiles, M, EXPERTS)
+    if expert >= experts:
+        return
+    OUT: tl.constexpr = HEIGHT if ALONG else WIDTH
+    INNER: tl.constexpr = WIDTH if ALONG else HEIGHT
+    m, n0 = first + tl.arange(0, M), pid // tiles * N
+    n, mine = n0 + tl.arange(0, N), m < end
+    slot = tl.load(order + m, mask=mine, other=0)
+    row = (slot // RANKS if GATHER else m).to(tl.int64)
+    matrix = expert.to(tl.int64)
+    if KIND == "mxfp4":
+        codes += matrix * (HEIGHT * (WIDTH // 32 * 4))
+        scales += matrix * (HEIGHT * (WIDTH // 32))
+    elif KIND == "fp8":
+        codes += matrix * (HEIGHT * (WIDTH // 4))
+        scales += matrix * (tl.cdiv(HEIGHT, BLOCK_HEIGHT) * tl.cdiv(WIDTH, BLOCK_WIDTH))
+    else:
+        codes += matrix * codes_expert
+    total = tl.zeros([N, M], tl.float32)
+    for k0 in range(0, INNER, K):
+        k = k0 + tl.arange(0, K)
+        near = mine[:, None] if INNER % K == 0 else mine[:, None] & (k[None, :] < INNER)
+        some = tl.load(x + row[:, None] * x_row + k[None, :], mask=near, other=0.0)
+        if ALONG:
+            tile = _decoded(codes, scales, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
+        else:
+            tile = tl.trans(_decoded(codes, scales, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
+        if KIND == "fp8":
+            r0, c0 = n0 if ALONG else k0, k0 if ALONG else n0
+            scale = tl.load(scales + r0 // BLOCK_HEIGHT * tl.cdiv(WIDTH, BLOCK_WIDTH) + c0 // BLOCK_WIDTH)
+            total += tl.dot(tile, tl.trans(some), input_precision="ieee") * scale
+        else:
+            total = tl.dot(tile, tl.trans(some), total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + matrix * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
+    if RANK > 0:
+        j = tl.arange(0, LOW)
+        narrow = tl.load(low + m.to(tl.int64)[:, None] * RANK + j[None, :], mask=mine[:, None] & (j[None, :] < RANK), other=0.0)
+        at = side + matrix * side_expert + n[:, None] * side_out + j[None, :] * side_rank
+        total = tl.dot(tl.load(at, mask=(n[:, None] < OUT) & (j[None, :] < RANK), other=0.0), tl.trans(narrow), total, input_precision="ieee")
+    if weights is not None:
+        total *= tl.load(weights + slot, mask=mine, other=0.0).to(tl.float32)[None, :]
+    place = out + (slot if SCATTER else m).to(tl.int64)[None, :] * OUT + n[:, None]
+    tl.store(place, total.to(COMPUTE), mask=(n[:, None] < OUT) & mine[None, :])

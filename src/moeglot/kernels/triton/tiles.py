@@ -1,0 +1,81 @@
+"""Which tiles suit which GPU: how many rows, columns and steps of a product a program takes, and from how many rows an expert on decoding first is cheaper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A program takes `rows` rows × `outer` of what they become, and `inner` numbers of the sum at a time."""
+
+    rows: int
+    outer: int
+    inner: int
+    warps: int
+    stages: int
+
+
+Steps = tuple[tuple[int, Tiles], ...]
+"""The tiles for up to so many rows an expert, in rising order; the last one also for more."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Of one architecture: tiles for four bits and for plain numbers (`steps`), and for FP8, whose scales need registers beside the sum's.
+
+    `crossover`: rows an expert from which decoding all matrices and torch's grouped GEMM are cheaper than decoding tiles again for each run of rows;
+    None where that GEMM is a loop that waits for the host. Reckoned, not measured: decoding a layer takes about as long as its products with 600 rows.
+    """
+
+    steps: Steps
+    fp8: Steps
+    crossover: int | None = None
+
+
+FEW = Tiles(16, 128, 64, 4, 4)
+SHORT: Steps = ((16, FEW), (32, Tiles(32, 64, 64, 4, 3)))
+"""Where registers and shared memory are short and tensor cores slow against decoding: runs of rows stay short."""
+LONG: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 3)), (128, Tiles(128, 128, 64, 8, 3)))
+LONG_FP8: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 8, 3)), (128, Tiles(128, 128, 64, 8, 3)))
+TABLES: dict[str, Table] = {
+    "sm_80": Table(SHORT, SHORT),  # and 86, 89
+    "sm_90": Table((*LONG, (256, Tiles(256, 128, 64, 8, 3))), LONG_FP8, 1024),
+    "sm_100": Table(LONG, LONG_FP8[:3], 1024),
+    "sm_120": Table(SHORT, SHORT),
+}
+INTERPRETED = Tiles(16, 32, 32, 4, 1)
+
+
+def table(capability: tuple[int, int]) -> Table | None:
+    """The table of a compute capability; None for one without tensor cores for bfloat16 (sm_75 and before): decode, then multiply."""
+    if capability < (8, 0):
+        return None
+    return TABLES[{8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_120")]
+
+
+@cache
+def table_of(device: torch.device) -> Table | None:
+    """The table of a GPU."""
+    return table(torch.cuda.get_device_capability(device))
+
+
+def tiles_for(device: torch.device, rows: float, kind: str, dtype: torch.dtype) -> Tiles:
+    """The tiles for so many rows an expert, on average. float32 takes twice the memory, so its tiles are the smallest."""
+    if device.type == "cpu":
+        return INTERPRETED
+    found = table_of(device)
+    assert found, "checked before"
+    steps = found.fp8 if kind == "fp8" else found.steps
+    if dtype == torch.float32:
+        return steps[0][1]
+    return next((tiles for most, tiles in steps if rows <= most), steps[-1][1])
+
+
+def crossover(device: torch.device) -> int | None:
+    """Rows an expert from which decoding first is cheaper, where it ever is."""
+    found = table_of(device) if device.type == "cuda" else None
+    return found.crossover if found else None

@@ -1,0 +1,75 @@
+"""The kernels compiled for GPUs that need not be here: nothing spills, and a weight costs a few instructions; a kernel that breaks either is seen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (make matrix-triton)")
+
+from moeglot.kernels.triton.tiles import TABLES, Tiles
+
+CEILINGS = {
+    # kind, architecture: rows of the tile -> instructions a weight in the loop, of all kinds: loads, decoding, matrix instructions, bookkeeping
+    ("mxfp4", 80): {16: 5.7, 32: 7.8},
+    ("mxfp4", 90): {16: 5.7, 32: 5.8, 64: 6.2, 128: 7.6, 256: 8.4},
+    ("mxfp4", 100): {16: 5.2, 32: 5.3, 64: 5.6, 128: 7.0},
+    ("mxfp4", 120): {16: 5.7, 32: 7.8},
+    ("fp8", 80): {16: 6.2, 32: 10.0},
+    ("fp8", 90): {16: 5.2, 32: 5.7, 64: 7.0, 128: 8.9},
+    ("fp8", 100): {16: 5.2, 32: 5.7, 64: 7.0},
+    ("fp8", 120): {16: 6.2, 32: 10.0},
+}
+LOADS = 0.6
+"""Loads a weight: of its four or eight bits, its scale, and the tokens. A table of codes needs one more for each."""
+
+
+def assembled(kind: str, along: bool, arch: int, tiles: list[Tiles]) -> list[dict]:
+    words = [kind, "along" if along else "across", str(arch), *(f"{one.rows},{one.outer},{one.inner},{one.warps},{one.stages}" for one in tiles)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, Path(__file__).with_name("assembly.py"), *words], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def steps(kind: str, arch: int):
+    table = TABLES[f"sm_{arch}"]
+    return table.fp8 if kind == "fp8" else table.steps
+
+
+@pytest.mark.parametrize("along", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize(("kind", "arch"), CEILINGS)
+def test_nothing_spills_and_decoding_is_cheap(kind, arch, along):
+    tiles = [one for _, one in steps(kind, arch)]
+    assert [one.rows for one in tiles] == list(CEILINGS[kind, arch])
+    found = assembled(kind, along, arch, tiles)
+    for one, ceiling, got in zip(tiles, CEILINGS[kind, arch].values(), found, strict=True):
+        assert (got["spills"], got["stack"]) == (0, 0), one
+        assert any("MMA" in name for name in got["loop"]), one
+        assert 2 < got["a_weight"] <= ceiling, (one, got)
+        assert 0 < got["loads"] <= LOADS, (one, got)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_kernel_that_looks_codes_up_is_seen(arch):
+    tiles = steps("mxfp4", arch)[0][1]
+    found = assembled("mxfp4-by-table", True, arch, [tiles])[0]
+    assert found["a_weight"] > CEILINGS["mxfp4", arch][tiles.rows]
+    assert found["loads"] > 1
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_a_kernel_that_spills_is_seen(arch):
+    found = assembled("mxfp4", True, arch, [Tiles(128, 256, 64, 8, 3)])[0]
+    assert found["spills"] > 0
+    assert found["stack"] > 0
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_other_kernels_compile_and_do_not_spill(arch):
+    found = assembled("others", True, arch, [])
+    assert [each["name"] for each in found] == ["mxfp4", "mxfp4 turned", "mxfp4 to float32", "fp8", "outer", "bare", "float32", "plain"]
+    assert {each["name"]: each["spills"] + each["stack"] for each in found if each["spills"] + each["stack"]} == {}

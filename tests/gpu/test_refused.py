@@ -1,0 +1,55 @@
+"""What needs a GPU or Triton and has none is refused in three lines, before anything is touched."""
+
+import os
+
+import pytest
+import torch
+from synthetic import write_checkpoint
+from typer.testing import CliRunner
+
+import moeglot
+from moeglot.cli import app
+from moeglot.errors import UsageError
+from moeglot.kernels.backend import has_triton
+from moeglot.nn import Experts
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, so nothing is refused")
+
+
+def three_lines(error: UsageError) -> list[str]:
+    lines = str(error).splitlines()
+    assert len(lines) == 3
+    return lines
+
+
+@no_gpu
+def test_a_conversion_on_a_gpu_that_is_not_there(tmp_path):
+    write_checkpoint(tmp_path / "base", "gpt-oss/openai")
+    with pytest.raises(UsageError) as refused:
+        moeglot.convert(tmp_path / "base", "gpt-oss/transformers", tmp_path / "out", device="cuda")
+    wrong, known, do = three_lines(refused.value)
+    assert "'cuda'" in wrong
+    assert "no CUDA device" in known
+    assert "leave --device out" in do
+    given = ["convert", str(tmp_path / "base"), str(tmp_path / "out"), "--to", "gpt-oss/transformers"]
+    assert CliRunner().invoke(app, [*given, "--device", "cuda"]).exit_code != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert CliRunner().invoke(app, [*given, "--device", "cpu"]).exit_code == 0
+
+
+def test_the_backend_by_name_on_a_cpu(tmp_path):
+    write_checkpoint(tmp_path / "base", "gpt-oss/openai")
+    if not has_triton():
+        with pytest.raises(UsageError, match="triton is not installed") as refused:
+            Experts.of(moeglot.open(tmp_path / "base"), 0, backend="triton")
+        assert "moeglot[triton]" in three_lines(refused.value)[2]
+        return
+    module = Experts.of(moeglot.open(tmp_path / "base"), 0, backend="triton")
+    given = torch.zeros(3, dtype=torch.long).view(3, 1), torch.ones(3, 1)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    dtype = torch.bfloat16 if interpreted else torch.float32
+    with pytest.raises(UsageError, match="TRITON_INTERPRET") as refused:
+        module(torch.randn(3, 64, dtype=dtype), *given)
+    three_lines(refused.value)
+    if interpreted:
+        assert module(torch.randn(3, 64), *given).shape == (3, 64)
