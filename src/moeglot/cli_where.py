@@ -1,0 +1,64 @@
+"""Where the units of a plan run: on threads here, one part of them here, or on Ray; and what a part reports when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from moeglot import report
+from moeglot.certificate import Certificate
+from moeglot.cli_options import print_json
+from moeglot.convert import carry_out, finalize, write_part
+from moeglot.errors import UsageError
+from moeglot.parts import Part
+from moeglot.plan import Plan
+
+Bar = Callable[[bool], AbstractContextManager[Any]]
+
+PartOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--part", metavar="i/N", help="Write part i of N and stop; 'auto' asks torchrun or a SLURM array. Other processes write the others."),
+]
+FinalizeOption = Annotated[bool, typer.Option("--finalize", help="All parts are written: verify, certify, and give the output its name.")]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the options say."""
+
+    part: str | None = None
+    finalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.part and self.finalize:
+            raise UsageError(
+                "--part and --finalize", "a part writes, --finalize verifies what all parts have written", "run --finalize once, after the last part"
+            )
+
+    def run(self, plan: Plan, out: Path, allow_loss: bool, workers: int | None, resume: bool, json: bool, threshold: float, bar: Bar) -> Certificate | None:
+        """Carry out a plan, or a part of it, which has no certificate."""
+        if not self.part:
+            with bar(json) as progress:
+                if self.finalize:
+                    return finalize(plan, out, workers=workers, progress=progress, threshold=threshold)
+                return carry_out(plan, out, allow_loss, workers, resume, progress, threshold)
+        part = Part.of(self.part)
+        with bar(json or part.number > 1) as progress:  # one bar for the whole job
+            write_part(plan, out, part, allow_loss=allow_loss, workers=workers, progress=progress, threshold=threshold)
+        _tell(plan, out, part, json)
+        return None
+
+
+def _tell(plan: Plan, out: Path, part: Part, json: bool) -> None:
+    units = part.units(plan)
+    nbytes = sum(unit.nbytes for unit in units)
+    if json:
+        print_json({"schema": "moeglot/part/1", "part": part.number, "of": part.count, "units": len(units), "bytes": nbytes, "out": str(out)})
+    else:
+        Console().print(f"part {part} is written: {len(units)} units, {report.size(nbytes)}; --finalize after the last", highlight=False)
