@@ -34,7 +34,7 @@ from moeglot.cli_options import (
 )
 from moeglot.cli_run import run
 from moeglot.cli_tune import tune
-from moeglot.cli_where import FinalizeOption, PartOption, Where
+from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
 from moeglot.convert import default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
@@ -132,10 +132,12 @@ def convert(
     resume: ResumeOption = False,
     part: PartOption = None,
     finalize: FinalizeOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
-    where = Where(part, finalize)
+    where = Where(part, finalize, engine, ray_address)
     plan = moeglot.plan(moeglot.open(src, format), to, encode=encode, adapter=adapter, round=round, shard_size=parse_size(shard_size))
     raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, where=where))
 

@@ -26,7 +26,7 @@ from moeglot.cli_options import (
     parse_size,
     print_json,
 )
-from moeglot.cli_where import FinalizeOption, PartOption, Where
+from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
 from moeglot.kept import THRESHOLD
 from moeglot.plan import Plan
 
@@ -50,6 +50,8 @@ def merge(
     resume: ResumeOption = False,
     part: PartOption = None,
     finalize: FinalizeOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
     json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -59,7 +61,7 @@ def merge(
     from moeglot.plan import plan as make_plan
 
     check_folder(html, "--html")
-    where = Where(part, finalize)
+    where = Where(part, finalize, engine, ray_address)
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)
     plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=parse_size(shard_size))

@@ -47,14 +47,17 @@ def convert(
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Certificate:
     """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
+
+    `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
 
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(plan, Path(out), allow_loss, workers, resume, progress)
+    return carry_out(plan, Path(out), allow_loss, workers, resume, progress, engine=engine)
 
 
 def default_workers() -> int:
