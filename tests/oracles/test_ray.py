@@ -202,8 +202,9 @@ def test_a_node_is_killed(cluster: Cluster, source: Path, local: dict[str, bytes
     node = cluster.list_all_nodes()[-1]
 
     def disturb() -> None:
-        stopped_in_a_task({raylet(node)})
+        worker = stopped_in_a_task({raylet(node)})
         cluster.remove_node(node, allow_graceful=False)
+        os.kill(worker, signal.SIGKILL)  # it is stopped, and cannot see that its node is gone
 
     convert(source, tmp_path / "out", disturb)
     assert len([1 for found in ray.nodes() if found["Alive"]]) == 2
