@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl ray
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl ray s3
 PEFTS := 0.18.1 0.19.1 0.21.2
 
 .PRECIOUS: .venvs/%/ready
@@ -32,8 +32,8 @@ matrix-bitsandbytes: .venvs/bitsandbytes/ready
 matrix-trl: .venvs/trl/ready
 	.venvs/trl/bin/python -m pytest tests/oracles/test_trl.py tests/oracles/test_tune.py tests/oracles/test_lora_peft.py
 
-matrix-ray: .venvs/ray/ready
-	.venvs/ray/bin/python -m pytest tests/oracles/test_ray.py
+matrix-ray matrix-s3: matrix-%: .venvs/%/ready
+	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
 
 # PEFT with every transformers, by itself since it takes ten minutes: each environment has one, and the others are put before it.
 matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.5.4/ready $(PEFTS:%=.venvs/peft-%/ready)

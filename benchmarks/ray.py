@@ -48,12 +48,11 @@ def write(plan: moeglot.Plan, out: Path, how: Engine) -> float:
 
 
 def kill_one() -> None:
-    """The first worker that has a task, a second after it has it."""
+    """The first worker that has a task."""
     while True:
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdecimal() and (folder / "cmdline").read_bytes().startswith(b"ray::_carry_out"):
-                    time.sleep(1)
                     os.kill(int(folder.name), signal.SIGKILL)
                     return
             except OSError:

@@ -19,6 +19,7 @@ from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Step, Unit
+from moeglot.remote import Location
 from moeglot.units import make
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
@@ -156,7 +157,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Location) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

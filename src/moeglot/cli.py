@@ -118,7 +118,7 @@ def formats(json: JsonOption = False) -> None:
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a safetensors file or a Hub id.", show_default=False)],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a safetensors file, a URL or a Hub id.", show_default=False)],
     out_folder: OutArgument,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write; see `moeglot formats`.", show_default=False)],
     encode: EncodeOption = None,
@@ -144,7 +144,7 @@ def convert(
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A folder, a safetensors file or a Hub id.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="A folder, a safetensors file, a URL or a Hub id.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
     json: JsonOption = False,
     workers: WorkersOption = None,

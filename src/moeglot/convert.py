@@ -22,6 +22,7 @@ from moeglot.loss import Loss
 from moeglot.parts import Part, parted
 from moeglot.plan import SHARD_SIZE, Plan
 from moeglot.plan import plan as make_plan
+from moeglot.remote import Remote
 from moeglot.shards import no_space
 from moeglot.source import INDEX
 from moeglot.stream import Engine, stream, threads
@@ -57,7 +58,7 @@ def convert(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(plan, Path(out), allow_loss, workers, resume, progress, engine=engine)
+    return carry_out(plan, out, allow_loss, workers, resume, progress, engine=engine)
 
 
 def default_workers() -> int:
@@ -66,7 +67,7 @@ def default_workers() -> int:
 
 def carry_out(
     plan: Plan,
-    out: Path,
+    out: str | Path,
     allow_loss: bool = False,
     workers: int | None = None,
     resume: bool = False,
@@ -75,12 +76,12 @@ def carry_out(
     engine: Engine | None = None,
 ) -> Certificate:
     """Carry out a plan. `threshold`: the share of an adapter's change that must survive in each role; `engine`: what runs the units, by default threads."""
-    count = _begin(plan, allow_loss, workers, threshold)
     work = Work(out)
+    count = _begin(plan, allow_loss, workers, threshold)
     with work.session(plan, resume) as done:
         if work.renamed(plan):  # the output is complete and verified
             work.finish()
-            return read_certificate(out)
+            return read_certificate(work.out)
         with _full_disk_told(plan, work):
             losses = stream(plan, work, done, plan.units, engine or threads(count), allow_loss, progress)
             return _finalize(plan, work, losses, count, progress, threshold)
@@ -102,8 +103,8 @@ def write_part(
     Raises as `convert` does.
     """
     part = part if isinstance(part, Part) else Part.of(part)
+    work = Work(out)
     count = _begin(plan, allow_loss, workers, threshold)
-    work = Work(Path(out))
     with work.part_session(plan, part) as done, _full_disk_told(plan, work):
         stream(plan, work, done, part.units(plan), threads(count), allow_loss, progress and _of_all_parts(plan, work, progress))
     return part
@@ -126,7 +127,7 @@ def _of_all_parts(plan: Plan, work: Work, progress: Progress) -> Progress:
 def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progress: Progress | None = None, threshold: float = THRESHOLD) -> Certificate:
     """Once all parts of a plan are written: re-read the output, verify and certify it, and give it its name. Raises `Unfinished`, naming parts that are not."""
     return_large_buffers()
-    work, count = Work(Path(out)), _count(workers)
+    work, count = Work(out), _count(workers)
     if not work.folder.exists():
         raise Unfinished(f"no part of {out} is written", f"there is no {work.folder}", "pass --part 1/N and so on first, or neither --part nor --finalize")
     with work.session(plan, resume=True) as done:
@@ -205,4 +206,7 @@ def _write_rest(plan: Plan, folder: Path) -> None:
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
         write_json(folder / INDEX, {"metadata": {"total_size": total, MARK: plan.target.name}, "weight_map": dict(sorted(weight_map.items()))})
     for path in plan.others:
-        shutil.copyfile(path, folder / path.name)
+        if isinstance(path, Remote):
+            (folder / path.name).write_bytes(path.read_bytes())
+        else:
+            shutil.copyfile(path, folder / path.name)

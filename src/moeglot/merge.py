@@ -45,4 +45,4 @@ def merge(
     checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
     change = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, checkpoint, convention)
     made = plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(made, Path(out), allow_loss, workers, resume, progress, threshold, engine)
+    return carry_out(made, out, allow_loss, workers, resume, progress, threshold, engine)

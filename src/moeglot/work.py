@@ -21,6 +21,7 @@ from moeglot.errors import OutputExists
 from moeglot.loss import Loss
 from moeglot.parts import Part
 from moeglot.plan import Plan, Unit
+from moeglot.remote import local_only
 from moeglot.shards import allocate, forget_mappings, no_space
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
@@ -29,8 +30,8 @@ JOURNAL = re.compile(r"journal-\d+-of-\d+")
 class Work:
     """The temporary folder of one conversion; its journal says which units are on disk, so that a killed run can go on."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: str | Path) -> None:
+        self.out = out = local_only(out, "OUT")
         self.folder = out.with_name(out.name + ".partial")
         self.files = self.folder / "checkpoint"
         self.journal = self.folder / "journal"

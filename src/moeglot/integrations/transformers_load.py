@@ -27,6 +27,7 @@ from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_parallel import Share, require_divided
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
+from moeglot.source import read_json
 from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -202,5 +203,6 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
     """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
     model.config.name_or_path = str(checkpoint.source.folder)
-    if model.can_generate() and not checkpoint.source.single and (checkpoint.source.folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.source.folder)
+    beside = checkpoint.source.folder / "generation_config.json"
+    if model.can_generate() and not checkpoint.source.single and beside.is_file():
+        model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
