@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,21 @@ def test_wrong_bytes_of_a_part_do_not_hold(plan: moeglot.Plan, tmp_path: Path) -
     assert not out.exists()
 
 
-def test_part_and_finalize_are_two_steps(source: Path, tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, *command(source, tmp_path / "out", "--part", "1/2", "--finalize")], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (("--part", "1/2", "--finalize"), "--part and --finalize"),
+        (("--engine", "dask"), "--engine dask"),
+        (("--ray-address", "host:6379"), "--ray-address without --engine ray"),
+        (("--engine", "ray", "--part", "1/2"), "--engine ray in parts"),
+        *([] if find_spec("ray") else [(("--engine", "ray"), "needs Ray")]),
+    ],
+)
+def test_options_that_do_not_go_together(options: tuple[str, ...], wrong: str, source: Path, tmp_path: Path) -> None:
+    ran = subprocess.run([sys.executable, *command(source, tmp_path / "out", *options)], capture_output=True, text=True)
     assert ran.returncode == 2
-    assert "--part and --finalize" in ran.stderr
+    assert wrong in ran.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_merge_in_parts(source: Path, tmp_path: Path) -> None:
