@@ -80,6 +80,7 @@ def convert(source: Path, out: Path) -> tuple[dict[str, float], int]:
 
     def tell(what: str, done: int, total: int) -> None:
         if what != starts[-1][0]:
+            print(what, round(time.process_time(), 1), flush=True)
             starts.append((what, time.process_time()))
         if what == "power" and done == total:
             starts.append(("checksums", time.process_time()))

@@ -40,6 +40,7 @@ LAYERS = (
     {"fingerprint"},
     {"verify", "kept"},
     {"certificate"},
+    {"store"},
     {"convert"},
     {"merge"},
     {"report"},

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -17,9 +18,11 @@ import moeglot
 from moeglot.errors import BrokenFile, CheckpointError, OutputExists, PickleRefused, UsageError
 from moeglot.remote import Remote, local_only, location
 from moeglot.source import read_source
-from moeglot.stream import threads
+from moeglot.store import Store, shards_of
+from moeglot.stream import Engine, stream, threads
 
-TO, SHARD_SIZE = "gpt-oss/transformers", 100_000
+TO, SHARD_SIZE, SMALL = "gpt-oss/transformers", 100_000, 30_000
+"""The small one cuts between the parts of a layer."""
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -104,21 +107,128 @@ def test_a_single_file(store: str, source: Path) -> None:
     assert found.config == disk.config
 
 
+# --- an output in a store -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out() -> Iterator[str]:
+    yield "memory://made/out"
+    fs = fsspec.filesystem("memory")
+    if fs.exists("/made"):
+        fs.rm("/made", recursive=True)
+
+
+def stored(folder: str) -> dict[str, bytes]:
+    fs = fsspec.filesystem("memory")
+    return {path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in fs.find(folder)}
+
+
+def failing(after: int) -> Engine:
+    """Threads that die after so many units."""
+    inner = threads(1)
+
+    def run(*arguments: Any) -> Iterator[Any]:
+        nonlocal after
+        for unit in inner(*arguments):
+            yield unit
+            after -= 1
+            if after == 0:
+                raise RuntimeError("died")
+
+    return run
+
+
+def begun(source: Path, out: str, after: int) -> None:
+    """An output of which some units were made when its run died."""
+    plan, work = moeglot.plan(source, TO, shard_size=SMALL), Store(Remote(out))
+    with work.session(plan, False) as done, pytest.raises(RuntimeError, match="died"):
+        stream(plan, work, done, plan.units, work.uploading(failing(after)), False, None)
+
+
+@pytest.mark.parametrize("size", [SHARD_SIZE, SMALL, 5_000_000])
+def test_an_output_in_a_store_is_that_on_a_disk(size: int, source: Path, out: str, tmp_path: Path) -> None:
+    """Every file; and it is a checkpoint that can be read there."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=size)
+    certificate = moeglot.convert(source, TO, out, shard_size=size)
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out"), "nothing else is left"
+    assert str(certificate.out) == out
+    assert moeglot.compare(out, source).verdict == "holds"
+
+
+@pytest.mark.parametrize("after", [1, 9, 30, 60])
+def test_an_upload_that_died_goes_on(after: int, source: Path, out: str, tmp_path: Path) -> None:
+    """Shards that are there are neither made nor sent again."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=SMALL)
+    begun(source, out, after)
+    fs = fsspec.filesystem("memory")
+    assert not fs.exists("/made/out")
+    before = {path: fs.modified(path) for path in fs.find("/made") if path.endswith(".safetensors")}
+    assert bool(before) == (after > 1)
+    if before:  # else there is nothing to go on with
+        with pytest.raises(OutputExists, match="--resume"):
+            moeglot.convert(source, TO, out, shard_size=SMALL)
+        with pytest.raises(OutputExists, match="belongs to another conversion"):
+            moeglot.convert(source, "gpt-oss/original", out, resume=True)
+    told: list[int] = []
+    moeglot.convert(source, TO, out, shard_size=SMALL, resume=True, progress=lambda what, done, _: told.append(done) if what == "writing" else None)
+    plan, there = moeglot.plan(source, TO, shard_size=SMALL), {path.rsplit("/", 1)[-1] for path in before}
+    assert len(told) == sum(not files <= there for files in shards_of(plan).values()) < len(plan.units) + (after == 1)
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out")
+
+
+def test_an_upload_that_died_while_it_got_its_name(source: Path, out: str, tmp_path: Path) -> None:
+    moeglot.convert(source, TO, out, shard_size=SMALL)
+    whole, fs = stored("/made/out"), fsspec.filesystem("memory")
+    for name in sorted(whole)[-2:]:  # the last shard, and the certificate
+        fs.mv(f"/made/out/{name}", f"/made/out.partial/checkpoint/{name}")
+    assert fs.exists("/made/out.partial/checkpoint/moeglot.json")
+    moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert stored("/made/out") == whole
+    assert stored("/made") == whole
+
+
+def test_wrong_bytes_in_a_store_do_not_hold(source: Path, out: str) -> None:
+    """The journal says that the shard is there; it is read again all the same."""
+    begun(source, out, 60)
+    fs = fsspec.filesystem("memory")
+    shard = max((path for path in fs.find("/made") if path.endswith(".safetensors")), key=lambda path: fs.size(path))
+    data = bytearray(fs.cat_file(shard))
+    data[-3000:-1000] = bytes(2000)
+    fs.pipe_file(shard, bytes(data))
+    with pytest.raises(moeglot.MoeglotError):
+        moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert not fs.exists("/made/out")
+
+
+def test_nothing_in_a_store_is_overwritten(source: Path, out: str) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/made/out/notes.txt", b"mine")
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        moeglot.convert(source, TO, out)
+    assert stored("/made") == {"notes.txt": b"mine"}
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", ["memory://out", "s3://bucket/out", Path("s3://bucket/out")])
-def test_an_output_is_not_a_url(out: str | Path, source: Path) -> None:
+def test_parts_are_not_written_to_a_url(out: str | Path, source: Path) -> None:
+    """Nor is what a cluster does; and a path that was a URL once is no folder."""
     with pytest.raises(UsageError, match="is a URL"):
-        moeglot.convert(source, TO, out)
+        moeglot.write_part(moeglot.plan(source, TO), out, "1/2")
+    with pytest.raises(UsageError, match="is a URL"):
+        moeglot.convert(source, TO, out, engine=threads(1))
     assert local_only("plain/path", "OUT") == Path("plain/path")
-
-
-def test_the_command_line_refuses_it_too(source: Path) -> None:
-    ran = subprocess.run([sys.executable, "-m", "moeglot.cli", "convert", str(source), "s3://bucket/out", "--to", TO], capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert "is a URL" in ran.stderr
     assert not Path("s3:").exists()
+
+
+def test_the_command_line_takes_the_url_as_it_is(source: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "moeglot.cli", "convert", str(source), "nowhere://bucket/out", "--to", TO], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "nowhere://bucket/out" in ran.stderr
+    assert not Path("nowhere:").exists()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def merge(
 
 def show_and_carry_out(
     plan: Plan,
-    out: Path,
+    out: str,
     dry_run: bool,
     allow_loss: bool,
     workers: int | None,

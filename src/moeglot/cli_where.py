@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -56,7 +55,7 @@ class Where:
                 "--part and --finalize", "a part writes, --finalize verifies what all parts have written", "run --finalize once, after the last part"
             )
 
-    def run(self, plan: Plan, out: Path, allow_loss: bool, workers: int | None, resume: bool, json: bool, threshold: float, bar: Bar) -> Certificate | None:
+    def run(self, plan: Plan, out: str, allow_loss: bool, workers: int | None, resume: bool, json: bool, threshold: float, bar: Bar) -> Certificate | None:
         """Carry out a plan, or a part of it, which has no certificate."""
         if not self.part:
             with bar(json) as progress:
@@ -77,7 +76,7 @@ class Where:
         return ray.engine(self.ray_address)
 
 
-def _tell(plan: Plan, out: Path, part: Part, json: bool) -> None:
+def _tell(plan: Plan, out: str, part: Part, json: bool) -> None:
     units = part.units(plan)
     nbytes = sum(unit.nbytes for unit in units)
     if json:

@@ -22,9 +22,10 @@ from moeglot.loss import Loss
 from moeglot.parts import Part, parted
 from moeglot.plan import SHARD_SIZE, Plan
 from moeglot.plan import plan as make_plan
-from moeglot.remote import Remote
+from moeglot.remote import Location, Remote, location
 from moeglot.shards import no_space
 from moeglot.source import INDEX
+from moeglot.store import Store
 from moeglot.stream import Engine, stream, threads
 from moeglot.units import estimate
 from moeglot.work import Work
@@ -75,15 +76,23 @@ def carry_out(
     threshold: float = THRESHOLD,
     engine: Engine | None = None,
 ) -> Certificate:
-    """Carry out a plan. `threshold`: the share of an adapter's change that must survive in each role; `engine`: what runs the units, by default threads."""
-    work = Work(out)
+    """Carry out a plan. `out`: a folder, or the URL of one in a store. `threshold`: the share of an adapter's change that must survive in each role.
+    `engine`: what runs the units, by default threads.
+    """
+    place = location(out)
+    if engine and isinstance(place, Remote):
+        raise UsageError(
+            f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
+        )
+    work = Store(place) if isinstance(place, Remote) else Work(place)
     count = _begin(plan, allow_loss, workers, threshold)
+    run = engine or threads(count)
     with work.session(plan, resume) as done:
         if work.renamed(plan):  # the output is complete and verified
             work.finish()
             return read_certificate(work.out)
         with _full_disk_told(plan, work):
-            losses = stream(plan, work, done, plan.units, engine or threads(count), allow_loss, progress)
+            losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
             return _finalize(plan, work, losses, count, progress, threshold)
 
 
@@ -157,7 +166,7 @@ def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) 
     return count
 
 
-def _finalize(plan: Plan, work: Work, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
+def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
     losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
     refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
     _write_rest(plan, work.files)
@@ -179,7 +188,7 @@ def _refuse_unfinished(plan: Plan, work: Work, done: Mapping[str, Loss]) -> None
 
 
 @contextmanager
-def _full_disk_told(plan: Plan, work: Work) -> Iterator[None]:
+def _full_disk_told(plan: Plan, work: Work | Store) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -198,7 +207,7 @@ def _refuse_expected_loss(plan: Plan) -> None:
         )
 
 
-def _write_rest(plan: Plan, folder: Path) -> None:
+def _write_rest(plan: Plan, folder: Location) -> None:
     """config.json, the index, and the files that are carried over."""
     write_json(folder / "config.json", plan.config)
     if len(plan.shards) > 1:
@@ -206,7 +215,7 @@ def _write_rest(plan: Plan, folder: Path) -> None:
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
         write_json(folder / INDEX, {"metadata": {"total_size": total, MARK: plan.target.name}, "weight_map": dict(sorted(weight_map.items()))})
     for path in plan.others:
-        if isinstance(path, Remote):
-            (folder / path.name).write_bytes(path.read_bytes())
-        else:
+        if isinstance(path, Path) and isinstance(folder, Path):
             shutil.copyfile(path, folder / path.name)
+        else:
+            (folder / path.name).write_bytes(path.read_bytes())

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from moeglot.errors import CheckpointError, UsageError
+from moeglot.errors import CheckpointError, OutputError, UsageError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://.+")
 COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
@@ -119,6 +119,36 @@ class Remote:
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
+    def write_bytes(self, data: bytes | bytearray) -> None:
+        fs, path = self._store
+        with _refusals(self.url, "written"):
+            fs.pipe_file(path, bytes(data))
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        self.write_bytes(text.encode(encoding))
+
+    def upload(self, file: Path) -> None:
+        """What a file of this machine holds; raises `OutputError` unless the store then says that it has as many bytes."""
+        fs, path = self._store
+        with _refusals(self.url, "written"):
+            fs.put_file(str(file), path)
+        if self.stat().st_size != file.stat().st_size:
+            raise OutputError(
+                f"{self}: has {self.stat().st_size} bytes after the upload of {file.stat().st_size}", "so says the store", "pass --resume to go on"
+            )
+
+    def move(self, to: Remote) -> None:
+        fs, path = self._store
+        with _refusals(self.url, "moved"):
+            fs.mv(path, to._store[1])
+
+    def remove(self) -> None:
+        """With all that is in it; nothing happens if nothing is there."""
+        fs, path = self._store
+        with _refusals(self.url, "removed"):
+            if fs.exists(path):
+                fs.rm(path, recursive=True)
+
 
 Location = Path | Remote
 
@@ -168,7 +198,7 @@ def on_disk(place: Location, reader: str) -> Path:
 
 
 @contextmanager
-def _refusals(url: str) -> Iterator[None]:
+def _refusals(url: str, done: str = "read") -> Iterator[None]:
     """What a store raises, in our three lines: every library behind fsspec has errors of its own, and there is nothing to be done about any of them here."""
     try:
         yield
@@ -177,7 +207,7 @@ def _refusals(url: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{url}: could not be read", _reason(error), "check the URL and the credentials that fsspec finds") from error
+        raise CheckpointError(f"{url}: could not be {done}", _reason(error), "check the URL and the credentials that fsspec finds") from error
 
 
 def _reason(error: Exception) -> str:

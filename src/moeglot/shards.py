@@ -274,7 +274,7 @@ def allocate(path: Path, shard: ShardPlan) -> None:
         os.close(descriptor)
 
 
-def no_space(path: Path, needed: int, started: bool = True) -> NoSpace:
+def no_space(path: Location, needed: int, started: bool = True) -> NoSpace:
     """The refusal for a full disk, before or after something was written."""
     return NoSpace(
         f"no space left for {path.name}",

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moeglot.checks import Progress, one_thread
 from moeglot.direct import Output
@@ -14,7 +14,6 @@ from moeglot.errors import LossRefused
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Unit
 from moeglot.units import make
-from moeglot.work import Work
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +21,16 @@ if TYPE_CHECKING:
 WRITING = "writing"
 """The progress of this work is told in bytes, that of others in experts."""
 
-Engine = Callable[[Plan, Path, Sequence[Unit], bool], Iterator[tuple[Unit, Loss]]]
+Engine = Callable[[Plan, Any, Sequence[Unit], bool], Iterator[tuple[Unit, Loss]]]
 """(plan, folder of the output's files, units, whether numbers may change) -> each unit once it is on disk, in any order, with what was lost."""
+
+
+class Journal(Protocol):
+    """What is told of a unit that is on disk, and where the output's files are."""
+
+    files: Any
+
+    def done(self, unit: Unit, loss: Loss) -> None: ...
 
 
 class Files:
@@ -93,7 +100,7 @@ def threads(count: int) -> Engine:
 
 
 def stream(
-    plan: Plan, work: Work, done: Mapping[str, Loss], units: Sequence[Unit], engine: Engine, allow_loss: bool, progress: Progress | None
+    plan: Plan, work: Journal, done: Mapping[str, Loss], units: Sequence[Unit], engine: Engine, allow_loss: bool, progress: Progress | None
 ) -> dict[str, Loss]:
     """Carry out those of `units` that are not on disk yet, and note each in the journal; returns what was lost, by unit."""
     losses = dict(done)

@@ -53,10 +53,9 @@ class Work:
                     f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
                 )
             self._check_ours(plan)
-        if os.path.lexists(self.out) and not self.renamed(plan):
-            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
         if not self.renamed(plan):
-            self._make_folders(plan)
+            self._refuse_output()
+            self._make_folder(plan)
         with self._journal(self.journal, fcntl.LOCK_EX) as self._descriptor:
             yield {} if self.renamed(plan) else self._prepare(plan) | self._of_parts()
 
@@ -65,12 +64,12 @@ class Work:
         """The units that are already done, by whichever part; other parts may have theirs at the same time."""
         if os.path.lexists(self.folder):
             self._check_ours(plan)
-        if os.path.lexists(self.out):
-            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
-        self._make_folders(plan)
+        self._refuse_output()
+        self._make_folder(plan)
         with self._journal(self.journal, fcntl.LOCK_SH) as self._descriptor:
             with _locked(self.parts) as said:
                 self._check_ours(plan)
+                self._refuse_output()  # it may have got its name meanwhile
                 if said and said != str(part.count):
                     raise OutputExists(
                         f"{self.folder} was begun in {said} parts", f"this is part {part}", f"pass --part i/{said}, or --resume for all the rest"
@@ -135,16 +134,21 @@ class Work:
                 f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
             )
 
-    def _make_folders(self, plan: Plan) -> None:
+    def _refuse_output(self) -> None:
+        if os.path.lexists(self.out):
+            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
+
+    def _make_folder(self, plan: Plan) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.out.parent).free
         if free < plan.nbytes and not self.folder.exists():
             raise no_space(self.folder, plan.nbytes, started=False)
-        self.files.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
 
     def _prepare(self, plan: Plan) -> dict[str, Loss]:
         """Have the journal begin as it must, and the files at their full size; returns the units that it names."""
         told = _whole(self.journal)
+        self.files.mkdir(exist_ok=True)
         if not told:
             self._note({"plan": plan.digest})
         if {"allocated": True} not in told:

@@ -70,6 +70,18 @@ def test_a_conversion_from_s3_is_that_from_a_disk(bucket: str, source: Path, tmp
     assert tree(tmp_path / "s3") == tree(tmp_path / "disk")
 
 
+def test_an_output_on_s3_is_that_on_a_disk(bucket: str, source: Path, tmp_path: Path) -> None:
+    """From the store to the store; then its temporary name is gone."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=60_000)
+    moeglot.convert(f"s3://{bucket}", TO, "s3://models/made/out", shard_size=60_000)
+    fs = fsspec.filesystem("s3")
+    fs.invalidate_cache()
+    found = {path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in fs.find("models/made")}
+    assert found == tree(tmp_path / "disk")
+    assert not fs.exists("models/made/out.partial")
+    assert moeglot.verify("s3://models/made/out", str(source)).verdict == "holds"
+
+
 def test_looking_reads_headers_alone(bucket: str, source: Path) -> None:
     READ.clear()
     found = moeglot.open(f"counted-s3://{bucket}")
