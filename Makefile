@@ -49,11 +49,14 @@ matrix-%: .venv/ready .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
 
 # Everything that this machine can measure; on an idle one, or the ratios mean little. bitsandbytes lives in an environment of its own.
-bench: .venv/ready .venvs/bitsandbytes/ready
+bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	$(BIN)/python benchmarks/kernels.py
 	.venvs/bitsandbytes/bin/python $(PIP) numba rich
 	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
 	$(BIN)/python benchmarks/streaming.py --peers
+	$(BIN)/python benchmarks/sizing.py
+	.venvs/ray/bin/python $(PIP) numba
+	.venvs/ray/bin/python benchmarks/ray.py
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

@@ -27,7 +27,7 @@ from synthetic import write_checkpoint  # noqa: E402
 
 import moeglot  # noqa: E402
 from moeglot.convert import threads  # noqa: E402
-from moeglot.integrations.ray import engine, memory  # noqa: E402
+from moeglot.integrations.ray import engine, memory_of  # noqa: E402
 from moeglot.stream import Engine  # noqa: E402
 from moeglot.work import Work  # noqa: E402
 
@@ -64,7 +64,7 @@ def kill_one() -> None:
 def measure(folder: Path, experts: int, workers: int) -> dict[str, Any]:
     source = write_checkpoint(folder / "source", "gpt-oss/openai", {"e": experts, "h": 2880, "i": 2880, "q": 64, "k": 8, "d": 64, "v": 256}, layers=1)
     plan = moeglot.plan(source, TO)
-    found: dict[str, Any] = {"output_bytes": plan.nbytes, "memory_of_a_task": memory(plan)}
+    found: dict[str, Any] = {"output_bytes": plan.nbytes, "memory_of_a_task": memory_of(plan)}
     write(plan, folder / "warm", threads(workers))
     began = time.monotonic()
     ray.init(num_cpus=workers, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False, logging_level="error")

@@ -1,6 +1,6 @@
 """How long the largest models take: processor seconds and memory of one worker on a few of their experts, at real size, and what that is for all of them.
 
-python benchmarks/sizing.py [--experts 6]: the results go to benchmarks/results/sizing.json. Processor time, so that other work on the machine counts little.
+python benchmarks/sizing.py: the results go to benchmarks/results/sizing.json. Processor time, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import torch
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.stream import threads
+from moeglot.work import Work
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ MODELS = (
     Model("Kimi-K2-Thinking", "int4:32", 384, 60, 7168, 2048, "https://huggingface.co/moonshotai/Kimi-K2-Thinking/blob/main/config.json"),
 )
 FORMAT = "deepseek-v3/hub"
-PER_LAYER = ("power",)
-"""Phases whose work does not grow with the experts of a layer."""
+FEW, MORE = 1, 3
+"""Experts of the two runs; what one more expert costs is the difference, without what a run costs once."""
 
 
 class Peak:
@@ -74,71 +76,85 @@ class Peak:
         self.thread.join()
 
 
-def convert(source: Path, out: Path) -> tuple[dict[str, float], int]:
-    """Processor seconds of each phase, with one worker, and the peak of memory. What comes after the last phase is checksums and the rename."""
-    starts: list[tuple[str, float]] = [("planning", time.process_time())]
-
-    def tell(what: str, done: int, total: int) -> None:
-        if what != starts[-1][0]:
-            print(what, round(time.process_time(), 1), flush=True)
-            starts.append((what, time.process_time()))
-        if what == "power" and done == total:
-            starts.append(("checksums", time.process_time()))
-
-    with Peak() as peak:
-        moeglot.convert(source, FORMAT, out, encode="bf16", allow_loss=True, workers=1, progress=tell)
-    ends = [*(start for _, start in starts[1:]), time.process_time()]
-    shutil.rmtree(out)
-    seconds: dict[str, float] = {}
-    for (name, start), end in zip(starts, ends, strict=True):
-        seconds[name] = seconds.get(name, 0.0) + end - start
+def write(source: Path, folder: Path) -> tuple[float, int]:
+    """Processor seconds to write all units with one worker, and the peak of memory."""
+    plan, work = moeglot.plan(source, FORMAT, encode="bf16"), Work(folder / "written")
+    with work.session(plan, resume=False), Peak() as peak:
+        began = time.process_time()
+        for _ in threads(1)(plan, work.files, plan.units, True):
+            pass
+        seconds = time.process_time() - began
+    shutil.rmtree(work.folder)
     return seconds, peak.most
 
 
-def measure(model: Model, folder: Path, experts: int) -> dict[str, Any]:
+def convert(source: Path, folder: Path) -> tuple[float, int]:
+    """Processor seconds of all of it, verified and certified, and the peak of memory."""
+    with Peak() as peak:
+        began = time.process_time()
+        moeglot.convert(source, FORMAT, folder / "out", encode="bf16", allow_loss=True, workers=1)
+        seconds = time.process_time() - began
+    shutil.rmtree(folder / "out")
+    return seconds, peak.most
+
+
+def source_of(model: Model, folder: Path, experts: int) -> Path:
     plain = write_checkpoint(folder / "plain", FORMAT, {"e": experts, "h": model.h, "i": model.i}, layers=1)
-    moeglot.convert(plain, FORMAT, folder / "source", encode=model.encoding, allow_loss=True)
-    source = sum(path.stat().st_size for path in (folder / "source").glob("*.safetensors"))
-    seconds, peak = convert(folder / "source", folder / "out")
+    plan, out = moeglot.plan(plain, FORMAT, encode=model.encoding), folder / f"source-{experts}"
+    moeglot.write_part(plan, out, "1/1", allow_loss=True, workers=1)
+    work = Work(out)  # verified or not: it is random, and what is measured is reading it
+    (work.files / "config.json").write_text(json.dumps(plan.config))
+    work.files.rename(out)
+    shutil.rmtree(work.folder)
     shutil.rmtree(plain)
-    shutil.rmtree(folder / "source")
-    measured = 3 * model.h * model.i * experts
-    scaled = {name: value * (model.layers if name in PER_LAYER else model.numbers / measured) for name, value in seconds.items() if name != "planning"}
+    return out
+
+
+def measure(model: Model, folder: Path) -> dict[str, Any]:
+    few, more = (source_of(model, folder, experts) for experts in (FEW, MORE))
+    one = 3 * model.h * model.i
+    nbytes = [sum(path.stat().st_size for path in source.glob("*.safetensors")) for source in (few, more)]
+    source_bytes = (nbytes[1] - nbytes[0]) / (MORE - FEW)
+    (writing_few, _), (writing_more, peak_writing) = write(few, folder), write(more, folder)
+    (all_few, _), (all_more, peak) = convert(few, folder), convert(more, folder)
+    shutil.rmtree(few)
+    shutil.rmtree(more)
+    writing, everything = (writing_more - writing_few) / (MORE - FEW), (all_more - all_few) / (MORE - FEW)
+    experts = model.layers * model.experts
     return {
         "model": model.name,
         "config": model.source,
-        "encoding": model.encoding,
-        "experts_measured": experts,
-        "processor_seconds": seconds,
-        "peak_bytes": peak,
-        "output_bytes_a_processor_second": {name: 2 * measured / value for name, value in seconds.items() if name not in ("planning", *PER_LAYER) and value},
+        "from": model.encoding,
+        "to": "bfloat16",
+        "processor_seconds_an_expert": {"writing": writing, "verifying": everything - writing},
+        "output_bytes_a_core_second": {"writing": 2 * one / writing, "verifying": 2 * one / (everything - writing), "all": 2 * one / everything},
+        "peak_bytes": {"writing": peak_writing, "all": peak},
         "whole_model": {
-            "numbers": model.numbers,
-            "source_bytes": int(model.numbers * source / measured),
+            "experts": experts,
+            "source_bytes": int(experts * source_bytes),
             "output_bytes": 2 * model.numbers,
-            "core_minutes": {name: value / 60 for name, value in scaled.items()},
+            "core_minutes": {"writing": experts * writing / 60, "verifying": experts * (everything - writing) / 60},
         },
     }
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="How long the largest models take.")
-    arguments.add_argument("--experts", type=int, default=6, help="of one layer: 88 MB of output each")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sizing.json")
     given = arguments.parse_args()
     torch.set_num_threads(1)
+    found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        warm = write_checkpoint(folder / "warm", FORMAT, {"e": 2, "h": 1024, "i": 512}, layers=1)  # what is imported and compiled at the first use
-        for encoding in {model.encoding for model in MODELS}:
-            moeglot.convert(warm, FORMAT, folder / "coded", encode=encoding, allow_loss=True)
-            convert(folder / "coded", folder / "warmed")
-            shutil.rmtree(folder / "coded")
-        found = [measure(model, folder, given.experts) for model in MODELS]
+        for model in MODELS:
+            small = source_of(replace(model, h=1024, i=512), folder, 2)  # what is imported and compiled at the first use
+            convert(small, folder)
+            shutil.rmtree(small)
+            found.append(measure(model, folder))
+            print(json.dumps(found[-1], indent=2), flush=True)
     device = {"cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
     told = {"date": str(date.today()), "device": device, "torch": torch.__version__, "moeglot": moeglot.__version__, "workers": 1, "models": found}
     given.results.write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(told, indent=2))
 
 
 if __name__ == "__main__":

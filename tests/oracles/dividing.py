@@ -14,7 +14,7 @@ import transformers
 from torch import distributed
 
 import moeglot
-from moeglot.errors import NotVerified
+from moeglot.errors import NotVerified, UsageError
 from moeglot.integrations.transformers_parallel import require_divided
 from moeglot.nn import Experts
 
@@ -63,6 +63,16 @@ def _refused(path: str, model: torch.nn.Module, size: int) -> str | None:
     return None
 
 
+def _saved(model: torch.nn.Module, out: Path, job: dict[str, Any]) -> str | None:
+    """Why the model is not saved."""
+    try:
+        if "save" in job:
+            moeglot.save(model, out, to=job["save"])
+    except UsageError as error:
+        return error.wrong
+    return None
+
+
 def main(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -83,7 +93,8 @@ def main(job: dict[str, Any]) -> None:
         torch.save(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, out / f"grad-{rank}.pt")
     torch.save(logits.detach(), out / f"logits-{rank}.pt")
     held = {name: module.num_experts for name, module in model.named_modules() if isinstance(module, Experts) or name.endswith("experts")}
-    (out / f"told-{rank}.json").write_text(json.dumps({"peak": peak.most, "held": held, "refused": _refused(path, model, size)}))
+    told = {"peak": peak.most, "held": held, "refused": _refused(path, model, size), "saved": _saved(model, out / f"saved-{rank}", job)}
+    (out / f"told-{rank}.json").write_text(json.dumps(told))
     distributed.barrier()
     distributed.destroy_process_group()
 

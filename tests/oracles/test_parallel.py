@@ -44,7 +44,7 @@ def checkpoint(folder: Path, name: str, sizes: dict[str, int] = SIZES) -> Path:
     return write_checkpoint(folder / name.replace(" ", "-"), MODELS[name][0], sizes, layers=2)
 
 
-def divided(out: Path, paths: list[Path], more: dict[str, bool] | None = None, **options: Any) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+def divided(out: Path, paths: list[Path], more: dict[str, Any] | None = None, **options: Any) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """(logits, what was told) of each of two processes."""
     out.mkdir()
     job = {"paths": [str(path) for path in paths], "out": str(out), "options": options, "tokens": TOKENS, "warm": str(BUNDLED), **(more or {})}
@@ -162,6 +162,14 @@ def test_gradients_go_to_all_processes_tokens(name: str, tmp_path: Path) -> None
     for rank in range(2):
         found = torch.load(tmp_path / "two" / f"grad-{rank}.pt")
         assert float((found - whole).norm() / whole.norm()) <= LIMIT
+
+
+@WORKS
+def test_a_divided_model_is_not_saved(tmp_path: Path) -> None:
+    """One process has half of it."""
+    _, told = divided(tmp_path / "two", [checkpoint(tmp_path, "gpt-oss bf16")], {"save": "gpt-oss/transformers"})
+    assert all("divided among processes" in said["saved"] for said in told)
+    assert not list((tmp_path / "two").glob("saved-*"))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------------------------

@@ -185,8 +185,14 @@ def test_a_refusal_of_a_task_is_the_refusal_of_the_conversion(cluster: Cluster, 
 def test_a_task_asks_for_its_memory(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     """More than any node has is never scheduled; this one fits, and is what the largest expert needs."""
     plan = moeglot.plan(source, TO)
-    assert engine_of.memory(plan) == 200_000_000 + 4 * 2 * (2 * 64 * 64)
-    assert engine_of.memory(plan) < NODE["memory"]
+    assert engine_of.memory_of(plan) == 300_000_000 + 4 * 4 * (2 * 64 * 64)
+    assert engine_of.memory_of(plan) < NODE["memory"]
+
+
+def test_a_task_that_fits_on_no_node_is_refused(cluster: Cluster, source: Path, tmp_path: Path) -> None:
+    """Ray itself would wait for a larger node."""
+    with pytest.raises(moeglot.UsageError, match="no node of the cluster has a processor and 5,000,000,000 bytes"):
+        moeglot.convert(source, TO, tmp_path / "out", engine=engine_of.engine(memory=5_000_000_000))
 
 
 def test_the_command_line(cluster: Cluster, source: Path, local: dict[str, bytes], tmp_path: Path) -> None:

@@ -29,17 +29,17 @@ RETRIES = 8
 """How often a task is run again if its worker or its node dies."""
 AHEAD = 3
 """Tasks that are submitted for each processor of the cluster, so that none waits for the driver."""
-PROCESS, MATRICES = 200_000_000, 4
-"""Anonymous memory of a worker: its own, and of the largest matrix of an expert (`benchmarks/streaming.py` measures both)."""
+PROCESS, MATRICES = 300_000_000, 4
+"""Anonymous memory of a worker, Ray's own part included: bytes, and how many of the largest matrices of an expert in float32 (`benchmarks/sizing.py`)."""
 
 Ref = Any  # ray types no references
 
 
-def engine(address: str | None = None, task: int = TASK, retries: int = RETRIES, **options: Any) -> Engine:
+def engine(address: str | None = None, task: int = TASK, retries: int = RETRIES, memory: int | None = None, **options: Any) -> Engine:
     """Carries out units as tasks of a cluster: that of `address`, else the one that this process is connected to, else as `ray.init` finds or starts one.
 
-    `task`: bytes of output of one task. `options` go to `ray.init`. A task whose worker or node dies is run again, `retries` times at most; what it wrote
-    before is written again to the same places.
+    `task`: bytes of output of one task. `memory`: bytes that a task asks a node for, by default what a worker needs. `options` go to `ray.init`.
+    A task whose worker or node dies is run again, `retries` times at most; what it wrote before is written again to the same places.
     """
 
     def run(plan: Plan, folder: Path, units: Sequence[Unit], allow_loss: bool) -> Iterator[tuple[Unit, Loss]]:
@@ -47,7 +47,9 @@ def engine(address: str | None = None, task: int = TASK, retries: int = RETRIES,
         if mine:
             ray.init(address=address, **{"log_to_driver": False, "logging_level": "error", **options})
         try:
-            remote = ray.remote(_carry_out).options(num_cpus=1, memory=memory(plan), max_retries=retries)
+            asked = memory_of(plan) if memory is None else memory
+            _refuse_small_nodes(asked)
+            remote = ray.remote(_carry_out).options(num_cpus=1, memory=asked, max_retries=retries)
             shared = [ray.put(plan)]  # in a list, or each task would be given a copy
             place = {unit.key: n for n, unit in enumerate(plan.units)}
             waiting = iter(batches([place[unit.key] for unit in units], plan, task))
@@ -59,10 +61,22 @@ def engine(address: str | None = None, task: int = TASK, retries: int = RETRIES,
     return run
 
 
-def memory(plan: Plan) -> int:
+def _refuse_small_nodes(asked: int) -> None:
+    """A task that fits nowhere would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= 1 and node.get("memory", 0) >= asked for node in nodes):
+        most = max((int(node.get("memory", 0)) for node in nodes), default=0)
+        raise UsageError(
+            f"no node of the cluster has a processor and {asked:,} bytes of memory for a task",
+            f"it has {len(nodes)} nodes, of which the largest offers {most:,} bytes",
+            "start larger nodes, or convert without Ray, with --workers 1",
+        )
+
+
+def memory_of(plan: Plan) -> int:
     """Bytes that a task asks a node for, so that no node is given more of them than it can hold."""
     largest = max(prod(step.line.expert_shape(plan.source.sizes)) for step in plan.steps)
-    return PROCESS + MATRICES * 2 * largest
+    return PROCESS + MATRICES * 4 * largest
 
 
 def batches(numbers: Sequence[int], plan: Plan, task: int) -> Iterator[tuple[int, ...]]:
