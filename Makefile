@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton ray s3
 PEFTS := 0.18.1 0.19.1 0.21.2
 
 .PRECIOUS: .venvs/%/ready
@@ -38,6 +38,9 @@ matrix-triton: .venvs/triton/ready
 matrix-trl: .venvs/trl/ready
 	.venvs/trl/bin/python -m pytest tests/oracles/test_trl.py tests/oracles/test_tune.py tests/oracles/test_lora_peft.py
 
+matrix-ray matrix-s3: matrix-%: .venvs/%/ready
+	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
+
 # PEFT with every transformers, by itself since it takes ten minutes: each environment has one, and the others are put before it.
 matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.5.4/ready $(PEFTS:%=.venvs/peft-%/ready)
 	set -e; for peft in $(PEFTS); do for python in .venv .venvs/transformers-4.57.6 .venvs/transformers-5.5.4; do \
@@ -52,12 +55,15 @@ matrix-%: .venv/ready .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
 
 # Everything that this machine can measure; on an idle one, or the ratios mean little. bitsandbytes lives in an environment of its own.
-bench: .venv/ready .venvs/bitsandbytes/ready
+bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	$(BIN)/python benchmarks/kernels.py
 	.venvs/bitsandbytes/bin/python $(PIP) numba rich
 	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
 	$(BIN)/python benchmarks/streaming.py --peers
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/sizing.py
+	.venvs/ray/bin/python $(PIP) numba
+	.venvs/ray/bin/python benchmarks/ray.py
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

@@ -24,6 +24,7 @@ from moeglot.errors import (
     OutputExists,
     PickleRefused,
     TensorMismatch,
+    Unfinished,
     UnknownFormat,
     UnsupportedAdapter,
     UsageError,
@@ -33,7 +34,7 @@ from moeglot.errors import (
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Report
-from moeglot.convert import convert
+from moeglot.convert import convert, finalize, write_part
 from moeglot.fingerprint import Fingerprint, fingerprint
 from moeglot.formats import formats
 from moeglot.identify import Identification, identify
@@ -83,6 +84,7 @@ __all__ = [
     "Plan",
     "Report",
     "TensorMismatch",
+    "Unfinished",
     "UnknownFormat",
     "UnsupportedAdapter",
     "UsageError",
@@ -90,6 +92,7 @@ __all__ = [
     "compare",
     "convert",
     "convert_adapter",
+    "finalize",
     "fingerprint",
     "formats",
     "identify",
@@ -101,4 +104,5 @@ __all__ = [
     "plan",
     "save",
     "verify",
+    "write_part",
 ]

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint, open
@@ -19,6 +18,7 @@ from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Step, Unit
+from moeglot.remote import Location
 from moeglot.units import make
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
@@ -32,14 +32,14 @@ CHUNK = 1 << 24
 class Certificate:
     """What was converted, what it cost, and the report of its verification; written beside the output as moeglot.json."""
 
-    out: Path
+    out: Location
     document: Mapping[str, Any]
     report: Report
     losses: Mapping[str, Loss] = field(default_factory=dict)
     survived: Survived = field(default_factory=dict)
 
 
-def certify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
+def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
     """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`. `losses`: by unit."""
     report = _verify(plan, folder, losses, threads, progress)
     if report.exit_status == 1:
@@ -62,8 +62,8 @@ def by_verb(plan: Plan, losses: Mapping[str, Loss]) -> dict[str, Loss]:
     return found
 
 
-def _verify(plan: Plan, folder: Path, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
-    written = open(folder)
+def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
+    written = open(str(folder))
     if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
     rounded = Rounded(plan, by_verb(plan, losses))
@@ -152,11 +152,11 @@ class Rounded:
 # --- the document --------------------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Location, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Location) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -181,10 +181,10 @@ def report_json(report: Report) -> dict[str, Any]:
     return {"against": report.against, "verdict": report.verdict, "checks": checks}
 
 
-def _document(plan: Plan, folder: Path, losses: Mapping[str, Loss], report: Report) -> dict[str, Any]:
+def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report) -> dict[str, Any]:
     source = plan.source
     files = [*source.source.shards, *(p for p in [source.source.folder / "config.json"] if p.exists())]
-    written = sorted(path for path in folder.iterdir() if path.name != CERTIFICATE)
+    written = sorted((path for path in folder.iterdir() if path.name != CERTIFICATE), key=lambda path: path.name)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
@@ -196,7 +196,7 @@ def _document(plan: Plan, folder: Path, losses: Mapping[str, Loss], report: Repo
     }
 
 
-def read_certificate(out: Path) -> Certificate:
+def read_certificate(out: Location) -> Certificate:
     """The certificate beside an output."""
     document = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
     checks = tuple(Check(c["level"], c["verdict"], c["what"], c["detail"], c["figures"], c["layers"]) for c in document["verification"]["checks"])

@@ -34,6 +34,7 @@ from moeglot.cli_options import (
 )
 from moeglot.cli_run import run
 from moeglot.cli_tune import tune
+from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
 from moeglot.convert import default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
@@ -117,7 +118,7 @@ def formats(json: JsonOption = False) -> None:
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a safetensors file or a Hub id.", show_default=False)],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a safetensors file, a URL or a Hub id.", show_default=False)],
     out_folder: OutArgument,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write; see `moeglot formats`.", show_default=False)],
     encode: EncodeOption = None,
@@ -130,16 +131,21 @@ def convert(
     workers: WorkersOption = None,
     resume: ResumeOption = False,
     device: Annotated[Optional[str], typer.Option("--device", help="Where MXFP4 and FP8 are decoded, such as cuda; by default the CPU.")] = None,  # noqa: UP045
+    part: PartOption = None,
+    finalize: FinalizeOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
+    where = Where(part, finalize, engine, ray_address, device)
     plan = moeglot.plan(moeglot.open(src, format), to, encode=encode, adapter=adapter, round=round, shard_size=parse_size(shard_size))
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, device=device))
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, where=where))
 
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A folder, a safetensors file or a Hub id.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="A folder, a safetensors file, a URL or a Hub id.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The same.", show_default=False)],
     json: JsonOption = False,
     workers: WorkersOption = None,

@@ -26,6 +26,7 @@ from moeglot.cli_options import (
     parse_size,
     print_json,
 )
+from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
 from moeglot.kept import THRESHOLD
 from moeglot.plan import Plan
 
@@ -47,6 +48,10 @@ def merge(
     shard_size: ShardSizeOption = "5GB",
     workers: WorkersOption = None,
     resume: ResumeOption = False,
+    part: PartOption = None,
+    finalize: FinalizeOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
     json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
@@ -56,15 +61,16 @@ def merge(
     from moeglot.plan import plan as make_plan
 
     check_folder(html, "--html")
+    where = Where(part, finalize, engine, ray_address)
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)
     plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=parse_size(shard_size))
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, html))
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, html, where))
 
 
 def show_and_carry_out(
     plan: Plan,
-    out: Path,
+    out: str,
     dry_run: bool,
     allow_loss: bool,
     workers: int | None,
@@ -72,11 +78,10 @@ def show_and_carry_out(
     json: bool,
     threshold: float = THRESHOLD,
     html: Path | None = None,
-    device: str | None = None,
+    where: Where | None = None,
 ) -> int:
     """Show a plan, carry it out, and report; returns the exit status."""
     from moeglot.cli_progress import bar
-    from moeglot.convert import carry_out
     from moeglot.units import estimate
 
     console, plan = Console(soft_wrap=not sys.stdout.isatty()), estimate(plan)
@@ -86,8 +91,9 @@ def show_and_carry_out(
         report.show_plan(console, plan)
     if dry_run:
         return 0
-    with bar(json) as progress:
-        certificate = carry_out(plan, out, allow_loss, workers, resume, progress, threshold, device)
+    certificate = (where or Where()).run(plan, out, allow_loss, workers, resume, json, threshold, bar)
+    if certificate is None:
+        return 0
     if json:
         print_json({**certificate.document, "out": str(certificate.out)})
     else:

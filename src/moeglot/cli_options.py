@@ -12,8 +12,8 @@ import typer
 from moeglot import report
 from moeglot.errors import UsageError
 
-PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file or a Hub id (owner/name).", show_default=False)]
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist.", show_default=False)]
+PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file, a URL or a Hub id (owner/name).", show_default=False)]
+OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write, or the URL of one; it must not exist.", show_default=False)]
 FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
 HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE, with plots by layer.")]  # noqa: UP045

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgres
 from rich.text import Text
 
 from moeglot import report
-from moeglot.convert import WRITING
+from moeglot.stream import WRITING
 
 
 class Rate(ProgressColumn):

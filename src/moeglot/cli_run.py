@@ -8,6 +8,7 @@ import typer
 
 from moeglot.errors import UsageError
 from moeglot.live import load
+from moeglot.remote import on_disk
 from moeglot.source import read_source
 
 
@@ -46,6 +47,6 @@ def tokenizer_of(path: str) -> Any:
         raise UsageError("moeglot run needs transformers", str(error), "pip install 'moeglot[transformers]'") from error
     source = read_source(path)
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(on_disk(source.folder, "its tokenizer"))
     except (OSError, ValueError, ImportError) as error:  # the last where it then looks for a tokenizer of another kind
         raise UsageError(f"{path}: no tokenizer is here", str(error).strip().split("\n")[0], "put the producer's tokenizer files beside the tensors") from error

@@ -1,38 +1,37 @@
-"""Carry out a plan: stream every unit from the source's bytes to the target's, then have the output verified and certified."""
+"""Carry out a plan: its units, here or elsewhere, all at once or in parts; then finalize, which has the output verified, certified and named."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moeglot.adapter import Adapter
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Progress, one_thread, return_large_buffers
-from moeglot.direct import Output
-from moeglot.errors import LossRefused, UsageError
+from moeglot.checks import Progress, return_large_buffers
+from moeglot.errors import LossRefused, Unfinished, UsageError
 from moeglot.identify import MARK
 from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
-from moeglot.plan import SHARD_SIZE, Plan, Unit
+from moeglot.parts import Part, parted
+from moeglot.plan import SHARD_SIZE, Plan
 from moeglot.plan import plan as make_plan
+from moeglot.remote import Location, Remote, location
 from moeglot.shards import no_space
 from moeglot.source import INDEX
-from moeglot.units import estimate, make
+from moeglot.store import Store
+from moeglot.stream import Engine, stream, threads
+from moeglot.units import estimate
 from moeglot.work import Work
 
-if TYPE_CHECKING:
-    import torch
-
-WRITING = "writing"
-"""The progress of this work is told in bytes, that of others in experts."""
+EVERY = 2.0
+"""Seconds between two looks at the journals of all parts."""
 
 
 def convert(
@@ -51,16 +50,18 @@ def convert(
     resume: bool = False,
     progress: Progress | None = None,
     device: str | None = None,
+    engine: Engine | None = None,
 ) -> Certificate:
     """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
 
     `device`: where MXFP4 and FP8 are decoded, a GPU such as "cuda"; what was written is verified on the CPU all the same.
+    `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
 
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(plan, Path(out), allow_loss, workers, resume, progress, device=device)
+    return carry_out(plan, out, allow_loss, workers, resume, progress, device=device, engine=engine)
 
 
 def default_workers() -> int:
@@ -69,45 +70,141 @@ def default_workers() -> int:
 
 def carry_out(
     plan: Plan,
-    out: Path,
+    out: str | Path,
     allow_loss: bool = False,
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     threshold: float = THRESHOLD,
     device: str | None = None,
+    engine: Engine | None = None,
 ) -> Certificate:
-    """Carry out a plan. `threshold`: the share of an adapter's change that must survive in each role. `device`: as in `convert`."""
-    from moeglot.kernels import backend
+    """Carry out a plan. `out`: a folder, or the URL of one in a store. `threshold`: the share of an adapter's change that must survive in each role.
+    `device` as in `convert`. `engine`: what runs the units, by default threads.
+    """
+    place = location(out)
+    if engine and isinstance(place, Remote):
+        raise UsageError(
+            f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
+        )
+    if engine and device:
+        raise UsageError(f"device {device}", "the engine decides where its tasks compute", "leave out one of the two")
+    if device:
+        from moeglot.kernels import backend
 
-    with backend.on(device):
-        pass  # or it is refused before anything is touched
+        with backend.on(device):
+            pass  # or it is refused before anything is touched
+    work = Store(place) if isinstance(place, Remote) else Work(place)
+    count = _begin(plan, allow_loss, workers, threshold)
+    run = engine or threads(count, device)
+    with work.session(plan, resume) as done:
+        if work.renamed(plan):  # the output is complete and verified
+            work.finish()
+            return read_certificate(work.out)
+        with _full_disk_told(plan, work):
+            losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
+            return _finalize(plan, work, losses, count, progress, threshold)
+
+
+def write_part(
+    plan: Plan,
+    out: str | Path,
+    part: Part | str,
+    *,
+    allow_loss: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    threshold: float = THRESHOLD,
+) -> Part:
+    """Carry out one part of a plan, such as `"1/8"`, and nothing more: other processes write the others, at the same time or not, and then one `finalize`s.
+
+    All of them see one file system. What an earlier run of the part has written is not written again. `progress` is told of all parts together.
+    Raises as `convert` does.
+    """
+    part = part if isinstance(part, Part) else Part.of(part)
+    work = Work(out)
+    count = _begin(plan, allow_loss, workers, threshold)
+    with work.part_session(plan, part) as done, _full_disk_told(plan, work):
+        stream(plan, work, done, part.units(plan), threads(count), allow_loss, progress and _of_all_parts(plan, work, progress))
+    return part
+
+
+def _of_all_parts(plan: Plan, work: Work, progress: Progress) -> Progress:
+    """What is told of one part becomes what is to be told of all, by their journals."""
+    nbytes = {unit.key: unit.nbytes for unit in plan.units}
+    total, again = sum(nbytes.values()), 0.0
+
+    def tell(what: str, done: int, of: int) -> None:
+        nonlocal again
+        if time.monotonic() >= again or done == of:
+            progress(what, sum(nbytes[key] for key in work.named()), total)
+            again = time.monotonic() + EVERY
+
+    return tell
+
+
+def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progress: Progress | None = None, threshold: float = THRESHOLD) -> Certificate:
+    """Once all parts of a plan are written: re-read the output, verify and certify it, and give it its name. Raises `Unfinished`, naming parts that are not."""
+    return_large_buffers()
+    work, count = Work(out), _count(workers)
+    if not work.folder.exists():
+        raise Unfinished(f"no part of {out} is written", f"there is no {work.folder}", "pass --part 1/N and so on first, or neither --part nor --finalize")
+    with work.session(plan, resume=True) as done:
+        if work.renamed(plan):
+            work.finish()
+            return read_certificate(work.out)
+        _refuse_unfinished(plan, work, done)
+        with _full_disk_told(plan, work):
+            return _finalize(plan, work, done, count, progress, threshold)
+
+
+def _count(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers", "a conversion needs at least one", "pass --workers 1 or more")
+    return workers or default_workers()
+
+
+def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:
+    """Before a byte is written: refuse what is expected to be lost; returns how many threads are to work."""
     return_large_buffers()
-    threads = workers or default_workers()
+    count = _count(workers)
     if not allow_loss or plan.change:
         expected = estimate(plan)
         if not allow_loss:
             _refuse_expected_loss(expected)
         refuse_lost(plan, expected.expected_survival, threshold, "measured on a few of its experts")
-    work = Work(out)
-    with work.session(plan, resume) as done:
-        if work.renamed(plan):  # the output is complete and verified
-            work.finish()
-            return read_certificate(out)
-        try:
-            with backend.on(device):
-                losses = _stream(plan, work, done, allow_loss, threads, progress)
-            refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
-            _write_rest(plan, work.files)
-            certificate = certify(plan, work.files, losses, threads, progress)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise no_space(work.files, plan.nbytes) from error
-        work.finish()
-    return replace(certificate, out=out)
+    return count
+
+
+def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
+    losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
+    refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
+    _write_rest(plan, work.files)
+    certificate = certify(plan, work.files, losses, count, progress)
+    work.finish()
+    return replace(certificate, out=work.out)
+
+
+def _refuse_unfinished(plan: Plan, work: Work, done: Mapping[str, Loss]) -> None:
+    of_each = parted(plan, work.parts_begun() or 1)
+    missing = [f"{n}/{len(of_each)}" for n, units in enumerate(of_each, 1) if any(unit.key not in done for unit in units)]
+    if missing:
+        written = sum(unit.key in done for unit in plan.units)
+        raise Unfinished(
+            f"part{'s' * (len(missing) > 1)} {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not finished",
+            f"the journals in {work.folder} name {written} of {len(plan.units)} units",
+            f"run the command with --part {missing[0]}{' and so on' * (len(missing) > 1)}, then with --finalize; or with --resume, which does the rest here",
+        )
+
+
+@contextmanager
+def _full_disk_told(plan: Plan, work: Work | Store) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise no_space(work.files, plan.nbytes) from error
 
 
 def _refuse_expected_loss(plan: Plan) -> None:
@@ -120,77 +217,7 @@ def _refuse_expected_loss(plan: Plan) -> None:
         )
 
 
-def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, threads: int, progress: Progress | None) -> dict[str, Loss]:
-    """Write every unit that is not on disk yet; returns what was lost, by unit."""
-    files = {shard.file: Output(work.files / shard.file) for shard in plan.shards}
-    places = {name: (files[shard.file], offset) for shard in plan.shards for name, offset in shard.offsets.items()}
-    losses = dict(done)
-
-    def run(unit: Unit) -> None:
-        parts, loss = make(plan, unit)
-        if loss.changed and not allow_loss:
-            _refuse_loss(unit, loss)
-        _write(unit, parts, places)
-        loss = Loss(survived=loss.survived) if loss.survived else loss
-        work.done(unit, loss)
-        losses[unit.key] = loss
-
-    try:
-        pending = [unit for unit in plan.units if unit.key not in done]
-        total = sum(unit.nbytes for unit in plan.units)
-        _in_parallel(run, pending, threads, partial(_tell, progress, total - sum(unit.nbytes for unit in pending), total))
-    finally:
-        for file in files.values():
-            file.close()
-    return losses
-
-
-def _tell(progress: Progress | None, before: int, total: int, written: int) -> None:
-    if progress:
-        progress(WRITING, before + written, total)
-
-
-def _in_parallel(run: Callable[[Unit], None], units: list[Unit], threads: int, tell: Callable[[int], None]) -> None:
-    """A few units under way at a time; the first error stops the rest."""
-    with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
-        waiting, under_way, finished = iter(units), dict[Future[None], Unit](), 0
-        try:
-            while True:
-                while len(under_way) < 2 * threads and (unit := next(waiting, None)):
-                    under_way[pool.submit(run, unit)] = unit
-                if not under_way:
-                    return
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    finished += under_way.pop(future).nbytes
-                tell(finished)
-        finally:
-            for future in under_way:
-                future.cancel()
-
-
-def _refuse_loss(unit: Unit, loss: Loss) -> None:
-    place = f"layer {unit.step.layer}, expert {unit.expert}" if unit.step else unit.key.removesuffix("|dense")
-    raise LossRefused(
-        f"{place}: to {unit.verb} changes {loss.changed} of {loss.values} values",
-        f"relative error {loss.relative:.2g}; what was sampled while planning lost nothing, this does",
-        "pass --resume --allow-loss if that is meant; the certificate will state the loss",
-    )
-
-
-def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, tuple[Output, int]]) -> None:
-    if unit.step is None:
-        file, offset = places[unit.key.removesuffix("|dense")]
-        file.write(parts["value"], offset)
-        return
-    line = unit.step.line
-    for part in unit.step.target.parts:
-        tensor = parts[part.name]
-        file, offset = places[line.key_of(part, unit.step.layer, unit.expert)]
-        file.write(tensor, offset if line.per_expert or part.shared else offset + unit.expert * tensor.numel() * tensor.element_size())
-
-
-def _write_rest(plan: Plan, folder: Path) -> None:
+def _write_rest(plan: Plan, folder: Location) -> None:
     """config.json, the index, and the files that are carried over."""
     write_json(folder / "config.json", plan.config)
     if len(plan.shards) > 1:
@@ -198,4 +225,7 @@ def _write_rest(plan: Plan, folder: Path) -> None:
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
         write_json(folder / INDEX, {"metadata": {"total_size": total, MARK: plan.target.name}, "weight_map": dict(sorted(weight_map.items()))})
     for path in plan.others:
-        shutil.copyfile(path, folder / path.name)
+        if isinstance(path, Path) and isinstance(folder, Path):
+            shutil.copyfile(path, folder / path.name)
+        else:
+            (folder / path.name).write_bytes(path.read_bytes())

@@ -47,7 +47,10 @@ class Output:
                     raise
         write_at(self._descriptor, data, offset)
 
-    def close(self) -> None:
+    def close(self, flush: bool = False) -> None:
+        """`flush`: what was written is on the disk when this returns, and not only on its way."""
+        if flush:
+            os.fsync(self._descriptor)
         for descriptor in (self._descriptor, self._direct):
             if descriptor is not None:
                 os.close(descriptor)

@@ -17,6 +17,7 @@ MoeglotError
 ├── OutputError               the result cannot be written as asked
 │   ├── OutputExists          something is there that this run did not write
 │   ├── NoSpace               the disk is full, or would be
+│   ├── Unfinished            parts of it are not written yet
 │   └── LossRefused           numbers would change and nobody allowed it
 ├── NotVerified               the output was written and does not hold
 └── UsageError                a name or value that we do not know
@@ -110,6 +111,10 @@ class OutputExists(OutputError):
 
 class NoSpace(OutputError):
     """The disk is full, or would be."""
+
+
+class Unfinished(OutputError):
+    """Parts of the output are not written yet."""
 
 
 class LossRefused(OutputError):

@@ -25,6 +25,8 @@ def load(
     encode: str | None = None,
     modules_to_not_convert: Sequence[str] = (),
     backend: str = "auto",
+    ep_rank: int | None = None,
+    ep_size: int | None = None,
     **options: Any,
 ) -> Any:
     """A stock transformers model that computes what the checkpoint says, from any format and encoding; evaluation mode.
@@ -34,16 +36,21 @@ def load(
     Experts are decoded one at a time, straight into the parameters, so that memory holds the model and little more.
     `native`: experts stay in memory as they are on disk, in `moeglot.nn.Experts`, and are decoded as they are used. `encode` ("mxfp4", "fp8-block", "nf4", ...)
     quantizes plain ones on the way, except in modules that `modules_to_not_convert` names; `backend` says how they compute, see `moeglot.nn`.
+    `ep_size`: the processes of torch.distributed divide the experts of each layer, and each reads the bytes of its own alone; the library's strategies bring
+    them their tokens. All processes have one batch. `ep_rank`, if it is passed, must be this process's. Needs transformers 5.23.
     Raises `MoeglotError`: `FormatError` where nobody may say what the tensors mean, `CheckpointError` for broken tensors, `NotVerified` where transformers
     would leave a tensor out, unread or without numbers.
     """
     _require("load")
     if not native and (encode or modules_to_not_convert or backend != "auto"):
         raise UsageError("encode, modules_to_not_convert and backend are for native=True", "without it, experts are decoded", "pass native=True too")
-    from moeglot.integrations import transformers_load
+    if ep_rank is not None and ep_size is None:
+        raise UsageError(f"ep_rank={ep_rank} without ep_size", "a rank is one of several", "pass ep_size too; ep_rank may be left out")
+    from moeglot.integrations import transformers_load, transformers_parallel
 
     how = transformers_load.Native(encode, tuple(modules_to_not_convert), backend) if native else None
-    return transformers_load.load(path, dtype, device, format, options, how)
+    share = transformers_parallel.Share.of(ep_rank, ep_size) if ep_size is not None else None
+    return transformers_load.load(path, dtype, device, format, options, how, share)
 
 
 def save(

@@ -11,6 +11,7 @@ from moeglot.checks import Progress
 from moeglot.convert import carry_out
 from moeglot.kept import THRESHOLD
 from moeglot.plan import SHARD_SIZE, plan
+from moeglot.stream import Engine
 
 
 def merge(
@@ -30,6 +31,7 @@ def merge(
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Certificate:
     """Write `base` with the change of `adapter` to the folder `out`, say what of the change survived the encoding, verify and certify it.
 
@@ -37,9 +39,10 @@ def merge(
     "nearest", "stochastic[:SEED]", "delta" or "gptq:FILE". The base's scales stay, but for blocks in which a sum lies beyond them. Matrices without a
     change are moved as `convert` moves them.
     `keep_touched`: in each layer, matrices that the adapter changes stay in that float type, where the target's config can say so.
+    `engine` as in `convert`.
     Raises `LossRefused` if less than `threshold` of the change survives in some role; and all that `open_adapter` and `convert` do.
     """
     checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
     change = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, checkpoint, convention)
     made = plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(made, Path(out), allow_loss, workers, resume, progress, threshold)
+    return carry_out(made, out, allow_loss, workers, resume, progress, threshold, engine=engine)

@@ -25,6 +25,7 @@ from moeglot.formats import by_name, of_family
 from moeglot.identify import MARK
 from moeglot.layout import Sizes, Stored
 from moeglot.merging import Change, Merged, MergedPart
+from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.survival import Survival
@@ -106,7 +107,7 @@ class Plan:
     dense: Mapping[str, tuple[DenseTensor, ...]]
     shards: tuple[ShardPlan, ...]
     config: Mapping[str, Any]
-    others: tuple[Path, ...]
+    others: tuple[Location, ...]
     expected_error: Mapping[str, float] = field(default_factory=dict)
     change: Change | None = None
     expected_survival: Mapping[str, Survival] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile, NoSpace
+from moeglot.remote import Location, Remote
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ class Entry(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
-    path: Path
+    path: Location
     start: int
     end: int
 
@@ -45,20 +46,21 @@ class Entry(NamedTuple):
         return self.end - self.start
 
     def read(self, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        """The tensor, or `rows` entries of its first axis from `first`; a view of the mapped file, read when it is touched.
+        """The tensor, or `rows` entries of its first axis from `first`; a view of the mapped file, read when it is touched, or fetched from a store.
 
         Of a slice as large as an expert's, the kernel is told that all of it will be.
         """
         import torch
 
         shape = self.shape if rows is None else (rows, *self.shape[1:])
-        size = DTYPES[self.dtype].size
-        row = prod(self.shape[1:]) * size
-        dtype = DTYPES[self.dtype].torch
+        size, dtype = DTYPES[self.dtype].size, DTYPES[self.dtype].torch
         if not prod(shape):
             return torch.empty(shape, dtype=dtype)
+        offset = self.start + first * prod(self.shape[1:]) * size
+        if isinstance(self.path, Remote):
+            return torch.frombuffer(self.path.range(offset, prod(shape) * size), dtype=dtype).view(shape)
         now = self.path.stat()
-        mapping, offset = _mapping(self.path, now.st_ino, now.st_mtime_ns), self.start + first * row
+        mapping = _mapping(self.path, now.st_ino, now.st_mtime_ns)
         if ALIGNMENT < prod(shape) * size <= SLICE and hasattr(mmap, "MADV_WILLNEED"):
             page = offset // mmap.PAGESIZE * mmap.PAGESIZE
             mapping.madvise(mmap.MADV_WILLNEED, page, offset + prod(shape) * size - page)
@@ -89,7 +91,7 @@ def forget_mappings() -> None:
     _maps.clear()
 
 
-def _refuse(path: Path, what: str, known: str) -> BrokenFile:
+def _refuse(path: Location, what: str, known: str) -> BrokenFile:
     return BrokenFile(f"{path.name}: {what}", known, "fetch the file again from its producer; nothing was read from it")
 
 
@@ -114,7 +116,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_header(path: Path, *, ask_library: bool = True) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Location, *, ask_library: bool = True) -> tuple[dict[str, Entry], dict[str, str]]:
     """(name -> Entry, metadata) of a safetensors file; raises `BrokenFile` for each way in which a header can be wrong.
 
     `ask_library`: also have the safetensors library accept it, which costs the import of numpy; whoever only looks can do without.
@@ -122,7 +124,7 @@ def read_header(path: Path, *, ask_library: bool = True) -> tuple[dict[str, Entr
     if not path.is_file():
         raise _refuse(path, "no file", "it is a folder, a device or a link to nothing")
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":
             raise BrokenFile(f"{path.name}: a git-lfs pointer, not the file itself", "it begins as git-lfs writes them", "run `git lfs pull` in its folder")
@@ -148,7 +150,7 @@ def read_header(path: Path, *, ask_library: bool = True) -> tuple[dict[str, Entr
         at = entry.end
     if at != size:
         raise _refuse(path, "truncated" if at > size else "has bytes that no tensor owns", f"the tensors end at byte {at}, the file at {size}")
-    if ask_library:
+    if ask_library and isinstance(path, Path):
         _ask_safetensors(path)
     return entries, metadata
 
@@ -164,7 +166,7 @@ def _ask_safetensors(path: Path) -> None:
         raise _refuse(path, "refused by the safetensors library", str(error)) from error
 
 
-def describe(path: Path, name: str, value: Any, base: int) -> Entry:
+def describe(path: Location, name: str, value: Any, base: int) -> Entry:
     """A tensor's description in a header -> Entry; `base`: where the data starts in the file. Raises `BrokenFile`."""
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
@@ -182,13 +184,10 @@ def describe(path: Path, name: str, value: Any, base: int) -> Entry:
         raise _no_number(path, name, value)
     if end - start != nbytes:
         raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {list(shape)} of {dtype} needs {nbytes}")
-    return _entry((name, dtype, shape, path, base + start, base + end))
+    return Entry._make((name, dtype, shape, path, base + start, base + end))
 
 
-_entry = Entry._make
-
-
-def _no_number(path: Path, name: str, value: Any) -> BrokenFile:
+def _no_number(path: Location, name: str, value: Any) -> BrokenFile:
     return _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
 
 
@@ -275,7 +274,7 @@ def allocate(path: Path, shard: ShardPlan) -> None:
         os.close(descriptor)
 
 
-def no_space(path: Path, needed: int, started: bool = True) -> NoSpace:
+def no_space(path: Location, needed: int, started: bool = True) -> NoSpace:
     """The refusal for a full disk, before or after something was written."""
     return NoSpace(
         f"no space left for {path.name}",

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, a safetensors file or a Hub id; which of its files may be read at all."""
+"""Where a checkpoint lies: a folder, a safetensors file, a URL of a store or a Hub id; which of its files may be read at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from moeglot import hub
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
+from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, read_header, unique
 
 INDEX = "model.safetensors.index.json"
@@ -23,8 +24,8 @@ class Source:
     """The files of one checkpoint, headers read: tensors by name, config.json, the marks in the headers, and the files beside them."""
 
     name: str
-    folder: Path
-    shards: tuple[Path, ...]
+    folder: Location
+    shards: tuple[Location, ...]
     entries: Mapping[str, Entry] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     metadata: tuple[Mapping[str, str], ...] = field(repr=False)
@@ -39,24 +40,26 @@ class Source:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def others(self) -> Iterator[Path]:
+    def others(self) -> Iterator[Location]:
         """Files that are carried over as they are: tokenizer, templates, licence; no weights, no index, no config.json, nothing of ours."""
-        for path in sorted(self.folder.iterdir()) if not self.single else []:
+        for path in _listed(self.folder) if not self.single else []:
             weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
             if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
                 yield _inside(path, _root(self.folder))
 
 
 def read_source(path: str | Path, headers_only: bool = False) -> Source:
-    """Folder, safetensors file or Hub id -> its headers and config; raises `CheckpointError`.
+    """Folder, safetensors file, URL or Hub id -> its headers and config; raises `CheckpointError`.
 
     A Hub id is fetched by huggingface_hub: whole, or with `headers_only` just what `inspect` needs, so that no tensor can be read.
     """
-    local = Path(path)
+    local = location(path)
     if local.is_file():
         if local.suffix != ".safetensors":
             raise _not_safetensors(local)
         return replace(_read(str(path), local.parent, (local,), headers_only), single=True)
+    if isinstance(local, Remote) and not local.is_dir():
+        raise CheckpointError(f"{path}: nothing is there", "the store has no such file or folder", "check the URL")
     if not local.is_dir() and headers_only:
         return _remote(str(path))
     if not local.is_dir():
@@ -72,22 +75,24 @@ def _remote(name: str) -> Source:
     return Source(name, Path(name), tuple(shards.values()), entries, config, tuple(headers[file][1] for file in shards))
 
 
-def _root(folder: Path) -> Path:
-    """The folder that files may not leave; in huggingface_hub's cache, snapshots link to the blobs of their own repository."""
+def _root(folder: Location) -> Path:
+    """The folder that files may not leave (a store has no links); in huggingface_hub's cache, snapshots link to the blobs of their own repository."""
+    if isinstance(folder, Remote):
+        return Path()
     repository = folder.resolve().parent.parent
     cached = folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--") and (repository / "blobs").is_dir()
     return repository if cached else folder.resolve()
 
 
-def _shards(name: str, folder: Path, root: Path) -> Iterator[Path]:
+def _shards(name: str, folder: Location, root: Path) -> Iterator[Location]:
     if (index := folder / INDEX).is_file():
         names = sorted(set(_weight_map(_inside(index, root)).values()))
         yield from (_inside(folder / _plain(name), root) for name in names)
         return
     single = folder / "model.safetensors"
-    found = [single] if os.path.lexists(single) else sorted(folder.glob("*.safetensors"))
+    found = [single] if single.exists() or os.path.lexists(str(single)) else [path for path in _listed(folder) if path.suffix == ".safetensors"]
     if not found:
-        if pickles := [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]:
+        if pickles := [path.name for path in _listed(folder) if path.suffix in PICKLES]:
             raise PickleRefused(
                 f"{name}: only pickle files are here: {', '.join(pickles[:3])}",
                 "loading a pickle runs the code in it; moeglot never does",
@@ -97,20 +102,20 @@ def _shards(name: str, folder: Path, root: Path) -> Iterator[Path]:
     yield from (_inside(path, root) for path in found)
 
 
-def _not_safetensors(path: Path) -> CheckpointError:
+def _not_safetensors(path: Location) -> CheckpointError:
     if path.suffix in PICKLES:
         known = "it is a pickle, and loading one runs the code in it; moeglot never does"
         return PickleRefused(f"{path.name}: never loaded", known, "save it as safetensors first, with the framework that wrote it")
     return CheckpointError(f"{path.name}: not a safetensors file", f"its name ends in {path.suffix or 'nothing'}", "pass a .safetensors file or its folder")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: Location) -> dict[str, str]:
     now = index.stat()
-    return _read_weight_map(index, now.st_ino, now.st_mtime_ns)
+    return _read_weight_map(index, getattr(now, "st_ino", 0), now.st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _read_weight_map(index: Path, inode: int, changed: int) -> dict[str, str]:
+def _read_weight_map(index: Location, inode: int, changed: int) -> dict[str, str]:
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise BrokenFile(f"{INDEX}: no weight_map", "it maps each tensor to its file, as huggingface_hub writes it", "fetch the index again")
@@ -123,16 +128,21 @@ def _plain(name: str) -> str:
     return name
 
 
-def _inside(path: Path, root: Path) -> Path:
+def _listed(folder: Location) -> list[Location]:
+    """What lies in a folder, by name."""
+    return sorted(folder.iterdir(), key=lambda path: path.name)
+
+
+def _inside(path: Location, root: Path) -> Location:
     if not path.exists():
         known = f"{INDEX} names it as a shard" if (path.parent / INDEX).is_file() else "it is a link to nothing"
         raise BrokenFile(f"{path.name}: missing", known, "fetch it again from its producer")
-    if not path.resolve().is_relative_to(root):
+    if isinstance(path, Path) and not path.resolve().is_relative_to(root):
         raise BrokenFile(f"{path.name}: a link that leaves its folder", f"it points to {path.resolve()}", "put the file itself there if you trust it")
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """A JSON object, each key once; raises `BrokenFile`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
@@ -143,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(name: str, folder: Path, shards: tuple[Path, ...], headers_only: bool) -> Source:
+def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_only: bool) -> Source:
     entries: dict[str, Entry] = {}
     held: dict[str, str] = {}
     metadata = []
@@ -163,7 +173,7 @@ def _read(name: str, folder: Path, shards: tuple[Path, ...], headers_only: bool)
     return Source(name, folder, shards, entries, config, tuple(metadata))
 
 
-def _check_index(folder: Path, shards: tuple[Path, ...], held: Mapping[str, str]) -> None:
+def _check_index(folder: Location, shards: tuple[Location, ...], held: Mapping[str, str]) -> None:
     """Index and shards agree, tensor by tensor, if these shards are the ones that the index names. `held`: tensor -> its file."""
     if not (folder / INDEX).is_file() or set((said := _weight_map(folder / INDEX)).values()) != {shard.name for shard in shards}:
         return

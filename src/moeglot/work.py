@@ -1,10 +1,15 @@
-"""The work folder of one conversion, OUT.partial/{journal, checkpoint/...}: its journal says what is on disk, so that a killed run can go on."""
+"""The work folder of one conversion, OUT.partial/{journal, checkpoint/...}: its journals say what is on disk, so that a killed run can go on, and parts add up.
+
+Whoever does all of it holds `journal` alone. Parts hold it together, have a journal of their own each, `journal-1-of-8`, and prepare the folder one at a time,
+under the lock of `parts`, which says how many they are.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,18 +19,23 @@ from typing import Any
 
 from moeglot.errors import OutputExists
 from moeglot.loss import Loss
+from moeglot.parts import Part
 from moeglot.plan import Plan, Unit
+from moeglot.remote import local_only
 from moeglot.shards import allocate, forget_mappings, no_space
+
+JOURNAL = re.compile(r"journal-\d+-of-\d+")
 
 
 class Work:
     """The temporary folder of one conversion; its journal says which units are on disk, so that a killed run can go on."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: str | Path) -> None:
+        self.out = out = local_only(out, "OUT")
         self.folder = out.with_name(out.name + ".partial")
         self.files = self.folder / "checkpoint"
         self.journal = self.folder / "journal"
+        self.parts = self.folder / "parts"
         self._lock = threading.Lock()
 
     def renamed(self, plan: Plan) -> bool:
@@ -43,16 +53,59 @@ class Work:
                     f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
                 )
             self._check_ours(plan)
-        if os.path.lexists(self.out) and not self.renamed(plan):
-            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
         if not self.renamed(plan):
-            self._make_folders(plan)
-        self._descriptor = os.open(self.journal, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+            self._refuse_output()
+            self._make_folder(plan)
+        with self._journal(self.journal, fcntl.LOCK_EX) as self._descriptor:
+            yield {} if self.renamed(plan) else self._prepare(plan) | self._of_parts()
+
+    @contextmanager
+    def part_session(self, plan: Plan, part: Part) -> Iterator[dict[str, Loss]]:
+        """The units that are already done, by whichever part; other parts may have theirs at the same time."""
+        if os.path.lexists(self.folder):
+            self._check_ours(plan)
+        self._refuse_output()
+        self._make_folder(plan)
+        with self._journal(self.journal, fcntl.LOCK_SH) as self._descriptor:
+            with _locked(self.parts) as said:
+                self._check_ours(plan)
+                self._refuse_output()  # it may have got its name meanwhile
+                if said and said != str(part.count):
+                    raise OutputExists(
+                        f"{self.folder} was begun in {said} parts", f"this is part {part}", f"pass --part i/{said}, or --resume for all the rest"
+                    )
+                done = self._prepare(plan)
+                self.parts.write_text(str(part.count))
+            own = self.folder / f"journal-{part.number}-of-{part.count}"
+            with self._journal(own, fcntl.LOCK_EX) as self._descriptor:
+                _whole(own)
+                yield done | self._of_parts()
+
+    @contextmanager
+    def _journal(self, path: Path, how: int) -> Iterator[int]:
+        """A journal, open and locked."""
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         try:
-            self._take_lock()
-            yield {} if self.renamed(plan) else self._read(plan)
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise OutputExists(f"{self.folder} is being written", f"another moeglot holds its {path.name}", "wait for it") from error
+        try:
+            yield descriptor
         finally:
-            os.close(self._descriptor)
+            os.close(descriptor)
+
+    def parts_begun(self) -> int | None:
+        """How many parts the work was divided into; None if it was not."""
+        return int(self.parts.read_text() or 0) or None if self.parts.exists() else None
+
+    def named(self) -> set[str]:
+        """The units that some journal names by now."""
+        return {*_units(_lines(self.journal)), *self._of_parts()}
+
+    def _of_parts(self) -> dict[str, Loss]:
+        """What the journals of the parts name; a line that is being written is no line yet."""
+        return {unit: loss for path in sorted(self.folder.glob("journal-*")) for unit, loss in _units(_lines(path)).items()}
 
     def _check_ours(self, plan: Plan) -> None:
         """Touches nothing; raises `OutputExists` unless the folder is what a run of this plan leaves when it is killed."""
@@ -62,7 +115,8 @@ class Work:
 
         if self.folder.is_symlink() or not self.folder.is_dir():
             raise foreign("it is no folder")
-        if others := sorted({path.name for path in self.folder.iterdir()} - {self.journal.name, self.files.name}):
+        ours = {self.journal.name, self.files.name, self.parts.name}
+        if others := sorted(name for path in self.folder.iterdir() if (name := path.name) not in ours and not JOURNAL.fullmatch(name)):
             raise foreign(f"it holds {others[0]}")
         text = self.journal.read_text(encoding="utf-8", errors="replace") if self.journal.is_file() else ""
         if not text and self.files.exists() and any(self.files.iterdir()):
@@ -80,32 +134,28 @@ class Work:
                 f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
             )
 
-    def _make_folders(self, plan: Plan) -> None:
+    def _refuse_output(self) -> None:
+        if os.path.lexists(self.out):
+            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
+
+    def _make_folder(self, plan: Plan) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.out.parent).free
         if free < plan.nbytes and not self.folder.exists():
             raise no_space(self.folder, plan.nbytes, started=False)
-        self.files.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
 
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputExists(f"{self.folder} is being written", "another moeglot holds its journal", "wait for it") from error
-
-    def _read(self, plan: Plan) -> dict[str, Loss]:
-        text = self.journal.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # what follows the last newline was torn by a kill
-        if whole != text:
-            os.truncate(self.journal, len(whole.encode()))
-        if not whole:
+    def _prepare(self, plan: Plan) -> dict[str, Loss]:
+        """Have the journal begin as it must, and the files at their full size; returns the units that it names."""
+        told = _whole(self.journal)
+        self.files.mkdir(exist_ok=True)
+        if not told:
             self._note({"plan": plan.digest})
-        told = [json.loads(line) for line in whole.splitlines()[1:]]
         if {"allocated": True} not in told:
             for shard in plan.shards:
                 allocate(self.files / shard.file, shard)
             self._note({"allocated": True})
-        return {line["unit"]: Loss.of_row(line["loss"]) for line in told if "unit" in line}
+        return _units(told)
 
     def _note(self, line: Mapping[str, Any]) -> None:
         data = memoryview((json.dumps(line) + "\n").encode())
@@ -127,7 +177,8 @@ class Work:
                     "remove it and pass --resume, or choose another OUT",
                 )
             os.rename(self.files, self.out)
-        self.journal.unlink()
+        for path in sorted(self.folder.iterdir(), key=lambda path: path == self.journal):  # it goes last: it says whose the folder is
+            path.unlink()
         self.folder.rmdir()
 
 
@@ -137,3 +188,30 @@ def _begins(path: Path, header: bytes) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(header)) == header
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[str]:
+    """What a file says, while nobody else who asks may; waits for whoever has it."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        yield file.read()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal; what follows the last newline was torn by a kill, or is being written."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _whole(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal whose lock we hold; what a kill tore is cut off."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return _lines(path)
+
+
+def _units(lines: list[dict[str, Any]]) -> dict[str, Loss]:
+    return {line["unit"]: Loss.of_row(line["loss"]) for line in lines if "unit" in line}

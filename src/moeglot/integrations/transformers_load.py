@@ -24,8 +24,10 @@ from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_native
 from moeglot.integrations.transformers import READS, model_class
+from moeglot.integrations.transformers_parallel import Share, require_divided
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
+from moeglot.source import read_json
 from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -51,6 +53,7 @@ def load(
     format: str | None,
     options: Mapping[str, Any],
     native: Native | None = None,
+    share: Share | None = None,
 ) -> Any:
     """See `moeglot.load`."""
     if taken := sorted(OURS & options.keys()):
@@ -58,6 +61,7 @@ def load(
             f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
         )
     checkpoint = open(path, format)
+    mine = share.experts(checkpoint.sizes["e"]) if share else None
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
     cls = model_class(config)
@@ -70,7 +74,9 @@ def load(
         _check_native(options)
         transformers_native.check(chosen, modules, empty)
         transformers_native.hollow(chosen, state)
-    placement = {} if native else _placement(device, options)
+    placement = {} if native else share.options if share else _placement(device, options)
+    if share and not native and (device is not None or options.keys() & placement.keys()):
+        raise UsageError("device, with ep_size", "each process has the device that transformers gives it", "leave device and distributed_config out")
     given = {**options, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
@@ -80,8 +86,13 @@ def load(
     _check(checkpoint, chosen, state, model, info)
     _finish(checkpoint, model)
     if native:
-        transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend)
+        transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend, mine)
         model.to(device or "cpu")
+    if share:
+        require_divided(model, expert_names(chosen), share.size)
+    if share and native:
+        for layer in checkpoint.layers:
+            share.dispatch(model.get_submodule(transformers_native.path_of(chosen, layer)), torch.device(device or "cpu"))
     give_back()
     return model
 
@@ -192,5 +203,6 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
     """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
     model.config.name_or_path = str(checkpoint.source.folder)
-    if model.can_generate() and not checkpoint.source.single and (checkpoint.source.folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(checkpoint.source.folder)
+    beside = checkpoint.source.folder / "generation_config.json"
+    if model.can_generate() and not checkpoint.source.single and beside.is_file():
+        model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))

@@ -144,8 +144,13 @@ def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
         lazy.make = partial(_Nothing.of, shape, lazy.dtype)
 
 
-def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str) -> None:
-    """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing."""
+def swap(
+    checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None
+) -> None:
+    """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing.
+
+    `experts`: those of each layer that it holds, by default all.
+    """
     lines = held_lines(checkpoint, encode) if encode else None
     converted = 0
     for layer in checkpoint.layers:
@@ -153,7 +158,7 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: s
         old = model.get_submodule(name)
         mine = lines if not leaves_alone({"modules_to_not_convert": kept}, name) else None
         converted += mine is not None
-        new = kind_of(old, name).of(checkpoint, layer, lines=mine, backend=backend)
+        new = kind_of(old, name).of(checkpoint, layer, lines=mine, experts=experts, backend=backend)
         new.post_expert_norm = getattr(old, "post_expert_norm", None)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))

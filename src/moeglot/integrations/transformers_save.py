@@ -44,6 +44,8 @@ def hold(name: str, tensor: torch.Tensor) -> HeldEntry:
         raise NotVerified(
             f"{name} is a placeholder without numbers (meta device)", f"the model's state dict, {INSTALLED}", "load the model without offloading, then save it"
         )
+    if hasattr(tensor, "to_local"):
+        raise UsageError(f"{name} is divided among processes", "this one has a part of it", "load the model without ep_size, then save it")
     found = HeldEntry(name, dtype_of(tensor).name, tuple(tensor.shape), Path("state_dict"), 0, tensor.nbytes)
     found.held = tensor.detach()
     return found

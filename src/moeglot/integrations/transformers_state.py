@@ -32,6 +32,8 @@ class Lazy:
     shape: torch.Size
     stored: DType
     make: Callable[[], torch.Tensor] = field(repr=False)
+    some: Callable[[range], torch.Tensor] | None = field(default=None, repr=False)
+    """Makes only these entries of the first axis, where each comes from bytes of its own."""
     reads: int = 0
     refusal: MoeglotError | None = None
 
@@ -55,6 +57,10 @@ class Lazy:
     def __getitem__(self, index: Any) -> torch.Tensor:
         try:
             self.reads += 1
+            first, *others = index if isinstance(index, tuple) else (index,)
+            if self.some and isinstance(first, slice):
+                whole = (slice(None), *others)
+                return self.some(range(self.shape[0])[first])[whole]
             return self.make()[index]
         except MoeglotError as error:
             self.refusal = error
@@ -82,7 +88,8 @@ def _experts(source: Checkpoint, step: Step, dtype: DType) -> list[Lazy]:
     if line.per_expert:
         shape = torch.Size(line.expert_shape(sizes))
         return [Lazy(line.keys(step.layer, expert)["value"], shape, dtype, partial(_slice, source, step, expert, dtype)) for expert in range(sizes["e"])]
-    return [Lazy(line.keys(step.layer)["value"], torch.Size(line.shape(sizes)), dtype, lambda: _stacked(source, step, dtype))]
+    some = partial(_stacked, source, step, dtype)
+    return [Lazy(line.keys(step.layer)["value"], torch.Size(line.shape(sizes)), dtype, lambda: some(range(sizes["e"])), some)]
 
 
 def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.Tensor:
@@ -101,13 +108,13 @@ def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.T
     return found
 
 
-def _stacked(source: Checkpoint, step: Step, dtype: DType) -> torch.Tensor:
-    """The tensor of all experts, filled one expert at a time."""
-    line, sizes = step.line, source.sizes
+def _stacked(source: Checkpoint, step: Step, dtype: DType, experts: range) -> torch.Tensor:
+    """The tensor of these experts, filled one at a time; no others are read."""
+    line, sizes = step.line, {**source.sizes, "e": len(experts)}
     whole = torch.empty(line.shape(sizes), dtype=dtype.torch)
-    each = whole.view(sizes["e"], *line.expert_shape(sizes))
-    for expert in range(sizes["e"]):
-        each[expert].copy_(_slice(source, step, expert, dtype))
+    each = whole.view(len(experts), *line.expert_shape(sizes))
+    for place, expert in zip(each, experts, strict=True):
+        place.copy_(_slice(source, step, expert, dtype))
     if len(line.role_axes.split()) > 1 and not bool(whole.any()):
         raise BadNumbers(
             f"{line.keys(step.layer)['value']}: every number of every expert is zero",

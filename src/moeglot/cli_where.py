@@ -1,0 +1,88 @@
+"""Where the units of a plan run: on threads here, one part of them here, or on Ray; and what a part reports when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from moeglot import report
+from moeglot.certificate import Certificate
+from moeglot.cli_options import print_json
+from moeglot.convert import carry_out, finalize, write_part
+from moeglot.errors import UsageError
+from moeglot.parts import Part
+from moeglot.plan import Plan
+from moeglot.stream import Engine
+
+Bar = Callable[[bool], AbstractContextManager[Any]]
+
+PartOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--part", metavar="i/N", help="Write part i of N and stop; 'auto' asks torchrun or a SLURM array. Other processes write the others."),
+]
+FinalizeOption = Annotated[bool, typer.Option("--finalize", help="All parts are written: verify, certify, and give the output its name.")]
+EngineOption = Annotated[str, typer.Option("--engine", metavar="local|ray", help="What runs the work: threads here, or tasks of a Ray cluster.")]
+RayAddressOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--ray-address", metavar="ADDRESS", help="Of the cluster; else Ray finds one, or starts one here."),
+]
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the options say."""
+
+    part: str | None = None
+    finalize: bool = False
+    engine: str = "local"
+    ray_address: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UsageError(f"--engine {self.engine}", f"known: {', '.join(ENGINES)}", "leave it out for threads on this machine")
+        if self.ray_address and self.engine != "ray":
+            raise UsageError("--ray-address without --engine ray", "it is where Ray's cluster is", "pass --engine ray too")
+        if self.engine == "ray" and (self.part or self.finalize):
+            raise UsageError("--engine ray in parts", "Ray divides the work itself, and the output is verified at its end", "leave out --part and --finalize")
+        if self.device and (self.part or self.finalize or self.engine != "local"):
+            raise UsageError(f"--device {self.device} in parts or by Ray", "it is for one process", "leave it out: each process decodes on its CPU")
+        if self.part and self.finalize:
+            raise UsageError(
+                "--part and --finalize", "a part writes, --finalize verifies what all parts have written", "run --finalize once, after the last part"
+            )
+
+    def run(self, plan: Plan, out: str, allow_loss: bool, workers: int | None, resume: bool, json: bool, threshold: float, bar: Bar) -> Certificate | None:
+        """Carry out a plan, or a part of it, which has no certificate."""
+        if not self.part:
+            with bar(json) as progress:
+                if self.finalize:
+                    return finalize(plan, out, workers=workers, progress=progress, threshold=threshold)
+                return carry_out(plan, out, allow_loss, workers, resume, progress, threshold, self.device, self._engine())
+        part = Part.of(self.part)
+        with bar(json or part.number > 1) as progress:  # one bar for the whole job
+            write_part(plan, out, part, allow_loss=allow_loss, workers=workers, progress=progress, threshold=threshold)
+        _tell(plan, out, part, json)
+        return None
+
+    def _engine(self) -> Engine | None:
+        if self.engine == "local":
+            return None
+        from moeglot.integrations import ray
+
+        return ray.engine(self.ray_address)
+
+
+def _tell(plan: Plan, out: str, part: Part, json: bool) -> None:
+    units = part.units(plan)
+    nbytes = sum(unit.nbytes for unit in units)
+    if json:
+        print_json({"schema": "moeglot/part/1", "part": part.number, "of": part.count, "units": len(units), "bytes": nbytes, "out": str(out)})
+    else:
+        Console().print(f"part {part} is written: {len(units)} units, {report.size(nbytes)}; --finalize after the last", highlight=False)

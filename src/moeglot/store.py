@@ -1,0 +1,131 @@
+"""An output in a store, which takes files whole: each shard is made on this machine's disk and uploaded, and what lies in OUT.partial gets its name at the end.
+
+As on a disk, OUT.partial/journal says what is there: one object for each shard that was uploaded, with the losses of its units. A store has no locks.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from moeglot.certificate import CERTIFICATE
+from moeglot.errors import OutputExists
+from moeglot.loss import Loss
+from moeglot.plan import Plan, Unit
+from moeglot.remote import Remote
+from moeglot.shards import allocate
+from moeglot.stream import Engine
+
+
+class Store:
+    """The temporary folder of one conversion in a store; used as `Work` is."""
+
+    def __init__(self, out: Remote) -> None:
+        self.out = Remote(out.url.rstrip("/"))
+        self.folder = Remote(self.out.url + ".partial")
+        self.files, self.journal = self.folder / "checkpoint", self.folder / "journal"
+
+    def renamed(self, plan: Plan) -> bool:
+        """An earlier run of this plan had its output verified, and was killed while it gave it its name."""
+        return self._verified
+
+    @cached_property
+    def _verified(self) -> bool:
+        return self.folder.exists() and ((self.files / CERTIFICATE).exists() or (not self.files.exists() and (self.out / CERTIFICATE).exists()))
+
+    @contextmanager
+    def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
+        """The units all of whose shards are uploaded."""
+        if self.folder.exists():
+            if not resume:
+                raise OutputExists(
+                    f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
+                )
+            self._check_ours(plan)
+        if self.out.exists() and not self._verified:
+            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
+        self._losses = {} if self._verified else self._read()
+        shards = shards_of(plan)
+        yield {key: loss for key, loss in self._losses.items() if shards[key] <= self._uploaded}
+
+    def _told(self) -> dict[str, dict[str, object]]:
+        """Shard -> what its journal says."""
+        if not self.journal.exists():
+            return {}
+        return {path.name.removesuffix(".json"): json.loads(path.read_text()) for path in self.journal.iterdir()}
+
+    def _check_ours(self, plan: Plan) -> None:
+        told = self._told()
+        if not told and self.files.exists() and not self._verified:
+            raise OutputExists(f"{self.folder} has files and no journal", "it may be somebody else's", "remove it yourself, or choose another OUT")
+        if any(said["plan"] != plan.digest for said in told.values()):
+            raise OutputExists(
+                f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
+            )
+
+    def _read(self) -> dict[str, Loss]:
+        found: dict[str, Loss] = {}
+        self._uploaded: set[str] = set()
+        for file, said in self._told().items():
+            units = said["units"]
+            assert isinstance(units, dict)
+            found |= {key: Loss.of_row(row) for key, row in units.items()}
+            self._uploaded.add(file)
+        return found
+
+    def done(self, unit: Unit, loss: Loss) -> None:
+        """Noted when its shard is uploaded."""
+
+    def uploading(self, engine: Engine) -> Engine:
+        """An engine that has another one make the shards on a disk, in their order, and uploads each; a unit in two shards is made once, and a file stays until
+        it is whole.
+        """
+
+        def run(plan: Plan, folder: Path | Remote, units: Sequence[Unit], allow_loss: bool) -> Iterator[tuple[Unit, Loss]]:
+            touched, made = shards_of(plan), dict(self._losses)
+            here = set[str]()
+            with tempfile.TemporaryDirectory(prefix="moeglot-") as name:
+                disk, allocated = Path(name), set[str]()
+                for shard in plan.shards:
+                    if shard.file in self._uploaded:
+                        continue
+                    mine = [unit for unit in units if shard.file in touched[unit.key] and unit.key not in here]
+                    needed = {file for unit in mine for file in touched[unit.key]} | {shard.file}
+                    for one in plan.shards:
+                        if one.file in needed - allocated:
+                            allocate(disk / one.file, one)
+                            allocated.add(one.file)
+                    for unit, loss in engine(plan, disk, mine, allow_loss):
+                        made[unit.key] = loss
+                        here.add(unit.key)
+                        yield unit, loss
+                    (self.files / shard.file).upload(disk / shard.file)
+                    rows = {unit.key: made[unit.key].row() for unit in plan.units if shard.file in touched[unit.key]}
+                    (self.journal / f"{shard.file}.json").write_text(json.dumps({"plan": plan.digest, "units": rows}))
+                    (disk / shard.file).unlink()
+
+        return run
+
+    def finish(self) -> None:
+        """Give each file its name, the certificate last. Killed in between, a resumed run goes on with that."""
+        files = sorted(self.files.iterdir(), key=lambda path: path.name == CERTIFICATE) if self.files.exists() else []
+        for path in files:
+            path.move(self.out / path.name)
+        self.folder.remove()
+
+
+def shards_of(plan: Plan) -> dict[str, set[str]]:
+    """Unit -> the files that have some of its bytes."""
+    file_of = {name: shard.file for shard in plan.shards for name in shard.offsets}
+
+    def files(unit: Unit) -> set[str]:
+        if unit.step is None:
+            return {file_of[unit.key.removesuffix("|dense")]}
+        step = unit.step
+        return {file_of[step.line.key_of(part, step.layer, unit.expert)] for part in step.target.parts}
+
+    return {unit.key: files(unit) for unit in plan.units}

@@ -1,0 +1,284 @@
+"""Checkpoints by URL: read by ranges, exactly what is asked for, to the same bytes as from a disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from counting import READ, total, upload
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.errors import BrokenFile, CheckpointError, OutputExists, PickleRefused, UsageError
+from moeglot.remote import Remote, local_only, location
+from moeglot.source import read_source
+from moeglot.store import Store, shards_of
+from moeglot.stream import Engine, stream, threads
+
+TO, SHARD_SIZE, SMALL = "gpt-oss/transformers", 100_000, 30_000
+"""The small one cuts between the parts of a layer."""
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_checkpoint(tmp_path_factory.mktemp("remote") / "source", "gpt-oss/openai", {"e": 8}, layers=2, shards=2)
+    (folder / "tokenizer.json").write_text('{"carried": "over"}')
+    return folder
+
+
+@pytest.fixture
+def store(source: Path) -> Iterator[str]:
+    """The same in memory://models/gpt-oss, whose reads are counted under counted://."""
+    fs = fsspec.filesystem("memory")
+    upload(fs, source, "/models/gpt-oss")
+    READ.clear()
+    yield "counted://models/gpt-oss"
+    fs.rm("/models", recursive=True)
+
+
+def headers(source: Path) -> int:
+    return sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in source.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("url", ["memory://models/gpt-oss", "file://{source}", "counted://models/gpt-oss/", "counted://models/gpt-oss"])
+def test_a_conversion_from_a_url_is_that_from_a_disk(url: str, source: Path, store: str, tmp_path: Path) -> None:
+    """Every file, the certificate too."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=SHARD_SIZE)
+    moeglot.convert(url.format(source=source), TO, tmp_path / "url", shard_size=SHARD_SIZE)
+    assert tree(tmp_path / "url") == tree(tmp_path / "disk")
+    assert (tmp_path / "url" / "tokenizer.json").exists()
+
+
+def test_looking_reads_headers_alone(source: Path, store: str) -> None:
+    """To the byte: headers, the index and config.json."""
+    found = moeglot.open(store)
+    assert found.format.name == "gpt-oss/openai"
+    weights = sum(count for file, count in READ if file.endswith(".safetensors"))
+    assert weights == headers(source)
+    assert total() == weights + sum((source / name).stat().st_size for name in ("config.json", "model.safetensors.index.json"))
+
+
+def test_an_expert_is_read_by_its_bytes_alone(source: Path, store: str) -> None:
+    """And it is that of the disk."""
+    found, disk = moeglot.open(store), moeglot.open(source)
+    READ.clear()
+    expert = found.experts(1)["down"][5]
+    numbers = expert.decode(torch.float32)
+    assert total() == 64 * 64 // 2 + 64 * 64 // 32  # blocks and scales of one matrix
+    assert torch.equal(numbers, disk.experts(1)["down"][5].decode(torch.float32))
+
+
+def test_no_request_is_for_a_file(source: Path, store: str, tmp_path: Path) -> None:
+    """A conversion asks for slices; the checksums of its certificate, which need every byte, in pieces too. No byte of a weight is fetched to be kept."""
+    plan = moeglot.plan(store, TO)
+    READ.clear()
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for shard in plan.shards:
+        (folder / shard.file).write_bytes(bytes(shard.nbytes))
+    assert len(list(threads(2)(plan, folder, plan.units, True))) == len(plan.units)
+    largest = max(entry.nbytes for entry in plan.source.source.entries.values())
+    assert max(count for _, count in READ) < largest, "no tensor of all experts was read as a whole"
+    assert total() == sum(entry.nbytes for entry in plan.source.source.entries.values()), "each byte once"
+
+
+def test_a_live_model_from_a_url(store: str, source: Path) -> None:
+    pytest.importorskip("transformers")
+    tokens = torch.arange(8)[None]
+    found, disk = (moeglot.load(path, dtype="float32", native=True)(input_ids=tokens).logits for path in (store, source))
+    assert torch.equal(found, disk)
+
+
+def test_a_single_file(store: str, source: Path) -> None:
+    file = "model-00001-of-00002.safetensors"
+    found, disk = read_source(f"{store}/{file}"), read_source(source / file)
+    assert found.entries.keys() == disk.entries.keys()
+    assert found.single
+    assert found.config == disk.config
+
+
+# --- an output in a store -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out() -> Iterator[str]:
+    yield "memory://made/out"
+    fs = fsspec.filesystem("memory")
+    if fs.exists("/made"):
+        fs.rm("/made", recursive=True)
+
+
+def stored(folder: str) -> dict[str, bytes]:
+    fs = fsspec.filesystem("memory")
+    return {path.rsplit("/", 1)[-1]: fs.cat_file(path) for path in fs.find(folder)}
+
+
+def failing(after: int) -> Engine:
+    """Threads that die after so many units."""
+    inner = threads(1)
+
+    def run(*arguments: Any) -> Iterator[Any]:
+        nonlocal after
+        for unit in inner(*arguments):
+            yield unit
+            after -= 1
+            if after == 0:
+                raise RuntimeError("died")
+
+    return run
+
+
+def begun(source: Path, out: str, after: int) -> None:
+    """An output of which some units were made when its run died."""
+    plan, work = moeglot.plan(source, TO, shard_size=SMALL), Store(Remote(out))
+    with work.session(plan, False) as done, pytest.raises(RuntimeError, match="died"):
+        stream(plan, work, done, plan.units, work.uploading(failing(after)), False, None)
+
+
+@pytest.mark.parametrize("size", [SHARD_SIZE, SMALL, 5_000_000])
+def test_an_output_in_a_store_is_that_on_a_disk(size: int, source: Path, out: str, tmp_path: Path) -> None:
+    """Every file; and it is a checkpoint that can be read there."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=size)
+    certificate = moeglot.convert(source, TO, out, shard_size=size)
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out"), "nothing else is left"
+    assert str(certificate.out) == out
+    assert moeglot.compare(out, source).verdict == "holds"
+
+
+@pytest.mark.parametrize("after", [1, 9, 30, 60])
+def test_an_upload_that_died_goes_on(after: int, source: Path, out: str, tmp_path: Path) -> None:
+    """Shards that are there are neither made nor sent again."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=SMALL)
+    begun(source, out, after)
+    fs = fsspec.filesystem("memory")
+    assert not fs.exists("/made/out")
+    before = {path: fs.modified(path) for path in fs.find("/made") if path.endswith(".safetensors")}
+    assert bool(before) == (after > 1)
+    if before:  # else there is nothing to go on with
+        with pytest.raises(OutputExists, match="--resume"):
+            moeglot.convert(source, TO, out, shard_size=SMALL)
+        with pytest.raises(OutputExists, match="belongs to another conversion"):
+            moeglot.convert(source, "gpt-oss/original", out, resume=True)
+    told: list[int] = []
+    moeglot.convert(source, TO, out, shard_size=SMALL, resume=True, progress=lambda what, done, _: told.append(done) if what == "writing" else None)
+    plan, there = moeglot.plan(source, TO, shard_size=SMALL), {path.rsplit("/", 1)[-1] for path in before}
+    assert len(told) == sum(not files <= there for files in shards_of(plan).values()) < len(plan.units) + (after == 1)
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out")
+
+
+def test_an_upload_that_died_while_it_got_its_name(source: Path, out: str, tmp_path: Path) -> None:
+    moeglot.convert(source, TO, out, shard_size=SMALL)
+    whole, fs = stored("/made/out"), fsspec.filesystem("memory")
+    for name in sorted(whole)[-2:]:  # the last shard, and the certificate
+        fs.mv(f"/made/out/{name}", f"/made/out.partial/checkpoint/{name}")
+    assert fs.exists("/made/out.partial/checkpoint/moeglot.json")
+    moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert stored("/made/out") == whole
+    assert stored("/made") == whole
+
+
+def test_wrong_bytes_in_a_store_do_not_hold(source: Path, out: str) -> None:
+    """The journal says that the shard is there; it is read again all the same."""
+    begun(source, out, 60)
+    fs = fsspec.filesystem("memory")
+    shard = max((path for path in fs.find("/made") if path.endswith(".safetensors")), key=lambda path: fs.size(path))
+    data = bytearray(fs.cat_file(shard))
+    data[-3000:-1000] = bytes(2000)
+    fs.pipe_file(shard, bytes(data))
+    with pytest.raises(moeglot.MoeglotError):
+        moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert not fs.exists("/made/out")
+
+
+def test_nothing_in_a_store_is_overwritten(source: Path, out: str) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/made/out/notes.txt", b"mine")
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        moeglot.convert(source, TO, out)
+    assert stored("/made") == {"notes.txt": b"mine"}
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["memory://out", "s3://bucket/out", Path("s3://bucket/out")])
+def test_parts_are_not_written_to_a_url(out: str | Path, source: Path) -> None:
+    """Nor is what a cluster does; and a path that was a URL once is no folder."""
+    with pytest.raises(UsageError, match="is a URL"):
+        moeglot.write_part(moeglot.plan(source, TO), out, "1/2")
+    with pytest.raises(UsageError, match="is a URL"):
+        moeglot.convert(source, TO, out, engine=threads(1))
+    assert local_only("plain/path", "OUT") == Path("plain/path")
+    assert not Path("s3:").exists()
+
+
+def test_the_command_line_takes_the_url_as_it_is(source: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "moeglot.cli", "convert", str(source), "nowhere://bucket/out", "--to", TO], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "nowhere://bucket/out" in ran.stderr
+    assert not Path("nowhere:").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "match"),
+    [
+        ("memory://nothing/here", CheckpointError, "nothing is there"),
+        ("nonsense://x/y", UsageError, "no store that could be opened"),
+        ("memory://models", CheckpointError, "no safetensors file is here"),
+    ],
+)
+def test_what_is_not_there(url: str, error: type[Exception], match: str, store: str) -> None:
+    with pytest.raises(error, match=match):
+        moeglot.open(url)
+
+
+def test_a_store_of_pickles(store: str) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/models/old/pytorch_model.bin", b"x")
+    with pytest.raises(PickleRefused, match="only pickle files"):
+        moeglot.open("memory://models/old")
+
+
+def test_a_file_that_is_cut_off(store: str, source: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    file = "model-00002-of-00002.safetensors"
+    fs.pipe_file(f"/models/gpt-oss/{file}", (source / file).read_bytes()[:-10])
+    with pytest.raises(BrokenFile, match="truncated"):
+        moeglot.open(store)
+
+
+def test_a_file_that_shrinks_while_it_is_read(store: str, source: Path) -> None:
+    found = moeglot.open(store)
+    fs = fsspec.filesystem("memory")
+    for path in source.glob("*.safetensors"):
+        fs.pipe_file(f"/models/gpt-oss/{path.name}", path.read_bytes()[:9000])
+    with pytest.raises(CheckpointError, match="asked for"):
+        list(moeglot.verify(found).checks)
+
+
+def test_a_source_that_changed_in_its_store_is_another(store: str, source: Path, tmp_path: Path) -> None:
+    moeglot.write_part(moeglot.plan(store, TO), tmp_path / "out", "1/2")
+    fs = fsspec.filesystem("memory")
+    upload(fs, source, "/models/gpt-oss")  # the same bytes; their store says that they are new
+    with pytest.raises(OutputExists, match="belongs to another conversion"):
+        moeglot.write_part(moeglot.plan(store, TO), tmp_path / "out", "2/2")
+
+
+def test_what_is_a_url() -> None:
+    assert isinstance(location("s3://bucket/key"), Remote)
+    assert isinstance(location("blockcache::s3://bucket/key"), Remote)
+    assert location("file:///data/x") == Path("/data/x")
+    assert location("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
+    assert location("/data/a:/b") == Path("/data/a:/b")
