@@ -113,8 +113,28 @@ def write_checkpoint(
     form = by_name(format_name).sized(known)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(form, known, layers, dtype), indent=2))
-    save(folder, tensors(form, known, layers, seed, dtype), shards)
+    found = tensors(form, known, layers, seed, dtype)
+    if form.container:
+        save_stacked(folder, found)
+    else:
+        save(folder, found, shards)
     return folder
+
+
+def save_stacked(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
+    """Have torch write the tensors of a torch_dist checkpoint, layers and experts stacked, each as one chunk."""
+    from torch.distributed.checkpoint import save as dcp_save
+
+    stacked: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    for name, tensor in found.items():
+        numbers = tuple(int(piece) for piece in name.split(".") if piece.isdecimal())
+        stacked.setdefault(".".join(piece for piece in name.split(".") if not piece.isdecimal()), {})[numbers] = tensor
+    whole = {}
+    for key, places in stacked.items():
+        shape = tuple(max(numbers) + 1 for numbers in zip(*places, strict=True))
+        first = next(iter(places.values()))
+        whole[key] = torch.stack([places[place] for place in sorted(places)]).view(*shape, *first.shape) if shape else first
+    dcp_save(whole, checkpoint_id=folder, no_dist=True)
 
 
 def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1) -> None:
@@ -192,7 +212,10 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
     for name, tensor in hub.items():
         if named := form.from_hub(name):
             line, braces = named
-            found[line.key.format(**braces)] = torch.cat([hub[part.format(**braces)] for part in line.hub])
+            parts = [hub[part.format(**braces)] for part in line.hub]
+            if line.heads:
+                parts = [torch.cat([part.chunk(sizes["k"])[group] for part in parts]) for group in range(sizes["k"])]
+            found[line.key.format(**braces)] = torch.cat(parts)
         else:
             found[name] = tensor
     return found
@@ -201,7 +224,7 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
 def _renamed(form: Format) -> dict[str, str]:
     """Hub name -> axes of a tensor for each name that some format of this family changes, and of one that none does."""
     lines = [line for other in of_family(form.family) if not other.coding for line in other.dense]
-    names = {name: f"({rows}) h" for line in lines for name, rows in zip(line.hub, line.rows or ("h",), strict=True)}
+    names = {name: f"({rows}) h" for line in lines for name, rows in zip(line.hub, line.rows or ("h",) * len(line.hub), strict=True)}
     return {"unrelated.weight": "v h", **names}
 
 

@@ -16,15 +16,16 @@ from moeglot.adapter import Adapter
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress, one_thread, return_large_buffers
-from moeglot.direct import Output
+from moeglot.direct import Output, no_space
 from moeglot.errors import LossRefused, UsageError
 from moeglot.identify import MARK
 from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
 from moeglot.plan import SHARD_SIZE, Plan, Unit
 from moeglot.plan import plan as make_plan
-from moeglot.shards import no_space
+from moeglot.shards import Piece
 from moeglot.source import INDEX
+from moeglot.torch_dist.writing import DistFile, finish
 from moeglot.units import estimate, make
 from moeglot.work import Work
 
@@ -114,7 +115,7 @@ def _refuse_expected_loss(plan: Plan) -> None:
 def _stream(plan: Plan, work: Work, done: dict[str, Loss], allow_loss: bool, threads: int, progress: Progress | None) -> dict[str, Loss]:
     """Write every unit that is not on disk yet; returns what was lost, by unit."""
     files = {shard.file: Output(work.files / shard.file) for shard in plan.shards}
-    places = {name: (files[shard.file], offset) for shard in plan.shards for name, offset in shard.offsets.items()}
+    places = {name: (files[shard.file], pieces) for shard in plan.shards for name, pieces in shard.pieces.items()}
     losses = dict(done)
 
     def run(unit: Unit) -> None:
@@ -169,22 +170,24 @@ def _refuse_loss(unit: Unit, loss: Loss) -> None:
     )
 
 
-def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, tuple[Output, int]]) -> None:
+def _write(unit: Unit, parts: Mapping[str, torch.Tensor], places: Mapping[str, tuple[Output, tuple[Piece, ...]]]) -> None:
     if unit.step is None:
-        file, offset = places[unit.key.removesuffix("|dense")]
-        file.write(parts["value"], offset)
+        file, pieces = places[unit.key.removesuffix("|dense")]
+        file.put(parts["value"], pieces)
         return
     line = unit.step.line
     for part in unit.step.target.parts:
         tensor = parts[part.name]
-        file, offset = places[line.key_of(part, unit.step.layer, unit.expert)]
-        file.write(tensor, offset if line.per_expert or part.shared else offset + unit.expert * tensor.numel() * tensor.element_size())
+        file, pieces = places[line.key_of(part, unit.step.layer, unit.expert)]
+        file.put(tensor, pieces, 0 if line.per_expert or part.shared else unit.expert * tensor.numel() * tensor.element_size())
 
 
 def _write_rest(plan: Plan, folder: Path) -> None:
     """config.json, the index, and the files that are carried over."""
     write_json(folder / "config.json", plan.config)
-    if len(plan.shards) > 1:
+    if plan.target.container:
+        finish(folder, tuple(shard for shard in plan.shards if isinstance(shard, DistFile)))
+    elif len(plan.shards) > 1:
         weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.slots}
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
         write_json(folder / INDEX, {"metadata": {"total_size": total, MARK: plan.target.name}, "weight_map": dict(sorted(weight_map.items()))})

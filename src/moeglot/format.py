@@ -12,7 +12,8 @@ from typing import Any
 from moeglot.coding import Coding
 from moeglot.encoding import Encoding, Part
 from moeglot.encodings.plain import Plain
-from moeglot.family import Family
+from moeglot.errors import Contradiction
+from moeglot.family import Config, Family, dig
 from moeglot.layout import BEHIND, ROLES, Sizes, Stored
 
 
@@ -21,15 +22,36 @@ class Dense:
     """A tensor that is no expert and that this format names, or packs, unlike the family's Hub format. `{rest}` in a key stands for any remainder.
 
     `hub`: the Hub's keys whose rows it holds in turn; `rows`: for each, the letters whose product is its number of rows.
+    `heads` instead of `rows`: for each, the config key of its number of heads. The rows then lie group by group, and in each group the share of each
+    tensor in turn; there are as many groups as the last one has heads, and all heads have the same number of rows.
     """
 
     key: str
     hub: tuple[str, ...]
     rows: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.hub) > 1 and len(self.rows) != len(self.hub):
-            raise ValueError(f"{self.key}: {len(self.hub)} tensors need as many row counts, not {self.rows}")
+        if len(self.hub) > 1 and len(self.rows or self.heads) != len(self.hub):
+            raise ValueError(f"{self.key}: {len(self.hub)} tensors need as many row counts, not {self.rows or self.heads}")
+
+    def groups(self, config: Config) -> int:
+        """How many times the tensors take turns."""
+        return self._heads(config)[-1] if self.heads else 1
+
+    def shares(self, config: Config, rows: int) -> tuple[int, ...] | None:
+        """How many of a number of rows each tensor has in one group, None if the rows are no whole number of heads."""
+        heads, groups = self._heads(config), self.groups(config)
+        if rows % sum(heads) or any(n % groups for n in heads):
+            return None
+        return tuple(n // groups * (rows // sum(heads)) for n in heads)
+
+    def _heads(self, config: Config) -> tuple[int, ...]:
+        found = {key: dig(config, key) for key in self.heads}
+        if wrong := [key for key, n in found.items() if not isinstance(n, int) or n < 1]:
+            known = f"{self.key} holds {len(self.hub)} tensors group by group; config.json says {wrong[0]} = {found[wrong[0]]}"
+            raise Contradiction("config.json does not say how many heads there are", known, f"add {wrong[0]} from the producer's config.json")
+        return tuple(found[key] for key in self.heads)
 
     def row_counts(self, sizes: Sizes) -> tuple[int, ...]:
         counts = []
@@ -39,6 +61,16 @@ class Dense:
                 n *= sizes[letter]
             counts.append(n)
         return tuple(counts)
+
+
+@dataclass(frozen=True)
+class TorchDist:
+    """A folder that torch.distributed.checkpoint reads, as Megatron-Core keeps it: layers and experts are axes of larger tensors.
+
+    `states`: what has an `_extra_state` there, an object without numbers; `{layer}` and `{expert}` in it as in a key.
+    """
+
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +94,7 @@ class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
+    `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
@@ -77,6 +110,8 @@ class Format:
     alone: str = ""
     coding: Coding | None = None
     unlike: Mapping[int, tuple[Stored, ...]] = field(default_factory=dict)
+    closed: bool = False
+    container: TorchDist | None = None
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeglot.direct import allocate, no_space
 from moeglot.errors import OutputExists
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Unit
-from moeglot.shards import allocate, forget_mappings, no_space
+from moeglot.shards import forget_mappings
 
 
 class Work:

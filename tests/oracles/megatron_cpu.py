@@ -1,6 +1,6 @@
-"""A real megatron-core GPTModel on a CPU: what it makes of a checkpoint, as a program, since it needs a process group and stand-ins for what has no CPU side.
+"""A real megatron-core GPTModel on a CPU: what it makes of a checkpoint, as a program, since it needs a process group and stand-ins for CUDA.
 
-Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] [--te-names] [--layout L]`, alone or under torchrun, where each process holds its share of the experts.
+Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] [--te-names] [--layout L]`, alone or under torchrun, where each process holds its share of experts.
 """
 
 from __future__ import annotations

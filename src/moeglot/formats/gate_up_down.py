@@ -6,6 +6,8 @@ from moeglot.formats.lines import KINDS, QWEN, family, first_dense, usual
 ROUTED = ("n_routed_experts", "num_local_experts")
 EXPERTS = ("num_experts", "num_local_experts")
 
+QWEN3_MOE = family("qwen3-moe", e=EXPERTS, sparse=QWEN)
+
 FORMATS = (
     *usual(family("afmoe", e=EXPERTS, sparse=first_dense("num_dense_layers", 1)), "arcee-ai/Trinity-Mini"),
     *usual(family("axk1", e=ROUTED, sparse=first_dense(default=1)), "skt/A.X-K1", {"mlp.post_mlp_layernorm.{rest}": "post_mlp_layernorm.{rest}"}),
@@ -81,7 +83,7 @@ FORMATS = (
     ),
     *usual(family("olmoe", e=EXPERTS, i="intermediate_size"), "allenai/OLMoE-1B-7B-0924"),
     *usual(family("qwen2-moe", e=EXPERTS, sparse=QWEN), "Qwen/Qwen1.5-MoE-A2.7B"),
-    *usual(family("qwen3-moe", e=EXPERTS, sparse=QWEN), "Qwen/Qwen3-30B-A3B"),
+    *usual(QWEN3_MOE, "Qwen/Qwen3-30B-A3B"),
     *usual(family("qwen3-next", e=EXPERTS, sparse=QWEN), "Qwen/Qwen3-Next-80B-A3B-Instruct"),
     *usual(family("solar-open", e=ROUTED, sparse=first_dense()), "upstage/Solar-Open-100B"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from moeglot.family import Activation, Family, SparseLayers
-from moeglot.format import Dense, Format
+from moeglot.format import Dense, Format, TorchDist
 from moeglot.layout import SECOND, Stored
 
 LAYER = "model.layers.{layer}."
@@ -154,3 +154,57 @@ def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = N
     names = {layer + key: layer + name for key, name in (renamed or {}).items()}
     beside = tuple(name for name in names.values() if name.startswith(experts))
     return hub(family, repository, separate(experts), beside=beside), memory(family, fused(experts), names)
+
+
+MEGATRON = "decoder.layers.{layer}."
+HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
+MEGATRON_SOURCE = "https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core/transformer"
+
+
+def megatron(family: Family, router: str, attention: Mapping[str, str], biased: bool = False) -> tuple[Format, ...]:
+    """Megatron-Core's formats of a family: its state dicts with SequentialMLP and TEGroupedMLP, and its torch_dist checkpoints, by the names that the layers
+    of transformer-engine have there and by those of the local ones.
+
+    `router`: its name in a layer on the Hub; `attention`: what the attention of this family has beyond projections, here -> on the Hub;
+    `biased`: experts have biases.
+    """
+    fused_norm, own_norm, local_norm = "self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+    of_attention = tuple(Dense(MEGATRON + here, (LAYER + there,)) for here, there in attention.items())
+
+    def dense(input_norm: str, mlp_norm: str) -> tuple[Dense, ...]:
+        qkv = tuple(LAYER + f"self_attn.{x}_proj." for x in "qkv")
+        return (
+            Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+            Dense("output_layer.weight", ("lm_head.weight",)),
+            Dense("decoder.final_layernorm.weight", ("model.norm.weight",)),
+            Dense(MEGATRON + input_norm, (LAYER + "input_layernorm.weight",)),
+            Dense(MEGATRON + "self_attention.linear_qkv.weight", tuple(key + "weight" for key in qkv), heads=HEADS),
+            Dense(MEGATRON + "self_attention.linear_qkv.bias", tuple(key + "bias" for key in qkv), heads=HEADS),
+            *of_attention,
+            Dense(MEGATRON + "self_attention.linear_proj.{rest}", (LAYER + "self_attn.o_proj.{rest}",)),
+            Dense(MEGATRON + mlp_norm, (LAYER + "post_attention_layernorm.weight",)),
+            Dense(MEGATRON + "mlp.router.{rest}", (LAYER + router + ".{rest}",)),
+        )
+
+    def lines(experts: str) -> tuple[Stored, ...]:
+        first, second = MEGATRON + experts.format("linear_fc1"), MEGATRON + experts.format("linear_fc2")
+        weights = (Stored(first.replace("*", "weight"), ("gate", "up"), "(p i) h"), Stored(second.replace("*", "weight"), ("down",), "h i"))
+        biases = (Stored(first.replace("*", "bias"), ("gate_bias", "up_bias"), "(p i)"), Stored(second.replace("*", "bias"), ("down_bias",), "h"))
+        return weights + (biases if biased else ())
+
+    def form(name: str, experts: str, input_norm: str, mlp_norm: str, about: str, container: TorchDist | None = None) -> Format:
+        packed = dense(input_norm, mlp_norm)
+        return Format(f"{family.name}/{name}", family, lines(experts), MEGATRON_SOURCE, about, packed, reads="Megatron-Core", closed=True, container=container)
+
+    linear = tuple(MEGATRON + name for name in ("self_attention.linear_qkv", "self_attention.linear_proj")) + tuple(
+        MEGATRON + "mlp.experts.experts.{expert}." + name for name in ("linear_fc1", "linear_fc2")
+    )
+    norms = tuple(MEGATRON + here.removesuffix(".weight") for here in (*attention, own_norm) if "norm" in here)
+    engine = (*linear, *norms, MEGATRON + "self_attention.core_attention", "decoder.final_layernorm")
+    stacked = "mlp.experts.experts.{{expert}}.{}.*"
+    return (
+        form("megatron", "mlp.experts.local_experts.{{expert}}.{}.*", "input_layernorm.weight", own_norm, "a state dict of local layers with SequentialMLP"),
+        form("megatron-te", "mlp.experts.{}.*{{expert}}", fused_norm, own_norm, "a state dict of transformer-engine's layers with TEGroupedMLP"),
+        form("megatron-torch-dist", stacked, fused_norm, own_norm, "a torch_dist checkpoint for transformer-engine's layers", TorchDist(engine)),
+        form("megatron-torch-dist-local", stacked, fused_norm, local_norm, "a torch_dist checkpoint for the local layers", TorchDist(linear)),
+    )
