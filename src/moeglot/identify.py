@@ -256,9 +256,9 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
 
 
 def _is_somewhere(template: str, source: Source) -> bool:
-    """Some tensor's name ends as this template does."""
-    last = template[template.rfind(".") + 1 :]
-    return "{" in last or last in source.last_names
+    """Some tensor's name begins and ends as this template does."""
+    first, last = template.partition(".")[0], template[template.rfind(".") + 1 :]
+    return ("{" in first or first in source.first_names) and ("{" in last or last in source.last_names)
 
 
 def _shape_refutation(form: Format, sizes: Sizes, first: First) -> Refutation | None:

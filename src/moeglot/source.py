@@ -38,6 +38,11 @@ class Source:
         """What stands after the last dot in the names of tensors."""
         return frozenset(key[key.rfind(".") + 1 :] for key in self.entries)
 
+    @cached_property
+    def first_names(self) -> frozenset[str]:
+        """What stands before the first dot."""
+        return frozenset(key.partition(".")[0] for key in self.entries)
+
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())

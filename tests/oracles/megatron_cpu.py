@@ -1,6 +1,6 @@
 """A real megatron-core GPTModel on a CPU: what it makes of a checkpoint, as a program, since it needs a process group and stand-ins for CUDA.
 
-Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] [--te-names] [--layout L]`, alone or under torchrun, where each process holds its share of experts.
+Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] ...`, alone or under torchrun, where each process holds its share of experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 
 def stand_in() -> None:
@@ -21,6 +22,7 @@ def stand_in() -> None:
     import megatron.core.fusions.fused_softmax as softmax
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
     import megatron.core.transformer.utils as masks
 
     class Stream:
@@ -44,6 +46,9 @@ def stand_in() -> None:
 
     if not hasattr(moe, "te_general_gemm"):  # left unbound where transformer-engine is not there; None is how the code asks for it
         moe.te_general_gemm = None
+
+    # Numbers of tokens become a list only on their way from a GPU; gloo wants them as one, too.
+    dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     def on_cpu(make: Any) -> Any:
         def made(*args: Any) -> torch.Tensor:
@@ -165,6 +170,7 @@ def main() -> None:
     parser.add_argument("logits", type=Path)
     parser.add_argument("--save", type=Path, help="have Megatron write what it has loaded")
     parser.add_argument("--random", action="store_true", help="load nothing: random weights")
+    parser.add_argument("--dump", type=Path, help="the state dict as safetensors")
     parser.add_argument("--te-names", action="store_true")
     parser.add_argument("--layout", choices=["stacked", "numbered", "single"], default="stacked")
     args = parser.parse_args()
@@ -187,7 +193,9 @@ def main() -> None:
     metadata = {"singleton_local_shards": args.layout == "single", "non_homogeneous_layers": args.layout != "stacked"}
     if not args.random:
         wanted = model.sharded_state_dict(metadata=metadata)
-        found = dist_checkpointing.load({"model": wanted}, str(args.checkpoint), strict=StrictHandling.RAISE_ALL)
+        # transformer-engine's layers have objects without content that the local ones lack; a key that is missing in the checkpoint is an error anyway
+        strict = StrictHandling.RAISE_UNEXPECTED if args.te_names else StrictHandling.RAISE_ALL
+        found = dist_checkpointing.load({"model": wanted}, str(args.checkpoint), strict=strict)
         model.load_state_dict(found["model"])
     with torch.no_grad():
         for parameter in model.parameters() if args.random else ():
@@ -196,7 +204,9 @@ def main() -> None:
         positions = torch.arange(12).expand(2, 12)
         logits = model(tokens, positions, None)
     if torch.distributed.get_rank() == 0:
-        torch.save(logits.float(), args.logits)
+        save_file({"logits": logits.float().contiguous()}, args.logits)
+    if args.dump:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}, args.dump)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
         dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "iteration": 1}, str(args.save))
