@@ -111,6 +111,19 @@ def test_two_files_and_again_the_same_bytes(hub: Path, tmp_path: Path) -> None:
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (*files, "common.pt", "metadata.json", ".metadata"))
 
 
+def test_one_that_was_interrupted_ends_in_the_same_bytes(hub: Path, tmp_path: Path) -> None:
+    def stop(work: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    moeglot.convert(hub, TARGET, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        moeglot.convert(hub, TARGET, tmp_path / "out", workers=1, progress=stop)
+    assert not (tmp_path / "out").exists()
+    moeglot.convert(hub, TARGET, tmp_path / "out", resume=True)
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
+
+
 # --- accounting ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -18,15 +18,24 @@ pytest.importorskip("megatron.core")
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import moeglot
 from moeglot.shards import tensor_bytes
 
 LIMIT = 1e-5
 SIZES = {"h=i": (64, 64), "h=2i": (64, 32), "neither": (96, 32)}
-HUB = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub"}
+HUB = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub", "mixtral": "mixtral/hub"}
 CASES = [(family, size) for family in HUB for size in SIZES]
+MODELS = {"gpt-oss": GptOssForCausalLM, "qwen3-moe": Qwen3MoeForCausalLM, "mixtral": MixtralForCausalLM}
 PROGRAM = Path(__file__).with_name("megatron_cpu.py")
 VOCABULARY = 96
 
@@ -46,9 +55,12 @@ def hub_model(folder: Path, family: str, size: str) -> Path:
         "num_experts_per_tok": 2,
     }
     if family == "gpt-oss":
-        model = GptOssForCausalLM(GptOssConfig(**shared, intermediate_size=inner, num_local_experts=4, sliding_window=8))
+        config = GptOssConfig(**shared, intermediate_size=inner, num_local_experts=4, sliding_window=8)
+    elif family == "mixtral":
+        config = MixtralConfig(**shared, intermediate_size=inner, num_local_experts=4)
     else:
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared, moe_intermediate_size=inner, num_experts=4, decoder_sparse_step=1, norm_topk_prob=True))
+        config = Qwen3MoeConfig(**shared, moe_intermediate_size=inner, num_experts=4, decoder_sparse_step=1, norm_topk_prob=True)
+    model = MODELS[family](config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) / 8 + (parameter.ndim == 1))

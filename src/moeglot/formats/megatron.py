@@ -7,6 +7,7 @@ https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core: `transfor
 from moeglot.formats import gpt_oss
 from moeglot.formats.gate_up_down import QWEN3_MOE
 from moeglot.formats.lines import megatron
+from moeglot.formats.w1_w3_w2 import MIXTRAL
 
 SINKS = {"self_attention.core_attention.softmax_offset": "self_attn.sinks"}
 NORMS = {"self_attention.q_layernorm.weight": "self_attn.q_norm.weight", "self_attention.k_layernorm.weight": "self_attn.k_norm.weight"}
@@ -14,4 +15,5 @@ NORMS = {"self_attention.q_layernorm.weight": "self_attn.q_norm.weight", "self_a
 FORMATS = (
     *megatron(gpt_oss.FAMILY, "mlp.router", SINKS, biased=True),
     *megatron(QWEN3_MOE, "mlp.gate", NORMS),
+    *megatron(MIXTRAL, "block_sparse_moe.gate", {}),
 )
