@@ -178,6 +178,22 @@ def test_a_family_that_is_not_spelled_out_is_refused_by_name(tmp_path: Path) -> 
     assert len(str(error.value).splitlines()) == 3
 
 
+def test_rows_that_pad_the_vocabulary_are_left_aside(dist: Path, hub: Path, tmp_path: Path) -> None:
+    """Megatron rounds the vocabulary up, so that it can be cut for tensor parallelism; config.json says how many words there are."""
+    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described(dist).state_dict_metadata.items() if hasattr(one, "size")}
+    load(found, checkpoint_id=dist, no_dist=True)
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        found[key] = torch.cat([found[key], torch.full((96, 64), 9.0, dtype=torch.bfloat16)])
+    save(found, checkpoint_id=tmp_path / "padded", no_dist=True)
+    shutil.copy(hub / "config.json", tmp_path / "padded")
+    moeglot.convert(tmp_path / "padded", HUB, tmp_path / "back")
+    assert moeglot.compare(tmp_path / "back", hub).verdict == "holds"
+    config = json.loads((hub / "config.json").read_text())
+    (tmp_path / "padded" / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    with pytest.raises(moeglot.TensorMismatch, match="at least 1000 rows"):
+        _ = moeglot.open(tmp_path / "padded").dense
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,7 @@ class Checkpoint:
 
     def _cut(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
         if len(line.hub) == 1:
-            yield HubTensor(line.hub[0].format(**numbers), entry, 0, None)
+            yield HubTensor(line.hub[0].format(**numbers), entry, 0, self._meant(line, entry))
             return
         if line.heads:
             yield from self._cut_in_groups(line, numbers, entry)
@@ -216,6 +216,16 @@ class Checkpoint:
         for name, rows in zip(line.hub, counts, strict=True):
             yield HubTensor(name.format(**numbers), entry, first, rows)
             first += rows
+
+    def _meant(self, line: Dense, entry: Entry) -> int | None:
+        """How many rows are not padding; None for all."""
+        rows = dig(self.config, line.padded) if line.padded else None
+        if rows is None or entry.shape[:1] == (rows,):
+            return None
+        if not isinstance(rows, int) or not entry.shape or not 0 < rows < entry.shape[0]:
+            wrong = f"{entry.name}: {list(entry.shape)}, it should have at least {rows} rows"
+            raise TensorMismatch(wrong, f"config.json says {line.padded} = {rows}", "check config.json against the producer's")
+        return rows
 
     def _cut_in_groups(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
         shares, first = line.shares(self.config, entry.shape[0] if entry.shape else 1), 0

@@ -24,12 +24,14 @@ class Dense:
     `hub`: the Hub's keys whose rows it holds in turn; `rows`: for each, the letters whose product is its number of rows.
     `heads` instead of `rows`: for each, the config key of its number of heads. The rows then lie group by group, and in each group the share of each
     tensor in turn; there are as many groups as the last one has heads, and all heads have the same number of rows.
+    `padded`: the config key of how many rows mean something, if the writer may add some that nothing reads.
     """
 
     key: str
     hub: tuple[str, ...]
     rows: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    padded: str = ""
 
     def __post_init__(self) -> None:
         if len(self.hub) > 1 and len(self.rows or self.heads) != len(self.hub):

@@ -174,8 +174,8 @@ def megatron(family: Family, router: str, attention: Mapping[str, str], biased: 
     def dense(input_norm: str, mlp_norm: str) -> tuple[Dense, ...]:
         qkv = tuple(LAYER + f"self_attn.{x}_proj." for x in "qkv")
         return (
-            Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-            Dense("output_layer.weight", ("lm_head.weight",)),
+            Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size"),
+            Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size"),
             Dense("decoder.final_layernorm.weight", ("model.norm.weight",)),
             Dense(MEGATRON + input_norm, (LAYER + "input_layernorm.weight",)),
             Dense(MEGATRON + "self_attention.linear_qkv.weight", tuple(key + "weight" for key in qkv), heads=HEADS),
@@ -192,9 +192,9 @@ def megatron(family: Family, router: str, attention: Mapping[str, str], biased: 
         biases = (Stored(first.replace("*", "bias"), ("gate_bias", "up_bias"), "(p i)"), Stored(second.replace("*", "bias"), ("down_bias",), "h"))
         return weights + (biases if biased else ())
 
-    def form(name: str, experts: str, input_norm: str, mlp_norm: str, about: str, container: TorchDist | None = None) -> Format:
+    def form(name: str, experts: str, input_norm: str, mlp_norm: str, about: str, container: TorchDist | None = None, reads: str = "Megatron-Core") -> Format:
         packed = dense(input_norm, mlp_norm)
-        return Format(f"{family.name}/{name}", family, lines(experts), MEGATRON_SOURCE, about, packed, reads="Megatron-Core", closed=True, container=container)
+        return Format(f"{family.name}/{name}", family, lines(experts), MEGATRON_SOURCE, about, packed, reads=reads, closed=True, container=container)
 
     linear = tuple(MEGATRON + name for name in ("self_attention.linear_qkv", "self_attention.linear_proj")) + tuple(
         MEGATRON + "mlp.experts.experts.{expert}." + name for name in ("linear_fc1", "linear_fc2")
@@ -204,7 +204,14 @@ def megatron(family: Family, router: str, attention: Mapping[str, str], biased: 
     stacked = "mlp.experts.experts.{{expert}}.{}.*"
     return (
         form("megatron", "mlp.experts.local_experts.{{expert}}.{}.*", "input_layernorm.weight", own_norm, "a state dict of local layers with SequentialMLP"),
-        form("megatron-te", "mlp.experts.{}.*{{expert}}", fused_norm, own_norm, "a state dict of transformer-engine's layers with TEGroupedMLP"),
+        form(
+            "megatron-te",
+            "mlp.experts.{}.*{{expert}}",
+            fused_norm,
+            own_norm,
+            "a state dict of transformer-engine's layers with TEGroupedMLP",
+            reads="Megatron-Core with transformer-engine",
+        ),
         form("megatron-torch-dist", stacked, fused_norm, own_norm, "a torch_dist checkpoint for transformer-engine's layers", TorchDist(engine)),
         form("megatron-torch-dist-local", stacked, fused_norm, local_norm, "a torch_dist checkpoint for the local layers", TorchDist(linear)),
     )
