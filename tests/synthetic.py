@@ -49,6 +49,21 @@ DENSE = {
     },
     "qwen3-moe": TRUNK | {ATTENTION + "q_norm.weight": "d", ATTENTION + "k_norm.weight": "d", LAYER + "mlp.gate.weight": "e h"},
     "mixtral": TRUNK | {LAYER + "block_sparse_moe.gate.weight": "e h"},
+    "deepseek-v3": {name: axes for name, axes in TRUNK.items() if "_proj" not in name}
+    | {
+        ATTENTION + "q_a_proj.weight": "s h",
+        ATTENTION + "q_a_layernorm.weight": "s",
+        ATTENTION + "q_b_proj.weight": "(q d) s",
+        ATTENTION + "kv_a_proj_with_mqa.weight": "s h",
+        ATTENTION + "kv_a_layernorm.weight": "s",
+        ATTENTION + "kv_b_proj.weight": "(k d) s",
+        ATTENTION + "o_proj.weight": "h (q d)",
+        LAYER + "mlp.gate.weight": "e h",
+        LAYER + "mlp.gate.e_score_correction_bias": "e",
+        LAYER + "mlp.shared_experts.gate_proj.weight": "i h",
+        LAYER + "mlp.shared_experts.up_proj.weight": "i h",
+        LAYER + "mlp.shared_experts.down_proj.weight": "h i",
+    },
 }
 """Family -> Hub name -> axes of every tensor that is no expert; the other families have one tensor for each name that some format of theirs changes."""
 
@@ -84,6 +99,7 @@ CONFIG = {
         "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     },
+    "deepseek-v3": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_shared_experts": 1, "tie_word_embeddings": False},
     "mixtral": {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -210,7 +226,7 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
             hub[name.format(layer=layer, rest="x.weight")] = _floats(shape, dtype, random)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in hub.items():
-        if named := form.from_hub(name):
+        if named := form.from_hub(name, tuple(range(layers))):
             line, braces = named
             parts = [hub[part.format(**braces)] for part in line.hub]
             if line.heads:

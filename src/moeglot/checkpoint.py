@@ -207,7 +207,7 @@ class Checkpoint:
         if line.heads:
             yield from self._cut_in_groups(line, numbers, entry)
             return
-        counts = line.row_counts(self.sizes)
+        counts = line.row_counts(self.sizes, self.config)
         if entry.shape[:1] != (sum(counts),):
             raise TensorMismatch(
                 f"{entry.name}: {list(entry.shape)}, its rows should be {' + '.join(map(str, counts))}", self.known, "check config.json against the producer's"

@@ -52,7 +52,7 @@ def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) ->
 
 def _lines(source: Checkpoint, names: Iterable[str], target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
     """Each line of the target with what stands in its braces: for every tensor that it takes, and for what the target cannot do without."""
-    found = [taken for name in names if (taken := target.from_hub(name))]
+    found = [taken for name in names if (taken := target.from_hub(name, source.layers))]
     if target.config.only:
         found += [(line, {"layer": str(layer)} if "{layer}" in line.key else {}) for line in target.dense for layer in source.layers]
     seen = set()

@@ -258,9 +258,10 @@ def _count(source: Checkpoint) -> int:
 
 def _states(source: Checkpoint, container: TorchDist) -> Iterator[str]:
     """The modules that have an _extra_state."""
-    for template in container.states:
-        layers = source.layers if "{expert}" in template else range(_count(source)) if "{layer}" in template else (0,)
-        for layer in layers:
+    for template, only in container.states.items():
+        for layer in range(_count(source)) if "{layer}" in template else (0,):
+            if only and (layer in source.layers) != (only == "sparse"):
+                continue
             for expert in range(source.sizes["e"]) if "{expert}" in template else (0,):
                 yield template.format(layer=layer, expert=expert)
 

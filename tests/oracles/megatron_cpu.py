@@ -23,6 +23,7 @@ def stand_in() -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
+    import megatron.core.transformer.multi_latent_attention as latent
     import megatron.core.transformer.utils as masks
 
     class Stream:
@@ -46,6 +47,10 @@ def stand_in() -> None:
 
     if not hasattr(moe, "te_general_gemm"):  # left unbound where transformer-engine is not there; None is how the code asks for it
         moe.te_general_gemm = None
+
+    for name in ("TELinear", "TEColumnParallelLinear"):  # no types where transformer-engine is not there, and asked for as such all the same
+        if not isinstance(getattr(latent, name), type):
+            setattr(latent, name, type(name, (), {}))
 
     # Numbers of tokens become a list only on their way from a GPU; gloo wants them as one, too.
     dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -76,8 +81,8 @@ def transformer_config(hf: dict[str, Any], ep: int) -> Any:
         "hidden_size": hf["hidden_size"],
         "num_attention_heads": hf["num_attention_heads"],
         "num_query_groups": hf["num_key_value_heads"],
-        "kv_channels": hf["head_dim"],
-        "num_moe_experts": hf.get("num_local_experts") or hf["num_experts"],
+        "kv_channels": hf.get("head_dim"),
+        "num_moe_experts": hf.get("num_local_experts") or hf.get("num_experts") or hf["n_routed_experts"],
         "moe_router_topk": hf["num_experts_per_tok"],
         "layernorm_epsilon": hf["rms_norm_eps"],
         "normalization": "RMSNorm",
@@ -127,6 +132,8 @@ def transformer_config(hf: dict[str, Any], ep: int) -> Any:
         for name, value in numbers.items():
             setattr(found, name, value)
         return found
+    if hf["model_type"] == "deepseek_v3":
+        return latent_config(hf, shared)
     inner = hf.get("moe_intermediate_size") or hf["intermediate_size"]
     return TransformerConfig(
         **shared,
@@ -138,6 +145,35 @@ def transformer_config(hf: dict[str, Any], ep: int) -> Any:
     )
 
 
+def latent_config(hf: dict[str, Any], shared: dict[str, Any]) -> Any:
+    """DeepSeek-V3: latent attention, a first layer without experts, shared experts, groups of experts chosen by sigmoids and a bias."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    count, dense, inner = hf["num_hidden_layers"], hf["first_k_dense_replace"], hf["moe_intermediate_size"]
+    return MLATransformerConfig(
+        **shared | {"kv_channels": hf["v_head_dim"]},
+        ffn_hidden_size=hf["intermediate_size"],
+        moe_ffn_hidden_size=inner,
+        moe_shared_expert_intermediate_size=inner * hf["n_shared_experts"],
+        moe_layer_freq=[0] * dense + [1] * (count - dense),
+        add_bias_linear=False,
+        activation_func=torch.nn.functional.silu,
+        qk_layernorm=True,
+        q_lora_rank=hf["q_lora_rank"],
+        kv_lora_rank=hf["kv_lora_rank"],
+        qk_head_dim=hf["qk_nope_head_dim"],
+        qk_pos_emb_head_dim=hf["qk_rope_head_dim"],
+        v_head_dim=hf["v_head_dim"],
+        rope_type="rope",
+        rotary_base=rope_of(hf)["rope_theta"],
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=hf["n_group"],
+        moe_router_group_topk=hf["topk_group"],
+        moe_router_topk_scaling_factor=hf["routed_scaling_factor"],
+    )
+
+
 def rope_of(hf: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of rotary positions, as transformers 5 writes it or 4."""
     return dict(hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf["rope_theta"]})
@@ -145,14 +181,30 @@ def rope_of(hf: dict[str, Any]) -> dict[str, Any]:
 
 def build(hf: dict[str, Any], ep: int, te_names: bool) -> Any:
     """The model, its experts as SequentialMLP. `te_names`: its checkpoint has the names that the layers of transformer-engine give it."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class LatentAttention(DotProductAttention):
+        """It is told the sizes of heads that transformer-engine's has to know; here the tensors have them."""
+
+        def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **rest: Any) -> None:
+            super().__init__(*args, **rest)
 
     config = transformer_config(hf, ep)
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    if te_names:
+    if hf["model_type"] == "deepseek_v3":
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        names = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = LatentAttention
+        for layer, kind in zip(spec.layer_specs if te_names else (), config.moe_layer_freq, strict=False):
+            own = names if kind else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+            layer.submodules = replace(layer.submodules, sharded_state_dict_keys_map=own)
+    else:
+        spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-        spec.submodules = replace(spec.submodules, sharded_state_dict_keys_map=names)
+        if te_names:
+            spec.submodules = replace(spec.submodules, sharded_state_dict_keys_map=names)
     return GPTModel(
         config,
         spec,

@@ -6,6 +6,7 @@ from moeglot.formats.lines import KINDS, QWEN, family, first_dense, usual
 ROUTED = ("n_routed_experts", "num_local_experts")
 EXPERTS = ("num_experts", "num_local_experts")
 
+DEEPSEEK_V3 = family("deepseek-v3", e=ROUTED, sparse=first_dense(default=3))
 QWEN3_MOE = family("qwen3-moe", e=EXPERTS, sparse=QWEN)
 
 FORMATS = (
@@ -25,7 +26,7 @@ FORMATS = (
     *usual(family("beam", e=EXPERTS, sparse=first_dense(default=3)), "reflection/Beam-1.0-501B-A23B"),
     *usual(family("cohere2-moe", e=EXPERTS, i="intermediate_size", sparse=first_dense()), "CohereLabs/command-a-plus-05-2026"),
     *usual(family("deepseek-v2", e=ROUTED, sparse=first_dense()), "deepseek-ai/DeepSeek-V2-Lite"),
-    *usual(family("deepseek-v3", e=ROUTED, sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3"),
+    *usual(DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3"),
     *usual(family("deepseek-v32", e=ROUTED, sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3.2-Exp"),
     *usual(family("dots1", e=ROUTED, sparse=first_dense()), "rednote-hilab/dots.llm1.base"),
     *usual(

@@ -121,11 +121,18 @@ class Frame(NamedTuple):
 
 def frame(dtype: DType, shape: tuple[int, ...], at: int) -> Frame:
     """The frame of a tensor that begins at byte `at` of its file."""
+    alignment = ALIGNMENT if prod(shape) * dtype.size >= LARGE else SMALL_ALIGNMENT
+    return _frame(dtype, shape, at % alignment, alignment)
+
+
+@lru_cache(maxsize=4096)
+def _frame(dtype: DType, shape: tuple[int, ...], at: int, alignment: int) -> Frame:
+    """Kept, so that a hundred thousand experts share one."""
     nbytes = prod(shape) * dtype.size
     archive = _Archive()
     archive.add("data.pkl", _pickled(dtype, shape))
     archive.add("byteorder", b"little")
-    summed = archive.begin("data/0", nbytes, at, ALIGNMENT if nbytes >= LARGE else SMALL_ALIGNMENT)
+    summed = archive.begin("data/0", nbytes, at, alignment)
     before = len(archive.data)
     archive.virtual += nbytes
     archive.add("version", b"3\n")
