@@ -137,6 +137,10 @@ def changed(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 ACCOUNTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a tensor without a place": (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}), "inv_freq"),
     "a norm that one layer lacks": (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "layer_norm_weight: nothing for layer and expert (1,)"),
+    "a layer that config.json does not know": (
+        lambda t: t.update({"model.layers.2.input_layernorm.weight": t["model.layers.1.input_layernorm.weight"].clone()}),
+        "model.layers.2.input_layernorm.weight",
+    ),
     "queries without keys": (lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"), "k_proj"),
     "an expert that is missing": (lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "experts.3.up_proj"),
     "a layer in another dtype": (
@@ -223,6 +227,10 @@ def _elsewhere(said: Metadata) -> None:
     next(iter(said.storage_data.values())).relative_path = "../secret"
 
 
+def _shapeless(said: Metadata) -> None:
+    del said.state_dict_metadata["output_layer.weight"].size
+
+
 def _twice(said: Metadata) -> None:
     said.state_dict_metadata["output_layer.weight"].chunks *= 2
 
@@ -234,6 +242,7 @@ BROKEN = {
     _compressed: "compressed or encrypted",
     _elsewhere: "has no place in a file of this folder",
     _twice: "do not make up",
+    _shapeless: "not what torch.distributed.checkpoint writes",
 }
 
 

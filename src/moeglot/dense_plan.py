@@ -19,7 +19,10 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
     left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
+    count = dig(source.config, source.format.family.sparse.count)
     for line, braces in _lines(source, left, target):
+        if target.closed and int(braces.get("layer", 0)) >= count:
+            continue  # a layer for multi-token prediction, or one that config.json does not know
         names = [name.format(**braces) for name in line.hub]
         found = [left.pop(name) for name in names if name in left]
         if len(found) != len(names):

@@ -91,7 +91,13 @@ def is_torch_dist(folder: Path) -> bool:
 
 def read_entries(folder: Path) -> tuple[dict[str, Entry], tuple[Path, ...]]:
     """(name -> tensor, the files that hold them); training state is left aside. Raises `BrokenFile`."""
-    said = look_at((folder / METADATA).read_bytes(), METADATA)
+    try:
+        return _read(folder, look_at((folder / METADATA).read_bytes(), METADATA))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _refuse(METADATA, "it is not what torch.distributed.checkpoint writes", str(error).split("\n")[0]) from error
+
+
+def _read(folder: Path, said: Any) -> tuple[dict[str, Entry], tuple[Path, ...]]:
     tensors, places = (getattr(said, name, None) for name in ("state_dict_metadata", "storage_data"))
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         raise _refuse(METADATA, "it does not say which tensors there are", "it has no state_dict_metadata or no storage_data")
