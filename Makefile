@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton ray s3
+ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton ray s3 megatron
 PEFTS := 0.18.1 0.19.1 0.21.2
 
 .PRECIOUS: .venvs/%/ready
@@ -23,7 +23,7 @@ lint: .venv/ready
 # The oracles again, in an environment for each other library and version that we speak to.
 matrix: $(ENVIRONMENTS:%=matrix-%)
 
-matrix-torchao matrix-modelopt matrix-mlx: matrix-%: .venvs/%/ready
+matrix-torchao matrix-modelopt matrix-mlx matrix-megatron: matrix-%: .venvs/%/ready
 	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready

@@ -107,6 +107,8 @@ def checked_against(form: Format) -> str:
         return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
     if form.reads == "unsloth":
         return f"bitsandbytes {versions('bitsandbytes')[-1]} and transformers {versions('transformers')[-1]}; its own code is not run"
+    if form.reads == "Megatron-Core":
+        return f"megatron-core {', '.join(versions('megatron-core'))}"
     if form.reads == "transformers 5.5":
         return "transformers " + ", ".join(v for v in versions("transformers") if v.startswith("5.5."))
     if form.reads not in ("any transformers", "transformers 5"):
@@ -158,7 +160,7 @@ def coverage() -> tuple[list[str], list[list[str]]]:
     rows = []
     for form in PLAIN:
         native = " and ".join(sorted({line.encoding.name for line in form.stored if not isinstance(line.encoding, Plain)}))
-        encodings = native or ("any float type, and every variant below" if form.is_upright else "any float type")
+        encodings = native or ("any float type, and every variant below" if form.is_upright and not form.closed else "any float type")
         rows.append([f"[{form.family.name}](#{form.family.name.replace('.', '')})", code(form.name), encodings, form.reads, checked_against(form)])
     return ["family", "format", "encodings", "read by", "verified by"], rows
 

@@ -49,6 +49,21 @@ DENSE = {
     },
     "qwen3-moe": TRUNK | {ATTENTION + "q_norm.weight": "d", ATTENTION + "k_norm.weight": "d", LAYER + "mlp.gate.weight": "e h"},
     "mixtral": TRUNK | {LAYER + "block_sparse_moe.gate.weight": "e h"},
+    "deepseek-v3": {name: axes for name, axes in TRUNK.items() if "_proj" not in name}
+    | {
+        ATTENTION + "q_a_proj.weight": "s h",
+        ATTENTION + "q_a_layernorm.weight": "s",
+        ATTENTION + "q_b_proj.weight": "(q d) s",
+        ATTENTION + "kv_a_proj_with_mqa.weight": "s h",
+        ATTENTION + "kv_a_layernorm.weight": "s",
+        ATTENTION + "kv_b_proj.weight": "(k d) s",
+        ATTENTION + "o_proj.weight": "h (q d)",
+        LAYER + "mlp.gate.weight": "e h",
+        LAYER + "mlp.gate.e_score_correction_bias": "e",
+        LAYER + "mlp.shared_experts.gate_proj.weight": "i h",
+        LAYER + "mlp.shared_experts.up_proj.weight": "i h",
+        LAYER + "mlp.shared_experts.down_proj.weight": "h i",
+    },
 }
 """Family -> Hub name -> axes of every tensor that is no expert; the other families have one tensor for each name that some format of theirs changes."""
 
@@ -84,6 +99,7 @@ CONFIG = {
         "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     },
+    "deepseek-v3": {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_shared_experts": 1, "tie_word_embeddings": False},
     "mixtral": {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -113,8 +129,28 @@ def write_checkpoint(
     form = by_name(format_name).sized(known)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(form, known, layers, dtype), indent=2))
-    save(folder, tensors(form, known, layers, seed, dtype), shards)
+    found = tensors(form, known, layers, seed, dtype)
+    if form.container:
+        save_stacked(folder, found)
+    else:
+        save(folder, found, shards)
     return folder
+
+
+def save_stacked(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
+    """Have torch write the tensors of a torch_dist checkpoint, layers and experts stacked, each as one chunk."""
+    from torch.distributed.checkpoint import save as dcp_save
+
+    stacked: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    for name, tensor in found.items():
+        numbers = tuple(int(piece) for piece in name.split(".") if piece.isdecimal())
+        stacked.setdefault(".".join(piece for piece in name.split(".") if not piece.isdecimal()), {})[numbers] = tensor
+    whole = {}
+    for key, places in stacked.items():
+        shape = tuple(max(numbers) + 1 for numbers in zip(*places, strict=True))
+        first = next(iter(places.values()))
+        whole[key] = torch.stack([places[place] for place in sorted(places)]).view(*shape, *first.shape) if shape else first
+    dcp_save(whole, checkpoint_id=folder, no_dist=True)
 
 
 def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1) -> None:
@@ -190,9 +226,12 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
             hub[name.format(layer=layer, rest="x.weight")] = _floats(shape, dtype, random)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in hub.items():
-        if named := form.from_hub(name):
+        if named := form.from_hub(name, tuple(range(layers))):
             line, braces = named
-            found[line.key.format(**braces)] = torch.cat([hub[part.format(**braces)] for part in line.hub])
+            parts = [hub[part.format(**braces)] for part in line.hub]
+            if line.heads:
+                parts = [torch.cat([part.chunk(sizes["k"])[group] for part in parts]) for group in range(sizes["k"])]
+            found[line.key.format(**braces)] = torch.cat(parts)
         else:
             found[name] = tensor
     return found
@@ -201,7 +240,7 @@ def _dense(form: Format, sizes: Mapping[str, int], layers: int, dtype: torch.dty
 def _renamed(form: Format) -> dict[str, str]:
     """Hub name -> axes of a tensor for each name that some format of this family changes, and of one that none does."""
     lines = [line for other in of_family(form.family) if not other.coding for line in other.dense]
-    names = {name: f"({rows}) h" for line in lines for name, rows in zip(line.hub, line.rows or ("h",), strict=True)}
+    names = {name: f"({rows}) h" for line in lines for name, rows in zip(line.hub, line.rows or ("h",) * len(line.hub), strict=True)}
     return {"unrelated.weight": "v h", **names}
 
 

@@ -1013,6 +1013,6 @@ def test_what_is_undamaged_is_accepted(tmp_path: Path, form: Format) -> None:
     folder = write_checkpoint(tmp_path / "m", form.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Entry, "read", lambda *args: pytest.fail("a number was read"))
-        for path in (folder, folder / "model.safetensors"):
+        for path in (folder, *folder.glob("model.safetensors")):
             checkpoint = moeglot.open(path)
             assert (checkpoint.format, checkpoint.layers, len(checkpoint.dense) > 0) == (form, (0, 1), True)

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from moeglot import BrokenFile
+from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
-from moeglot.shards import ALIGNMENT, MAX_HEADER, Slot, allocate, plan_shards, read_header, tensor_bytes, write_at
+from moeglot.shards import ALIGNMENT, MAX_HEADER, Slot, plan_shards, read_header, tensor_bytes, write_at
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,11 +16,12 @@ from moeglot.adapter_config import CONFIG, PREFIX, TENSORS
 from moeglot.adapter_parts import Dense, Pair, aliases
 from moeglot.adapter_written import Module, written_config
 from moeglot.conventions import Convention, target
+from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
 from moeglot.errors import AdapterError, NotVerified, OutputExists
 from moeglot.factors import Place, holds, in_out, join, lay, places, shapes
 from moeglot.layout import Sizes
-from moeglot.shards import ShardPlan, Slot, allocate, tensor_bytes, write_at
+from moeglot.shards import ShardPlan, Slot, tensor_bytes, write_at
 
 if TYPE_CHECKING:
     import torch

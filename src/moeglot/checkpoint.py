@@ -18,6 +18,7 @@ from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
 from moeglot.evidence import decide
+from moeglot.family import dig
 from moeglot.floats import values
 from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
@@ -189,7 +190,7 @@ class Checkpoint:
 
     def _hub_tensors(self, key: str, entry: Entry) -> Iterator[HubTensor]:
         named = self.format.dense_line(key)
-        if not named and self.format.config.only:
+        if not named and (self.format.config.only or self.format.closed):
             raise TensorMismatch(
                 f"{key}: {self.format.name} has no such tensor", f"its names are listed by {self.format.source}", "pass --format if the format is another"
             )
@@ -201,9 +202,12 @@ class Checkpoint:
 
     def _cut(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
         if len(line.hub) == 1:
-            yield HubTensor(line.hub[0].format(**numbers), entry, 0, None)
+            yield HubTensor(line.hub[0].format(**numbers), entry, 0, self._meant(line, entry))
             return
-        counts = line.row_counts(self.sizes)
+        if line.heads:
+            yield from self._cut_in_groups(line, numbers, entry)
+            return
+        counts = line.row_counts(self.sizes, self.config)
         if entry.shape[:1] != (sum(counts),):
             raise TensorMismatch(
                 f"{entry.name}: {list(entry.shape)}, its rows should be {' + '.join(map(str, counts))}", self.known, "check config.json against the producer's"
@@ -211,6 +215,29 @@ class Checkpoint:
         first = 0
         for name, rows in zip(line.hub, counts, strict=True):
             yield HubTensor(name.format(**numbers), entry, first, rows)
+            first += rows
+
+    def _meant(self, line: Dense, entry: Entry) -> int | None:
+        """How many rows are not padding; None for all."""
+        rows = dig(self.config, line.padded) if line.padded else None
+        if rows is None or entry.shape[:1] == (rows,):
+            return None
+        if not isinstance(rows, int) or not entry.shape or not 0 < rows < entry.shape[0]:
+            wrong = f"{entry.name}: {list(entry.shape)}, it should have at least {rows} rows"
+            raise TensorMismatch(wrong, f"config.json says {line.padded} = {rows}", "check config.json against the producer's")
+        return rows
+
+    def _cut_in_groups(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
+        shares, first = line.shares(self.config, entry.shape[0] if entry.shape else 1), 0
+        if shares is None:
+            said = ", ".join(f"{key} = {dig(self.config, key)}" for key in dict.fromkeys(line.heads))
+            raise TensorMismatch(
+                f"{entry.name}: {list(entry.shape)}, its rows are no whole number of heads",
+                f"config.json says {said}",
+                "check config.json against the producer's",
+            )
+        for name, rows in zip(line.hub, shares, strict=True):
+            yield HubTensor(name.format(**numbers), entry, first, rows, line.groups(self.config))
             first += rows
 
 

@@ -15,6 +15,7 @@ from moeglot.adapter import Adapter
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress, return_large_buffers
+from moeglot.direct import no_space
 from moeglot.errors import LossRefused, Unfinished, UsageError
 from moeglot.identify import MARK
 from moeglot.kept import THRESHOLD, refuse_lost
@@ -23,10 +24,10 @@ from moeglot.parts import Part, parted
 from moeglot.plan import SHARD_SIZE, Plan
 from moeglot.plan import plan as make_plan
 from moeglot.remote import Location, Remote, location
-from moeglot.shards import no_space
 from moeglot.source import INDEX
 from moeglot.store import Store
 from moeglot.stream import Engine, stream, threads
+from moeglot.torch_dist.writing import DistFile, finish
 from moeglot.units import estimate
 from moeglot.work import Work
 
@@ -87,6 +88,8 @@ def carry_out(
         raise UsageError(
             f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
         )
+    if plan.target.container and isinstance(place, Remote):
+        raise UsageError(f"OUT {place} is a URL", "torch_dist is written in place, which a store cannot do", "write it to a disk, and copy the folder")
     if engine and device:
         raise UsageError(f"device {device}", "the engine decides where its tasks compute", "leave out one of the two")
     if device:
@@ -220,7 +223,10 @@ def _refuse_expected_loss(plan: Plan) -> None:
 def _write_rest(plan: Plan, folder: Location) -> None:
     """config.json, the index, and the files that are carried over."""
     write_json(folder / "config.json", plan.config)
-    if len(plan.shards) > 1:
+    if plan.target.container:
+        assert isinstance(folder, Path)
+        finish(folder, tuple(shard for shard in plan.shards if isinstance(shard, DistFile)))
+    elif len(plan.shards) > 1:
         weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.slots}
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
         write_json(folder / INDEX, {"metadata": {"total_size": total, MARK: plan.target.name}, "weight_map": dict(sorted(weight_map.items()))})

@@ -20,6 +20,20 @@ PIECE = 1 << 25
 """Bytes that are compared at a time."""
 
 
+def in_groups(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[rows, ...] -> [groups, rows of a group, ...]"""
+    return tensor.view(groups, tensor.shape[0] // groups, *tensor.shape[1:])
+
+
+def taking_turns(tensors: list[torch.Tensor], groups: int) -> torch.Tensor:
+    """The rows of the tensors, group by group, and in each group those of each tensor in turn."""
+    import torch
+
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([in_groups(tensor, groups) for tensor in tensors], 1).flatten(0, 1)
+
+
 class DenseTensor(Protocol):
     """What can be read under a name of the Hub. `origin`: the stored tensors that it comes from."""
 
@@ -40,16 +54,17 @@ class DenseTensor(Protocol):
 
 @dataclass(frozen=True)
 class HubTensor:
-    """A tensor that is no expert, under its name on the Hub: rows `first` to `first + rows` of a stored one."""
+    """A tensor that is no expert, under its name on the Hub: rows `first` to `first + rows` of a stored one, or of each of its `groups` of rows."""
 
     name: str
     entry: Entry
     first: int = 0
     rows: int | None = None
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.entry.shape if self.rows is None else (self.rows, *self.entry.shape[1:])
+        return self.entry.shape if self.rows is None else (self.groups * self.rows, *self.entry.shape[1:])
 
     @property
     def dtype(self) -> str:
@@ -61,7 +76,10 @@ class HubTensor:
         return self.entry.name
 
     def read(self) -> torch.Tensor:
-        return self.entry.read(self.first, self.rows)
+        if self.groups == 1:
+            return self.entry.read(self.first, self.rows)
+        assert self.rows is not None
+        return in_groups(self.entry.read(), self.groups)[:, self.first : self.first + self.rows].flatten(0, 1)
 
     def same(self, other: HubTensor) -> bool:
         """The same bytes under the same dtype and shape; some rows at a time, so that a large tensor is never ours as a whole."""
@@ -69,7 +87,7 @@ class HubTensor:
 
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
-        if not self.shape:
+        if not self.shape or (self.groups, other.groups) != (1, 1):
             return same(self.read(), other.read())
         step = max(1, PIECE * self.shape[0] // max(1, self.entry.nbytes))
         for at in range(0, self.shape[0], step):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from moeglot.shards import ALIGNMENT, let_go, tensor_bytes, write_at
+from moeglot.errors import NoSpace
+from moeglot.remote import Location
+from moeglot.shards import ALIGNMENT, Piece, let_go, tensor_bytes, write_at
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +18,43 @@ if TYPE_CHECKING:
 LARGE = 1 << 20
 """Bytes from which a write is worth its own trip to the disk."""
 PIECE = 1 << 25
+
+
+class File(Protocol):
+    """A file to be written, whose bytes that are not tensors are known beforehand."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def frames(self) -> tuple[tuple[int, bytes], ...]: ...
+
+
+def allocate(path: Path, shard: File) -> None:
+    """Create the file at its full size and write what is known beforehand; raises `NoSpace` before any tensor is written."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        if hasattr(os, "posix_fallocate"):  # macOS has none; there a full disk shows while writing
+            os.posix_fallocate(descriptor, 0, shard.nbytes)
+        else:
+            os.ftruncate(descriptor, shard.nbytes)
+        for offset, data in shard.frames:
+            write_at(descriptor, memoryview(data), offset)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise no_space(path, shard.nbytes) from error
+    finally:
+        os.close(descriptor)
+
+
+def no_space(path: Location, needed: int, started: bool = True) -> NoSpace:
+    """The refusal for a full disk, before or after something was written."""
+    return NoSpace(
+        f"no space left for {path.name}",
+        f"it needs {needed:,} bytes on the disk of {path.parent}",
+        "free space there, then pass --resume to go on" if started else "free space there or choose another OUT; nothing was written",
+    )
 
 
 class Output:
@@ -46,6 +86,23 @@ class Output:
                 if error.errno != errno.EINVAL:  # a disk with larger sectors
                     raise
         write_at(self._descriptor, data, offset)
+
+    def put(self, tensor: torch.Tensor, pieces: tuple[Piece, ...], at: int = 0) -> None:
+        """The bytes of a tensor from `at` in the pieces in turn, and the checksum of each piece that is then whole."""
+        if len(pieces) == 1 and not pieces[0].sums:
+            self.write(tensor, pieces[0].offset + at)
+            return
+        data = tensor_bytes(tensor)
+        assert at == 0
+        assert len(data) == sum(piece.nbytes for piece in pieces)
+        for piece in pieces:
+            run, data = data[: piece.nbytes], data[piece.nbytes :]
+            for first in range(0, piece.nbytes, PIECE):
+                self._write(run[first : first + PIECE], piece.offset + first)
+            checksum = zlib.crc32(run).to_bytes(4, "little")
+            for place in piece.sums:
+                self._write(memoryview(checksum), place)
+            let_go()
 
     def close(self, flush: bool = False) -> None:
         """`flush`: what was written is on the disk when this returns, and not only on its way."""

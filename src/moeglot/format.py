@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import repeat
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 from moeglot.coding import Coding
 from moeglot.encoding import Encoding, Part
 from moeglot.encodings.plain import Plain
-from moeglot.family import Family
+from moeglot.errors import Contradiction
+from moeglot.family import Config, Family, dig
 from moeglot.layout import BEHIND, ROLES, Sizes, Stored
 
 
@@ -20,25 +22,58 @@ from moeglot.layout import BEHIND, ROLES, Sizes, Stored
 class Dense:
     """A tensor that is no expert and that this format names, or packs, unlike the family's Hub format. `{rest}` in a key stands for any remainder.
 
-    `hub`: the Hub's keys whose rows it holds in turn; `rows`: for each, the letters whose product is its number of rows.
+    `hub`: the Hub's keys whose rows it holds in turn; `rows`: for each, the letters or config keys whose product is its number of rows.
+    `heads` instead of `rows`: for each, the config key of its number of heads. The rows then lie group by group, and in each group the share of each
+    tensor in turn; there are as many groups as the last one has heads, and all heads have the same number of rows.
+    `only`: it is in layers of this kind alone, those with experts or those without.
+    `padded`: the config key of how many rows mean something, if the writer may add some that nothing reads.
     """
 
     key: str
     hub: tuple[str, ...]
     rows: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    padded: str = ""
+    only: Literal["", "dense", "sparse"] = ""
 
     def __post_init__(self) -> None:
-        if len(self.hub) > 1 and len(self.rows) != len(self.hub):
-            raise ValueError(f"{self.key}: {len(self.hub)} tensors need as many row counts, not {self.rows}")
+        if len(self.hub) > 1 and len(self.rows or self.heads) != len(self.hub):
+            raise ValueError(f"{self.key}: {len(self.hub)} tensors need as many row counts, not {self.rows or self.heads}")
 
-    def row_counts(self, sizes: Sizes) -> tuple[int, ...]:
-        counts = []
-        for letters in self.rows:
-            n = 1
-            for letter in letters.split():
-                n *= sizes[letter]
-            counts.append(n)
-        return tuple(counts)
+    def groups(self, config: Config) -> int:
+        """How many times the tensors take turns."""
+        return self._heads(config)[-1] if self.heads else 1
+
+    def shares(self, config: Config, rows: int) -> tuple[int, ...] | None:
+        """How many of a number of rows each tensor has in one group, None if the rows are no whole number of heads."""
+        heads, groups = self._heads(config), self.groups(config)
+        if rows % sum(heads) or any(n % groups for n in heads):
+            return None
+        return tuple(n // groups * (rows // sum(heads)) for n in heads)
+
+    def _heads(self, config: Config) -> tuple[int, ...]:
+        found = {key: dig(config, key) for key in self.heads}
+        if wrong := [key for key, n in found.items() if not isinstance(n, int) or n < 1]:
+            known = f"{self.key} holds {len(self.hub)} tensors group by group; config.json says {wrong[0]} = {found[wrong[0]]}"
+            raise Contradiction("config.json does not say how many heads there are", known, f"add {wrong[0]} from the producer's config.json")
+        return tuple(found[key] for key in self.heads)
+
+    def row_counts(self, sizes: Sizes, config: Config) -> tuple[int, ...]:
+        found = {name: sizes.get(name) or dig(config, name) for names in self.rows for name in names.split()}
+        if wrong := [name for name, n in found.items() if not isinstance(n, int) or n < 1]:
+            known = f"{self.key} holds {len(self.hub)} tensors in turn; config.json says {wrong[0]} = {found[wrong[0]]}"
+            raise Contradiction("config.json does not say how many rows a tensor has", known, f"add {wrong[0]} from the producer's config.json")
+        return tuple(prod(found[name] for name in names.split()) for names in self.rows)
+
+
+@dataclass(frozen=True)
+class TorchDist:
+    """A folder that torch.distributed.checkpoint reads, as Megatron-Core keeps it: layers and experts are axes of larger tensors.
+
+    `states`: what has an `_extra_state` there, an object without numbers, and in which layers, as `Dense.only` says; `{layer}` and `{expert}` as in a key.
+    """
+
+    states: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +97,7 @@ class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
+    `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
@@ -77,6 +113,8 @@ class Format:
     alone: str = ""
     coding: Coding | None = None
     unlike: Mapping[int, tuple[Stored, ...]] = field(default_factory=dict)
+    closed: bool = False
+    container: TorchDist | None = None
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)
@@ -136,9 +174,14 @@ class Format:
         """The first `Dense` line of a key of this format, and what stands in its braces."""
         return next(((line, found.groupdict()) for line, pattern, _ in self._dense_patterns if (found := pattern.fullmatch(key))), None)
 
-    def from_hub(self, key: str) -> tuple[Dense, dict[str, str]] | None:
-        """The first `Dense` line that takes a tensor of this Hub name, and what stands in its braces."""
-        return next(((line, found.groupdict()) for line, _, hub in self._dense_patterns for one in hub if (found := one.fullmatch(key))), None)
+    def from_hub(self, key: str, sparse: tuple[int, ...] | None = None) -> tuple[Dense, dict[str, str]] | None:
+        """The first `Dense` line that takes a tensor of this Hub name, and what stands in its braces. `sparse`: the layers with experts, if they matter."""
+        for line, _, hub in self._dense_patterns:
+            for one in hub:
+                found = one.fullmatch(key)
+                if found and not (line.only and sparse is not None and (int(found["layer"]) in sparse) != (line.only == "sparse")):
+                    return line, found.groupdict()
+        return None
 
     @cached_property
     def _dense_patterns(self) -> tuple[tuple[Dense, re.Pattern[str], tuple[re.Pattern[str], ...]], ...]:

@@ -30,7 +30,7 @@ NO_CONFIG = "there is no config.json"
 class Refutation:
     """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there."""
 
-    by: Literal["family", "names", "dtypes", "shapes", "config.json"]
+    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json"]
     why: str
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Identification:
                 f"key names and dtypes are those of {form}; {'; '.join(self.evidence)}",
                 "take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
-        known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by != "family"}
+        known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if known:
             raise UnknownFormat(
                 f"{name}: the experts are stored in no format that moeglot knows",
@@ -94,7 +94,7 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
     ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source))}
-    layouts = [form for form in PLAIN if form.name not in ruled_out or ruled_out[form.name].by != "family"]
+    layouts = [form for form in PLAIN if form.name not in ruled_out or ruled_out[form.name].by not in ("container", "family")]
     known = [*layouts, *(variant for form in layouts for variant in variants(form))]
     ruled_out |= {form.name: refutation for form in known[len(layouts) :] if (refutation := _refutation(form, source))}
     if marks:
@@ -130,6 +130,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
 
 def _refutation(form: Format, source: Source) -> Refutation | None:
     """Why this cannot be the format, or None."""
+    if (form.container is not None) != source.torch_dist:
+        return Refutation("container", "it lies in a torch_dist folder" if form.container else "it lies in safetensors files")
     model_type = source.config.get("model_type")
     if form.config.only:
         if missing := [key for key in form.config.names.values() if key not in source.config]:
@@ -254,9 +256,9 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
 
 
 def _is_somewhere(template: str, source: Source) -> bool:
-    """Some tensor's name ends as this template does."""
-    last = template[template.rfind(".") + 1 :]
-    return "{" in last or last in source.last_names
+    """Some tensor's name begins and ends as this template does."""
+    first, last = template.partition(".")[0], template[template.rfind(".") + 1 :]
+    return ("{" in first or first in source.first_names) and ("{" in last or last in source.last_names)
 
 
 def _shape_refutation(form: Format, sizes: Sizes, first: First) -> Refutation | None:

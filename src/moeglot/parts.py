@@ -52,7 +52,7 @@ def parted(plan: Plan, count: int) -> tuple[tuple[Unit, ...], ...]:
 
 def in_file_order(plan: Plan) -> list[Unit]:
     """All units, by the place where their first bytes go."""
-    places = {name: (n, at) for n, shard in enumerate(plan.shards) for name, at in shard.offsets.items()}
+    places = {name: (n, pieces[0].offset) for n, shard in enumerate(plan.shards) for name, pieces in shard.pieces.items()}
 
     def place(unit: Unit) -> tuple[tuple[int, int], int]:
         if unit.step is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -15,12 +15,14 @@ from moeglot.adapter import Adapter, open_adapter
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.config import declared_dtype, write_config
 from moeglot.dense import DecodedTensor, DenseTensor
+from moeglot.dense_plan import dense_slot, dense_tensors
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
-from moeglot.errors import TensorMismatch, UsageError
-from moeglot.format import Dense, Format
+from moeglot.errors import UsageError
+from moeglot.family import dig
+from moeglot.format import Dense, Format, TorchDist
 from moeglot.formats import by_name, of_family
 from moeglot.identify import MARK
 from moeglot.layout import Sizes, Stored
@@ -29,7 +31,8 @@ from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.survival import Survival
-from moeglot.targets import arranged, encoding_of, float_type, keeping, keeps, own, quantization, twin, variant
+from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, twin, variant
+from moeglot.torch_dist.writing import DistFile, plan_files
 
 SHARD_SIZE = 5_000_000_000
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -82,6 +85,8 @@ class Unit:
     step: Step | None = None
     expert: int = 0
     parts: tuple[DenseTensor, ...] = ()
+    line: Dense | None = None
+    """How the target has the tensor that is no expert, if otherwise than the Hub."""
     nbytes: int = 0
     merged: bool = False
     """An adapter's change is added to the slice."""
@@ -105,7 +110,7 @@ class Plan:
     target: Format
     steps: tuple[Step, ...]
     dense: Mapping[str, tuple[DenseTensor, ...]]
-    shards: tuple[ShardPlan, ...]
+    shards: tuple[ShardPlan | DistFile, ...]
     config: Mapping[str, Any]
     others: tuple[Location, ...]
     expected_error: Mapping[str, float] = field(default_factory=dict)
@@ -146,7 +151,11 @@ class Plan:
             for step in self.steps
             for expert in range(experts)
         ]
-        return (*slices, *(Unit(f"{key}|dense", parts=parts, nbytes=_dense_slot(key, parts).nbytes) for key, parts in self.dense.items()))
+        return (*slices, *(self._dense_unit(key, parts) for key, parts in self.dense.items()))
+
+    def _dense_unit(self, key: str, parts: tuple[DenseTensor, ...]) -> Unit:
+        named = self.target.dense_line(key)
+        return Unit(f"{key}|dense", parts=parts, line=named and named[0], nbytes=dense_slot(key, parts).nbytes)
 
     @cached_property
     def digest(self) -> str:
@@ -196,9 +205,13 @@ def plan(
         for line in target.lines(layer)
     )
     target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
-    dense = _dense(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
-    slots = [*_expert_slots(source, steps), *(_dense_slot(key, parts) for key, parts in dense.items())]
-    shards = plan_shards(sorted(slots, key=_in_model_order), shard_size, {"format": "pt", MARK: target.name})
+    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
+    slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
+    shards: tuple[ShardPlan | DistFile, ...]
+    if target.container:
+        shards = plan_files(slots, shard_size, _stacked(source), _states(source, target.container))
+    else:
+        shards = plan_shards(slots, shard_size, {"format": "pt", MARK: target.name})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
     others = tuple(path for path in source.source.others() if path.name != MODELOPT_CONFIG or keeps(source, target))
     return Plan(source, target, steps, dense, shards, config, others, change=change)
@@ -234,51 +247,33 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     return Step(line, layer, sources, encoding, movable, twin(source, line, layer, encoding))
 
 
+def _stacked(source: Checkpoint) -> int:
+    """How many layers are alike, so that a torch_dist checkpoint stacks them; 0 if some have no experts."""
+    count = _count(source)
+    return count if source.layers == tuple(range(count)) else 0
+
+
+def _count(source: Checkpoint) -> int:
+    return int(dig(source.config, source.format.family.sparse.count))
+
+
+def _states(source: Checkpoint, container: TorchDist) -> Iterator[str]:
+    """The modules that have an _extra_state."""
+    for template, only in container.states.items():
+        for layer in range(_count(source)) if "{layer}" in template else (0,):
+            if only and (layer in source.layers) != (only == "sparse"):
+                continue
+            for expert in range(source.sizes["e"]) if "{expert}" in template else (0,):
+                yield template.format(layer=layer, expert=expert)
+
+
 def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]:
     for step in steps:
         for expert in range(source.sizes["e"]) if step.line.per_expert else (None,):
             for part in step.target.parts:
                 shape = step.line.part_shape(part, source.sizes)
-                yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape)
-
-
-def _dense(source: Checkpoint, target: Format, dtype: str | None, change: Change | None) -> dict[str, tuple[DenseTensor, ...]]:
-    """Key in the target -> the Hub tensors whose rows it holds."""
-    left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
-    left = change.dense(left) if change else left
-    made: dict[str, tuple[DenseTensor, ...]] = {}
-    for line, braces in _dense_lines(source, left, target):
-        names = [name.format(**braces) for name in line.hub]
-        found = [left.pop(name) for name in names if name in left]
-        if len(found) != len(names):
-            raise TensorMismatch(
-                f"{line.key.format(**braces)} needs {', '.join(set(names) - {tensor.name for tensor in found})}",
-                f"{target.name} always has it ({target.source}); {source.known}",
-                "choose another target format",
-            )
-        if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
-            raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
-        made[line.key.format(**braces)] = tuple(found)
-    if left and target.config.only:
-        raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it", f"its names: {target.source}", "choose another target format")
-    return made | {name: (tensor,) for name, tensor in left.items()}
-
-
-def _dense_lines(source: Checkpoint, names: Iterable[str], target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
-    """Each line of the target with what stands in its braces: for every tensor that it takes, and for what the target cannot do without."""
-    found = [taken for name in names if (taken := target.from_hub(name))]
-    if target.config.only:
-        found += [(line, {"layer": str(layer)} if "{layer}" in line.key else {}) for line in target.dense for layer in source.layers]
-    seen = set()
-    for line, braces in found:
-        if (key := line.key.format(**braces)) not in seen:
-            seen.add(key)
-            yield line, braces
-
-
-def _dense_slot(key: str, parts: tuple[DenseTensor, ...]) -> Slot:
-    first = parts[0].shape
-    return Slot(key, parts[0].dtype, first if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first[1:]))
+                cuts = len(step.line.roles) if step.line.expert_groups[0][0] == "p" else 1
+                yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape, cuts)
 
 
 def _in_model_order(slot: Slot) -> tuple[object, ...]:

@@ -5,7 +5,6 @@ https://github.com/huggingface/safetensors#format: u64 header length, JSON heade
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeglot.dtypes import DTYPES
-from moeglot.errors import BrokenFile, NoSpace
+from moeglot.errors import BrokenFile
 from moeglot.remote import Location, Remote
 
 if TYPE_CHECKING:
@@ -196,15 +195,24 @@ def _no_number(path: Location, name: str, value: Any) -> BrokenFile:
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor to be written: its name, safetensors dtype and shape."""
+    """A tensor to be written: its name, safetensors dtype and shape. `cuts`: how many matrices lie in it one after the other."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    cuts: int = 1
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].size
+
+
+class Piece(NamedTuple):
+    """Where a run of a tensor's bytes goes in a file; `sums`: where the CRC-32 of the run is to be written, too."""
+
+    offset: int
+    nbytes: int
+    sums: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,15 @@ class ShardPlan:
         return found
 
     @property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        return {slot.name: (Piece(self.offsets[slot.name], slot.nbytes),) for slot in self.slots}
+
+    @property
+    def frames(self) -> tuple[tuple[int, bytes], ...]:
+        """What is written beside the tensors, and where."""
+        return ((0, self.header),)
+
+    @property
     def nbytes(self) -> int:
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
 
@@ -255,32 +272,6 @@ def plan_shards(slots: Iterable[Slot], shard_size: int, metadata: Mapping[str, s
 def _rank(slot: Slot) -> tuple[bool, int, int, str]:
     """Tensors of whole pages first, then by falling item size: everything starts where its type, and the large where a page, may start."""
     return slot.nbytes % ALIGNMENT != 0, -DTYPES[slot.dtype].size, -slot.nbytes, slot.name
-
-
-def allocate(path: Path, shard: ShardPlan) -> None:
-    """Create the file at its full size and write its header; raises `NoSpace` before any tensor is written."""
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        if hasattr(os, "posix_fallocate"):  # macOS has none; there a full disk shows while writing
-            os.posix_fallocate(descriptor, 0, shard.nbytes)
-        else:
-            os.ftruncate(descriptor, shard.nbytes)
-        write_at(descriptor, memoryview(shard.header), 0)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise no_space(path, shard.nbytes) from error
-    finally:
-        os.close(descriptor)
-
-
-def no_space(path: Location, needed: int, started: bool = True) -> NoSpace:
-    """The refusal for a full disk, before or after something was written."""
-    return NoSpace(
-        f"no space left for {path.name}",
-        f"it needs {needed:,} bytes on the disk of {path.parent}",
-        "free space there, then pass --resume to go on" if started else "free space there or choose another OUT; nothing was written",
-    )
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -14,6 +14,7 @@ from moeglot import hub
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, read_header, unique
+from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -30,11 +31,18 @@ class Source:
     config: Mapping[str, Any] = field(repr=False)
     metadata: tuple[Mapping[str, str], ...] = field(repr=False)
     single: bool = False
+    torch_dist: bool = False
+    """It is a folder of torch.distributed.checkpoint, not of safetensors."""
 
     @cached_property
     def last_names(self) -> frozenset[str]:
         """What stands after the last dot in the names of tensors."""
         return frozenset(key[key.rfind(".") + 1 :] for key in self.entries)
+
+    @cached_property
+    def first_names(self) -> frozenset[str]:
+        """What stands before the first dot."""
+        return frozenset(key.partition(".")[0] for key in self.entries)
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +51,8 @@ class Source:
     def others(self) -> Iterator[Location]:
         """Files that are carried over as they are: tokenizer, templates, licence; no weights, no index, no config.json, nothing of ours."""
         for path in _listed(self.folder) if not self.single else []:
-            weights = path.suffix in (".safetensors", *PICKLES) or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+            named = path.name == DESCRIPTION or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+            weights = named or path.suffix in (".safetensors", ".distcp", *PICKLES)
             if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
                 yield _inside(path, _root(self.folder))
 
@@ -64,7 +73,16 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
         return _remote(str(path))
     if not local.is_dir():
         local = hub.fetch(str(path))
+    if isinstance(local, Path) and is_torch_dist(local):
+        return _read_torch_dist(str(path), local)
     return _read(str(path), local, tuple(_shards(str(path), local, _root(local))), headers_only)
+
+
+def _read_torch_dist(name: str, folder: Path) -> Source:
+    metadata = _inside(folder / METADATA, _root(folder))
+    entries, files = read_entries(folder)
+    shards = (metadata, *(_inside(file, _root(folder)) for file in files))
+    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=True)
 
 
 def _remote(name: str) -> Source:
@@ -168,9 +186,12 @@ def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_onl
         entries.update(found)
         held.update(dict.fromkeys(found, shard.name))
         metadata.append(marks)
-    config = read_json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
     _check_index(folder, shards, held)
-    return Source(name, folder, shards, entries, config, tuple(metadata))
+    return Source(name, folder, shards, entries, _config(folder), tuple(metadata))
+
+
+def _config(folder: Location) -> dict[str, Any]:
+    return read_json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
 
 
 def _check_index(folder: Location, shards: tuple[Location, ...], held: Mapping[str, str]) -> None:

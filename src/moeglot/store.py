@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 from moeglot.certificate import CERTIFICATE
+from moeglot.direct import allocate
 from moeglot.errors import OutputExists
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Unit
 from moeglot.remote import Remote
-from moeglot.shards import allocate
 from moeglot.stream import Engine
 
 
@@ -120,7 +120,7 @@ class Store:
 
 def shards_of(plan: Plan) -> dict[str, set[str]]:
     """Unit -> the files that have some of its bytes."""
-    file_of = {name: shard.file for shard in plan.shards for name in shard.offsets}
+    file_of = {name: shard.file for shard in plan.shards for name in shard.pieces}
 
     def files(unit: Unit) -> set[str]:
         if unit.step is None:

@@ -38,7 +38,7 @@ class Files:
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.folder = folder
-        self.places = {name: (shard.file, offset) for shard in plan.shards for name, offset in shard.offsets.items()}
+        self.places = {name: (shard.file, pieces) for shard in plan.shards for name, pieces in shard.pieces.items()}
         self._open: dict[str, Output] = {}
         self._lock = threading.Lock()
 
@@ -54,11 +54,11 @@ class Files:
             self._put(line.key_of(part, unit.step.layer, unit.expert), tensor, first)
 
     def _put(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
-        file, offset = self.places[name]
+        file, pieces = self.places[name]
         with self._lock:
             if file not in self._open:
                 self._open[file] = Output(self.folder / file)
-        self._open[file].write(tensor, offset + first)
+        self._open[file].put(tensor, pieces, first)
 
     def close(self, flush: bool = False) -> None:
         """`flush`: what was written is on the disk when this returns, and not only on its way."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moeglot import scratch
-from moeglot.dense import DecodedTensor, DenseTensor
+from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 
 def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     """The bytes of a unit: part -> tensor in stored axes (one expert's slice, or a tensor that is no expert), and what was lost."""
-    import torch
-
     if unit.step is None:
         found = [_dense(part) for part in unit.parts]
-        tensors = [tensor for tensor, _ in found]
-        return {"value": tensors[0] if len(tensors) == 1 else torch.cat(tensors)}, sum((loss for _, loss in found), Loss())
+        groups = unit.line.groups(plan.source.config) if unit.line else 1
+        return {"value": taking_turns([tensor for tensor, _ in found], groups)}, sum((loss for _, loss in found), Loss())
     parts, loss = _slice(plan, unit.step, unit.expert)
     if plan.change and unit.merged:
         parts, survived = plan.change.apply(

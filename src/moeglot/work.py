@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeglot.direct import allocate, no_space
 from moeglot.errors import OutputExists
 from moeglot.loss import Loss
 from moeglot.parts import Part
 from moeglot.plan import Plan, Unit
 from moeglot.remote import local_only
-from moeglot.shards import allocate, forget_mappings, no_space
+from moeglot.shards import forget_mappings
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
 

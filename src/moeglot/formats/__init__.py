@@ -18,6 +18,7 @@ from moeglot.formats import (
     gpt_oss,
     granite,
     linear_attention,
+    megatron,
     nemotron_h,
     nested,
     others,
@@ -44,6 +45,7 @@ PLAIN: tuple[Format, ...] = (
     *remote.FORMATS,
     *text_only.FORMATS,
     *w1_w3_w2.FORMATS,
+    *megatron.FORMATS,
 )
 """Every layout as its producer stores it, without what other libraries make of it."""
 
@@ -56,7 +58,8 @@ _variants: dict[str, tuple[Format, ...]] = {}
 def variants(form: Format) -> tuple[Format, ...]:
     """A plain layout with its matrices quantized, in every way that is known: `"qwen3-moe/hub+fp8-block"`; made when they are asked for."""
     if form.name not in _variants:
-        _variants[form.name] = tuple(form.coded(coding) for coding in CODINGS if form.is_plain and coding.codes(form.family.name, form.stored))
+        codings = CODINGS if form.is_plain and not form.closed else ()
+        _variants[form.name] = tuple(form.coded(coding) for coding in codings if coding.codes(form.family.name, form.stored))
     return _variants[form.name]
 
 

@@ -6,6 +6,9 @@ from moeglot.formats.lines import KINDS, QWEN, family, first_dense, usual
 ROUTED = ("n_routed_experts", "num_local_experts")
 EXPERTS = ("num_experts", "num_local_experts")
 
+DEEPSEEK_V3 = family("deepseek-v3", e=ROUTED, sparse=first_dense(default=3))
+QWEN3_MOE = family("qwen3-moe", e=EXPERTS, sparse=QWEN)
+
 FORMATS = (
     *usual(family("afmoe", e=EXPERTS, sparse=first_dense("num_dense_layers", 1)), "arcee-ai/Trinity-Mini"),
     *usual(family("axk1", e=ROUTED, sparse=first_dense(default=1)), "skt/A.X-K1", {"mlp.post_mlp_layernorm.{rest}": "post_mlp_layernorm.{rest}"}),
@@ -23,7 +26,7 @@ FORMATS = (
     *usual(family("beam", e=EXPERTS, sparse=first_dense(default=3)), "reflection/Beam-1.0-501B-A23B"),
     *usual(family("cohere2-moe", e=EXPERTS, i="intermediate_size", sparse=first_dense()), "CohereLabs/command-a-plus-05-2026"),
     *usual(family("deepseek-v2", e=ROUTED, sparse=first_dense()), "deepseek-ai/DeepSeek-V2-Lite"),
-    *usual(family("deepseek-v3", e=ROUTED, sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3"),
+    *usual(DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3"),
     *usual(family("deepseek-v32", e=ROUTED, sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3.2-Exp"),
     *usual(family("dots1", e=ROUTED, sparse=first_dense()), "rednote-hilab/dots.llm1.base"),
     *usual(
@@ -81,7 +84,7 @@ FORMATS = (
     ),
     *usual(family("olmoe", e=EXPERTS, i="intermediate_size"), "allenai/OLMoE-1B-7B-0924"),
     *usual(family("qwen2-moe", e=EXPERTS, sparse=QWEN), "Qwen/Qwen1.5-MoE-A2.7B"),
-    *usual(family("qwen3-moe", e=EXPERTS, sparse=QWEN), "Qwen/Qwen3-30B-A3B"),
+    *usual(QWEN3_MOE, "Qwen/Qwen3-30B-A3B"),
     *usual(family("qwen3-next", e=EXPERTS, sparse=QWEN), "Qwen/Qwen3-Next-80B-A3B-Instruct"),
     *usual(family("solar-open", e=ROUTED, sparse=first_dense()), "upstage/Solar-Open-100B"),
 )

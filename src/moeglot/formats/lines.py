@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from moeglot.family import Activation, Family, SparseLayers
-from moeglot.format import Dense, Format
+from moeglot.format import Dense, Format, TorchDist
 from moeglot.layout import SECOND, Stored
 
 LAYER = "model.layers.{layer}."
@@ -154,3 +155,72 @@ def usual(family: Family, repository: str, renamed: Mapping[str, str] | None = N
     names = {layer + key: layer + name for key, name in (renamed or {}).items()}
     beside = tuple(name for name in names.values() if name.startswith(experts))
     return hub(family, repository, separate(experts), beside=beside), memory(family, fused(experts), names)
+
+
+MEGATRON = "decoder.layers.{layer}."
+MEGATRON_SOURCE = "https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core/transformer"
+HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
+ENDS = (
+    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size"),
+    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size"),
+    Dense("decoder.final_layernorm.weight", ("model.norm.weight",)),
+)
+
+
+def in_layer(names: Mapping[str, str], only: Literal["", "dense", "sparse"] = "") -> tuple[Dense, ...]:
+    """Tensors of a layer that Megatron-Core has as they are: its name -> the Hub's."""
+    return tuple(Dense(MEGATRON + here, (LAYER + there,), only=only) for here, there in names.items())
+
+
+def query_groups(kinds: tuple[str, ...] = ("weight", "bias")) -> tuple[Dense, ...]:
+    """Queries, keys and values in one tensor, head group by head group."""
+    return tuple(
+        Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS) for kind in kinds
+    )
+
+
+def gate_before_up(here: str, there: str, rows: str, only: Literal["", "dense", "sparse"] = "") -> tuple[Dense, ...]:
+    """An MLP that is no routed expert. `rows`: the config keys whose product is the number of rows of its gate."""
+    both = tuple(LAYER + f"{there}.{x}_proj.weight" for x in ("gate", "up"))
+    return Dense(MEGATRON + f"{here}.linear_fc1.weight", both, (rows, rows), only=only), *in_layer(
+        {f"{here}.linear_fc2.weight": f"{there}.down_proj.weight"}, only
+    )
+
+
+def megatron_experts(experts: str, biased: bool) -> tuple[Stored, ...]:
+    """`experts`: a template with {} for the linear and * for what it has; `biased`: there are biases."""
+    first, second = (MEGATRON + experts.format(name) for name in ("linear_fc1", "linear_fc2"))
+    weights = (Stored(first.replace("*", "weight"), ("gate", "up"), "(p i) h"), Stored(second.replace("*", "weight"), ("down",), "h i"))
+    biases = (Stored(first.replace("*", "bias"), ("gate_bias", "up_bias"), "(p i)"), Stored(second.replace("*", "bias"), ("down_bias",), "h"))
+    return weights + (biases if biased else ())
+
+
+def megatron(
+    family: Family,
+    names: Mapping[str, tuple[Dense, ...]],
+    linear: Mapping[str, str],
+    beside: Mapping[str, str],
+    biased: bool = False,
+) -> tuple[Format, ...]:
+    """Megatron-Core's formats of a family: its state dicts with SequentialMLP and TEGroupedMLP, and its torch_dist checkpoints.
+
+    `names`: of what is no expert, in the layers of transformer-engine ("engine"), in a state dict of the local layers ("local") and in their torch_dist
+    checkpoint ("stored"). `linear`: the modules of a layer that have an _extra_state in both, and in which layers (see `Dense.only`); `beside`: those that
+    have one with transformer-engine. The experts' are added. `biased`: experts have biases.
+    """
+    experts = {MEGATRON + "mlp.experts.experts.{expert}." + name: "sparse" for name in ("linear_fc1", "linear_fc2")}
+    plain = experts | {MEGATRON + name: only for name, only in linear.items()}
+    states = plain | {MEGATRON + name: only for name, only in beside.items()} | {"decoder.final_layernorm": ""}
+
+    def form(name: str, template: str, dense: tuple[Dense, ...], about: str, container: TorchDist | None = None, reads: str = "Megatron-Core") -> Format:
+        lines = megatron_experts(template, biased)
+        return Format(f"{family.name}/{name}", family, lines, MEGATRON_SOURCE, about, ENDS + dense, reads=reads, closed=True, container=container)
+
+    single, grouped, stacked = "mlp.experts.local_experts.{{expert}}.{}.*", "mlp.experts.{}.*{{expert}}", "mlp.experts.experts.{{expert}}.{}.*"
+    te = "Megatron-Core with transformer-engine"
+    return (
+        form("megatron", single, names["local"], "a state dict of the local layers with SequentialMLP"),
+        form("megatron-te", grouped, names["engine"], "a state dict of transformer-engine's layers with TEGroupedMLP", reads=te),
+        form("megatron-torch-dist", stacked, names["engine"], "a torch_dist checkpoint for transformer-engine's layers", TorchDist(states)),
+        form("megatron-torch-dist-local", stacked, names["stored"], "a torch_dist checkpoint for the local layers", TorchDist(plain)),
+    )

@@ -1,0 +1,70 @@
+"""Which tensors that are no experts go where: under which name, joined in which order, none left and none used twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from moeglot.checkpoint import Checkpoint
+from moeglot.dense import DenseTensor
+from moeglot.errors import TensorMismatch
+from moeglot.family import dig
+from moeglot.format import Dense, Format
+from moeglot.merging import Change
+from moeglot.shards import Slot
+from moeglot.targets import float_type, keeps
+
+
+def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change: Change | None) -> dict[str, tuple[DenseTensor, ...]]:
+    """Key in the target -> the Hub tensors whose rows it holds."""
+    left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
+    left = change.dense(left) if change else left
+    made: dict[str, tuple[DenseTensor, ...]] = {}
+    count = dig(source.config, source.format.family.sparse.count)
+    for line, braces in _lines(source, left, target):
+        if target.closed and int(braces.get("layer", 0)) >= count:
+            continue  # a layer for multi-token prediction, or one that config.json does not know
+        names = [name.format(**braces) for name in line.hub]
+        found = [left.pop(name) for name in names if name in left]
+        if len(found) != len(names):
+            raise TensorMismatch(
+                f"{line.key.format(**braces)} needs {', '.join(set(names) - {tensor.name for tensor in found})}",
+                f"{target.name} always has it ({target.source}); {source.known}",
+                "choose another target format",
+            )
+        if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
+            raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
+        _check_heads(source, line, found)
+        made[line.key.format(**braces)] = tuple(found)
+    if left and (target.config.only or target.closed):
+        more = f" ({len(left) - 1} more)" if len(left) > 1 else ""
+        raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it{more}", f"its names: {target.source}", "choose another target format")
+    return made | {name: (tensor,) for name, tensor in left.items()}
+
+
+def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) -> None:
+    """Raises `TensorMismatch` if the rows of tensors that take turns are not as many as config.json's heads say."""
+    if not line.heads:
+        return
+    rows = tuple(tensor.shape[0] for tensor in tensors)
+    shares, groups = line.shares(source.config, sum(rows)), line.groups(source.config)
+    if shares is None or rows != tuple(groups * share for share in shares):
+        told = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
+        said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys(line.heads))
+        raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", "check config.json against the producer's")
+
+
+def _lines(source: Checkpoint, names: Iterable[str], target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
+    """Each line of the target with what stands in its braces: for every tensor that it takes, and for what the target cannot do without."""
+    found = [taken for name in names if (taken := target.from_hub(name, source.layers))]
+    if target.config.only:
+        found += [(line, {"layer": str(layer)} if "{layer}" in line.key else {}) for line in target.dense for layer in source.layers]
+    seen = set()
+    for line, braces in found:
+        if (key := line.key.format(**braces)) not in seen:
+            seen.add(key)
+            yield line, braces
+
+
+def dense_slot(key: str, parts: tuple[DenseTensor, ...]) -> Slot:
+    first = parts[0].shape
+    return Slot(key, parts[0].dtype, first if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first[1:]))

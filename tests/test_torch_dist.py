@@ -1,0 +1,301 @@
+"""torch_dist checkpoints: what we write is what torch reads, what is broken is refused and never run, and every tensor goes to one place."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+from torch.distributed.checkpoint import FileSystemReader, load, save
+from torch.distributed.checkpoint.metadata import Metadata
+
+import moeglot
+from moeglot.errors import MoeglotError
+from moeglot.shards import tensor_bytes
+from moeglot.torch_dist import writing
+from moeglot.torch_dist.blobs import frame
+from moeglot.torch_dist.reading import ChunkedEntry
+
+TARGET = "qwen3-moe/megatron-torch-dist"
+HUB = "qwen3-moe/hub"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "hub", HUB)
+
+
+@pytest.fixture
+def dist(hub: Path, tmp_path: Path) -> Path:
+    moeglot.convert(hub, TARGET, tmp_path / "dist")
+    return tmp_path / "dist"
+
+
+def described(folder: Path) -> Metadata:
+    return FileSystemReader(folder).read_metadata()
+
+
+def test_one_chunk_for_each_matrix(dist: Path) -> None:
+    found = described(dist).state_dict_metadata
+    shapes = {key: ([*one.size], {tuple(chunk.sizes) for chunk in one.chunks}) for key, one in found.items() if hasattr(one, "chunks")}
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == ([2, 4, 128, 64], {(1, 1, 64, 64)})
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == ([2, 4, 64, 64], {(1, 1, 64, 64)})
+    assert shapes["decoder.layers.self_attention.linear_qkv.weight"] == ([2, 128, 64], {(1, 128, 64)})
+    assert shapes["output_layer.weight"] == ([32, 64], {(32, 64)})
+    assert "decoder.layers.mlp.experts.experts.linear_fc2._extra_state/shard_1.3_2.4" in found
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in found
+
+
+def test_layers_that_differ_keep_their_numbers(tmp_path: Path, hub: Path) -> None:
+    """Every second layer has experts; Megatron then has `moe_layer_freq` as a list, and stacks experts alone."""
+    source = write_checkpoint(tmp_path / "mixed", HUB, layers=1)
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 2, "mlp_only_layers": [1]}
+    (source / "config.json").write_text(json.dumps(config))
+    moeglot.convert(source, TARGET, tmp_path / "out")
+    found = described(tmp_path / "out").state_dict_metadata
+    assert [*found["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"].size] == [4, 128, 64]
+    assert [*found["decoder.layers.0.self_attention.linear_qkv.weight"].size] == [128, 64]
+    assert "decoder.layers.0.mlp.experts.experts.linear_fc1._extra_state/shard_3_4" in found
+
+
+def test_every_chunk_is_a_whole_archive(dist: Path, tmp_path: Path) -> None:
+    """Its checksums hold, and torch reads it by itself."""
+    for index, place in described(dist).storage_data.items():
+        blob = (dist / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+        (tmp_path / "blob").write_bytes(blob)
+        assert zipfile.ZipFile(tmp_path / "blob").testzip() is None
+        found = torch.load(tmp_path / "blob", weights_only=True)
+        assert found == [None] if index.offset is None else torch.is_tensor(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int8])
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (), (2, 1, 3)])
+def test_a_frame_is_torchs(dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensor = (torch.randn(shape) * 9).to(dtype)
+    before, after, _ = frame(moeglot.dtypes.dtype_of(tensor), shape, 0)
+    (tmp_path / "one.pt").write_bytes(before + bytes(tensor_bytes(tensor)) + after)
+    assert torch.equal(torch.load(tmp_path / "one.pt", weights_only=True), tensor)
+
+
+def test_large_tensors_are_several_chunks(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "LARGEST", 1000)
+    moeglot.convert(hub, TARGET, tmp_path / "small")
+    sizes = {tuple(one.sizes) for one in described(tmp_path / "small").state_dict_metadata["output_layer.weight"].chunks}
+    assert sizes == {(7, 64), (4, 64)}
+    assert moeglot.compare(tmp_path / "small", hub).verdict == "holds"
+
+
+def test_rows_across_chunks(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "LARGEST", 1000)
+    moeglot.convert(hub, TARGET, tmp_path / "small")
+    whole = load_file(hub / "model.safetensors")["lm_head.weight"]
+    entry = moeglot.open(tmp_path / "small").source.entries["output_layer.weight"]
+    assert isinstance(entry, ChunkedEntry)
+    for first, rows in ((0, 32), (5, 4), (7, 7), (31, 1)):
+        assert torch.equal(entry.read(first, rows), whole[first : first + rows])
+
+
+def test_two_files_and_again_the_same_bytes(hub: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        moeglot.convert(hub, TARGET, tmp_path / out, shard_size=40_000)
+    files = sorted(path.name for path in (tmp_path / "a").glob("*.distcp"))
+    assert len(files) > 2
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (*files, "common.pt", "metadata.json", ".metadata"))
+
+
+def test_one_that_was_interrupted_ends_in_the_same_bytes(hub: Path, tmp_path: Path) -> None:
+    def stop(work: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    moeglot.convert(hub, TARGET, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        moeglot.convert(hub, TARGET, tmp_path / "out", workers=1, progress=stop)
+    assert not (tmp_path / "out").exists()
+    moeglot.convert(hub, TARGET, tmp_path / "out", resume=True)
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
+
+
+# --- accounting ----------------------------------------------------------------------------------------------------------------------
+
+
+def changed(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    found = load_file(source / "model.safetensors")
+    change(found)
+    save_file(found, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+ACCOUNTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "a tensor without a place": (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}), "inv_freq"),
+    "a norm that one layer lacks": (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "layer_norm_weight: nothing for layer and expert (1,)"),
+    "a layer that config.json does not know": (
+        lambda t: t.update({"model.layers.2.input_layernorm.weight": t["model.layers.1.input_layernorm.weight"].clone()}),
+        "model.layers.2.input_layernorm.weight",
+    ),
+    "queries without keys": (lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"), "k_proj"),
+    "an expert that is missing": (lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight"), "experts.3.up_proj"),
+    "a layer in another dtype": (
+        lambda t: t.update({"model.layers.1.mlp.gate.weight": t["model.layers.1.mlp.gate.weight"].float()}),
+        "mlp.router.weight: F32",
+    ),
+    "queries of another number of heads": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].repeat(2, 1)}),
+        "their rows are not those of the heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ACCOUNTS)
+def test_what_is_left_is_named_before_a_byte_is_written(case: str, hub: Path, tmp_path: Path) -> None:
+    change, named = ACCOUNTS[case]
+    with pytest.raises(MoeglotError) as error:
+        moeglot.convert(changed(hub, change), TARGET, tmp_path / "out")
+    assert named in error.value.wrong
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_every_tensor_is_used_once_and_every_byte_written_once(hub: Path) -> None:
+    plan = moeglot.plan(hub, TARGET)
+    used = [part.name for parts in plan.dense.values() for part in parts]
+    assert sorted(used) == sorted(set(plan.source.source.entries) - plan.source.expert_keys)
+    (file,) = plan.shards
+    spans = [(at, at + len(data)) for at, data in file.frames] + [(p.offset, p.offset + p.nbytes) for pieces in file.pieces.values() for p in pieces]
+    ends = sorted(spans)
+    assert ends[0][0] == 0
+    assert [end for _, end in ends] == [*(start for start, _ in ends[1:]), file.nbytes]
+
+
+def test_a_family_that_is_not_spelled_out_is_refused_by_name(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "a", "olmoe/hub")
+    with pytest.raises(moeglot.UsageError, match="'olmoe/megatron-torch-dist' is not a format") as error:
+        moeglot.convert(source, "olmoe/megatron-torch-dist", tmp_path / "out")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_rows_that_pad_the_vocabulary_are_left_aside(dist: Path, hub: Path, tmp_path: Path) -> None:
+    """Megatron rounds the vocabulary up, so that it can be cut for tensor parallelism; config.json says how many words there are."""
+    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described(dist).state_dict_metadata.items() if hasattr(one, "size")}
+    load(found, checkpoint_id=dist, no_dist=True)
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        found[key] = torch.cat([found[key], torch.full((96, 64), 9.0, dtype=torch.bfloat16)])
+    save(found, checkpoint_id=tmp_path / "padded", no_dist=True)
+    shutil.copy(hub / "config.json", tmp_path / "padded")
+    moeglot.convert(tmp_path / "padded", HUB, tmp_path / "back")
+    assert moeglot.compare(tmp_path / "back", hub).verdict == "holds"
+    config = json.loads((hub / "config.json").read_text())
+    (tmp_path / "padded" / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    with pytest.raises(moeglot.TensorMismatch, match="at least 1000 rows"):
+        _ = moeglot.open(tmp_path / "padded").dense
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, change: Callable[[Metadata], None]) -> None:
+    said = described(folder)
+    change(said)
+    (folder / ".metadata").write_bytes(pickle.dumps(said))
+
+
+def _chunk_gone(said: Metadata) -> None:
+    said.state_dict_metadata["output_layer.weight"].chunks.pop()
+
+
+def _place_gone(said: Metadata) -> None:
+    del said.storage_data[next(index for index in said.storage_data if index.fqn == "output_layer.weight")]
+
+
+def _other_dtype(said: Metadata) -> None:
+    said.state_dict_metadata["output_layer.weight"].properties.dtype = torch.float16
+
+
+def _compressed(said: Metadata) -> None:
+    next(iter(said.storage_data.values())).transform_descriptors = ["zstd"]
+
+
+def _elsewhere(said: Metadata) -> None:
+    next(iter(said.storage_data.values())).relative_path = "../secret"
+
+
+def _shapeless(said: Metadata) -> None:
+    del said.state_dict_metadata["output_layer.weight"].size
+
+
+def _twice(said: Metadata) -> None:
+    said.state_dict_metadata["output_layer.weight"].chunks *= 2
+
+
+BROKEN = {
+    _chunk_gone: "output_layer.weight: its chunks do not make up",
+    _place_gone: "is in no file",
+    _other_dtype: "another tensor",
+    _compressed: "compressed or encrypted",
+    _elsewhere: "has no place in a file of this folder",
+    _twice: "do not make up",
+    _shapeless: "not what torch.distributed.checkpoint writes",
+}
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
+def test_metadata_that_is_not_so(change: Callable[[Metadata], None], dist: Path) -> None:
+    rewritten(dist, change)
+    with pytest.raises(moeglot.BrokenFile) as error:
+        moeglot.open(dist).dense["lm_head.weight"].read()
+    assert BROKEN[change] in error.value.wrong
+
+
+def test_a_file_that_is_cut_short(dist: Path) -> None:
+    data = (dist / "__0_0.distcp").read_bytes()
+    (dist / "__0_0.distcp").write_bytes(data[: len(data) // 2])
+    with pytest.raises(moeglot.BrokenFile, match="missing or too short"):
+        moeglot.open(dist)
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_nothing_in_a_pickle_is_run(dist: Path, tmp_path: Path) -> None:
+    bomb, said = Bomb(tmp_path / "was run"), described(dist)
+    said.planner_data = bomb
+    (dist / ".metadata").write_bytes(pickle.dumps(said))
+    assert moeglot.open(dist).format.name == TARGET
+    (dist / ".metadata").write_bytes(pickle.dumps(bomb))
+    with pytest.raises(moeglot.BrokenFile, match="does not say which tensors"):
+        moeglot.open(dist)
+    assert not bomb.marker.exists()
+    pickle.loads((dist / ".metadata").read_bytes())  # what it would have done
+    assert bomb.marker.exists()
+
+
+def test_training_state_is_left_aside_and_other_objects_are_not(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "a", TARGET)
+    whole = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in described(folder).state_dict_metadata.items()}
+    load(whole, checkpoint_id=folder, no_dist=True)
+    trained = {"rng_state/shard_0_1": torch.zeros(3), "optimizer.state.exp_avg.output_layer.weight": torch.zeros(32, 64)}
+    for name, found in {"trained": trained, "odd": {"history": ["what is this"]}}.items():
+        save({**whole, **found}, checkpoint_id=tmp_path / name, no_dist=True)
+        shutil.copy(folder / "config.json", tmp_path / name)
+    assert moeglot.compare(tmp_path / "trained", folder).verdict == "holds"
+    with pytest.raises(moeglot.BrokenFile, match=r"history.*an object that is no tensor"):
+        moeglot.open(tmp_path / "odd")
+
+
+def test_the_tokenizer_travels_and_nothing_of_the_checkpoint(dist: Path, tmp_path: Path) -> None:
+    (dist / "tokenizer.json").write_text("{}")
+    moeglot.convert(dist, HUB, tmp_path / "back")
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors", "moeglot.json", "tokenizer.json"]
