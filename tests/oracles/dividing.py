@@ -15,6 +15,7 @@ from torch import distributed
 
 import moeglot
 from moeglot.errors import NotVerified, UsageError
+from moeglot.integrations import transformers_load
 from moeglot.integrations.transformers_parallel import require_divided
 from moeglot.nn import Experts
 
@@ -55,7 +56,10 @@ def _library(path: str) -> Any:
 
 def _refused(path: str, model: torch.nn.Module, size: int) -> str | None:
     """What the guard says of a model."""
-    names = {name: tuple(tensor.shape) for name, tensor in moeglot.load(path).state_dict().items() if ".experts." in name}
+    config = transformers_load.config_of(moeglot.open(path))
+    with torch.device("meta"):  # the library's own names and shapes; no number is read
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    names = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items() if ".experts." in name}
     try:
         require_divided(model, names, size)
     except NotVerified as error:
