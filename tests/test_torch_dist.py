@@ -299,3 +299,15 @@ def test_the_tokenizer_travels_and_nothing_of_the_checkpoint(dist: Path, tmp_pat
     (dist / "tokenizer.json").write_text("{}")
     moeglot.convert(dist, HUB, tmp_path / "back")
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["config.json", "model.safetensors", "moeglot.json", "tokenizer.json"]
+
+
+def test_fp8_goes_there_as_floats_and_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain", HUB, {"e": 3, "h": 128, "i": 192}, dtype=torch.bfloat16)
+    moeglot.convert(plain, f"{HUB}+fp8-block", tmp_path / "fp8", encode="fp8-block", allow_loss=True)
+    with pytest.raises(MoeglotError, match="changes"):
+        moeglot.convert(tmp_path / "fp8", TARGET, tmp_path / "refused", encode="bfloat16")  # bfloat16 does not hold code × scale
+    moeglot.convert(tmp_path / "fp8", TARGET, tmp_path / "dist", encode="float32")
+    moeglot.convert(tmp_path / "dist", f"{HUB}+fp8-block", tmp_path / "back", encode="fp8-block")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("fp8", "back"))
+    assert before.keys() == after.keys()
+    assert all(before[key].dtype == after[key].dtype and tensor_bytes(before[key]) == tensor_bytes(after[key]) for key in before)
