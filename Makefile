@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton ray s3 megatron
 PEFTS := 0.18.1 0.19.1 0.21.2
+SPREAD := --numprocesses auto --dist worksteal
 
 .PRECIOUS: .venvs/%/ready
 .PHONY: demo test lint matrix bench docs clean
@@ -12,7 +13,7 @@ demo: .venv/ready
 	$(BIN)/moeglot demo
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) tests
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -24,19 +25,19 @@ lint: .venv/ready
 matrix: $(ENVIRONMENTS:%=matrix-%)
 
 matrix-torchao matrix-modelopt matrix-mlx matrix-megatron: matrix-%: .venvs/%/ready
-	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(SPREAD) tests/oracles/test_$*.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
-	.venvs/bitsandbytes/bin/python -m pytest tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_unsloth.py
+	OMP_NUM_THREADS=1 .venvs/bitsandbytes/bin/python -m pytest $(SPREAD) tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_unsloth.py
 
 # 690 MB installed. Where there is a GPU, the tests that need one run too; elsewhere they say that they are skipped.
 matrix-triton: .venvs/triton/ready
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/gpu/test_interpreted.py tests/gpu/test_refused.py
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles/test_lora.py -k "triton or kernels"
-	.venvs/triton/bin/python -m pytest tests/gpu
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest $(SPREAD) tests/gpu/test_interpreted.py tests/gpu/test_refused.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest $(SPREAD) tests/oracles/test_lora.py -k "triton or kernels"
+	OMP_NUM_THREADS=1 .venvs/triton/bin/python -m pytest $(SPREAD) tests/gpu
 
 matrix-trl: .venvs/trl/ready
-	.venvs/trl/bin/python -m pytest tests/oracles/test_trl.py tests/oracles/test_tune.py tests/oracles/test_lora_peft.py
+	OMP_NUM_THREADS=1 .venvs/trl/bin/python -m pytest $(SPREAD) tests/oracles/test_trl.py tests/oracles/test_tune.py tests/oracles/test_lora_peft.py
 
 matrix-ray matrix-s3: matrix-%: .venvs/%/ready
 	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
@@ -52,7 +53,7 @@ matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.
 	touch $@
 
 matrix-%: .venv/ready .venvs/%/ready
-	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest --numprocesses auto --dist worksteal tests/oracles
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(SPREAD) tests/oracles
 
 # Everything that this machine can measure; on an idle one, or the ratios mean little. bitsandbytes lives in an environment of its own.
 bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
