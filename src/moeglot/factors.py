@@ -53,13 +53,13 @@ def is_matrix(line: Stored) -> bool:
 
 def stacked_form(family: Family) -> Format | None:
     """The format in which a family's experts are stacked parameters in the memory of transformers."""
-    found = [form for form in PLAIN if form.family == family and form.is_plain and not any(line.per_expert for line in form.stored)]
+    found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and not any(line.per_expert for line in form.stored)]
     return next((form for form in found if form.name.partition("/")[2].startswith("transformers")), found[0] if found else None)
 
 
 def per_expert_form(family: Family) -> Format | None:
     """The format in which each expert of a family is a module of its own."""
-    found = [form for form in PLAIN if form.family == family and form.is_plain and all(line.per_expert for line in form.stored)]
+    found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and all(line.per_expert for line in form.stored)]
     return next((form for form in found if form.name.partition("/")[2] not in QUANTIZERS), None)
 
 
