@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from moeglot.errors import CheckpointError, OutputError, UsageError
+from moeglot.errors import CheckpointError, MoeglotError, OutputError, UsageError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://.+")
 COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
@@ -199,14 +199,14 @@ def on_disk(place: Location, reader: str) -> Path:
 
 @contextmanager
 def _refusals(url: str, done: str = "read") -> Iterator[None]:
-    """What a store raises, in our three lines: every library behind fsspec has errors of its own, and there is nothing to be done about any of them here."""
+    """What a store raises, in our three lines. Every library behind fsspec has errors of its own, without a common base, so all are caught."""
     try:
         yield
     except (ImportError, ValueError) as error:
         raise UsageError(f"{url}: no store that could be opened", _reason(error), "install what fsspec says, and check the URL") from error
-    except CheckpointError:
-        raise
     except Exception as error:
+        if isinstance(error, MoeglotError) or (type(error).__module__ == "builtins" and not isinstance(error, OSError)):
+            raise  # ours, or a mistake in this program
         raise CheckpointError(f"{url}: could not be {done}", _reason(error), "check the URL and the credentials that fsspec finds") from error
 
 
