@@ -28,7 +28,7 @@ matrix-torchao matrix-modelopt matrix-mlx matrix-megatron: matrix-%: .venvs/%/re
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(SPREAD) tests/oracles/test_$*.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
-	OMP_NUM_THREADS=1 .venvs/bitsandbytes/bin/python -m pytest $(SPREAD) tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_unsloth.py
+	OMP_NUM_THREADS=1 .venvs/bitsandbytes/bin/python -m pytest $(SPREAD) tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_bitsandbytes_checkpoints.py tests/oracles/test_unsloth.py
 
 # 690 MB installed. Where there is a GPU, the tests that need one run too; elsewhere they say that they are skipped.
 matrix-triton: .venvs/triton/ready

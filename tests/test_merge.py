@@ -266,3 +266,42 @@ def test_an_embedding_that_is_the_output_as_well_is_not_changed(tmp_path):
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {key for key in before if not torch.equal(before[key], after[key])} == {"model.embed_tokens.weight"}
     moeglot.merge(tmp_path / "tied", moeglot.open_adapter(tmp_path / "adapter", tmp_path / "tied", "peft"), tmp_path / "experts")
+
+
+def test_experts_that_fall_back_to_the_nearest_are_named(tmp_path):
+    """Second moments of a text that never reached one expert of a layer: GPTQ has nothing to go by there."""
+    made = case(tmp_path, "qwen3-moe", "mxfp4", "square")
+    square, moments = torch.eye(128), tmp_path / "moments.safetensors"
+    here = [(layer, expert) for layer in range(2) for expert in range(EXPERTS) if (layer, expert) != (1, 2)]
+    save_file({f"layers.{layer}.experts.{expert}.{name}": square * (1 + expert) for layer, expert in here for name in ("hidden", "intermediate")}, moments)
+    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", round=f"gptq:{moments}", threshold=0)
+    merge = certificate.document["merge"]
+    assert sorted(map(tuple, merge["fell_back_to_nearest"])) == [(1, role, 2) for role in ("down", "gate", "up")]
+    assert any("1 experts were reached by no token" in note and "layer 1 expert 2" in note for note in merge["notes"])
+    moeglot.merge(made.base, made.adapter, tmp_path / "nearest", threshold=0)
+    gptq, nearest = moeglot.open(tmp_path / "out"), moeglot.open(tmp_path / "nearest")
+    assert torch.equal(matrix(gptq, "down", 1, 2), matrix(nearest, "down", 1, 2))
+
+
+def test_an_adapter_that_names_another_base_is_told(tmp_path):
+    made = case(tmp_path, "qwen3-moe", "bf16", "square")
+    for named, told in (("somebody/another-model", True), (f"somebody/{made.base.source.folder.name}", False), (None, False)):
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        out = tmp_path / f"out{bool(named)}{told}"
+        certificate = moeglot.merge(made.base, tmp_path / "adapter", out, convention="peft", threshold=0)
+        assert any("somebody/another-model" in note for note in certificate.document["merge"]["notes"]) == told
+
+
+def test_a_sum_that_is_not_finite_is_refused(tmp_path):
+    """Both parts are finite, float32 cannot hold their product; and what float32 holds is more than float16 does."""
+    made = case(tmp_path, "qwen3-moe", "bf16", "square")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for strength, encode in ((1e25, None), (1e3, "float16")):
+        save_file({key: tensor * strength for key, tensor in tensors.items()}, path)
+        adapter = moeglot.open_adapter(tmp_path / "adapter", made.base, "peft")
+        with pytest.raises(moeglot.BadNumbers, match="not finite"):
+            moeglot.merge(made.base, adapter, tmp_path / "out", encode=encode, allow_loss=True, threshold=0)
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

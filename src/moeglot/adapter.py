@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Pairs = dict[tuple[int, str, int], Pair]
+TENSORS_DECIDE = "tensors decide"
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,17 @@ def _read_experts(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], as
     if chosen.wraps and (form := stacked_form(family)):
         evidence = (*evidence, f"parameters lie {'[e, in, out]' if in_out(family) else '[e, out, in]'} in {form.name}")
     pairs: Pairs = {}
+    other: dict[str, list[str]] = defaultdict(list)
     for place, rank in zip(found[chosen], ranks[chosen], strict=True):
         assert isinstance(rank, int)
         pair = Pair(chosen, place, files.entries[place.a], files.entries[place.b], rank, files.config.scale(place.name, rank), base.sizes)
-        if files.config.rank(place.name) not in (rank, None):
-            evidence = (*evidence, f"the tensors of {place.name} have rank {rank}, adapter_config.json says {files.config.rank(place.name)}; tensors decide")
+        if (said := files.config.rank(place.name)) != rank:
+            other[f"have rank {rank}, adapter_config.json says {said or 'no rank'}; {TENSORS_DECIDE}"].append(place.name)
         for role in place.roles:
             for expert in range(base.sizes["e"]) if place.expert is None else (place.expert,):
                 pairs[place.layer, role, expert] = pair
-    return chosen, evidence, pairs
+    told = (f"the tensors of {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)} {what}" for what, names in other.items())
+    return chosen, (*evidence, *told), pairs
 
 
 def _complete(files: AdapterFiles, place: Place) -> Place:

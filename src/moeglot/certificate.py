@@ -13,6 +13,7 @@ from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
 from moeglot.experts import Expert, Matrix
+from moeglot.floats import row_pairs
 from moeglot.floats import values as plain
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
@@ -142,7 +143,7 @@ class Rounded:
 
         source = self.plan.source
         found = Loss()
-        for before, after in zip(source.expert(source.format.line_of(role), layer, expert)[role].row_blocks(), written.row_blocks(), strict=True):
+        for before, after in row_pairs(source.expert(source.format.line_of(role), layer, expert)[role], written):
             given = before.decode(torch.float32)
             apart = (after.decode(torch.float32) - given).square().sum(dtype=torch.float64)
             found += Loss(error=float(apart), size=float(given.square().sum(dtype=torch.float64)))

@@ -77,12 +77,12 @@ def each_expert(
 
 
 def return_large_buffers() -> None:
-    """Have glibc give every freed buffer of 8 MB or more back to the system: its own threshold rises to 32 MB, and the heap then fills with holes."""
+    """Have glibc give every freed buffer of 2 MB or more back to the system: its own threshold rises to 32 MB, and the heap then fills with holes."""
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 8 << 20)
+        mallopt(M_MMAP_THRESHOLD, 2 << 20)
 
 
 def one_thread() -> None:

@@ -163,7 +163,7 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
 
     def read(said: Quantization, module: str) -> Encoding | None:
         declared = "bitsandbytes" in method(said) and bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
-        return BNB4(kind) if declared and said.get("bnb_4bit_quant_type", "fp4") == kind else None
+        return BNB4(kind, nested=None) if declared and said.get("bnb_4bit_quant_type", "fp4") == kind else None
 
     def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
         assert isinstance(encoding, BNB4)
@@ -172,7 +172,7 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
             "load_in_4bit": True,
             "load_in_8bit": False,
             "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": encoding.nested,
+            "bnb_4bit_use_double_quant": bool(encoding.nested),
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(kept),
@@ -180,7 +180,7 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
 
     about = f"bitsandbytes' {kind.upper()}, in runs of the flattened matrix"
     linear, judges = {part: WEIGHT + suffix for part, suffix in names.items()}, ("bitsandbytes",)
-    return Coding(kind, BNB4(kind), linear, names, read, write, BITSANDBYTES, about, judges, kept="llm_int8_skip_modules")
+    return Coding(kind, BNB4(kind, nested=None), linear, names, read, write, BITSANDBYTES, about, judges, kept="llm_int8_skip_modules")
 
 
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")

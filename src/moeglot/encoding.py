@@ -185,13 +185,26 @@ class Encoded:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def row_blocks(self, values: int = 1 << 20) -> Iterator[Encoded]:
-        """A matrix [out, in] (or a vector) in runs of whole rows and blocks, of about `values` numbers each, as views; flat parts are not cut."""
-        blocks = {part.name: part.blocks(len(self.shape))[0] for part in self.encoding.parts}
-        if any(part.flat for part in self.encoding.parts):
+    @property
+    def is_flat(self) -> bool:
+        """Its parts run over the flattened matrix, so that no run of rows has parts of its own."""
+        return any(part.flat for part in self.encoding.parts)
+
+    @property
+    def row_unit(self) -> int:
+        """Rows are cut at multiples of this."""
+        return lcm(ROWS, *(part.blocks(len(self.shape))[0] or 1 for part in self.encoding.parts))
+
+    def row_blocks(self, values: int = 1 << 18, unit: int = 1) -> Iterator[Encoded]:
+        """A matrix [out, in] (or a vector) in runs of whole rows and blocks, of about `values` numbers each, as views; what is flat is not cut.
+
+        `unit`: the runs are multiples of that many rows, too.
+        """
+        if self.is_flat:
             yield self
             return
-        unit = lcm(ROWS, *(block for block in blocks.values() if block))
+        unit = lcm(unit, self.row_unit)
+        blocks = {part.name: part.blocks(len(self.shape))[0] for part in self.encoding.parts}
         step = max(1, values // (self.shape[-1] * unit)) * unit if len(self.shape) > 1 else self.shape[0]
         for first in range(0, self.shape[0], step):
             last = min(first + step, self.shape[0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moeglot import scratch
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 
@@ -18,10 +20,24 @@ def values(tensor: torch.Tensor) -> Encoded:
     return Encoded(Plain(dtype_of(tensor).name), {"value": tensor}, tuple(tensor.shape))
 
 
-def exactly(encoded: Encoded) -> Encoded:
-    """The same numbers as plain floats: itself if it is plain, else in bfloat16 if that holds all of them, else in float32."""
+def exact_dtype(encoded: Encoded) -> torch.dtype:
+    """The float type that holds all of its numbers: its own if it is plain, else bfloat16 where that does, else float32."""
     import torch
 
     if isinstance(encoded.encoding, Plain):
+        return encoded.parts["value"].dtype
+    return torch.bfloat16 if encoded.encoding.fits_in(Plain("BF16")) else torch.float32
+
+
+def exactly(encoded: Encoded) -> Encoded:
+    """The same numbers as plain floats: itself if it is plain, else decoded into memory that is used again."""
+    if isinstance(encoded.encoding, Plain):
         return encoded
-    return values(encoded.decode(torch.bfloat16 if encoded.encoding.fits_in(Plain("BF16")) else torch.float32))
+    dtype = exact_dtype(encoded)
+    return values(encoded.decode(dtype, scratch.empty(encoded.shape, dtype)))
+
+
+def row_pairs(a: Encoded, b: Encoded, numbers: int = 1 << 18) -> Iterator[tuple[Encoded, Encoded]]:
+    """The same runs of rows of two matrices [out, in], as views, of about so many numbers each; one that is flat is decoded as a whole first."""
+    a, b = (exactly(one) if one.is_flat else one for one in (a, b))
+    return zip(a.row_blocks(numbers, b.row_unit), b.row_blocks(numbers, a.row_unit), strict=True)

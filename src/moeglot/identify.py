@@ -24,6 +24,8 @@ MARK = "moeglot.format"
 First = Mapping[tuple[tuple[str, ...], str], Entry]
 """(roles, part) of a line -> the first tensor that there is of it."""
 NO_CONFIG = "there is no config.json"
+LISTED = 6
+"""Formats that a refusal says no to one by one; of more, those whose names of tensors are not in the file go without saying."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Identification:
                 "take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
+        if len(known) > LISTED:  # those with the right names are the nearest
+            known = {form: refutation for form, refutation in known.items() if refutation.by != "names"} or dict(list(known.items())[:LISTED])
         if known:
             raise UnknownFormat(
                 f"{name}: the experts are stored in no format that moeglot knows",
@@ -151,7 +155,8 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
     if refuted := _quantization_refutation(form, said, layers, first):
         return refuted
-    return _shape_refutation(_settled(form, source), sizes, first)
+    settled = _settled(form, source)
+    return _shape_refutation(settled, sizes, _first_tensors(settled, source, layers, sizes, said) if form.coding else first)
 
 
 def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:
@@ -264,7 +269,8 @@ def _is_somewhere(template: str, source: Source) -> bool:
 def _shape_refutation(form: Format, sizes: Sizes, first: First) -> Refutation | None:
     for line in form.stored:
         for part in line.encoding.parts:
-            entry = first[line.roles, part.name]
+            if (entry := first.get((line.roles, part.name))) is None:
+                return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
             if not agree(shape := line.part_shape(part, sizes), entry.shape):
                 return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

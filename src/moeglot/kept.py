@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from moeglot.adapter import TENSORS_DECIDE
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.encoding import Encoded
@@ -14,6 +16,7 @@ from moeglot.experts import Expert, Matrix
 from moeglot.floats import values
 from moeglot.forward import LIMIT, loud_tokens
 from moeglot.loss import Loss
+from moeglot.merging import Change
 from moeglot.misreadings import right
 from moeglot.plan import Plan
 from moeglot.survival import OTHERS, Survival, added
@@ -168,6 +171,21 @@ def _beside(plan: Plan, layer: int, expert: int, base: Matrix) -> Matrix:
 # --- told ----------------------------------------------------------------------------------------------------------------------------
 
 
+def notes(change: Change) -> list[str]:
+    """What a user must hear before a merge: doubts of whose adapter it is, and matrices that are rounded otherwise than was asked."""
+    adapter, said = change.adapter, change.adapter.config.raw.get("base_model_name_or_path")
+    found = [reason for reason in adapter.evidence if reason.endswith(TENSORS_DECIDE)]
+    if said and PurePath(str(said)).name != PurePath(adapter.base.source.name).name:
+        found.append(f"the adapter says that its base is {said}, this is {adapter.base.source.name}; every tensor fits, and no file tells more")
+    if missing := change.unmeasured:
+        experts = sorted({(layer, expert) for layer, _, expert in missing})
+        first = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4]) + " …" * (len(experts) > 4)
+        found.append(f"{len(experts)} experts were reached by no token of the measured text, and are rounded to the nearest: {first}")
+    if change.rounding.kind == "gptq" and adapter.dense:
+        found.append(f"{len(adapter.dense)} matrices that are no experts have no second moments, and are rounded to the nearest")
+    return found
+
+
 def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
     """The machine-readable form of a merge: what it added, and what of it survived, whole."""
     assert plan.change
@@ -178,6 +196,8 @@ def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
         "base_named_by_adapter": adapter.config.raw.get("base_model_name_or_path"),
         "convention": adapter.convention.name if adapter.convention else None,
         "evidence": list(adapter.evidence),
+        "notes": notes(plan.change),
+        "fell_back_to_nearest": [list(place) for place in plan.change.unmeasured],
         "rounding": str(plan.change.rounding),
         "survived": {role: survival.as_json() for role, survival in sums(found).items()},
         "layers": {str(layer): {role: one.as_json() for role, one in of.items()} for layer, of in by_layer(found).items()},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moeglot.encoding import Encoded
+from moeglot.floats import row_pairs, values
 from moeglot.survival import Survival, added
 
 if TYPE_CHECKING:
@@ -67,13 +68,12 @@ def measure(stored: torch.Tensor, coded: Encoded) -> Loss:
     """Compare what was given with what will be read, some rows at a time."""
     import torch
 
-    changed, error, size, at = 0, 0.0, 0.0, 0
-    for block in coded.row_blocks():
-        given = stored[at : at + len(block)].to(torch.float64 if stored.dtype == torch.float64 else torch.float32)
-        read = block.decode(given.dtype)
+    changed, error, size = 0, 0.0, 0.0
+    for before, after in row_pairs(values(stored), coded):
+        given = before.decode(torch.float64 if stored.dtype == torch.float64 else torch.float32)
+        read = after.decode(given.dtype)
         integer = torch.int64 if given.dtype == torch.float64 else torch.int32
         changed += int((read.view(integer) != given.contiguous().view(integer)).sum())
         error += float((read - given).square().sum(dtype=torch.float64))
         size += float(given.square().sum(dtype=torch.float64))
-        at += len(block)
     return Loss(stored.numel(), changed, error, size, blocks_of(coded), coded.encoding.undetermined(coded.parts))

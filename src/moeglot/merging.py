@@ -159,6 +159,11 @@ class Change:
         return None
 
     @cached_property
+    def unmeasured(self) -> tuple[tuple[int, str, int], ...]:
+        """Changed matrices of experts that no token of the measured text reached: they fall back to the nearest."""
+        return tuple((layer, role, n) for layer, role, n in self.adapter.pairs if self._measured and moments_key(layer, n, role) not in self._measured)
+
+    @cached_property
     def _measured(self) -> Mapping[str, Entry]:
         return read_header(Path(self.rounding.moments))[0] if self.rounding.moments else {}
 

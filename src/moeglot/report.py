@@ -17,6 +17,7 @@ from moeglot.checks import Check, Report
 from moeglot.codings import CODINGS
 from moeglot.format import Format
 from moeglot.forward import LIMIT
+from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 
@@ -119,6 +120,10 @@ def show_plan(console: Console, plan: Plan) -> None:
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
     rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}", ("step", "of", "loss"), rows)
+    if plan.change:
+        console.print(f"{plan.change.adapter.name}: {plan.change.adapter.known}", highlight=False)
+        for note in notes(plan.change):
+            console.print(note, style="yellow", highlight=False)
     if plan.lossy:
         console.print("This plan changes numbers: it needs --allow-loss.", style="yellow", highlight=False)
 

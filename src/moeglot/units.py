@@ -11,7 +11,7 @@ from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.floats import exactly
+from moeglot.floats import exact_dtype, exactly, values
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
@@ -92,7 +92,8 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
         return {"value": step.line.decoded(roles.__getitem__, by_torch_name(step.target.name).torch)}, sum(lost, Loss())
     if step.line.movable(step.target, plan.source.sizes):
         return dict(step.line.join(lambda role: encode(given(role), _near(roles[role], step.target))).parts), sum(lost, Loss())
-    return dict(encode(step.line.join(given)).parts), sum(lost, Loss())
+    joined = step.line.decoded(roles.__getitem__, exact_dtype(roles[step.line.roles[0]]))
+    return dict(encode(values(joined)).parts), sum(lost, Loss())
 
 
 def _recoded(encoded: Encoded, target: Encoding) -> Encoded | None:
@@ -137,6 +138,7 @@ def estimate(plan: Plan) -> Plan:
             _, loss = make(plan, Unit("sample", step, expert, merged=merged))
             found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
             survived = added(survived, loss.survived)
+    scratch.forget()  # the units are made by other threads
     # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
     errors = {verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()}
     return replace(plan, expected_error=errors, expected_survival=survived, estimated=True)

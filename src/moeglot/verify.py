@@ -13,6 +13,7 @@ from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError
 from moeglot.fingerprint import Fingerprint
+from moeglot.floats import row_pairs
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.misreadings import right
 
@@ -140,7 +141,7 @@ def difference(mine: Encoded, theirs: Encoded) -> float:
         return 0.0
     error = size = 0.0
     equal = True
-    for a, b in zip(mine.row_blocks(), theirs.row_blocks(), strict=True):
+    for a, b in row_pairs(mine, theirs):
         x, y = a.decode(torch.float32), b.decode(torch.float32)
         equal = equal and same(x, y)
         error += float((x - y).square().sum(dtype=torch.float64))
@@ -172,7 +173,7 @@ def _same_in_half(mine: Encoded, theirs: Encoded) -> bool:
         plain = isinstance(block.encoding, Plain)
         return block.decode(torch.bfloat16, None if plain else scratch.empty(block.shape, torch.bfloat16))
 
-    return all(same(decoded(a), decoded(b)) for a, b in zip(mine.row_blocks(SLAB), theirs.row_blocks(SLAB), strict=True))
+    return all(same(decoded(a), decoded(b)) for a, b in row_pairs(mine, theirs, SLAB))
 
 
 def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[str, DenseTensor]], Mapping[str, DenseTensor]] = dict) -> Check:

@@ -244,6 +244,17 @@ def test_an_adapter_for_another_base(tmp_path):
             moeglot.open_adapter(path, other, "peft")
 
 
+@pytest.mark.parametrize("said", [None, 99])
+def test_a_rank_that_the_tensors_do_not_have_is_told(said, tmp_path):
+    """They decide, and the scale is that of their rank."""
+    path, made, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
+    assert not any("tensors decide" in reason for reason in moeglot.open_adapter(path, base, "peft").evidence)
+    change_config(path, r=said)
+    adapter = moeglot.open_adapter(path, base, "peft")
+    assert worst(adapter, made) <= LIMIT
+    assert any(f"adapter_config.json says {said or 'no rank'}; tensors decide" in reason for reason in adapter.evidence)
+
+
 def test_factors_that_are_not_finite(tmp_path):
     path, _, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
     change_tensors(path, lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()])

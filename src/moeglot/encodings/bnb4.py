@@ -44,7 +44,8 @@ def names(kind: Kind) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class BNB4(Encoding):
-    """`nested`: the absmax are coded as well. `state_bytes`: length of the JSON, ANY for a file whose producer did not fix it.
+    """`nested`: the absmax are coded as well; None stands, in a spec, for whichever the file has, and means plain ones to `encode`.
+    `state_bytes`: length of the JSON, ANY for a file whose producer did not fix it.
 
     Decoded numbers are those of bitsandbytes on a CPU: code × absmax in float32, rounded once to the dtype of the quant_state.
     Encoding writes its bytes, and that dtype is the one of the values. A matrix that lies on the grid with other absmax than the library
@@ -53,7 +54,7 @@ class BNB4(Encoding):
 
     kind: Kind = "nf4"
     blocksize: int = 64
-    nested: bool = False
+    nested: bool | None = False
     state_bytes: int = STATE_BYTES
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class BNB4(Encoding):
         nested = (Part("nested_scale", ("F32",), flat=self.blocksize * NESTED_BLOCK), whole("nested_map", "F32", 256)) if self.nested else ()
         return (
             Part("packed", ("U8",), trailing=(1,), flat=2),
-            Part("scale", ("U8" if self.nested else "F32",), flat=self.blocksize),
+            Part("scale", ("F32", "U8") if self.nested is None else ("U8" if self.nested else "F32",), flat=self.blocksize),
             whole("map", "F32", 16),
             *nested,
             whole("state", "U8", self.state_bytes),
@@ -154,7 +155,7 @@ class BNB4(Encoding):
         """Nested absmax become plain ones, and longer blocks shorter ones."""
         if not isinstance(other, BNB4) or other.kind != self.kind or other.state_bytes == ANY != self.state_bytes:
             return False
-        same = self.nested and self.blocksize == other.blocksize
+        same = bool(self.nested) and self.blocksize == other.blocksize
         return same if other.nested else self.blocksize % other.blocksize == 0
 
     def recode(self, parts: Parts, other: Encoding) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -112,19 +113,26 @@ def _cannot_hold() -> BadNumbers:
 
 def encode(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., 32 n] of a float type -> packed u8 [..., n, 16], scale u8 [..., n]. Keeps the sign of zero."""
-    groups = values.reshape(-1, GROUP)
-    packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=values.device)
-    scale = torch.empty(len(groups), dtype=torch.uint8, device=values.device)
-    fast, step = backend.compiled("mxfp4", values), CHUNK // GROUP
-    for at in range(0, len(groups), step):
+    packed = torch.empty(values.numel() // GROUP, GROUP // 2, dtype=torch.uint8, device=values.device)
+    scale = torch.empty(len(packed), dtype=torch.uint8, device=values.device)
+    fast, at = backend.compiled("mxfp4", values), 0
+    for groups in _groups(values):
+        some = slice(at, at := at + len(groups))
         if fast:
-            given = backend.in_half_or_single(groups[at : at + step])
-            if not fast.encode(given, scale_rule, ties, packed[at : at + step], scale[at : at + step]):
+            if not fast.encode(backend.in_half_or_single(groups), scale_rule, ties, packed[some], scale[some]):
                 raise _cannot_hold()
             continue
-        packed[at : at + step], scale[at : at + step] = _encode_rows(groups[at : at + step], scale_rule, ties)
+        packed[some], scale[some] = _encode_rows(groups, scale_rule, ties)
     leading = (*values.shape[:-1], values.shape[-1] // GROUP)
     return packed.view(*leading, GROUP // 2), scale.view(leading)
+
+
+def _groups(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """values [..., 32 n] in runs of groups [m, 32]; a matrix whose numbers do not lie in order is copied a run of rows at a time."""
+    rows = values if values.dim() == 2 and not values.is_contiguous() else values.reshape(-1, GROUP)
+    step = max(1, CHUNK // rows.shape[1])
+    for at in range(0, len(rows), step):
+        yield rows[at : at + step].reshape(-1, GROUP)
 
 
 def undetermined(packed: torch.Tensor) -> int:

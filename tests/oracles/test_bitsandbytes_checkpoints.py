@@ -1,0 +1,103 @@
+"""Whole checkpoints in bitsandbytes' NF4 and FP4, their absmax nested or not: those that the library made we read, those that we make it reads."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moeglot
+from moeglot.encodings.bnb4 import names
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from synthetic import write_checkpoint
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="installed in an environment of its own")
+
+SIZES = {"e": 3, "h": 128, "i": 128}
+"""H = I; a nested block is 256 absmax of 64 numbers, so that each expert's `down_proj` has one, and its `gate_up_proj` two."""
+LAYOUTS = ["qwen3-moe/hub", "qwen3-moe/transformers-5"]
+
+
+def made(tmp_path: Path, layout: str, kind: str, nested: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint whose experts bitsandbytes quantized, and its tensors as bitsandbytes decodes them."""
+    plain = write_checkpoint(tmp_path / "plain", layout, SIZES, dtype=torch.bfloat16)
+    decoded, stored = load_file(plain / "model.safetensors"), {}
+    for name, tensor in decoded.items():
+        if ".experts." not in name:
+            stored[name] = tensor
+            continue
+        parts, decoded[name] = stacked(tensor, kind, nested) if tensor.dim() == 3 else linear(tensor, kind, nested)
+        stored |= {name + suffix: part for suffix, part in parts.items()}
+    out = tmp_path / "quantized"
+    out.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, out / "model.safetensors", {"format": "pt"})
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
+    (out / "config.json").write_text(json.dumps({**json.loads((plain / "config.json").read_text()), "quantization_config": told}))
+    return out, decoded
+
+
+def linear(tensor: torch.Tensor, kind: str, nested: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    codes, state = bitsandbytes.functional.quantize_4bit(tensor, quant_type=kind, compress_statistics=nested)
+    parts = {"": codes} | {f".{name}": part for name, part in state.as_dict(packed=True).items()}
+    return parts, bitsandbytes.functional.dequantize_4bit(codes, state)
+
+
+def stacked(tensor: torch.Tensor, kind: str, nested: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    module = torch.nn.Module()
+    module.experts = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+    replace_parameter_4bit(module, "experts", quant_type=kind, compress_statistics=nested)
+    return {name.removeprefix("experts"): part for name, part in module.state_dict().items()}, module.experts.detach().clone()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_it_wrote_is_read(tmp_path, layout, nested, kind):
+    source, theirs = made(tmp_path, layout, kind, nested)
+    assert moeglot.open(source).format.name == f"{layout}+{kind}"
+    assert all(":nested" in line.encoding.name for line in moeglot.open(source).format.stored) == nested
+    for to in LAYOUTS:
+        written = moeglot.convert(source, to, tmp_path / to.replace("/", "-"), encode="bfloat16", allow_loss=True)
+        assert written.report.verdict == "holds"
+    ours = load_file(tmp_path / layout.replace("/", "-") / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_absmax_that_moved_is_seen(tmp_path, layout):
+    """Nested absmax are codes of one byte: one of another place makes an expert compute something else."""
+    source, _ = made(tmp_path, layout, "nf4", nested=True)
+    moeglot.convert(source, layout, tmp_path / "right", encode="bfloat16", allow_loss=True)
+    tensors = load_file(source / "model.safetensors")
+    scales = next(tensor for name, tensor in tensors.items() if ".down_proj" in name and name.endswith(".absmax"))
+    scales.copy_(scales.roll(1))
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    report = moeglot.verify(source, tmp_path / "right")
+    assert report.verdict == "does not hold"
+    assert max(check.figures.get("relative_error", 0) for check in report.checks if check.level == "forward") > 1e-3
+
+
+def test_what_we_wrote_it_reads(tmp_path):
+    plain = write_checkpoint(tmp_path / "plain", "qwen3-moe/hub", SIZES, dtype=torch.bfloat16)
+    moeglot.convert(plain, "qwen3-moe/hub+nf4", tmp_path / "nested", encode="nf4:nested", allow_loss=True)
+    moeglot.convert(tmp_path / "nested", "qwen3-moe/hub", tmp_path / "back", encode="bfloat16", allow_loss=True)
+    stored, ours = load_file(tmp_path / "nested" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    experts = [name for name in ours if ".experts." in name]
+    for name in experts:
+        told = {"weight" + suffix: stored[name + suffix] for suffix in names("nf4").values() if suffix and name + suffix in stored}
+        state = bitsandbytes.functional.QuantState.from_dict(told, device=torch.device("cpu"))
+        assert state.nested
+        assert torch.equal(bitsandbytes.functional.dequantize_4bit(stored[name], state), ours[name])
+    assert json.loads((tmp_path / "nested" / "config.json").read_text())["quantization_config"]["bnb_4bit_use_double_quant"] is True
+
+
+def test_nested_absmax_are_not_stacked(tmp_path):
+    plain = write_checkpoint(tmp_path / "plain", "qwen3-moe/transformers-5", SIZES, dtype=torch.bfloat16)
+    with pytest.raises(moeglot.MoeglotError, match="nested absmax cannot be stacked"):
+        moeglot.convert(plain, "qwen3-moe/transformers-5+nf4", tmp_path / "nested", encode="nf4:nested", allow_loss=True)
