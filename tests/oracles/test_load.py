@@ -328,6 +328,8 @@ def test_placeholders_and_overflow(tmp_path):
     big = changed(folder, tmp_path / "2", lambda file: file[key][3, 0, 0].fill_(1e6))
     refused(big, BadNumbers, key + ", expert 3", dtype="float16")
     moeglot.load(big, dtype="bfloat16")
+    refused(folder, NotVerified, "placeholders", device_map={"": "meta"})
+    refused(folder, NotVerified, "placeholders", device_map={"model": "cpu", "lm_head": "meta"})
     with pytest.raises(UsageError, match="float8"):
         moeglot.load(folder, dtype=torch.float8_e4m3fn)
     with pytest.raises(UsageError, match="device_map"):

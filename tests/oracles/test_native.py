@@ -268,7 +268,6 @@ def test_refusals(tmp_path):
         ({"native": True, "backend": "fast"}, "not a backend"),
         ({"native": True, "encode": "bfloat16"}, "no quantization"),
         ({"native": True, "encode": "mxfp4", "modules_to_not_convert": ["experts"]}, "converted nothing"),
-        ({"native": True, "device_map": "auto"}, "device_map"),
         ({"encode": "mxfp4"}, "native=True"),
     ):
         with pytest.raises(UsageError, match=words):
