@@ -17,7 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
+ASKED: list[str] = []
+"""Operations for which the host had to wait: numbers that it wanted to see."""
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+WAITED_FOR = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
 class There(torch.Tensor):
@@ -54,6 +57,8 @@ def computed(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if device.type == NAME:
         device = torch.device(NAME, device.index or 0)
         kwargs = {**kwargs, "device": torch.device("cpu")} if asked is not None else kwargs
+    if any(isinstance(one, There) for one in tensors) and (device.type == "cpu" or operation in WAITED_FOR):
+        ASKED.append(str(operation))
     known = {id(one.here): one for one in tensors if isinstance(one, There)}
     args, kwargs = tree_map_only(There, lambda one: one.here, (args, kwargs))
     found = operation(*args, **kwargs)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import transformers
-from elsewhere import two_devices
+from elsewhere import ASKED, two_devices
 from test_native import NAMES, model_of
 from test_transformers import relative
 
 import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.errors import UsageError
+from moeglot.integrations.transformers import VERSION
 from moeglot.integrations.transformers_placement import _map_of, blocks, place_of
 from moeglot.nn import add_lora, experts_of
 from moeglot.nn.backends import choose
@@ -99,6 +100,21 @@ def test_a_choice_is_made_for_the_device_of_the_tokens(whole):
             assert choose("auto", hidden, index, True) == "eager"
             assert choose("auto", hidden.to(one), index.to(one), True) == there
         assert torch.equal(logits(moeglot.load(BUNDLED, "float32", native=True, device_map="cpu")), logits(whole))
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="4.57 hands gpt-oss's experts the scores of all")
+def test_where_the_host_waits(tmp_path):
+    """Plain experts of few tokens: never, and it shows where a backend asks for where each expert's rows end."""
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "plain")
+    with two_devices() as (one, _):
+        model = moeglot.load(tmp_path / "plain", "float32", native=True, device_map={"model": one, "lm_head": one})
+        module = model.model.layers[0].mlp.experts
+        index = torch.tensor([[0, 3], [5, 1]] * 3).to(one)
+        hidden, weights = torch.randn(6, 192).to(one), torch.rand(6, 2).to(one)
+        for module.backend, waits in (("batched", False), ("eager", True)):
+            ASKED.clear()
+            module(hidden, index, weights)
+            assert bool(ASKED) == waits, ASKED
 
 
 def test_modules_that_are_no_experts_may_be_offloaded(whole, tmp_path):
