@@ -63,6 +63,7 @@ bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	$(BIN)/python benchmarks/streaming.py --peers
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/sizing.py
+	$(BIN)/python benchmarks/experts.py
 	.venvs/ray/bin/python $(PIP) numba
 	.venvs/ray/bin/python benchmarks/ray.py
 

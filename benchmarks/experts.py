@@ -1,22 +1,26 @@
 """How fast experts compute: moeglot's against transformers' eager, batched_mm and grouped_mm, and a LoRA step against PEFT's, as ratios within one run.
 
-One layer of experts with random weights in bfloat16, the same for all. Contestants take turns, round after round, and the fastest round of each counts, so
-that what slows the machine slows all. "stock" is transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is
+One layer of experts with random weights, the same for all: in bfloat16 where the CPU has products of it, else in float32, since transformers' own would take
+minutes. Contestants take turns, round after round, and the fastest round of each counts, so that what slows the machine slows all; one that needs more than
+SLOW seconds has a single turn. "stock" is transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is
 moeglot.nn.Experts, which decodes as it computes. Forward + backward goes to the weights for "stock" and to the tokens alone for "native", whose weights are
-frozen. Run on an idle machine, with transformers 5.23 and, for the LoRA step, PEFT:
+frozen. A LoRA step goes to tokens and factors for all. The sizes are a quarter of gpt-oss-20b's: a few minutes on two idle cores. With transformers 5.23 and,
+for the LoRA step, PEFT:
 
-    python benchmarks/experts.py [--family gpt-oss] [--e 32 --h 2880 --i 2880 --k 4] [--tokens 1,8,512,2048] [--rounds 5] [--results FILE]
+    python benchmarks/experts.py [--family gpt-oss] [--e 32 --h 768 --i 768 --k 4] [--dtype float32] [--tokens 1,8,512,2048]
+                                 [--rounds 3] [--results FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from streaming import device
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 
 import moeglot
@@ -37,25 +42,29 @@ from moeglot.integrations.transformers import register
 from moeglot.integrations.transformers_native import lines_of
 from moeglot.layout import Stored, values
 from moeglot.nn import Experts, add_lora
+from moeglot.nn.grouped import has_kernels
 from moeglot.nn.held import Held, encode
 
 STOCK = ("eager", "batched_mm", "grouped_mm", "moeglot")
-ENCODINGS = ("bfloat16", "mxfp4", "fp8-block", "nf4")
-SHAPES = {"gpt-oss": {"e": 32, "h": 2880, "i": 2880, "k": 4}, "qwen3-moe": {"e": 128, "h": 2048, "i": 768, "k": 8}}
+CODED = ("mxfp4", "fp8-block", "nf4")
+SHAPES = {"gpt-oss": {"e": 32, "h": 768, "i": 768, "k": 4}, "qwen3-moe": {"e": 128, "h": 768, "i": 256, "k": 8}}
 FORMATS = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/transformers-5"}
-MEMORY = 6_000_000_000
+MEMORY = 4_000_000_000
 """Bytes that gathered matrices may take; batched_mm is left out beyond them."""
+SLOW = 4.0
+"""Seconds of the first turn, beyond which a contestant has no other."""
+PHASES = ("forward", "forward + backward", "LoRA step")
 Work = Callable[[], Any]
 
 
-def stock(family: str, e: int, h: int, i: int, k: int) -> torch.nn.Module:
+def stock(family: str, dtype: torch.dtype, e: int, h: int, i: int, k: int) -> torch.nn.Module:
     """transformers' own experts of one layer."""
     small = {"num_hidden_layers": 1, "vocab_size": 32, "hidden_size": h, "num_experts_per_tok": k, "num_attention_heads": 1, "num_key_value_heads": 1}
     if family == "gpt-oss":
         config = GptOssConfig(intermediate_size=i, num_local_experts=e, head_dim=16, **small)
     else:
         config = Qwen3MoeConfig(moe_intermediate_size=i, num_experts=e, head_dim=16, **small)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     module = model.model.layers[0].mlp.experts
     with torch.no_grad():
         for parameter in module.parameters():
@@ -65,8 +74,8 @@ def stock(family: str, e: int, h: int, i: int, k: int) -> torch.nn.Module:
 
 def native(family: str, module: torch.nn.Module, name: str, sizes: Mapping[str, int]) -> Experts:
     """The same numbers as moeglot holds them."""
-    form, plain = by_name(FORMATS[family]), encoding_by_name("bfloat16")
-    lines = form.stored if name == "bfloat16" else lines_of(form, encoding_by_name(name))
+    form, plain = by_name(FORMATS[family]), encoding_by_name(str(next(module.parameters()).dtype).removeprefix("torch."))
+    lines = form.stored if name not in CODED else lines_of(form, encoding_by_name(name))
     config = {keys[0]: sizes[letter] for letter, keys in form.family.sizes.items() if letter in sizes}
     held = [_held(form, line, plain if isinstance(line.encoding, Plain) else line.encoding, module, sizes) for line in lines]
     return Experts(Expert.of(form.family, config), held, 0, form.family.name)
@@ -83,22 +92,33 @@ def _held(form: Format, line: Stored, encoding: Encoding, module: torch.nn.Modul
     return Held(line, encoding, sizes, 0, read)
 
 
-def measured(contestants: Mapping[str, Work], rounds: int) -> dict[str, float]:
-    """Name -> seconds of its fastest round; all take turns."""
-    found = dict.fromkeys(contestants, float("inf"))
-    for _ in range(rounds + 1):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            found[name] = min(found[name], time.perf_counter() - start)
-    return found
+def measured(contestants: Mapping[str, Work], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+    """(name -> seconds of its fastest round, name -> why it has none); all take turns. The first round warms up, and counts for those that are slow."""
+    first: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, work in contestants.items():
+        try:
+            first[name] = timed(work)
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # what a library cannot do is a finding
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    found = {name: seconds if seconds > SLOW else float("inf") for name, seconds in first.items()}
+    for _ in range(rounds):
+        for name in [name for name in first if first[name] <= SLOW]:
+            found[name] = min(found[name], timed(contestants[name]))
+    return found, failed
 
 
-def contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], backward: bool) -> dict[str, Work]:
-    hidden = torch.randn(tokens, sizes["h"]).bfloat16()
+def timed(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], dtype: torch.dtype, backward: bool) -> dict[str, Work]:
+    hidden = torch.randn(tokens, sizes["h"]).to(dtype)
     index = torch.stack([torch.randperm(sizes["e"])[: sizes["k"]] for _ in range(tokens)])
-    weights = torch.softmax(torch.randn(tokens, sizes["k"]), -1).bfloat16()
-    gathered = tokens * sizes["k"] * 3 * sizes["h"] * sizes["i"] * 2 * (3 if backward else 1)
+    weights = torch.softmax(torch.randn(tokens, sizes["k"]), -1).to(dtype)
+    gathered = tokens * sizes["k"] * 3 * sizes["h"] * sizes["i"] * dtype.itemsize * (3 if backward else 1)
 
     def of(one: Any, way: str | None) -> Work:
         def work() -> None:
@@ -117,15 +137,13 @@ def contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Ma
     return found | {f"native {name}": of(one, None) for name, one in ours.items()}
 
 
-def lora_contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], rank: int) -> dict[str, Work]:
+def lora_contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], dtype: torch.dtype, rank: int) -> dict[str, Work]:
     """A training step of an adapter of that rank: PEFT's ParamWrapper on the stock module, and moeglot's on encoded experts."""
-    import copy
-
     from peft import LoraConfig, inject_adapter_in_model
 
-    hidden = torch.randn(tokens, sizes["h"]).bfloat16()
+    hidden = torch.randn(tokens, sizes["h"]).to(dtype)
     index = torch.stack([torch.randperm(sizes["e"])[: sizes["k"]] for _ in range(tokens)])
-    weights = torch.softmax(torch.randn(tokens, sizes["k"]), -1).bfloat16()
+    weights = torch.softmax(torch.randn(tokens, sizes["k"]), -1).to(dtype)
 
     def step(one: Any, inner: Any, way: str | None) -> Work:
         def work() -> None:
@@ -157,33 +175,21 @@ def main() -> None:
     for letter in "ehik":
         options.add_argument(f"--{letter}", type=int)
     options.add_argument("--tokens", default="1,8,512,2048")
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if has_kernels(torch.bfloat16) else "float32")
     options.add_argument("--rank", type=int, default=8)
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "experts.json")
     given = options.parse_args()
     sizes = {letter: getattr(given, letter) or size for letter, size in SHAPES[given.family].items()}
     torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
     register()
-    module = stock(given.family, **sizes)
-    counts, rows = [int(n) for n in given.tokens.split(",")], []
-    for what in ("forward", "forward + backward", "LoRA step"):
-        ours = {name: native(given.family, module, name, sizes) for name in ENCODINGS}
-        for tokens in counts:
-            if what == "LoRA step":
-                try:
-                    found = lora_contestants(module, ours, tokens, sizes, given.rank)
-                except ImportError as error:
-                    print(f"no LoRA step: {error}")
-                    break
-            else:
-                found = contestants(module, ours, tokens, sizes, what != "forward")
-            rows.append({"what": what, "tokens": tokens, "seconds": measured(found, given.rounds)})
-            for one in ours.values():
-                one.lora = torch.nn.ModuleDict()
-            show(rows[-1])
+    dtype = getattr(torch, given.dtype)
+    module = stock(given.family, dtype, **sizes)
     told = {
         "date": date.today().isoformat(),
-        "device": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]},
+        "device": device(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "moeglot": moeglot.__version__,
@@ -191,18 +197,70 @@ def main() -> None:
         "sizes": sizes,
         "rank": given.rank,
         "rounds": given.rounds,
-        "rows": rows,
     }
-    given.results.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    phases = PHASES
+    if importlib.util.find_spec("peft"):
+        told["peft"] = version("peft")
+    else:
+        phases = PHASES[:-1]
+        Console().print("no LoRA step: PEFT is not installed")
+    for what in phases:
+        ours = {name: native(given.family, module, name, sizes) for name in (given.dtype, *CODED)}
+        for tokens in [int(n) for n in given.tokens.split(",")]:
+            if what == "LoRA step":
+                found = lora_contestants(module, ours, tokens, sizes, dtype, given.rank)
+            else:
+                found = contestants(module, ours, tokens, sizes, dtype, what != "forward")
+            seconds, failed = measured(found, given.rounds)
+            for one in ours.values():
+                one.lora = torch.nn.ModuleDict()
+            rows.append({"what": what, "tokens": tokens, "seconds": seconds, "failed": failed})
+            show(rows[-1])
+            given.results.parent.mkdir(exist_ok=True)  # what is measured is kept, if the next is interrupted
+            given.results.write_text(json.dumps({**told, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+            given.results.with_suffix(".svg").write_text(plot(rows), encoding="utf-8")
+
+
+# --- telling -----------------------------------------------------------------------------------------------------------------------------
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("native") or name == "stock moeglot"
+
+
+def fastest_other(row: Mapping[str, Any]) -> float:
+    return min(seconds for name, seconds in row["seconds"].items() if not is_ours(name))
 
 
 def show(row: Mapping[str, Any]) -> None:
     """Seconds, and how many times as long as the fastest of the others' own."""
-    theirs = min(seconds for name, seconds in row["seconds"].items() if not name.startswith("native") and name != "stock moeglot")
     table = Table("", "ms", "of the fastest other", title=f"{row['what']}, {row['tokens']} tokens")
     for name, seconds in row["seconds"].items():
-        table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / theirs:.2f}")
+        table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / fastest_other(row):.2f}")
+    for name, why in row["failed"].items():
+        table.add_row(name, why, "")
     Console().print(table)
+
+
+def plot(rows: list[dict[str, Any]]) -> str:
+    """SVG: a bar for each contestant, its speed as a share of that of the fastest other."""
+    width, left, y, shapes = 760, 260, 30, []
+    one = left + (width - left - 60) / 2
+    for row in rows:
+        shapes.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end" font-weight="bold">{row["what"]}, {row["tokens"]} tokens</text>')
+        y += 20
+        for name, seconds in row["seconds"].items():
+            speed = fastest_other(row) / seconds
+            length = min(2.0, speed) / 2 * (width - left - 60)
+            shapes.append(f'<text x="{left - 8}" y="{y + 11}" text-anchor="end">{name}</text>')
+            shapes.append(f'<rect x="{left}" y="{y}" width="{length:.0f}" height="14" fill="{"#3949ab" if is_ours(name) else "#8a8fa3"}"/>')
+            shapes.append(f'<text x="{left + length + 6:.0f}" y="{y + 11}">{speed:.2f}</text>')
+            y += 18
+        y += 8
+    shapes.append(f'<line x1="{one:.0f}" x2="{one:.0f}" y1="22" y2="{y}" stroke="#c62828"/><text x="{one:.0f}" y="16">the fastest other</text>')
+    style = 'font-family="system-ui,sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 60} {y + 16}" {style}>{"".join(shapes)}</svg>\n'
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def load(
     """A stock transformers model that computes what the checkpoint says, from any format and encoding; evaluation mode.
 
     `path`: a folder, a safetensors file or a Hub id. `dtype`: float32, bfloat16 or float16; without it, the one that config.json declares.
-    `device`: where the whole model goes, the CPU by default. `options` go to `from_pretrained`: `device_map`, `attn_implementation` and so on.
+    `device`: where the whole model goes, the CPU by default. `options` go to `from_pretrained`: `device_map`, `attn_implementation` and so on; a native
+    model is divided as `device_map` and `max_memory` say, by the bytes that it holds.
     Experts are decoded one at a time, straight into the parameters, so that memory holds the model and little more.
     `native`: experts stay in memory as they are on disk, in `moeglot.nn.Experts`, and are decoded as they are used. `encode` ("mxfp4", "fp8-block", "nf4", ...)
     quantizes plain ones on the way, except in modules that `modules_to_not_convert` names; `backend` says how they compute, see `moeglot.nn`.

@@ -3,6 +3,7 @@
 The reference is the random model itself, its experts overwritten with what the producers' rules, written down here by hand, say that the file holds.
 """
 
+import io
 import json
 import math
 import os
@@ -328,6 +329,8 @@ def test_placeholders_and_overflow(tmp_path):
     big = changed(folder, tmp_path / "2", lambda file: file[key][3, 0, 0].fill_(1e6))
     refused(big, BadNumbers, key + ", expert 3", dtype="float16")
     moeglot.load(big, dtype="bfloat16")
+    refused(folder, NotVerified, "placeholders", device_map={"": "meta"})
+    refused(folder, NotVerified, "placeholders", device_map={"model": "cpu", "lm_head": "meta"})
     with pytest.raises(UsageError, match="float8"):
         moeglot.load(folder, dtype=torch.float8_e4m3fn)
     with pytest.raises(UsageError, match="device_map"):
@@ -404,13 +407,27 @@ def test_what_is_no_whole_model_is_not_saved(tmp_path):
 # --- the command line ------------------------------------------------------------------------------------------------------------------
 
 
-def test_run_continues_a_text_from_any_format(tmp_path, capsys):
+class Written(io.StringIO):
+    """What is printed, one write after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def test_run_continues_a_text_from_any_format(tmp_path, monkeypatch):
     from moeglot.cli_run import run
     from moeglot.integrations.transformers import continue_text
 
     moeglot.convert(BUNDLED, "gpt-oss/original", folder := tmp_path / "original")
+    monkeypatch.setattr(sys, "stdout", out := Written())
     run(str(folder), "And God said", 12, "float32")
-    assert capsys.readouterr().out.strip() == continue_text(moeglot.open(BUNDLED), "And God said", 12).strip()
+    assert out.getvalue().strip() == continue_text(moeglot.open(BUNDLED), "And God said", 12).strip()
+    assert sum(bool(piece.strip()) for piece in out.pieces) >= 5  # word by word, as they come
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UsageError, match="no tokenizer"):

@@ -269,6 +269,28 @@ def test_float16_and_bfloat16_and_autocast(tmp_path):
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
 
 
+def test_gradients_in_bfloat16_with_and_without_products_of_it(tmp_path, monkeypatch):
+    """A CPU without products of 16 bits takes the way over float32, which is off by no more than the rounding of what comes in and out."""
+    from moeglot.nn import grouped
+
+    module, off = module_of("gpt-oss/openai", tmp_path / "base"), []
+    torch.manual_seed(2)
+    cotangent = torch.randn(TOKENS, 64).bfloat16()
+    wide = {place: tuple(t.detach().double() for t in (lora.a, lora.b)) for place, lora in module.adapters.items()}
+    hidden, index, weights = (t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs(torch.bfloat16))
+    right = dense(module, "gpt-oss", hidden, index, weights, wide)
+    right.backward(cotangent.double())
+    for has in (True, False):
+        monkeypatch.setattr(grouped, "has_kernels", lambda dtype, has=has: has)
+        x, index, w = inputs(torch.bfloat16)
+        out = module(x, index, w)
+        out.backward(cotangent)
+        found = {"out": out.detach(), "hidden": x.grad, "weights": w.grad}
+        off.append(max(worst(found, {"out": right.detach(), "hidden": hidden.grad, "weights": weights.grad}).values()))
+    assert max(off) <= 3e-2
+    assert off[1] <= 1.5 * off[0]
+
+
 FUSED = {
     "scale is left out of the gradients of the factors": ("outer", lambda right: lambda *given, **how: right(*given, **how) * 1.01),
     "the matrices are turned in backward": ("Step.backward", lambda right: lambda *given, **how: right(*given, **how).flip(-1)),

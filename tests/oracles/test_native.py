@@ -36,8 +36,9 @@ ON_THE_WAY = ("mxfp4", "fp8-block", "nf4")
 REFUSED = (
     *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
     *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm", "switch-transformers", "nllb-moe", "ernie4-5-vl-moe"),
+    *(("granitemoe", "granitemoeshared", "granitemoehybrid", "aria", "aria-text") if VERSION < (5, 6) else ()),
 )
-"""Families whose experts a release asks in a way of its own, or names unlike any layout that moeglot knows."""
+"""Families whose experts a release asks in a way of its own, names unlike any layout that moeglot knows, or has in more modules than one."""
 TURNED = ("gpt-oss", "llama4-text", *(("qwen3-vl-moe",) if VERSION < (5, 0) else ()))
 """In the stock module, matrices lie [in, out]."""
 
@@ -268,7 +269,6 @@ def test_refusals(tmp_path):
         ({"native": True, "backend": "fast"}, "not a backend"),
         ({"native": True, "encode": "bfloat16"}, "no quantization"),
         ({"native": True, "encode": "mxfp4", "modules_to_not_convert": ["experts"]}, "converted nothing"),
-        ({"native": True, "device_map": "auto"}, "device_map"),
         ({"encode": "mxfp4"}, "native=True"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -290,10 +290,12 @@ def test_modules_to_not_convert(tmp_path):
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES if not family.unverified and family.name not in NAMES and SIZES == families.SIZES])
 def test_every_other_family_holds_or_is_refused(name, tmp_path):
     live = model_of(name, "neither")
-    expected = families.logits(live)
     families.saved(live, tmp_path, True)
     if name in REFUSED:
         with pytest.raises(UsageError, match="native"):
             moeglot.load(tmp_path, dtype="float32", native=True)
-    else:
-        assert relative(families.logits(moeglot.load(tmp_path, dtype="float32", native=True)), expected) <= LIMIT
+        return
+    if not experts_of(live):
+        pytest.skip(f"a small {name} has no experts in transformers {transformers.__version__}")
+    expected = families.logits(live)
+    assert relative(families.logits(moeglot.load(tmp_path, dtype="float32", native=True)), expected) <= LIMIT

@@ -22,7 +22,7 @@ from moeglot.dtypes import WEIGHT_DTYPES, DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
-from moeglot.integrations import transformers_native
+from moeglot.integrations import transformers_native, transformers_placement
 from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_parallel import Share, require_divided
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
@@ -70,14 +70,16 @@ def load(
     modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     chosen = layout(checkpoint, modules, kind)
     state = state_dict(chosen, kind)
+    places = {name: options[name] for name in transformers_placement.PLACING if native and name in options}
     if native:
-        _check_native(options)
         transformers_native.check(chosen, modules, empty)
+        _check_native(checkpoint, chosen, device, places, share)
         transformers_native.hollow(chosen, state)
     placement = {} if native else share.options if share else _placement(device, options)
     if share and not native and (device is not None or options.keys() & placement.keys()):
         raise UsageError("device, with ep_size", "each process has the device that transformers gives it", "leave device and distributed_config out")
-    given = {**options, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    own = {name: value for name, value in options.items() if name not in places}
+    given = {**own, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     finally:  # whatever the library makes of it, the cause is what a tensor refused
@@ -87,7 +89,7 @@ def load(
     _finish(checkpoint, model)
     if native:
         transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend, mine)
-        model.to(device or "cpu")
+        transformers_placement.place(model, device, places)
     if share:
         require_divided(model, expert_names(chosen), share.size)
     if share and native:
@@ -97,9 +99,14 @@ def load(
     return model
 
 
-def _check_native(options: Mapping[str, Any]) -> None:
-    if "device_map" in options:
-        raise UsageError(f"device_map={options['device_map']} with native=True", "its experts are put in place after the model is loaded", "pass device=")
+def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Mapping[str, Any], share: Share | None) -> None:
+    """Raises `UsageError` where encoded experts cannot go."""
+    if "device_map" not in places:
+        return
+    if share:
+        raise UsageError(f"device_map={places['device_map']} with ep_size", "each process has a device of its own", "pass device=")
+    _one_of(device, places)
+    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in checkpoint.layers])
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
@@ -153,9 +160,13 @@ def layouts(source: Format) -> list[Format]:
 def _placement(device: str | torch.device | int | None, options: Mapping[str, Any]) -> dict[str, Any]:
     if device is None:
         return {}
-    if "device_map" in options:
-        raise UsageError(f"device={device} and device_map={options['device_map']}", "both say where the model goes", "pass one of them")
+    _one_of(device, options)
     return {} if torch.device(device) == torch.device("cpu") else {"device_map": {"": device}}
+
+
+def _one_of(device: Any, options: Mapping[str, Any]) -> None:
+    if device is not None and "device_map" in options:
+        raise UsageError(f"device={device} and device_map={options['device_map']}", "both say where the model goes", "pass one of them")
 
 
 # --- did all of it arrive? -------------------------------------------------------------------------------------------------------------
@@ -174,8 +185,9 @@ def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], mode
     experts = expert_names(chosen).keys()
     if unread := [name for name in state if name in experts and not state[name].reads]:
         raise _partial(checkpoint, f"{len(unread)} tensors of experts that it never read", unread)
-    offloaded = {"cpu", "disk"} & {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    placeholders = [] if offloaded else [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    places = getattr(model, "hf_device_map", {})
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    placeholders = [name for name, tensor in tensors if tensor.is_meta and not transformers_placement.is_offloaded(name, places)]
     if placeholders:
         raise _partial(checkpoint, f"{len(placeholders)} placeholders without numbers (meta device)", placeholders)
 
