@@ -11,7 +11,7 @@ from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.floats import exact_dtype, exactly, values
+from moeglot.floats import exact_dtype, exactly, row_pairs, values
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
@@ -37,7 +37,11 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
 
 
 def _roles(plan: Plan, step: Step, expert: int) -> dict[str, Encoded]:
-    return {role: plan.source.expert(plan.source.format.line_of(role), step.layer, expert)[role] for role in step.line.roles}
+    found: dict[str, Encoded] = {}
+    for role in step.line.roles:
+        if role not in found:  # each stored slice once, whatever roles it holds
+            found |= plan.source.expert(plan.source.format.line_of(role), step.layer, expert)
+    return {role: found[role] for role in step.line.roles}
 
 
 def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
@@ -75,6 +79,8 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
 
 def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
     """The roles in the target's encoding: each by itself where it codes them so, else all together as they are stored."""
+    if isinstance(step.target, Plain) and not step.exact:
+        return _rounded(plan, step, roles)
     lost: list[Loss] = []
 
     def given(role: str) -> Encoded:
@@ -94,6 +100,20 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
         return dict(step.line.join(lambda role: encode(given(role), _near(roles[role], step.target))).parts), sum(lost, Loss())
     joined = step.line.decoded(roles.__getitem__, exact_dtype(roles[step.line.roles[0]]))
     return dict(encode(values(joined)).parts), sum(lost, Loss())
+
+
+def _rounded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
+    """The roles in a float type that does not hold all of their numbers, some rows at a time and where they belong."""
+    assert isinstance(step.target, Plain)
+    value, lost = scratch.empty(step.line.expert_shape(plan.source.sizes), by_torch_name(step.target.name).torch), Loss()
+    places = step.line.split(values(value))
+    for role, encoded in roles.items():
+        for before, place in row_pairs(encoded, places[role]):
+            given = before.decode(exact_dtype(encoded))
+            coded = Encoded(step.target, step.target.encode(given), before.shape)
+            place.parts["value"].copy_(coded.parts["value"])
+            lost += measure(given, coded)
+    return {"value": value}, lost
 
 
 def _recoded(encoded: Encoded, target: Encoding) -> Encoded | None:
