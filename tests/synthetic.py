@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moeglot.axes import parse_axes
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.family import dig
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
-from moeglot.layout import parse_axes
 
 SIZES = {"e": 4, "h": 64, "i": 64, "q": 4, "k": 2, "d": 16, "v": 32, "n": 3, "s": 24, "f": 40}
 """Letter -> size; square (h = i), so that no shape gives a wrong orientation away. q, k and n heads of d numbers, v words, s and f rows of other MLPs."""
@@ -189,6 +189,7 @@ def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtyp
         put(hub, family.sparse.first[0], 0)
     if form.config.only:
         return {key: dig(hub, path) for path, key in form.config.names.items()}
+    hub |= {key: value for key, value in form.config.told.items() if value is not None}
     return {**hub, **form.config.constants, **({"quantization_config": dict(form.config.quantization)} if form.config.quantization else {})}
 
 

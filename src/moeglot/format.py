@@ -82,6 +82,7 @@ class ConfigForm:
 
     `names`: the Hub's key (dotted for nested ones) -> the key here. `only`: nothing but the named keys exists here.
     `constants` are written here; `hub_constants` are written on the way to the Hub's form; `defaults` say what a key of the Hub means where it lacks.
+    `told`: keys of the producer that alone tell this format from one with the same names and shapes, and what each says, None for nothing.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class ConfigForm:
     constants: Mapping[str, Any] = field(default_factory=dict)
     hub_constants: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
 
 

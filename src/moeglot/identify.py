@@ -123,6 +123,7 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
     if method := dig(source.config, "quantization_config.quant_method"):
         yield f"config.json says quantization_config.quant_method = {method}"
     for form in candidates[:1]:
+        yield from (f"config.json says {key} = {value}" for key, value in form.config.told.items() if value is not None)
         line = form.stored[0]
         key = next(key for key in source.entries if (found := form.match(key)) and found[:2] == (line, line.encoding.parts[0].name))
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
@@ -149,6 +150,8 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
             if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
+    if wrong := next((key for key, value in form.config.told.items() if source.config.get(key) != value), None):
+        return Refutation("config.json", f"{wrong} is {source.config.get(wrong)}, not {form.config.told[wrong]}")
     if refuted := _quantization_refutation(form, said, layers, first):
         return refuted
     return _shape_refutation(_settled(form, source), sizes, first)

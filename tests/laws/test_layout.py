@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SIZES, make_parts
 
+from moeglot.axes import parse_axes
 from moeglot.encoding import Encoded
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.formats import PLAIN
-from moeglot.layout import ROLES, Stored, parse_axes
+from moeglot.layout import ROLES, Stored
 
 LINES = [(form, line) for form in PLAIN for line in form.stored]
 
@@ -44,10 +45,11 @@ def test_axes_say_where_each_number_lies(chosen, sizes, seed):
         at = {letter: int(torch.randint(counts[letter], (), generator=generator)) for letter in "hijp"}
         place = []
         for group in parse_axes(line.axes) if line.per_expert else parse_axes(line.axes)[1:]:
-            index = 0
-            for letter in group:
-                index = index * counts[letter] + at[letter]
-            place.append(index)
+            index, (last, rows) = 0, (group[0], int(group[-1]) if group[-1].isdecimal() else 1)
+            for letter in group[:-1] if rows > 1 else group:
+                long = rows if letter == last and rows > 1 else 1
+                index = index * (counts[letter] // long) + at[letter] // long
+            place.append(index * rows + at[last] % rows)
         role = line.roles[at["p"] if len(line.roles) > 1 else 0]
         canonical = roles[role].parts["value"][tuple(at[letter] for letter in ROLES[role].split())]
         assert canonical == stored[tuple(place)]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 from torch.distributed.checkpoint import FileSystemReader, load, save
 
@@ -63,4 +65,74 @@ def test_verify_names_the_reading(family: str, wrong: str, tmp_path: Path) -> No
     assert report.exit_status == 1
     assert forward.figures["relative_error"] > 100 * LIMIT
     assert line in forward.detail
+    assert reading in forward.detail
+
+
+# --- state dicts: rows in blocks, and a shape that lies ----------------------------------------------------------------------------------
+
+BLOCK = 32
+
+
+def in_blocks(rows: torch.Tensor) -> torch.Tensor:
+    """[2 i, ...], gate before up -> 32 rows of gate, as many of up, and so on: what `moe_mlp_glu_interleave_size = 32` means."""
+    half = len(rows) // 2
+    return torch.cat([rows[side + at : side + at + BLOCK] for at in range(0, half, BLOCK) for side in (0, half)])
+
+
+def in_halves(rows: torch.Tensor) -> torch.Tensor:
+    """The inverse of `in_blocks`."""
+    return torch.cat([rows[at : at + BLOCK] for side in (0, BLOCK) for at in range(side, len(rows), 2 * BLOCK)])
+
+
+def of_first(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    """The change in each expert's first matrix and its bias."""
+
+    def changed(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".mlp.experts.linear_fc1." in name]:
+            tensors[name] = change(tensors[name]).contiguous()
+
+    return changed
+
+
+def by_its_shape(tensors: dict[str, torch.Tensor]) -> None:
+    """The matrices beside each other, as `weight1`'s shape [h, e 2i] has one believe, and not one after the other."""
+    for name in [name for name in tensors if name.endswith(".weight1")]:
+        hidden, columns = tensors[name].shape
+        tensors[name] = torch.cat(list(tensors[name].view(4, hidden, columns // 4)), 1)
+
+
+def turned_in_memory(tensors: dict[str, torch.Tensor]) -> None:
+    """[out, in], as every other format of Megatron has it."""
+    for name in [name for name in tensors if name.endswith(".weight1")]:
+        hidden, columns = tensors[name].shape
+        tensors[name] = tensors[name].view(4, hidden, columns // 4).mT.reshape(hidden, columns)
+
+
+STATES: dict[str, tuple[str, int, Callable[[dict[str, torch.Tensor]], None], str]] = {
+    "halves where blocks are declared": ("megatron-te-glu32", 64, of_first(in_halves), 'linear_fc1 is read as "(p i) h"'),
+    "blocks where halves are declared": ("megatron-te", 64, of_first(in_blocks), 'linear_fc1 is read as "(i p 32) h"'),
+    "memory by the shape": ("megatron-grouped", 64, by_its_shape, 'weight1 is read by its shape, "h (e p i)"'),
+    "memory turned": ("megatron-grouped", 32, turned_in_memory, 'weight1 is read as "e (p i) h"'),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "family"), [(wrong, family) for wrong in STATES for family in ("gpt-oss", "qwen3-moe") if (wrong[:6], family) != ("memory", "gpt-oss")]
+)
+def test_verify_names_the_reading_of_a_state_dict(wrong: str, family: str, tmp_path: Path) -> None:
+    name, inner, corrupt, reading = STATES[wrong]
+    hub = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub"}[family]
+    source = write_checkpoint(tmp_path / "source", hub, {"h": 64, "i": inner})
+    moeglot.convert(source, f"{family}/{name}", tmp_path / "out")
+    assert moeglot.verify(tmp_path / "out", source).verdict == "holds"
+    file = tmp_path / "out" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        marks = opened.metadata()
+    tensors = load_file(file)
+    corrupt(tensors)
+    save_file(tensors, file, marks)
+    report = moeglot.verify(tmp_path / "out", source)
+    forward = next(check for check in report.checks if check.level == "forward")
+    assert report.exit_status == 1
+    assert forward.figures["relative_error"] > 100 * LIMIT
     assert reading in forward.detail
