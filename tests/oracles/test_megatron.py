@@ -134,9 +134,15 @@ def test_megatron_computes_what_transformers_does(family: str, size: str, proces
 def test_mxfp4_and_bf16_give_the_same_megatron_checkpoint(size: str, tmp_path: Path) -> None:
     moeglot.convert(hub_model(tmp_path / "hub", "gpt-oss", size), "gpt-oss/openai", tmp_path / "mxfp4", allow_loss=True)
     moeglot.convert(tmp_path / "mxfp4", "gpt-oss/transformers", tmp_path / "bf16")
+    shutil.copytree(tmp_path / "bf16", tmp_path / "not turned", ignore=shutil.ignore_patterns("moeglot.json"))
+    tensors = load_file(tmp_path / "bf16" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, tmp_path / "not turned" / "model.safetensors", {"format": "pt"})
     one = written(tmp_path / "mxfp4", "gpt-oss", tmp_path / "one", "megatron-torch-dist-local")
-    other = written(tmp_path / "bf16", "gpt-oss", tmp_path / "other", "megatron-torch-dist-local")
-    assert [(one / file.name).read_bytes() == file.read_bytes() for file in sorted(other.glob("*.distcp"))] == [True]
+    for given in ("bf16", "not turned"):
+        other = written(tmp_path / given, "gpt-oss", tmp_path / f"from {given}", "megatron-torch-dist-local")
+        assert [(one / file.name).read_bytes() == file.read_bytes() for file in sorted(other.glob("*.distcp"))] == [True]
     assert apart(megatron(one, processes=2), hub_logits(tmp_path / "bf16")) <= LIMIT
     certificate = moeglot.convert(one, "gpt-oss/openai", tmp_path / "back", encode="mxfp4")
     assert certificate.report.verdict == "holds"

@@ -37,35 +37,43 @@ def interleave(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack([gate, up], 3).flatten(2, 3)
 
 
-WRONGS: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor], str, str]] = {
-    "down turned": ("h=i", FC2, lambda rows: rows.mT, "linear_fc2", 'is read as "i h"'),
-    "halves swapped": ("h=i", FC1, swap_halves, "linear_fc1", "up before gate"),
-    "gate_up turned": ("h=2i", FC1, lambda rows: rows.mT, "linear_fc1", 'is read as "h (p i)"'),
-    "left interleaved": ("h=i", FC1, interleave, "linear_fc1", 'is read as "(i p) h"'),
+SIZES = {"h=i": (64, 64), "h=2i": (64, 32), "neither": (96, 32)}
+SOURCES = {"gpt-oss from MXFP4": "gpt-oss/openai", "gpt-oss from BF16": "gpt-oss/transformers", "qwen3-moe from BF16": "qwen3-moe/hub"}
+WRONGS: dict[str, tuple[tuple[str, ...], str, Callable[[torch.Tensor], torch.Tensor], str, str]] = {
+    "down turned": (("h=i",), FC2, lambda rows: rows.mT, "linear_fc2", 'is read as "i h"'),
+    "halves swapped": (("h=i", "h=2i", "neither"), FC1, swap_halves, "linear_fc1", "up before gate"),
+    "gate_up turned": (("h=2i",), FC1, lambda rows: rows.mT, "linear_fc1", 'is read as "h (p i)"'),
+    "left interleaved": (("h=i", "h=2i", "neither"), FC1, interleave, "linear_fc1", 'is read as "(i p) h"'),
 }
+"""What is wrong -> at which sizes no shape shows it, the key, what was done to it, the line that `verify` names and the reading."""
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
+@pytest.mark.parametrize("given", SOURCES)
 @pytest.mark.parametrize("wrong", WRONGS)
-def test_verify_names_the_reading(family: str, wrong: str, tmp_path: Path) -> None:
-    size, key, corrupt, line, reading = WRONGS[wrong]
-    hub = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub"}[family]
-    source = write_checkpoint(tmp_path / "source", hub, {"h": 64, "i": 32 if size == "h=2i" else 64})
-    moeglot.convert(source, f"{family}/megatron-torch-dist", tmp_path / "right")
-    tensors = load_stacked(tmp_path / "right")
-    save(tensors, checkpoint_id=tmp_path / "same", no_dist=True)
-    changed = corrupt(tensors[key]).contiguous()
-    assert changed.shape == tensors[key].shape
-    save({**tensors, key: changed}, checkpoint_id=tmp_path / "wrong", no_dist=True)
-    for name in ("same", "wrong"):
-        shutil.copy(source / "config.json", tmp_path / name)
-    assert moeglot.verify(tmp_path / "same", source).verdict == "holds"
-    report = moeglot.verify(tmp_path / "wrong", source)
-    forward = next(check for check in report.checks if check.level == "forward")
-    assert report.exit_status == 1
-    assert forward.figures["relative_error"] > 100 * LIMIT
-    assert line in forward.detail
-    assert reading in forward.detail
+def test_verify_names_the_reading(given: str, wrong: str, tmp_path: Path) -> None:
+    """At the sizes where a shape shows it, the checkpoint is refused by the tensor's name."""
+    hidden_at, key, corrupt, line, reading = WRONGS[wrong]
+    for size, (h, i) in SIZES.items():
+        folder = tmp_path / size
+        source = write_checkpoint(folder / "source", SOURCES[given], {"h": h, "i": i})
+        moeglot.convert(source, f"{SOURCES[given].partition('/')[0]}/megatron-torch-dist", folder / "right")
+        tensors = load_stacked(folder / "right")
+        changed = corrupt(tensors[key]).contiguous()
+        for name, found in {"same": tensors, "wrong": {**tensors, key: changed}}.items():
+            save(found, checkpoint_id=folder / name, no_dist=True)
+            shutil.copy(folder / "right" / "config.json", folder / name)
+        assert moeglot.verify(folder / "same", source).verdict == "holds"
+        assert (changed.shape == tensors[key].shape) == (size in hidden_at)
+        if size not in hidden_at:
+            with pytest.raises(moeglot.MoeglotError, match=line):
+                moeglot.verify(folder / "wrong", source)
+            continue
+        report = moeglot.verify(folder / "wrong", source)
+        forward = next(check for check in report.checks if check.level == "forward")
+        assert report.exit_status == 1
+        assert forward.figures["relative_error"] > 100 * LIMIT
+        assert line in forward.detail
+        assert reading in forward.detail
 
 
 # --- state dicts: rows in blocks, and a shape that lies ----------------------------------------------------------------------------------
