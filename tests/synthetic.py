@@ -133,7 +133,7 @@ def write_checkpoint(
     if form.container:
         save_stacked(folder, found)
     else:
-        save(folder, found, shards)
+        save(folder, found, shards, {"moeglot.format": form.name} if form.asked else {})
     return folder
 
 
@@ -153,12 +153,12 @@ def save_stacked(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
     dcp_save(whole, checkpoint_id=folder, no_dist=True)
 
 
-def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1) -> None:
+def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1, marks: Mapping[str, str] | None = None) -> None:
     """Write the tensors to `model.safetensors`, or in their order to that many files and an index, named as on the Hub."""
     names = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
     weight_map = {key: names[n * shards // len(found)] for n, key in enumerate(found)}
     for name in names:
-        save_file({key: found[key] for key, file in weight_map.items() if file == name}, folder / name, {"format": "pt"})
+        save_file({key: found[key] for key, file in weight_map.items() if file == name}, folder / name, {"format": "pt", **(marks or {})})
     if shards > 1:
         total = sum(tensor.nbytes for tensor in found.values())
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))

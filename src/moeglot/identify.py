@@ -28,9 +28,11 @@ NO_CONFIG = "there is no config.json"
 
 @dataclass(frozen=True)
 class Refutation:
-    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there."""
+    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there; "asked": nothing does,
+    but only its producer can say that it is this one.
+    """
 
-    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json"]
+    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json", "asked"]
     why: str
 
     def __str__(self) -> str:
@@ -61,13 +63,14 @@ class Identification:
             raise UnknownFormat(
                 f"{name}: there is no config.json", "it says what the model is and how large it is", "put the producer's config.json beside the tensors"
             )
-        near = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json")}
+        near = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json") and not by_name(form).asked}
         if len(near) == 1:
             (form, refutation), *_ = near.items()
+            fits = [f"pass --format {form} if its producer {why}; else " for form, why in self.ruled_out.items() if why.by == "asked"]
             raise Contradiction(
                 f"{name}: config.json and the tensors contradict each other: {refutation}",
                 f"key names and dtypes are those of {form}; {'; '.join(self.evidence)}",
-                "take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
+                f"{''.join(fits)}take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if known:
@@ -93,13 +96,13 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
-    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source))}
+    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source) or _unasked(form))}
     layouts = [form for form in PLAIN if form.name not in ruled_out or ruled_out[form.name].by not in ("container", "family")]
     known = [*layouts, *(variant for form in layouts for variant in variants(form))]
     ruled_out |= {form.name: refutation for form in known[len(layouts) :] if (refutation := _refutation(form, source))}
     if marks:
         form = by_name(marks.pop())
-        if form.name in ruled_out:
+        if form.name in ruled_out and ruled_out[form.name].by != "asked":
             raise Contradiction(
                 f"the safetensors header says {form.name}, the files contradict it",
                 str(ruled_out[form.name]),
@@ -155,6 +158,10 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     if refuted := _quantization_refutation(form, said, layers, first):
         return refuted
     return _shape_refutation(_settled(form, source), sizes, first)
+
+
+def _unasked(form: Format) -> Refutation | None:
+    return Refutation("asked", form.asked) if form.asked else None
 
 
 def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:

@@ -140,8 +140,9 @@ def test_mxfp4_and_bf16_give_the_same_megatron_checkpoint(size: str, tmp_path: P
         tensors[name] = tensors[name].mT.contiguous()
     save_file(tensors, tmp_path / "not turned" / "model.safetensors", {"format": "pt"})
     one = written(tmp_path / "mxfp4", "gpt-oss", tmp_path / "one", "megatron-torch-dist-local")
-    for given in ("bf16", "not turned"):
-        other = written(tmp_path / given, "gpt-oss", tmp_path / f"from {given}", "megatron-torch-dist-local")
+    for given, form in (("bf16", "gpt-oss/transformers"), ("not turned", "gpt-oss/dequantized")):
+        other = tmp_path / f"from {given}"
+        assert moeglot.convert(tmp_path / given, "gpt-oss/megatron-torch-dist-local", other, format=form).report.verdict == "holds"
         assert [(one / file.name).read_bytes() == file.read_bytes() for file in sorted(other.glob("*.distcp"))] == [True]
     assert apart(megatron(one, processes=2), hub_logits(tmp_path / "bf16")) <= LIMIT
     certificate = moeglot.convert(one, "gpt-oss/openai", tmp_path / "back", encode="mxfp4")

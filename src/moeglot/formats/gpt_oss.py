@@ -69,6 +69,7 @@ DEQUANTIZED = Format(
     source="https://github.com/AI-Hypercomputer/maxtext/blob/418244f1efb678b54ec30bf63933f631e97eecc3/MaxText/scratch_code/dequantize_mxfp4.py",
     about="the release decoded by scripts that turn no matrix: transformers' names, and the axes of the blocks",
     reads="nothing that we know",
+    asked="decoded MXFP4 and turned no matrix",
 )
 
 BLOCK = "block.{layer}."
