@@ -63,7 +63,8 @@ class Identification:
             raise UnknownFormat(
                 f"{name}: there is no config.json", "it says what the model is and how large it is", "put the producer's config.json beside the tensors"
             )
-        near = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json") and not by_name(form).asked}
+        found = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json")}
+        near = {form: refutation for form, refutation in found.items() if not by_name(form).asked}
         if len(near) == 1:
             (form, refutation), *_ = near.items()
             fits = [f"pass --format {form} if its producer {why}; else " for form, why in self.ruled_out.items() if why.by == "asked"]
