@@ -71,7 +71,8 @@ class Identification:
             raise Contradiction(
                 f"{name}: config.json and the tensors contradict each other: {refutation}",
                 f"key names and dtypes are those of {form}; {'; '.join(self.evidence)}",
-                f"{''.join(fits)}take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
+                f"{''.join(fits)}take config.json from the producer; "
+                "if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if known:
