@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moeglot.axes import parse_axes
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.family import dig
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
-from moeglot.layout import parse_axes
 
 SIZES = {"e": 4, "h": 64, "i": 64, "q": 4, "k": 2, "d": 16, "v": 32, "n": 3, "s": 24, "f": 40}
 """Letter -> size; square (h = i), so that no shape gives a wrong orientation away. q, k and n heads of d numbers, v words, s and f rows of other MLPs."""
@@ -133,7 +133,7 @@ def write_checkpoint(
     if form.container:
         save_stacked(folder, found)
     else:
-        save(folder, found, shards)
+        save(folder, found, shards, {"moeglot.format": form.name} if form.asked else {})
     return folder
 
 
@@ -153,12 +153,12 @@ def save_stacked(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
     dcp_save(whole, checkpoint_id=folder, no_dist=True)
 
 
-def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1) -> None:
+def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1, marks: Mapping[str, str] | None = None) -> None:
     """Write the tensors to `model.safetensors`, or in their order to that many files and an index, named as on the Hub."""
     names = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)] if shards > 1 else ["model.safetensors"]
     weight_map = {key: names[n * shards // len(found)] for n, key in enumerate(found)}
     for name in names:
-        save_file({key: found[key] for key, file in weight_map.items() if file == name}, folder / name, {"format": "pt"})
+        save_file({key: found[key] for key, file in weight_map.items() if file == name}, folder / name, {"format": "pt", **(marks or {})})
     if shards > 1:
         total = sum(tensor.nbytes for tensor in found.values())
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
@@ -189,6 +189,7 @@ def config(form: Format, sizes: Mapping[str, int] = SIZES, layers: int = 2, dtyp
         put(hub, family.sparse.first[0], 0)
     if form.config.only:
         return {key: dig(hub, path) for path, key in form.config.names.items()}
+    hub |= {key: value for key, value in form.config.told.items() if value is not None}
     return {**hub, **form.config.constants, **({"quantization_config": dict(form.config.quantization)} if form.config.quantization else {})}
 
 

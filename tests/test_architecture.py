@@ -14,6 +14,7 @@ LAYERS = (
     {"encoding", "kernels", "grids"},
     {"encodings"},
     {"floats"},
+    {"axes"},
     {"layout"},
     {"coding", "family"},
     {"format"},

@@ -198,6 +198,26 @@ def test_rows_that_pad_the_vocabulary_are_left_aside(dist: Path, hub: Path, tmp_
         _ = moeglot.open(tmp_path / "padded").dense
 
 
+def test_config_json_alone_says_that_rows_lie_in_blocks(hub: Path, tmp_path: Path) -> None:
+    for name in ("megatron-te", "megatron-torch-dist"):
+        out = tmp_path / name
+        moeglot.convert(hub, f"qwen3-moe/{name}-glu32", out)
+        config = json.loads((out / "config.json").read_text())
+        assert config.pop("moe_mlp_glu_interleave_size") == 32
+        assert "moe_mlp_glu_interleave_size = 32" in str(moeglot.open(out).evidence) or name == "megatron-te"  # which has our mark
+        moeglot.convert(out, HUB, tmp_path / f"{name} back")
+        assert json.loads((tmp_path / f"{name} back" / "config.json").read_text()).keys() == json.loads((hub / "config.json").read_text()).keys()
+        (out / "config.json").write_text(json.dumps(config | {"moe_mlp_glu_interleave_size": 16}))
+        with pytest.raises(moeglot.FormatError, match="moe_mlp_glu_interleave_size is 16"):
+            moeglot.open(out)
+        (out / "config.json").write_text(json.dumps(config))
+        if name == "megatron-te":
+            with pytest.raises(moeglot.Contradiction, match="the files contradict it"):
+                moeglot.open(out)
+        else:
+            assert moeglot.verify(out, hub).exit_status == 1
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------------------
 
 

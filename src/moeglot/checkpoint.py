@@ -76,6 +76,7 @@ class Checkpoint:
         line, encoding, parts = self.line(line, layer), self.encoding(line, layer), {}
         for part in encoding.parts:
             entry = self.source.entries[line.key_of(part, layer, expert)]
+            entry = entry._replace(shape=line.memory_shape(self.sizes)) if line.shaped else entry
             rows = 0 if line.per_expert or part.shared else entry.shape[0] // self.sizes["e"]
             stored = entry.read(expert * rows, rows) if rows else entry.read()
             parts[part.name] = stored.view(line.slice_shape(part, self.sizes))

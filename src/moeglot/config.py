@@ -25,6 +25,8 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
         if isinstance(part, dict):
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
+    for key in spec.told:
+        hub.pop(key, None)
     _rename_rope(hub)
     _rename_words(hub, form.family)
     return _rename_sizes(hub, form.family)
@@ -90,7 +92,8 @@ def write_config(hub: Config, form: Format) -> dict[str, Any]:
     """A config in the Hub's form -> config.json of this format; raises `Contradiction` where the format has no place for a fact."""
     spec = form.config
     if not spec.only:
-        return {**hub, **spec.constants, **({"quantization_config": dict(spec.quantization)} if spec.quantization else {})}
+        told = {key: value for key, value in spec.told.items() if value is not None}
+        return {**hub, **spec.constants, **told, **({"quantization_config": dict(spec.quantization)} if spec.quantization else {})}
     _check_constants(hub, spec, form)
     found = {key: dig(hub, path) for path, key in spec.names.items()}
     given = {spec.names[path]: value for path, value in spec.defaults.items()}

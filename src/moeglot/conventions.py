@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moeglot.axes import parse_axes
 from moeglot.errors import UsageError
-from moeglot.layout import parse_axes
 
 Leaves = tuple[tuple[tuple[str, ...], str], ...]
 """(roles, name) of each tensor pair of a layer's experts."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
+from moeglot.axes import letters
 from moeglot.errors import Contradiction
 from moeglot.grids import GRIDS, Grid
 from moeglot.layout import SECOND, Stored
@@ -222,7 +223,7 @@ def _turned(seen: Sequence[Profile]) -> Profile | None:
 
 
 def _order(one: Profile) -> list[str]:
-    return [letter for group in one.reading.expert_groups for letter in group if letter != "p"]
+    return [letter for letter in letters(one.reading.expert_groups) if letter != "p"]
 
 
 def _fused(one: Profile) -> tuple[str, ...]:

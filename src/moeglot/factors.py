@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from moeglot.axes import parse_axes
 from moeglot.conventions import Convention
 from moeglot.errors import AdapterError
 from moeglot.family import Family
 from moeglot.format import Format
 from moeglot.formats import PLAIN
-from moeglot.layout import ROLES, Sizes, Stored, parse_axes
+from moeglot.layout import ROLES, Sizes, Stored
 
 if TYPE_CHECKING:
     import torch

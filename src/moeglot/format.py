@@ -82,6 +82,7 @@ class ConfigForm:
 
     `names`: the Hub's key (dotted for nested ones) -> the key here. `only`: nothing but the named keys exists here.
     `constants` are written here; `hub_constants` are written on the way to the Hub's form; `defaults` say what a key of the Hub means where it lacks.
+    `told`: keys of the producer that alone tell this format from one with the same names and shapes, and what each says, None for nothing.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class ConfigForm:
     constants: Mapping[str, Any] = field(default_factory=dict)
     hub_constants: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
 
 
@@ -97,6 +99,7 @@ class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
 
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
+    `asked`: what its producer did that only shapes tell from another format, if so; it is then read only if --format or our mark says so.
     `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
@@ -115,6 +118,7 @@ class Format:
     unlike: Mapping[int, tuple[Stored, ...]] = field(default_factory=dict)
     closed: bool = False
     container: TorchDist | None = None
+    asked: str = ""
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)

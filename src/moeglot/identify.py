@@ -30,9 +30,11 @@ LISTED = 6
 
 @dataclass(frozen=True)
 class Refutation:
-    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there."""
+    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there; "asked": nothing does,
+    but only its producer can say that it is this one.
+    """
 
-    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json"]
+    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json", "asked"]
     why: str
 
     def __str__(self) -> str:
@@ -63,13 +65,16 @@ class Identification:
             raise UnknownFormat(
                 f"{name}: there is no config.json", "it says what the model is and how large it is", "put the producer's config.json beside the tensors"
             )
-        near = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json")}
+        found = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json")}
+        near = {form: refutation for form, refutation in found.items() if not by_name(form).asked}
         if len(near) == 1:
             (form, refutation), *_ = near.items()
+            fits = [f"pass --format {form} if its producer {why}; else " for form, why in self.ruled_out.items() if why.by == "asked"]
             raise Contradiction(
                 f"{name}: config.json and the tensors contradict each other: {refutation}",
                 f"key names and dtypes are those of {form}; {'; '.join(self.evidence)}",
-                "take config.json from the producer; if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
+                f"{''.join(fits)}take config.json from the producer; "
+                "if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if len(known) > LISTED:  # those with the right names are the nearest
@@ -97,13 +102,13 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
-    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source))}
+    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source) or _unasked(form))}
     layouts = [form for form in PLAIN if form.name not in ruled_out or ruled_out[form.name].by not in ("container", "family")]
     known = [*layouts, *(variant for form in layouts for variant in variants(form))]
     ruled_out |= {form.name: refutation for form in known[len(layouts) :] if (refutation := _refutation(form, source))}
     if marks:
         form = by_name(marks.pop())
-        if form.name in ruled_out:
+        if form.name in ruled_out and ruled_out[form.name].by != "asked":
             raise Contradiction(
                 f"the safetensors header says {form.name}, the files contradict it",
                 str(ruled_out[form.name]),
@@ -127,6 +132,7 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
     if method := dig(source.config, "quantization_config.quant_method"):
         yield f"config.json says quantization_config.quant_method = {method}"
     for form in candidates[:1]:
+        yield from (f"config.json says {key} = {value}" for key, value in form.config.told.items() if value is not None)
         line = form.stored[0]
         key = next(key for key in source.entries if (found := form.match(key)) and found[:2] == (line, line.encoding.parts[0].name))
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
@@ -153,10 +159,16 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
             if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
+    if wrong := next((key for key, value in form.config.told.items() if source.config.get(key) != value), None):
+        return Refutation("config.json", f"{wrong} is {source.config.get(wrong)}, not {form.config.told[wrong]}")
     if refuted := _quantization_refutation(form, said, layers, first):
         return refuted
     settled = _settled(form, source)
     return _shape_refutation(settled, sizes, _first_tensors(settled, source, layers, sizes, said) if form.coding else first)
+
+
+def _unasked(form: Format) -> Refutation | None:
+    return Refutation("asked", form.asked) if form.asked else None
 
 
 def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:

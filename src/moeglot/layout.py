@@ -1,19 +1,19 @@
-"""Stored: one line of a format. Its key, the roles it holds and its axes; the only file that moves axes.
+"""Stored: one line of a format. Its key, the roles it holds and its axes; with `axes`, all that moves axes.
 
-Letters: e expert, h hidden, i intermediate (j that of a second group), p which projection. `"e (i p) h"` reads: experts first, then rows in which gate and up
-alternate, then the hidden axis. The letters of a role in canonical order ([out, in]) are in `ROLES`.
+Letters: e expert, h hidden, i intermediate (j that of a second group), p which projection; how a string of them reads is said in `axes`. The letters of a role
+in canonical order ([out, in]) are in `ROLES`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import permutations
+from itertools import permutations, product
 from math import prod
 from typing import TYPE_CHECKING
 
+from moeglot.axes import Groups, arrangements, block, halves, letters, parse_axes, put_together, taken_apart, written
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import FLOATS, Plain
 from moeglot.errors import TensorMismatch
@@ -34,16 +34,12 @@ Sizes = Mapping[str, int]
 """Letter -> size, from config.json."""
 
 
-def parse_axes(axes: str) -> tuple[tuple[str, ...], ...]:
-    """`"e (i p) h"` -> `(("e",), ("i", "p"), ("h",))`."""
-    return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^()]*\)|\S+", axes))
-
-
 @dataclass(frozen=True)
 class Stored:
     """One stored tensor: key template, roles it holds, axes. `names` gives the suffix of the key for each part of the encoding.
 
-    `offset`: how much larger the expert's number is in the key than among its group.
+    `offset`: how much larger the expert's number is in the key than among its group. `shaped`: the axes of the shape that the file declares, where that is
+    not how the numbers lie. `also`: axes that its producer gives the same tensor under another setting, so that reading it by these is a mistake that happens.
     """
 
     key: str
@@ -52,15 +48,19 @@ class Stored:
     encoding: Encoding = FLOATS
     names: Mapping[str, str] = field(default_factory=lambda: {"value": ""})
     offset: int = 0
+    shaped: str = ""
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        letters = [letter for group in self.groups for letter in group]
+        stored = letters(self.groups)
         carried = {ROLES[role] for role in self.roles}
         expected = sorted({"e", *carried.pop().split(), *(["p"] if len(self.roles) > 1 else [])})
-        found = sorted(letters + (["e"] if "{expert}" in self.key else []))
+        found = sorted(stored + (["e"] if "{expert}" in self.key else []))
         if carried or found != expected:
             raise ValueError(f"{self.key}: {self.roles} need each of {expected} exactly once, in the key or in {self.axes!r}, not {found}")
-        if "e" in letters and letters[0] != "e":
+        if self.shaped and (sorted(letters(parse_axes(self.shaped))) != sorted(stored) or not self.is_plain):
+            raise ValueError(f"{self.key}: a shape {self.shaped!r} is none of floats that lie as {self.axes!r}")
+        if "e" in stored and stored[0] != "e":
             raise ValueError(f"{self.key}: {self.axes!r} must start with e, so that an expert is one run of bytes")
         if "{layer}" not in self.key:
             raise ValueError(f"{self.key}: no {{layer}} in the key")
@@ -68,8 +68,13 @@ class Stored:
             raise ValueError(f"{self.key}: {self.encoding} has parts {[part.name for part in self.encoding.parts]}, named are {list(self.names)}")
 
     @cached_property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
+    def groups(self) -> Groups:
         return parse_axes(self.axes)
+
+    @cached_property
+    def block(self) -> int:
+        """How many rows of gate stand before as many of up; 0 if they do not take turns in blocks."""
+        return block(self.groups)
 
     @property
     def per_expert(self) -> bool:
@@ -97,13 +102,13 @@ class Stored:
     @property
     def short(self) -> str:
         """Its name for people: `gate_up_proj`, `w1`."""
-        *_, before, last = self.key.split(".")
-        return before if last == "weight" else last
+        *_, before, last = [piece for piece in self.key.replace("{expert}", "").split(".") if piece]
+        return {"weight": before, "bias": f"{before}.bias"}.get(last, last)
 
     @cached_property
     def upright(self) -> bool:
         """A matrix lies as [out, in]."""
-        return [letter for group in self.expert_groups for letter in group if letter != "p"] == self.role_axes.split()
+        return [letter for letter in letters(self.expert_groups) if letter != "p"] == self.role_axes.split()
 
     @property
     def leading(self) -> int:
@@ -115,15 +120,10 @@ class Stored:
         return ROLES[self.roles[0]]
 
     @cached_property
-    def expert_groups(self) -> tuple[tuple[str, ...], ...]:
+    def expert_groups(self) -> Groups:
         """The axes of one expert's slice: without e."""
         rest = tuple(tuple(letter for letter in group if letter != "e") for group in self.groups)
         return tuple(group for group in rest if group)
-
-    @cached_property
-    def pattern(self) -> str:
-        """The axes of one expert's slice, in einops' notation."""
-        return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.expert_groups)
 
     @cached_property
     def suffixes(self) -> dict[str, str]:
@@ -141,10 +141,14 @@ class Stored:
 
     def _shape(self, groups: Iterable[tuple[str, ...]], sizes: Sizes) -> tuple[int, ...]:
         known = {**sizes, "p": len(self.roles)}
-        return tuple(prod(known[letter] for letter in group) for group in groups)
+        return tuple(prod(known[letter] for letter in group if letter.isalpha()) for group in groups)
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """Shape of the values of the whole stored tensor."""
+        """Shape of the whole stored tensor, as the file declares it."""
+        return self._shape(parse_axes(self.shaped or self.axes), sizes)
+
+    def memory_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Shape in which the numbers of the whole stored tensor lie."""
         return self._shape(self.groups, sizes)
 
     def expert_shape(self, sizes: Sizes) -> tuple[int, ...]:
@@ -162,13 +166,16 @@ class Stored:
         if part.is_single and not part.shared:
             letters = [letter for group in self.groups for letter in group if letter in "ep"]
             return (*self._shape(((letter,) for letter in letters), sizes), *part.single, *part.trailing)
-        return self._part_shape(self.groups, part, sizes)
+        return self._part_shape(parse_axes(self.shaped or self.axes), part, sizes)
 
     def slice_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
         """Shape of a part of one expert's slice, every axis kept: where a block is WHOLE, an axis of two projections is 2 long and any other 1."""
         return self._part_shape(self.expert_groups, part, sizes)
 
-    def _part_shape(self, groups: tuple[tuple[str, ...], ...], part: Part, sizes: Sizes) -> tuple[int, ...]:
+    def _part_shape(self, groups: Groups, part: Part, sizes: Sizes) -> tuple[int, ...]:
+        if self.block and (rows := sizes[self.role_axes[0]]) % self.block:
+            wrong = f"{self.key}: {rows} rows of each of {' and '.join(self.roles)} are no whole number of blocks of {self.block}"
+            raise TensorMismatch(wrong, f'their rows take turns: "{self.axes}"', "choose a format in which they do not")
         if part.flat or part.shared:
             return part.shape(self._shape(groups, sizes))
         blocks = part.blocks(len(groups))
@@ -187,31 +194,29 @@ class Stored:
             return upright and len(self.roles) == 1
         if not upright and (part.trailing or part.block[0] != part.block[1]):
             return False
-        for group, block in zip(self.expert_groups, part.blocks(len(self.expert_groups)), strict=True):
-            if block > 1 and "p" in group and (group[-1] == "p" or prod(sizes[letter] for letter in group if letter != "p") % block):
+        for group, rows in zip(self.expert_groups, part.blocks(len(self.expert_groups)), strict=True):
+            if "p" in group and (rows != 1 if self.block else rows > 1 and (group[-1] == "p" or prod(sizes[one] for one in group if one != "p") % rows)):
                 return False
         return True
 
     def split(self, stored: Encoded) -> dict[str, Encoded]:
         """One expert's slice -> role -> [out, in], as views where strides allow it."""
-        from einops import rearrange
-
         from_letters = dict(zip((group for group in self.expert_groups), stored.shape, strict=True))
-        sizes = {letter: n // (len(self.roles) if "p" in group else 1) for group, n in from_letters.items() for letter in group if letter != "p"}
+        sizes = {letter: n // (len(self.roles) if "p" in group else 1) for group, n in from_letters.items() for letter in letters((group,)) if letter != "p"}
         shape = tuple(sizes[letter] for letter in self.role_axes.split())
         if any(part.flat for part in stored.encoding.parts):
             assert self.movable(stored.encoding, sizes)
             return {self.roles[0]: stored}
-        if len(self.roles) == 1:
-            parts = {name: rearrange(part, f"{self.pattern} ... -> {self.role_axes} ...") for name, part in stored.parts.items()}
-            return {self.roles[0]: Encoded(stored.encoding, parts, shape)}
-        moved = {name: rearrange(part, f"{self.pattern} ... -> p {self.role_axes} ...", p=len(self.roles)) for name, part in stored.parts.items()}
+        groups, count = self.expert_groups, len(self.roles)
+        moved = {name: taken_apart(part, groups, self.role_axes, count) for name, part in stored.parts.items()}
         return {role: Encoded(stored.encoding, {name: part[n] for name, part in moved.items()}, shape) for n, role in enumerate(self.roles)}
 
     def join(self, role: Callable[[str], Encoded]) -> Encoded:
         """role -> [out, in] to one expert's slice; the inverse of `split`. Asks for one role at a time; all must have one encoding."""
         import torch
 
+        if self.block:
+            return self._woven([role(name) for name in self.roles])
         joined: Encoded | None = None
         for name in self.roles:
             encoded = role(name)
@@ -229,10 +234,17 @@ class Stored:
         assert joined is not None
         return joined
 
+    def _woven(self, roles: list[Encoded]) -> Encoded:
+        """Roles whose rows take turns in blocks, which no strides can say."""
+        parts = {part: put_together([one.parts[part] for one in roles], self.expert_groups, self.role_axes) for part in roles[0].parts}
+        return Encoded(roles[0].encoding, parts, self._shape(self.expert_groups, dict(zip(self.role_axes.split(), roles[0].shape, strict=True))))
+
     def decoded(self, role: Callable[[str], Encoded], dtype: torch.dtype) -> torch.Tensor:
         """As `join`, with the values of each role decoded where they belong in memory that is used again."""
         from moeglot import scratch
 
+        if self.block:
+            return self._woven([values(role(name).decode(dtype)) for name in self.roles]).parts["value"]
         encoded = role(self.roles[0])
         shape = self._shape(self.expert_groups, dict(zip(self.role_axes.split(), encoded.shape, strict=True)))
         found = scratch.empty(shape, dtype)
@@ -265,35 +277,24 @@ class Stored:
         return next(group for group in self.expert_groups if self.role_axes[0] in group)
 
     def apart(self, given: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the stored matrix gives, [..., (i p)] -> role -> [..., i], as views."""
-        from einops import rearrange
-
+        """What the stored matrix gives, [..., (i p)] -> role -> [..., i], as views where strides allow it."""
         if len(self.roles) == 1:
             return {self.roles[0]: given}
-        moved = rearrange(given, f"... ({' '.join(self.out_group)}) -> p ... {self.role_axes[0]}", p=len(self.roles))
+        moved = taken_apart(given, (self.out_group,), self.role_axes[0], len(self.roles), last=True)
         return {role: moved[n] for n, role in enumerate(self.roles)}
 
     def together(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The inverse of `apart`."""
-        import torch
-        from einops import rearrange
-
         if len(self.roles) == 1:
             return given[self.roles[0]]
-        return rearrange(torch.stack([given[role] for role in self.roles]), f"p ... {self.role_axes[0]} -> ... ({' '.join(self.out_group)})")
+        return put_together([given[role] for role in self.roles], (self.out_group,), self.role_axes[0], last=True)
 
     def misreadings(self, sizes: Sizes) -> Iterator[Stored]:
         """Every other reading of the same bytes that no shape refutes: axes turned, gate and up in the other arrangement or order."""
-        for roles in permutations(self.roles):
-            for axes in self._arrangements():
-                other = replace(self, roles=roles, axes=axes)
-                if other.expert_shape(sizes) == self.expert_shape(sizes) and (roles, other.pattern) != (self.roles, self.pattern):
-                    yield other
-
-    def _arrangements(self) -> Iterator[str]:
-        for groups in permutations(self.expert_groups):
-            flips: list[list[tuple[str, ...]]] = [[]]
-            for group in groups:
-                flips = [[*before, order] for before in flips for order in permutations(group)]
-            for flip in flips:
-                yield " ".join((["e"] if not self.per_expert else []) + [g[0] if len(g) == 1 else f"({' '.join(g)})" for g in flip])
+        rows, own = sizes[self.role_axes[0]], ("e",)
+        lying = arrangements(self.expert_groups, *(tuple(group for group in parse_axes(axes) if group != own) for axes in self.also))
+        for roles, groups in product(permutations(self.roles), list(lying)):
+            other = replace(self, roles=roles, axes=written(groups if self.per_expert else (own, *groups)))
+            meant, same_shape = halves(groups, rows), other.expert_shape(sizes) == self.expert_shape(sizes)
+            if same_shape and not (block(meant) and rows % block(meant)) and (roles, meant) != (self.roles, halves(self.expert_groups, rows)):
+                yield other

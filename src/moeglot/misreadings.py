@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
+from moeglot.axes import parse_axes, relaid
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
 from moeglot.experts import Matrix
@@ -48,6 +49,8 @@ def misreadings(checkpoint: Checkpoint) -> Iterator[Misreading]:
     form, experts = checkpoint.format, checkpoint.sizes["e"]
     for line in form.stored:
         yield from _of_line(checkpoint, line)
+        if line.shaped:
+            yield Misreading(f'{line.short} is read by its shape, "{line.shaped}"', _replaced(checkpoint, line, _by_shape(checkpoint, line)), line)
     if all(len(line.roles) == 1 for line in form.stored) and "gate" in form.family.roles:
         yield Misreading("gate and up swapped", _swapped(checkpoint))
     for shift in sorted({1 % experts, (experts - 1) % experts} - {0}):
@@ -96,6 +99,17 @@ def _relaid(checkpoint: Checkpoint, line: Stored, other: Stored) -> Change:
             return other.split(stored)[role]
 
         return matrix
+
+    return change
+
+
+def _by_shape(checkpoint: Checkpoint, line: Stored) -> Change:
+    """The shape that the file declares, taken for how the numbers lie."""
+
+    def change(declared: Matrix, layer: int, expert: int) -> Matrix:
+        entry = checkpoint.source.entries[line.stem(layer)]
+        found = relaid(entry.read(), parse_axes(line.shaped), line.groups, e=checkpoint.sizes["e"], p=len(line.roles))[expert]
+        return line.split(values(found)).__getitem__
 
     return change
 

@@ -272,7 +272,7 @@ def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]
         for expert in range(source.sizes["e"]) if step.line.per_expert else (None,):
             for part in step.target.parts:
                 shape = step.line.part_shape(part, source.sizes)
-                cuts = len(step.line.roles) if step.line.expert_groups[0][0] == "p" else 1
+                cuts = len(step.line.roles) if step.line.block or step.line.expert_groups[0][0] == "p" else 1
                 yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape, cuts)
 
 

@@ -17,10 +17,14 @@ THOROUGH = ("gpt-oss", "qwen3-moe", "mixtral")
 
 
 def sizes_of(form, other=None):
-    """Formats that name every tensor have lines of the same kinds; two of them are tried at the square size, too."""
-    if form.family.name not in THOROUGH or (other and form.closed and other.closed):
+    """Formats that name every tensor (Megatron's) have lines of few kinds: they are paired with the others alone, at one size from them and another to them."""
+    if other and form.closed and other.closed:
+        return ()
+    if form.family.name not in THOROUGH or (form.closed and other):
         return ("square",)
-    return ("square", "h=2i") if other and (form.closed or other.closed) else SIZES
+    if form.closed:
+        return ("square", "one")
+    return ("h=2i",) if other and other.closed else SIZES
 
 
 PAIRS = [(a.name, b.name, size) for a, b in permutations(PLAIN, 2) if a.family == b.family and a.alone == b.alone for size in sizes_of(a, b)]

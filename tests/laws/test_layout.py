@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SIZES, make_parts
 
+from moeglot.axes import parse_axes
 from moeglot.encoding import Encoded
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.formats import PLAIN
-from moeglot.layout import ROLES, Stored, parse_axes
+from moeglot.layout import ROLES, Stored
 
 LINES = [(form, line) for form in PLAIN for line in form.stored]
 
@@ -43,14 +44,26 @@ def test_axes_say_where_each_number_lies(chosen, sizes, seed):
     for _ in range(20):
         at = {letter: int(torch.randint(counts[letter], (), generator=generator)) for letter in "hijp"}
         place = []
-        for group in parse_axes(line.axes) if line.per_expert else parse_axes(line.axes)[1:]:
-            index = 0
-            for letter in group:
-                index = index * counts[letter] + at[letter]
-            place.append(index)
+        for group in [[letter for letter in group if letter != "e"] for group in parse_axes(line.axes) if group != ("e",)]:
+            index, (last, rows) = 0, (group[0], int(group[-1]) if group[-1].isdecimal() else 1)
+            for letter in group[:-1] if rows > 1 else group:
+                long = rows if letter == last and rows > 1 else 1
+                index = index * (counts[letter] // long) + at[letter] // long
+            place.append(index * rows + at[last] % rows)
         role = line.roles[at["p"] if len(line.roles) > 1 else 0]
         canonical = roles[role].parts["value"][tuple(at[letter] for letter in ROLES[role].split())]
         assert canonical == stored[tuple(place)]
+
+
+@given(st.sampled_from([line for _, line in LINES if line.is_matrix]), SIZES, st.integers(0, 2**31))
+def test_what_a_stored_matrix_gives_is_what_its_roles_give(line, sizes, seed):
+    stored = make_parts(Plain("F32"), line.expert_shape(sizes), seed)
+    roles = {role: encoded.parts["value"].double() for role, encoded in line.split(stored).items()}
+    tokens = torch.randn(3, next(iter(roles.values())).shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    given = tokens @ line.in_out(stored.parts["value"].double().unsqueeze(0))[0]
+    for role, found in line.apart(given).items():
+        torch.testing.assert_close(found, tokens @ roles[role].mT)
+    assert torch.equal(line.together(line.apart(given)), given)
 
 
 @given(st.sampled_from([(f, line) for f, line in LINES if isinstance(line.encoding, MXFP4)]), SIZES, st.integers(0, 2**31))

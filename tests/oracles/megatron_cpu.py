@@ -11,10 +11,11 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 def stand_in() -> None:
@@ -69,6 +70,32 @@ def stand_in() -> None:
     for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
         setattr(masks, name, on_cpu(getattr(masks, name)))
         setattr(softmax, name, getattr(masks, name))
+
+
+def products_of_groups() -> None:
+    """GroupedMLP's one CUDA kernel, `grouped_gemm.ops.gmm(a, b, sizes)`: runs of rows of a, each times its matrix of b [e, in, out]."""
+    import megatron.core.transformer.moe.grouped_gemm_util as grouped
+
+    def gmm(a: torch.Tensor, b: torch.Tensor, sizes: torch.Tensor, trans_b: bool) -> torch.Tensor:
+        assert not trans_b
+        return torch.cat([rows @ matrix for rows, matrix in zip(a.split(sizes.tolist()), b, strict=True)])
+
+    grouped.grouped_gemm = grouped.ops = SimpleNamespace(gmm=gmm)
+
+
+def in_blocks(model: Any, size: int) -> None:
+    """What `moe_mlp_glu_interleave_size` makes of the first linear of an expert, which later releases have for transformer-engine's layers alone: of each
+    2 * size numbers that it gives, the first `size` are gate's (https://github.com/NVIDIA/TransformerEngine, `glu_interleave_size` of ScaledSwiGLU).
+    """
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    def in_halves(given: torch.Tensor) -> torch.Tensor:
+        starts = range(0, given.shape[-1], 2 * size)
+        return torch.cat([given[..., at + side : at + side + size] for side in (0, size) for at in starts], -1)
+
+    for module in model.modules():
+        for expert in module.local_experts if isinstance(module, SequentialMLP) else ():
+            expert.linear_fc1.register_forward_hook(lambda _, __, given: tuple(one if one is None else in_halves(one) for one in given))
 
 
 def transformer_config(hf: dict[str, Any], ep: int) -> Any:
@@ -179,11 +206,14 @@ def rope_of(hf: dict[str, Any]) -> dict[str, Any]:
     return dict(hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf["rope_theta"]})
 
 
-def build(hf: dict[str, Any], ep: int, te_names: bool) -> Any:
-    """The model, its experts as SequentialMLP. `te_names`: its checkpoint has the names that the layers of transformer-engine give it."""
+def build(hf: dict[str, Any], ep: int, te_names: bool, grouped: bool = False) -> Any:
+    """The model, its experts as SequentialMLP, or `grouped`, as the legacy GroupedMLP. `te_names`: its checkpoint has the names that the layers of
+    transformer-engine give it.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.moe.experts import GroupedMLP
 
     class LatentAttention(DotProductAttention):
         """It is told the sizes of heads that transformer-engine's has to know; here the tensors have them."""
@@ -192,6 +222,7 @@ def build(hf: dict[str, Any], ep: int, te_names: bool) -> Any:
             super().__init__(*args, **rest)
 
     config = transformer_config(hf, ep)
+    config.moe_grouped_gemm = grouped
     if hf["model_type"] == "deepseek_v3":
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
         names = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
@@ -201,11 +232,11 @@ def build(hf: dict[str, Any], ep: int, te_names: bool) -> Any:
             own = names if kind else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
             layer.submodules = replace(layer.submodules, sharded_state_dict_keys_map=own)
     else:
-        spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=grouped, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
         if te_names:
             spec.submodules = replace(spec.submodules, sharded_state_dict_keys_map=names)
-    return GPTModel(
+    model = GPTModel(
         config,
         spec,
         vocab_size=hf["vocab_size"],
@@ -214,6 +245,10 @@ def build(hf: dict[str, Any], ep: int, te_names: bool) -> Any:
         position_embedding_type="yarn" if hf["model_type"] == "gpt_oss" else "rope",
         rotary_base=int(rope_of(hf)["rope_theta"]),
     ).eval()
+    for module in model.modules():
+        if grouped and isinstance(module, GroupedMLP):  # it wants to be told bfloat16, and computes in what it is given
+            module.config = replace(config, bf16=True)
+    return model
 
 
 def main() -> None:
@@ -224,9 +259,13 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="load nothing: random weights")
     parser.add_argument("--dump", type=Path, help="the state dict as safetensors")
     parser.add_argument("--te-names", action="store_true")
+    parser.add_argument("--grouped", action="store_true", help="experts as GroupedMLP")
+    parser.add_argument("--states", action="store_true", help="the checkpoint is a state dict in safetensors")
+    parser.add_argument("--glu-blocks", type=int, default=0, help="gate and up lie in blocks of so many rows")
     parser.add_argument("--layout", choices=["stacked", "numbered", "single"], default="stacked")
     args = parser.parse_args()
     stand_in()
+    products_of_groups()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -241,9 +280,13 @@ def main() -> None:
         model_parallel_cuda_manual_seed(0)
     hf = json.loads((args.checkpoint / "config.json").read_text())
     torch.manual_seed(0)
-    model = build(hf, world, args.te_names)
+    model = build(hf, world, args.te_names, args.grouped)
+    if args.glu_blocks:
+        in_blocks(model, args.glu_blocks)
     metadata = {"singleton_local_shards": args.layout == "single", "non_homogeneous_layers": args.layout != "stacked"}
-    if not args.random:
+    if args.states:
+        model.load_state_dict(load_file(args.checkpoint / "model.safetensors"))
+    elif not args.random:
         wanted = model.sharded_state_dict(metadata=metadata)
         # transformer-engine's layers have objects without content that the local ones lack; a key that is missing in the checkpoint is an error anyway
         strict = StrictHandling.RAISE_UNEXPECTED if args.te_names else StrictHandling.RAISE_ALL

@@ -134,9 +134,16 @@ def test_megatron_computes_what_transformers_does(family: str, size: str, proces
 def test_mxfp4_and_bf16_give_the_same_megatron_checkpoint(size: str, tmp_path: Path) -> None:
     moeglot.convert(hub_model(tmp_path / "hub", "gpt-oss", size), "gpt-oss/openai", tmp_path / "mxfp4", allow_loss=True)
     moeglot.convert(tmp_path / "mxfp4", "gpt-oss/transformers", tmp_path / "bf16")
+    shutil.copytree(tmp_path / "bf16", tmp_path / "not turned", ignore=shutil.ignore_patterns("moeglot.json"))
+    tensors = load_file(tmp_path / "bf16" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, tmp_path / "not turned" / "model.safetensors", {"format": "pt"})
     one = written(tmp_path / "mxfp4", "gpt-oss", tmp_path / "one", "megatron-torch-dist-local")
-    other = written(tmp_path / "bf16", "gpt-oss", tmp_path / "other", "megatron-torch-dist-local")
-    assert [(one / file.name).read_bytes() == file.read_bytes() for file in sorted(other.glob("*.distcp"))] == [True]
+    for given, form in (("bf16", "gpt-oss/transformers"), ("not turned", "gpt-oss/dequantized")):
+        other = tmp_path / f"from {given}"
+        assert moeglot.convert(tmp_path / given, "gpt-oss/megatron-torch-dist-local", other, format=form).report.verdict == "holds"
+        assert [(one / file.name).read_bytes() == file.read_bytes() for file in sorted(other.glob("*.distcp"))] == [True]
     assert apart(megatron(one, processes=2), hub_logits(tmp_path / "bf16")) <= LIMIT
     certificate = moeglot.convert(one, "gpt-oss/openai", tmp_path / "back", encode="mxfp4")
     assert certificate.report.verdict == "holds"
@@ -156,6 +163,44 @@ def test_what_megatron_saved_is_read_bit_by_bit(family: str, layout: str, tmp_pa
     assert [name for name, tensor in dumped.items() if tensor_bytes(states[name].read()) != tensor_bytes(tensor)] == []
     moeglot.convert(tmp_path / "saved", HUB[family], tmp_path / "again")
     assert apart(hub_logits(tmp_path / "again"), logits) <= LIMIT
+
+
+@pytest.mark.parametrize(("family", "size"), [("qwen3-moe", "h=i"), ("mixtral", "h=2i"), ("deepseek-v3", "neither")])
+def test_the_legacy_grouped_mlp_computes_what_transformers_does(family: str, size: str, tmp_path: Path) -> None:
+    """Its matrices lie in memory otherwise than their shapes say; what it saves as torch_dist is what SequentialMLP does."""
+    source = hub_model(tmp_path / "hub", family, size)
+    logits = hub_logits(source)
+    states = written(source, family, tmp_path / "states", "megatron-grouped")
+    assert apart(megatron(states, "--grouped", "--states"), logits) <= LIMIT
+    stacked = written(source, family, tmp_path / "stacked", "megatron-torch-dist")
+    (tmp_path / "dump").mkdir()
+    own = megatron(stacked, "--grouped", "--te-names", "--save", tmp_path / "saved", "--dump", tmp_path / "dump" / "model.safetensors")
+    assert apart(own, logits) <= LIMIT
+    for folder in ("dump", "saved"):
+        shutil.copy(source / "config.json", tmp_path / folder)
+    moeglot.convert(tmp_path / "saved", f"{family}/megatron-grouped", tmp_path / "again")
+    again, dumped = moeglot.open(tmp_path / "again").source.entries, load_file(tmp_path / "dump" / "model.safetensors")
+    assert again.keys() == dumped.keys()
+    assert [name for name, tensor in dumped.items() if tensor_bytes(again[name].read()) != tensor_bytes(tensor)] == []
+    moeglot.convert(tmp_path / "dump", HUB[family], tmp_path / "hub again")
+    assert apart(hub_logits(tmp_path / "hub again"), logits) <= LIMIT
+    tensors = load_file(states / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight1")]:
+        tensors[name] = torch.cat(list(tensors[name].view(-1, *tensors[name].shape[:1], 2 * SIZES[size][1])), 1)  # as its shape has one believe
+    save_file(tensors, states / "model.safetensors", {"format": "pt"})
+    assert apart(megatron(states, "--grouped", "--states"), logits) > 1000 * LIMIT
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
+def test_gate_and_up_in_blocks_of_32_rows(family: str, tmp_path: Path) -> None:
+    source = hub_model(tmp_path / "hub", family, "h=i")
+    logits = hub_logits(source)
+    out = written(source, family, tmp_path / "out", "megatron-torch-dist-glu32")
+    assert apart(megatron(out, "--te-names", "--glu-blocks", "32"), logits) <= LIMIT
+    assert apart(megatron(out, "--te-names"), logits) > 1000 * LIMIT
+    assert apart(megatron(written(source, family, tmp_path / "halves"), "--te-names", "--glu-blocks", "32"), logits) > 1000 * LIMIT
+    states = written(source, family, tmp_path / "states", "megatron-te-glu32")
+    assert moeglot.compare(states, out).verdict == "holds"
 
 
 def _swap_halves(tensors: dict[str, torch.Tensor]) -> None:

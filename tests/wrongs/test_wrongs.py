@@ -243,14 +243,17 @@ def test_one_matrix_each(form, wrong, tmp_path):
 
 @pytest.mark.parametrize(("h", "i"), [(64, 64), (64, 32)])
 def test_a_dequantized_file_that_was_not_turned_is_refused_by_its_sibling(h, i, tmp_path):
-    """Megatron-Bridge after its fourth fix reads this one wrongly; in each size one tensor of the pair shows the shape."""
+    """Megatron-Bridge after its fourth fix reads this one wrongly; in each size one tensor of the pair shows the shape, which chooses no format."""
     source = write_checkpoint(tmp_path / "a", "gpt-oss/transformers", {"h": h, "i": i})
     tensors = load_file(source / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         tensors[name] = tensors[name].mT.contiguous()
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(moeglot.Contradiction, match=r"needs \["):
+    with pytest.raises(moeglot.Contradiction, match=r"needs \[") as error:
         moeglot.open(source)
+    assert "pass --format gpt-oss/dequantized if its producer decoded MXFP4 and turned no matrix" in error.value.do
+    right = write_checkpoint(tmp_path / "b", "gpt-oss/transformers", {"h": h, "i": i})
+    assert moeglot.verify(moeglot.open(source, "gpt-oss/dequantized"), right).verdict == "holds"
 
 
 def test_what_cannot_be_seen_is_said(tmp_path):

@@ -58,7 +58,7 @@ _variants: dict[str, tuple[Format, ...]] = {}
 def variants(form: Format) -> tuple[Format, ...]:
     """A plain layout with its matrices quantized, in every way that is known: `"qwen3-moe/hub+fp8-block"`; made when they are asked for."""
     if form.name not in _variants:
-        codings = CODINGS if form.is_plain and not form.closed else ()
+        codings = CODINGS if form.is_plain and not form.closed and not form.asked else ()
         _variants[form.name] = tuple(form.coded(coding) for coding in codings if coding.codes(form.family.name, form.stored))
     return _variants[form.name]
 

@@ -58,6 +58,20 @@ TRANSFORMERS = Format(
     about="GptOssExperts in memory, and what save_pretrained writes of it",
 )
 
+DEQUANTIZED = Format(
+    "gpt-oss/dequantized",
+    FAMILY,
+    (
+        Stored(EXPERTS + "gate_up_proj", ("gate", "up"), "e (i p) h"),
+        Stored(EXPERTS + "down_proj", ("down",), "e h i"),
+        *BIASES,
+    ),
+    source="https://github.com/AI-Hypercomputer/maxtext/blob/418244f1efb678b54ec30bf63933f631e97eecc3/MaxText/scratch_code/dequantize_mxfp4.py",
+    about="the release decoded by scripts that turn no matrix: transformers' names, and the axes of the blocks",
+    reads="nothing that we know",
+    asked="decoded MXFP4 and turned no matrix",
+)
+
 BLOCK = "block.{layer}."
 HUB = "model.layers.{layer}."
 QKV = ("q d", "k d", "k d")
@@ -156,4 +170,4 @@ UNSLOTH = Format(
     reads="unsloth",
 )
 
-FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, UNSLOTH)
+FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, UNSLOTH, DEQUANTIZED)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from moeglot.family import Activation, Family, SparseLayers
-from moeglot.format import Dense, Format, TorchDist
+from moeglot.format import ConfigForm, Dense, Format, TorchDist
 from moeglot.layout import SECOND, Stored
 
 LAYER = "model.layers.{layer}."
@@ -189,10 +189,26 @@ def gate_before_up(here: str, there: str, rows: str, only: Literal["", "dense", 
 
 def megatron_experts(experts: str, biased: bool) -> tuple[Stored, ...]:
     """`experts`: a template with {} for the linear and * for what it has; `biased`: there are biases."""
+    rows, also = "(p i)", "(i p 32)"
     first, second = (MEGATRON + experts.format(name) for name in ("linear_fc1", "linear_fc2"))
-    weights = (Stored(first.replace("*", "weight"), ("gate", "up"), "(p i) h"), Stored(second.replace("*", "weight"), ("down",), "h i"))
-    biases = (Stored(first.replace("*", "bias"), ("gate_bias", "up_bias"), "(p i)"), Stored(second.replace("*", "bias"), ("down_bias",), "h"))
+    weights = (
+        Stored(first.replace("*", "weight"), ("gate", "up"), f"{rows} h", also=(f"{also} h",)),
+        Stored(second.replace("*", "weight"), ("down",), "h i"),
+    )
+    biases = (
+        Stored(first.replace("*", "bias"), ("gate_bias", "up_bias"), rows, also=(also,)),
+        Stored(second.replace("*", "bias"), ("down_bias",), "h"),
+    )
     return weights + (biases if biased else ())
+
+
+LEGACY = (
+    Stored(MEGATRON + "mlp.experts.weight1", ("gate", "up"), "e h (p i)", shaped="h (e p i)"),
+    Stored(MEGATRON + "mlp.experts.weight2", ("down",), "(e i) h"),
+)
+"""GroupedMLP of Megatron-Core: the file says [h, e 2i], the module takes `view(e, h, 2i)` of that memory. It has no biases."""
+BLOCKS = "moe_mlp_glu_interleave_size"
+HALVES = {BLOCKS: None, "moe_shared_expert_glu_interleave_size": None}
 
 
 def megatron(
@@ -202,25 +218,39 @@ def megatron(
     beside: Mapping[str, str],
     biased: bool = False,
 ) -> tuple[Format, ...]:
-    """Megatron-Core's formats of a family: its state dicts with SequentialMLP and TEGroupedMLP, and its torch_dist checkpoints.
+    """Megatron-Core's formats of a family: its state dicts with SequentialMLP, TEGroupedMLP and GroupedMLP, and its torch_dist checkpoints.
 
     `names`: of what is no expert, in the layers of transformer-engine ("engine"), in a state dict of the local layers ("local") and in their torch_dist
     checkpoint ("stored"). `linear`: the modules of a layer that have an _extra_state in both, and in which layers (see `Dense.only`); `beside`: those that
-    have one with transformer-engine. The experts' are added. `biased`: experts have biases.
+    have one with transformer-engine. The experts' are added. `biased`: experts have biases, so that GroupedMLP cannot hold them.
     """
     experts = {MEGATRON + "mlp.experts.experts.{expert}." + name: "sparse" for name in ("linear_fc1", "linear_fc2")}
     plain = experts | {MEGATRON + name: only for name, only in linear.items()}
     states = plain | {MEGATRON + name: only for name, only in beside.items()} | {"decoder.final_layernorm": ""}
-
-    def form(name: str, template: str, dense: tuple[Dense, ...], about: str, container: TorchDist | None = None, reads: str = "Megatron-Core") -> Format:
-        lines = megatron_experts(template, biased)
-        return Format(f"{family.name}/{name}", family, lines, MEGATRON_SOURCE, about, ENDS + dense, reads=reads, closed=True, container=container)
-
-    single, grouped, stacked = "mlp.experts.local_experts.{{expert}}.{}.*", "mlp.experts.{}.*{{expert}}", "mlp.experts.experts.{{expert}}.{}.*"
-    te = "Megatron-Core with transformer-engine"
-    return (
-        form("megatron", single, names["local"], "a state dict of the local layers with SequentialMLP"),
-        form("megatron-te", grouped, names["engine"], "a state dict of transformer-engine's layers with TEGroupedMLP", reads=te),
-        form("megatron-torch-dist", stacked, names["engine"], "a torch_dist checkpoint for transformer-engine's layers", TorchDist(states)),
-        form("megatron-torch-dist-local", stacked, names["stored"], "a torch_dist checkpoint for the local layers", TorchDist(plain)),
+    single, grouped, stacked = (
+        megatron_experts(template, biased)
+        for template in ("mlp.experts.local_experts.{{expert}}.{}.*", "mlp.experts.{}.*{{expert}}", "mlp.experts.experts.{{expert}}.{}.*")
     )
+
+    def form(name: str, norms: str, lines: tuple[Stored, ...], about: str, container: TorchDist | None = None, told: int | None = None) -> Format:
+        reads = "Megatron-Core with transformer-engine" if name.startswith("megatron-te") else "Megatron-Core"
+        config = ConfigForm(told=HALVES | {BLOCKS: told})
+        return Format(f"{family.name}/{name}", family, lines, MEGATRON_SOURCE, about, ENDS + names[norms], config, reads, closed=True, container=container)
+
+    in_blocks = f"; gate and up in blocks of 32 rows, {BLOCKS}"
+    engine, dist = "a state dict of transformer-engine's layers with", "a torch_dist checkpoint for transformer-engine's layers"
+    legacy = {"megatron-grouped": ("local", "a state dict of the local layers with"), "megatron-te-grouped": ("engine", engine)}
+    return (
+        form("megatron", "local", single, "a state dict of the local layers with SequentialMLP"),
+        form("megatron-te", "engine", grouped, f"{engine} TEGroupedMLP"),
+        form("megatron-te-glu32", "engine", _in_blocks(grouped), f"{engine} TEGroupedMLP{in_blocks}", told=32),
+        *(form(name, norms, LEGACY, f"{of} the legacy GroupedMLP") for name, (norms, of) in legacy.items() if not biased),
+        form("megatron-torch-dist", "engine", stacked, dist, TorchDist(states)),
+        form("megatron-torch-dist-local", "stored", stacked, "a torch_dist checkpoint for the local layers", TorchDist(plain)),
+        form("megatron-torch-dist-glu32", "engine", _in_blocks(stacked), f"{dist}{in_blocks}", TorchDist(states), told=32),
+    )
+
+
+def _in_blocks(lines: tuple[Stored, ...]) -> tuple[Stored, ...]:
+    """The lines with what they might be instead of what they are."""
+    return tuple(replace(line, axes=line.also[0], also=(line.axes,)) if line.also else line for line in lines)

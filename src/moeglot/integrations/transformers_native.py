@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from moeglot.axes import written
 from moeglot.checkpoint import Checkpoint
 from moeglot.coding import leaves_alone
 from moeglot.codings import CODINGS
@@ -130,8 +131,8 @@ def upright_axes(line: Stored) -> str:
     """The axes of a line with its matrix turned to [out, in], where it is a matrix that lies the other way."""
     if line.upright or len(line.role_axes.split()) == 1:
         return line.axes
-    groups = [f"({' '.join(group)})" if len(group) > 1 else group[0] for group in line.expert_groups]
-    return " ".join((["e"] if not line.per_expert else []) + groups[::-1])
+    turned = line.expert_groups[::-1]
+    return written(turned if line.per_expert else (("e",), *turned))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------------------------
