@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton ray s3 megatron
+BESIDE := bitsandbytes mlx trl triton ray s3 megatron
 PEFTS := 0.18.1 0.19.1 0.21.2
 SPREAD := --numprocesses auto --dist worksteal
 
@@ -58,13 +59,11 @@ matrix-%: .venv/ready .venvs/%/ready
 # Everything that this machine can measure; on an idle one, or the ratios mean little. bitsandbytes lives in an environment of its own.
 bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	$(BIN)/python benchmarks/kernels.py
-	.venvs/bitsandbytes/bin/python $(PIP) numba rich
 	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
 	$(BIN)/python benchmarks/streaming.py --peers
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/sizing.py
 	$(BIN)/python benchmarks/experts.py
-	.venvs/ray/bin/python $(PIP) numba
 	.venvs/ray/bin/python benchmarks/ray.py
 
 docs: .venv/ready
@@ -78,6 +77,14 @@ docs: .venv/ready
 	$(BIN)/python $(PIP) torch
 	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,fast,test,lint]'
 	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
+	touch $@
+
+# Libraries that go beside the packages of .venv: these stand behind their own.
+$(BESIDE:%=.venvs/%/ready): .venvs/%/ready: .venv/ready tests/environments/%.txt
+	$(PYTHON) -m venv .venvs/$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > \
+	    $$(.venvs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	.venvs/$*/bin/python $(PIP) --requirement tests/environments/$*.txt
 	touch $@
 
 .venvs/%/ready: pyproject.toml constraints.txt tests/environments/%.txt
