@@ -65,7 +65,7 @@ def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> t
     if key + ".absmax" in file:  # bitsandbytes: high nibble first, runs of 64 over the flattened matrix
         codes = file[key].flatten().long()
         codes = torch.stack([codes >> 4, codes & 15], -1).flatten()
-        return (file[key + ".quant_map"][codes] * file[key + ".absmax"].repeat_interleave(64)[: codes.numel()]).view(shape)
+        return (file[key + ".quant_map"][codes] * absmax(file, key).repeat_interleave(64)[: codes.numel()]).view(shape)
     packed = file.get(key + "_packed", file.get(key))
     scale = file.get(key + "_scale", file.get(key + "_scale_inv"))
     if packed.dtype == torch.float8_e4m3fn:
@@ -77,6 +77,16 @@ def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> t
         return E2M1[nibbles(packed)] * torch.exp2(scale.float() - 127).repeat_interleave(32, -1)
     both = scale.float() / file[key + "_global_scale"] if key + "_global_scale" in file else scale.float() * file[key + "_scale_2"]
     return E2M1[nibbles(packed)] * both.repeat_interleave(16, -1)
+
+
+def absmax(file: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """Nested ones are codes themselves, in runs of 256, around an offset that stands in the quant_state."""
+    scale = file[key + ".absmax"]
+    if key + ".nested_absmax" not in file:
+        return scale
+    state = next(tensor for name, tensor in file.items() if name.startswith(key + ".quant_state"))
+    nested = file[key + ".nested_quant_map"][scale.long()] * file[key + ".nested_absmax"].repeat_interleave(256)[: len(scale)]
+    return nested + json.loads(bytes(state.tolist()))["nested_offset"]
 
 
 def of_file(live: torch.nn.Module, family: str, folder: Path, e: int, h: int, i: int) -> torch.nn.Module:

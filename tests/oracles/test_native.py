@@ -119,11 +119,11 @@ def overwritten(live: torch.nn.Module, name: str, file: dict[str, torch.Tensor],
     return live
 
 
-def quantized(name: str, size: str, coding: str, folder: Path) -> tuple[torch.nn.Module, Path]:
+def quantized(name: str, size: str, coding: str, folder: Path, encode: str | None = None) -> tuple[torch.nn.Module, Path]:
     """A random model and a folder with its experts in a coding; skips where no producer could have written that."""
     live, layout = model_of(name, size), LAYOUTS.get(name, "hub")
     families.saved(live, folder / "saved", layout == "hub" or VERSION < (5, 0))
-    moeglot.convert(folder / "saved", f"{name}/{layout}+{coding}", folder / "out", allow_loss=True)
+    moeglot.convert(folder / "saved", f"{name}/{layout}+{coding}", folder / "out", encode=encode, allow_loss=True)
     return live, folder / "out"
 
 
@@ -147,7 +147,16 @@ def holds(folder: Path, name: str, expected: torch.Tensor, backends=BACKENDS, **
 
 @pytest.mark.parametrize(("name", "size", "coding"), cells([name for name in NAMES if LAYOUTS.get(name, "hub")], CODINGS))
 def test_quantized_on_disk(name, size, coding, tmp_path):
-    live, folder = quantized(name, size, coding, tmp_path)
+    as_decoded(*quantized(name, size, coding, tmp_path), name, size)
+
+
+@pytest.mark.parametrize("encode", ["nf4:nested", "fp4:nested"])
+def test_nested_absmax(encode, tmp_path):
+    as_decoded(*quantized("qwen3-moe", "square", encode[:3], tmp_path, encode), "qwen3-moe", "square")
+
+
+def as_decoded(live: torch.nn.Module, folder: Path, name: str, size: str) -> None:
+    """What is loaded computes what the stock model does with the numbers of the file."""
     before = families.logits(live)
     expected = families.logits(overwritten(live, name, load_file(folder / "model.safetensors"), size))
     assert relative(before, expected) > POWER  # the encoding shows, so it matters that it is decoded
