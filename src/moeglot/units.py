@@ -105,14 +105,22 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
 def _rounded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
     """The roles in a float type that does not hold all of their numbers, some rows at a time and where they belong."""
     assert isinstance(step.target, Plain)
-    value, lost = scratch.empty(step.line.expert_shape(plan.source.sizes), by_torch_name(step.target.name).torch), Loss()
-    places = step.line.split(values(value))
-    for role, encoded in roles.items():
-        for before, place in row_pairs(encoded, places[role]):
-            given = before.decode(exact_dtype(encoded))
+    dtype, lost = by_torch_name(step.target.name).torch, Loss()
+
+    def rounded(role: str, place: Encoded) -> Encoded:
+        nonlocal lost
+        for before, there in row_pairs(roles[role], place):
+            given = before.decode(exact_dtype(roles[role]))
             coded = Encoded(step.target, step.target.encode(given), before.shape)
-            place.parts["value"].copy_(coded.parts["value"])
+            there.parts["value"].copy_(coded.parts["value"])
             lost += measure(given, coded)
+        return place
+
+    if step.line.block:  # rows that take turns in blocks have no places that strides can say
+        return dict(step.line.join(lambda role: rounded(role, values(scratch.empty(roles[role].shape, dtype)))).parts), lost
+    value = scratch.empty(step.line.expert_shape(plan.source.sizes), dtype)
+    for role, place in step.line.split(values(value)).items():
+        rounded(role, place)
     return {"value": value}, lost
 
 

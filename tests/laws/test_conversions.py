@@ -133,3 +133,13 @@ def test_matrices_that_are_compared_in_several_runs_of_rows(coding, tmp_path):
     assert exact.report.verdict == "holds"
     assert moeglot.compare(tmp_path / "b", tmp_path / "c").verdict == "holds"
     assert moeglot.compare(source, tmp_path / "c").verdict == "does not hold"
+
+
+@pytest.mark.parametrize("form", [form.name for form in PLAIN if form.family.name == "qwen3-moe" and form.name != "qwen3-moe/hub"])
+def test_rounding_on_the_way_is_rounding_before(form, tmp_path):
+    """From float32 to bfloat16 in another layout, and in its own first: rows that take turns in blocks, too."""
+    source = write_checkpoint(tmp_path / "a", "qwen3-moe/hub", {"e": 2, "h": 64, "i": 64}, 1, dtype=torch.float32)
+    moeglot.convert(source, form, tmp_path / "at once", encode="bfloat16", allow_loss=True)
+    moeglot.convert(source, "qwen3-moe/hub", tmp_path / "first", encode="bfloat16", allow_loss=True)
+    moeglot.convert(tmp_path / "first", form, tmp_path / "then")
+    assert same_tensors(tmp_path / "at once", tmp_path / "then") == []
