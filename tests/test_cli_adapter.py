@@ -59,3 +59,19 @@ def test_conventions():
     found = told("adapter", "conventions")
     assert {known["name"] for known in found["conventions"]} >= {"peft", "grouped", "tinker"}
     assert "transformers-5" in run("adapter", "conventions").stdout
+
+
+def test_merge(folder, tmp_path):
+    """The plan says how the convention is known, in the notation's own brackets; the report what survived; JSON, HTML and statuses as elsewhere."""
+    given = ("merge", folder / "base", folder / "peft")
+    plain = run(*given, tmp_path / "out", "--convention", "peft", "--html", tmp_path / "out.html").stdout
+    assert "because --convention peft, and parameters lie [e, out, in] in qwen3-moe/transformers-5" in plain
+    assert "what survived of" in plain
+    assert plain.rstrip().endswith("holds")
+    assert "<svg" in (tmp_path / "out.html").read_text()
+    done = told(*given, tmp_path / "again", "--convention", "peft", "--encode", "bf16", "--allow-loss")
+    assert done["merge"]["survived"].keys() == {"gate", "up", "down"}
+    assert all(one["rec"] > 0.9 for one in done["merge"]["survived"].values())
+    assert done["merge"]["notes"] == done["merge"]["fell_back_to_nearest"] == []
+    assert told(*given, tmp_path / "out", "--convention", "peft", status=2)["error"] == "OutputExists"
+    assert told(*given, tmp_path / "none", status=2)["error"] == "AmbiguousConvention"

@@ -121,9 +121,9 @@ def show_plan(console: Console, plan: Plan) -> None:
     rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}", ("step", "of", "loss"), rows)
     if plan.change:
-        console.print(f"{plan.change.adapter.name}: {plan.change.adapter.known}", highlight=False)
+        console.print(f"{plan.change.adapter.name}: {plan.change.adapter.known}", highlight=False, markup=False)
         for note in notes(plan.change):
-            console.print(note, style="yellow", highlight=False)
+            console.print(note, style="yellow", highlight=False, markup=False)
     if plan.lossy:
         console.print("This plan changes numbers: it needs --allow-loss.", style="yellow", highlight=False)
 
