@@ -130,10 +130,9 @@ def write_gpt_oss(folder: Path, layers: int) -> Path:
 
 def _layer(form: Format, layer: int, random: torch.Generator) -> dict[str, torch.Tensor]:
     found = {}
-    for key, line, name, _, _ in form.expert_keys((layer,), SIZES):
-        shape = next(part for part in line.encoding.parts if part.name == name).shape(line.shape(SIZES))
-        codes = {"packed": (0, 256), "scale": (118, 127)}.get(name)
-        found[key] = torch.randint(*codes, shape, dtype=torch.uint8, generator=random) if codes else _floats(shape, random)
+    for line, part, keys in form.expert_keys((layer,), SIZES):
+        shape, codes = part.shape(line.shape(SIZES)), {"packed": (0, 256), "scale": (118, 127)}.get(part.name)
+        found[next(keys)] = torch.randint(*codes, shape, dtype=torch.uint8, generator=random) if codes else _floats(shape, random)
     return found
 
 
@@ -145,7 +144,7 @@ def write_index(folder: Path, layers: int = 130, shards: int = 100) -> int:
     """A qwen3-moe/hub of more than 50 000 tensors with the shapes of the 30B; headers only, the data is a hole. Returns how many tensors."""
     folder.mkdir()
     form, sizes = by_name("qwen3-moe/hub"), {"e": 128, "h": 2048, "i": 768, "q": 32, "k": 4, "d": 128}
-    shapes = {key: line.shape(sizes) for key, line, _, _, _ in form.expert_keys(tuple(range(layers)), sizes)}
+    shapes = {key: line.shape(sizes) for line, _, keys in form.expert_keys(tuple(range(layers)), sizes) for key in keys}
     shapes |= {f"model.layers.{layer}.mlp.gate.weight": (sizes["e"], sizes["h"]) for layer in range(layers)}
     keys, weight_map = list(shapes), {}
     for n in range(shards):
