@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moeglot import scratch
@@ -11,8 +11,6 @@ from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:
     import torch
-
-    from moeglot.layout import Stored
 
 
 def values(tensor: torch.Tensor) -> Encoded:
@@ -37,11 +35,6 @@ def exactly(encoded: Encoded) -> Encoded:
         return encoded
     dtype = exact_dtype(encoded)
     return values(encoded.decode(dtype, scratch.empty(encoded.shape, dtype)))
-
-
-def together(line: Stored, role: Callable[[str], Encoded]) -> Encoded:
-    """role -> [out, in] to one expert's slice as plain floats, each decoded where it belongs; all roles must have one encoding."""
-    return values(line.decoded(role, exact_dtype(role(line.roles[0]))))
 
 
 def row_pairs(a: Encoded, b: Encoded, numbers: int = 1 << 18) -> Iterator[tuple[Encoded, Encoded]]:

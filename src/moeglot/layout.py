@@ -13,11 +13,12 @@ from itertools import permutations, product
 from math import prod
 from typing import TYPE_CHECKING
 
+from moeglot import scratch
 from moeglot.axes import Groups, arrangements, block, halves, letters, parse_axes, put_together, taken_apart, written
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import FLOATS, Plain
 from moeglot.errors import TensorMismatch
-from moeglot.floats import values
+from moeglot.floats import exact_dtype, values
 
 if TYPE_CHECKING:
     import torch
@@ -239,13 +240,12 @@ class Stored:
         parts = {part: put_together([one.parts[part] for one in roles], self.expert_groups, self.role_axes) for part in roles[0].parts}
         return Encoded(roles[0].encoding, parts, self._shape(self.expert_groups, dict(zip(self.role_axes.split(), roles[0].shape, strict=True))))
 
-    def decoded(self, role: Callable[[str], Encoded], dtype: torch.dtype) -> torch.Tensor:
-        """As `join`, with the values of each role decoded where they belong in memory that is used again."""
-        from moeglot import scratch
-
+    def decoded(self, role: Callable[[str], Encoded], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """As `join`, with the values of each role decoded, into the float type that holds all of them by default, where they belong in memory used again."""
+        encoded = role(self.roles[0])
+        dtype = dtype or exact_dtype(encoded)
         if self.block:
             return self._woven([values(role(name).decode(dtype)) for name in self.roles]).parts["value"]
-        encoded = role(self.roles[0])
         shape = self._shape(self.expert_groups, dict(zip(self.role_axes.split(), encoded.shape, strict=True)))
         found = scratch.empty(shape, dtype)
         places = self.split(values(found))

@@ -10,7 +10,7 @@ from moeglot.axes import parse_axes, relaid
 from moeglot.checkpoint import Checkpoint
 from moeglot.encoding import Encoded
 from moeglot.experts import Matrix
-from moeglot.floats import together, values
+from moeglot.floats import values
 from moeglot.layout import SECOND, Stored
 
 Read = Callable[[int, int], Matrix]
@@ -95,7 +95,7 @@ def _relaid(checkpoint: Checkpoint, line: Stored, other: Stored) -> Change:
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
             plain = line.is_plain
-            stored = checkpoint.checked(line, layer, expert) if plain else together(line, declared)
+            stored = checkpoint.checked(line, layer, expert) if plain else values(line.decoded(declared))
             return other.split(stored)[role]
 
         return matrix

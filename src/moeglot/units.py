@@ -11,7 +11,7 @@ from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.floats import exact_dtype, exactly, row_pairs, together, values
+from moeglot.floats import exact_dtype, exactly, row_pairs, values
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
@@ -98,7 +98,7 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
         return {"value": step.line.decoded(roles.__getitem__, by_torch_name(step.target.name).torch)}, sum(lost, Loss())
     if step.line.movable(step.target, plan.source.sizes):
         return dict(step.line.join(lambda role: encode(given(role), _near(roles[role], step.target))).parts), sum(lost, Loss())
-    return dict(encode(together(step.line, roles.__getitem__)).parts), sum(lost, Loss())
+    return dict(encode(values(step.line.decoded(roles.__getitem__))).parts), sum(lost, Loss())
 
 
 def _rounded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:

@@ -9,7 +9,7 @@ import torch
 from moeglot import scratch
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.plain import Plain
-from moeglot.floats import exactly, together, values
+from moeglot.floats import exactly, values
 from moeglot.layout import Stored
 
 Read = Callable[[int], Encoded]
@@ -159,7 +159,7 @@ def encode(line: Stored, encoding: Encoding, roles: Mapping[str, Encoded], sizes
     if line.movable(encoding, sizes):
         found = line.join(lambda role: coded(exactly(roles[role])))
     else:
-        found = coded(together(line, roles.__getitem__))
+        found = coded(values(line.decoded(roles.__getitem__)))
     parts = found.parts if line.per_expert else encoding.stacked(found.parts, sizes["e"])
     shaped = {part.name: parts[part.name] if part.shared else parts[part.name].view(line.slice_shape(part, sizes)) for part in encoding.parts}
     return Encoded(encoding, shaped, line.expert_shape(sizes))
