@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm, prod
 from typing import TYPE_CHECKING
@@ -138,6 +138,20 @@ class Encoding(ABC):
     def nearest(self, parts: Parts, other: Encoding) -> Parts | None:
         """Where `recode` gives None: the same codes under scales that move values by their last places; None if there is no such way."""
         return None
+
+    @property
+    def is_joint(self) -> bool:
+        """In a tensor of several experts, the parts of each depend on all of them; `settled` says how, and until then nothing can be encoded for it."""
+        return False
+
+    @property
+    def apart(self) -> Encoding:
+        """An `is_joint` encoding as it codes an expert by itself, before what depends on all."""
+        return self
+
+    def settled(self, experts: Iterable[Parts]) -> Encoding:
+        """An `is_joint` encoding for one tensor of several experts, from the parts of all in `apart`, or of one in parts that are settled already."""
+        return self
 
     def stacked(self, parts: Parts, experts: int) -> Parts:
         """The parts of one expert as a tensor of so many experts has them; only `shared` parts can differ."""

@@ -118,6 +118,8 @@ class Plan:
     expected_survival: Mapping[str, Survival] = field(default_factory=dict)
     estimated: bool = False
     """Its losses and what survives were measured on a few experts."""
+    settled: dict[tuple[str, int], Encoding] = field(default_factory=dict, compare=False, repr=False)
+    """(key of a stored line, layer) -> its encoding, where that takes a look at all experts and one has been taken."""
 
     def merges(self, step: Step, expert: int) -> bool:
         """An adapter's change is added to this slice."""
@@ -241,8 +243,11 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     encoding = encoding_of(source, target, line, sources, wanted)
     for part in encoding.parts:
         line.slice_shape(part, source.sizes)
-    movable = line.movable(encoding, source.sizes) and all(
-        source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True)
+    joint = encoding.is_joint and not line.per_expert
+    movable = (
+        not joint
+        and line.movable(encoding, source.sizes)
+        and all(source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True))
     )
     return Step(line, layer, sources, encoding, movable, twin(source, line, layer, encoding))
 

@@ -159,7 +159,8 @@ def cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
 
 def twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> Stored | None:
     for mine in source.format.stored:
-        if mine.roles == line.roles and mine.expert_groups == line.expert_groups:
+        alike = mine.per_expert == line.per_expert or not encoding.is_joint
+        if mine.roles == line.roles and mine.expert_groups == line.expert_groups and alike:
             here = source.encoding(mine, layer)
             if here.name == encoding.name and [part.name for part in here.parts] == [part.name for part in encoding.parts] and here.recodes(encoding):
                 return mine

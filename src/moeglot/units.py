@@ -27,13 +27,32 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
         found = [_dense(part) for part in unit.parts]
         groups = unit.line.groups(plan.source.config) if unit.line else 1
         return {"value": taking_turns([tensor for tensor, _ in found], groups)}, sum((loss for _, loss in found), Loss())
-    parts, loss = _slice(plan, unit.step, unit.expert)
+    if unit.step.line.per_expert:
+        return _made(plan, unit.step, unit)
+    step = replace(unit.step, target=_settled(plan, unit.step))
+    parts, loss = _made(plan, step, unit)
+    return dict(step.target.stacked(parts, plan.source.sizes["e"])), loss
+
+
+def _made(plan: Plan, step: Step, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
+    parts, loss = _slice(plan, step, unit.expert)
     if plan.change and unit.merged:
-        parts, survived = plan.change.apply(
-            unit.step.line, unit.step.layer, unit.expert, unit.step.target, parts, _roles(plan, unit.step, unit.expert), unit.step.moves_codes
-        )
+        parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, _roles(plan, step, unit.expert), step.moves_codes)
         loss = replace(loss, survived=survived)
-    return dict(parts if unit.step.line.per_expert else unit.step.target.stacked(parts, plan.source.sizes["e"])), loss
+    return dict(parts), loss
+
+
+def _settled(plan: Plan, step: Step) -> Encoding:
+    """The encoding of a stored tensor of several experts, after a look at all of them where it takes one: once in each process."""
+    key = step.line.key, step.layer
+    if not step.target.is_joint:
+        return step.target
+    if key not in plan.settled:
+        apart = replace(step, target=step.target.apart)
+        experts = (Unit("settling", expert=n, merged=plan.merges(step, n)) for n in range(plan.source.sizes["e"]))
+        looked = [plan.source.checked(step.twin, step.layer, 0).parts] if step.twin else (_made(plan, apart, unit)[0] for unit in experts)
+        plan.settled[key] = step.target.settled(looked)
+    return plan.settled[key]
 
 
 def _roles(plan: Plan, step: Step, expert: int) -> dict[str, Encoded]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import moeglot
 from moeglot.encodings.bnb4 import names
+from moeglot.loss import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from adapters import WRITERS, Job
 from synthetic import write_checkpoint
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="installed in an environment of its own")
@@ -97,7 +100,66 @@ def test_what_we_wrote_it_reads(tmp_path):
     assert json.loads((tmp_path / "nested" / "config.json").read_text())["quantization_config"]["bnb_4bit_use_double_quant"] is True
 
 
-def test_nested_absmax_are_not_stacked(tmp_path):
-    plain = write_checkpoint(tmp_path / "plain", "qwen3-moe/transformers-5", SIZES, dtype=torch.bfloat16)
-    with pytest.raises(moeglot.MoeglotError, match="nested absmax cannot be stacked"):
-        moeglot.convert(plain, "qwen3-moe/transformers-5+nf4", tmp_path / "nested", encode="nf4:nested", allow_loss=True)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_nested_absmax_of_a_stack(tmp_path, kind):
+    """One offset for all experts, as the library has it for a 3-D parameter: the same codes, and the experts that it computes with."""
+    layout = "qwen3-moe/transformers-5"
+    theirs, _ = made(tmp_path, layout, kind, nested=True)
+    moeglot.convert(tmp_path / "plain", f"{layout}+{kind}", tmp_path / "ours", encode=f"{kind}:nested", allow_loss=True)
+    ours, wanted = load_file(tmp_path / "ours" / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert ours.keys() == wanted.keys()
+    differ = {name for name in ours if not torch.equal(ours[name], wanted[name])}
+    assert all(name.endswith((".absmax", ".nested_absmax", f".bitsandbytes__{kind}")) for name in differ)
+    for name in (name for name in ours if ".experts." in name and name + ".absmax" in ours):
+        told = {
+            part: {"weight" + suffix: file[name + suffix] for suffix in names(kind).values() if suffix} for part, file in (("ours", ours), ("theirs", wanted))
+        }
+        states = {part: bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu")) for part, parts in told.items()}
+        read = {part: bitsandbytes.functional.dequantize_4bit(ours[name], state).double() for part, state in states.items()}
+        assert abs(states["ours"].offset / states["theirs"].offset - 1) < 1e-6
+        assert float((read["ours"] - read["theirs"]).norm() / read["theirs"].norm()) < 1e-4
+
+
+def test_a_stack_of_nested_absmax_keeps_its_bytes(tmp_path):
+    source, _ = made(tmp_path, "qwen3-moe/transformers-5", "nf4", nested=True)
+    moeglot.convert(source, "qwen3-moe/transformers-5+nf4", tmp_path / "again")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    told = {name for name in before if name.endswith("bitsandbytes__nf4")}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - told)
+    assert all(json.loads(bytes(before[name].tolist())) == json.loads(bytes(after[name].tolist())) for name in told)
+
+
+def test_a_merge_into_a_stack_of_nested_absmax(tmp_path):
+    """The offset stays the base's; a change of nothing gives back every byte, another one is read by the library as it must be."""
+    source, before = made(tmp_path, "qwen3-moe/transformers-5", "nf4", nested=True)
+    base = moeglot.open(source)
+    adapter = WRITERS["PEFT"][2](Job("qwen3-moe", SIZES["e"], SIZES["h"], SIZES["i"], 4, layers=2))
+    key, changes = "model.layers.0.mlp.experts.down_proj", adapter.changes
+    for strength in (0.0, 1.0):
+        tensors = {name: tensor * strength if "lora_B" in name else tensor for name, tensor in adapter.tensors.items()}
+        folder = replace(adapter, tensors=tensors).save(tmp_path / f"adapter{strength}")
+        out = tmp_path / f"merged{strength}"
+        assert moeglot.merge(base, moeglot.open_adapter(folder, base, "peft"), out, threshold=0).report.verdict == "holds"
+        stored = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+        told = [{"weight" + suffix: file[key + suffix] for suffix in names("nf4").values() if suffix} for file in stored]
+        states = [bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu")) for parts in told]
+        assert states[0].offset == states[1].offset
+        read = bitsandbytes.functional.dequantize_4bit(stored[1][key], states[1]).double()
+        if not strength:
+            assert all(torch.equal(stored[0][name], stored[1][name]) for name in stored[0] if not name.endswith("bitsandbytes__nf4"))
+            continue
+        for expert in range(SIZES["e"]):
+            wanted = before[key][expert].double() + changes[0, "down", expert]
+            assert float((read[expert] - wanted).norm() / wanted.norm()) < 0.15, "what NF4 itself costs"
+            assert float((read[expert] - before[key][expert].double()).norm() / wanted.norm()) > 0.3, "the change is no small one"
+
+
+def test_a_stack_is_written_from_nested_experts(tmp_path):
+    """Each has an offset of its own, the stack has one: their absmax are rounded anew, and that is said to be a loss."""
+    source, _ = made(tmp_path, "qwen3-moe/hub", "nf4", nested=True)
+    with pytest.raises(moeglot.MoeglotError, match="allow-loss"):
+        moeglot.convert(source, "qwen3-moe/transformers-5+nf4", tmp_path / "stack", encode="nf4:nested")
+    written = moeglot.convert(source, "qwen3-moe/transformers-5+nf4", tmp_path / "stack", encode="nf4:nested", allow_loss=True)
+    assert written.report.verdict == "holds"
+    assert 0 < sum(written.losses.values(), Loss()).relative < 0.05

@@ -9,7 +9,7 @@ Producer: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -50,12 +50,14 @@ class BNB4(Encoding):
     Decoded numbers are those of bitsandbytes on a CPU: code × absmax in float32, rounded once to the dtype of the quant_state.
     Encoding writes its bytes, and that dtype is the one of the values. A matrix that lies on the grid with other absmax than the library
     would choose gets those absmax, so that decode∘encode∘decode = decode; nested absmax are rounded anew, and the law holds for their codes alone.
+    `offset`: what nested absmax are coded as differences from; None is their own mean, which for a tensor of several experts is the mean over all.
     """
 
     kind: Kind = "nf4"
     blocksize: int = 64
     nested: bool | None = False
     state_bytes: int = STATE_BYTES
+    offset: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("nf4", "fp4") or self.blocksize not in BLOCKSIZES:
@@ -115,7 +117,7 @@ class BNB4(Encoding):
         state = QuantState(self.kind, self.blocksize, by_torch_name(str(dtype).removeprefix("torch.")).name, tuple(values.shape))
         parts = {"packed": packed, "scale": scale, "map": bnb4.codebook(self.kind) + 0.0}  # of two zeros, both are positive there
         if self.nested:
-            parts["scale"], parts["nested_scale"], offset = bnb4.encode_nested(scale)
+            parts["scale"], parts["nested_scale"], offset = bnb4.encode_nested(scale, self.offset)
             parts["nested_map"], state = bnb4.nested_codebook().clone(), replace(state, offset=offset)
         return parts | {"state": state.write(self.state_bytes)}
 
@@ -170,12 +172,31 @@ class BNB4(Encoding):
         state = replace(state, blocksize=other.blocksize, offset=None)
         return {"packed": parts["packed"], "scale": scale, "map": parts["map"], "state": state.write(other.state_bytes)}
 
+    @property
+    def is_joint(self) -> bool:
+        return bool(self.nested) and self.offset is None
+
+    @property
+    def apart(self) -> BNB4:
+        return replace(self, nested=False)
+
+    def settled(self, experts: Iterable[Parts]) -> BNB4:
+        """The offset of the first, if it says one, or the mean of all absmax: experts have equally many."""
+        import torch
+
+        means = list[float]()
+        for parts in experts:
+            if (offset := QuantState.read(parts["state"]).offset) is not None:
+                return replace(self, offset=offset)
+            means.append(float(parts["scale"].double().mean()))
+        return replace(self, offset=torch.tensor(sum(means) / len(means), dtype=torch.float32).item())
+
     def stacked(self, parts: Parts, experts: int) -> Parts:
-        if self.nested:
+        if self.is_joint:
             raise UsageError(
-                "nested absmax cannot be stacked expert by expert",
-                "their offset is the mean over all experts, and each is coded by itself",
-                "choose the encoding without :nested, or a format with one matrix each",
+                "nested absmax cannot be stacked while experts are encoded one by one",
+                "they have one offset, the mean over all experts",
+                f"choose {self.apart.name}, or let `convert --encode {self.name}` write the checkpoint first",
             )
         state = QuantState.read(parts["state"])
         shape = state.slice_shape(parts["packed"]) or state.shape
@@ -200,11 +221,11 @@ class BNB4(Encoding):
         return fresh if self.nested else {**fresh, "state": parts["state"]}
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
-        """Nested absmax are coded anew as a whole."""
+        """Nested absmax are coded anew as a whole, as differences from the offset that they have."""
         from moeglot.kernels.lattice import any_in_flat, chosen
 
         if self.nested:
-            return self.encode(values)
+            return replace(self, offset=QuantState.read(parts["state"]).offset).encode(values)
         fresh = self.encode(values)
         return {**parts, "scale": chosen(any_in_flat(beyond, self.blocksize), fresh["scale"], parts["scale"])}
 

@@ -251,12 +251,12 @@ def decode_nested(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor
     return values[codes.int()] * spread + torch.tensor(offset, dtype=torch.float32)
 
 
-def encode_nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset: the mean of all, as torch adds them up.
+def encode_nested(absmax: torch.Tensor, given: float | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """absmax float32 [b] -> codes u8 [b], scale float32 [⌈b/256⌉], offset: if none is given, the mean of all, as torch adds them up.
 
     Of more than 32 768 absmax, its last bit depends on the number of torch's threads, here as in the library.
     """
-    offset = absmax.mean()
+    offset = absmax.mean() if given is None else torch.tensor(given, dtype=torch.float32)
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     scale = padded.abs().amax(-1)
