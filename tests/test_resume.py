@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import WRITERS, Job
 from synthetic import write_checkpoint
 
 import moeglot
@@ -40,8 +41,11 @@ def options(shard_size: int) -> tuple[str, ...]:
 
 def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     """The command line in a process of its own; its progress comes on standard error, a line for each tenth."""
-    command = [sys.executable, "-m", "moeglot.cli", "convert", str(source), str(out), *options(SHARD_SIZE), *more]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return command("convert", source, out, *options(SHARD_SIZE), *more)
+
+
+def command(*given: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "moeglot.cli", *map(str, given)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:
@@ -125,6 +129,26 @@ def test_killed_anywhere_and_resumed(nth: int, source: Path, undisturbed: Undist
         assert killed(start(source, out, "--resume"), out, draw.randint(1, 5), 0)
     finish(start(source, out, "--resume"))
     assert_the_same(out, source, undisturbed)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic:7"])
+def test_a_merge_killed_and_resumed(rounding: str, source: Path, tmp_path: Path) -> None:
+    """Killed three times on its way: an expert that was merged before a kill is not merged once more, and chance falls as it would have."""
+    made = WRITERS["PEFT"][2](Job("gpt-oss", 8, 128, 128, 4, layers=2))
+    given = "merge", source, made.save(tmp_path / "adapter"), tmp_path / "out"
+    more = "--convention", "peft", "--round", rounding, "--threshold", "0", "--workers", "2"
+    before, lines = tree(source), len(finish(command(*given[:3], tmp_path / "whole", *more)))
+    random_lines = random.Random(rounding)
+    assert killed(command(*given, *more), tmp_path / "out", random_lines.randint(1, lines // 2), 0.01)
+    for _ in range(2):
+        assert killed(command(*given, *more, "--resume"), tmp_path / "out", random_lines.randint(0, 2), 0.01)
+    finish(command(*given, *more, "--resume"))
+    found, whole = tree(tmp_path / "out"), tree(tmp_path / "whole")
+    assert found.keys() == whole.keys()
+    assert [name for name in found if found[name] != whole[name]] == []
+    assert tree(source) == before
+    merged = sum(found[name] != before.get(name) for name in found if name.endswith(".safetensors"))
+    assert merged, "the adapter changes something"
 
 
 # --- killed at each of its effects on the disk -----------------------------------------------------------------------------------------
