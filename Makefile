@@ -5,6 +5,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --constraint constrain
 ENVIRONMENTS := transformers-4.57.6 transformers-5.5.4 torchao modelopt bitsandbytes mlx trl triton ray s3 megatron
 BESIDE := bitsandbytes mlx trl triton ray s3 megatron
 PEFTS := 0.18.1 0.19.1 0.21.2
+CELLS := $(foreach peft,0.18.1 0.19.1,.venv/$(peft)) $(foreach peft,0.19.1 0.21.2,.venvs/transformers-4.57.6/$(peft)) $(foreach peft,0.18.1 0.21.2,.venvs/transformers-5.5.4/$(peft))
 SPREAD := --numprocesses auto --dist worksteal
 
 .PRECIOUS: .venvs/%/ready
@@ -23,7 +24,7 @@ lint: .venv/ready
 	$(BIN)/python docs/generate.py --check
 
 # The oracles again, in an environment for each other library and version that we speak to.
-matrix: $(ENVIRONMENTS:%=matrix-%)
+matrix: $(ENVIRONMENTS:%=matrix-%) matrix-peft
 
 matrix-torchao matrix-modelopt matrix-mlx matrix-megatron: matrix-%: .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(SPREAD) tests/oracles/test_$*.py
@@ -43,11 +44,11 @@ matrix-trl: .venvs/trl/ready
 matrix-ray matrix-s3: matrix-%: .venvs/%/ready
 	.venvs/$*/bin/python -m pytest tests/oracles/test_$*.py
 
-# PEFT with every transformers, by itself since it takes ten minutes: each environment has one, and the others are put before it.
+# PEFT with every transformers: the cells that are no environment of their own, which has its PEFT.
 matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.5.4/ready $(PEFTS:%=.venvs/peft-%/ready)
-	set -e; for peft in $(PEFTS); do for python in .venv .venvs/transformers-4.57.6 .venvs/transformers-5.5.4; do \
-	    PYTHONPATH=.venvs/peft-$$peft $$python/bin/python -m pytest tests/oracles/test_peft.py tests/oracles/test_lora_peft.py; \
-	done; done
+	set -e; for cell in $(CELLS); do \
+	    OMP_NUM_THREADS=1 PYTHONPATH=.venvs/peft-$${cell##*/} $${cell%/*}/bin/python -m pytest $(SPREAD) tests/oracles/test_peft.py tests/oracles/test_lora_peft.py; \
+	done
 
 .venvs/peft-%/ready: .venv/ready
 	$(BIN)/python $(PIP) --no-deps --target .venvs/peft-$* peft==$*

@@ -127,13 +127,16 @@ class Checkpoint:
         return frozenset(key for _, _, keys in self.format.expert_keys(self.layers, self.sizes) for key in keys)
 
     @cached_property
+    def other_keys(self) -> set[str]:
+        """The names of all tensors that are none of `expert_keys`."""
+        return self.source.entries.keys() - self.expert_keys
+
+    @cached_property
     def dense(self) -> dict[str, HubTensor]:
         """Hub name -> tensor, for every tensor that is no expert; raises `TensorMismatch` for one that the format cannot name."""
         found: dict[str, HubTensor] = {}
-        for key, entry in self.source.entries.items():
-            if key in self.expert_keys:
-                continue
-            for tensor in self._hub_tensors(key, entry):
+        for key in (key for key in self.source.entries if key in self.other_keys):
+            for tensor in self._hub_tensors(key, self.source.entries[key]):
                 if tensor.name in found:
                     raise TensorMismatch(f"{tensor.name}: stored twice", f"as {found[tensor.name].entry.name} and as {key}", "remove the stale one")
                 found[tensor.name] = tensor

@@ -45,7 +45,7 @@ def _stored_json(c: Checkpoint, line: Stored) -> dict[str, Any]:
 
 
 def _expert_bytes(c: Checkpoint) -> int:
-    return c.source.nbytes - sum(c.source.entries[key].nbytes for key in c.source.entries.keys() - c.expert_keys)
+    return c.source.nbytes - sum(c.source.entries[key].nbytes for key in c.other_keys)
 
 
 def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Finding] = ()) -> None:

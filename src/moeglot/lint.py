@@ -70,7 +70,7 @@ def _unquantized(c: Checkpoint) -> Iterator[Finding]:
 def _orphans(c: Checkpoint) -> Iterator[Finding]:
     """Scales and packed codes outside the experts without the tensor that they belong to."""
     names = c.source.entries.keys()
-    for key in names - c.expert_keys:
+    for key in c.other_keys:
         if not key.endswith(SUFFIXES):
             continue
         for suffix, others in SIBLINGS.items():
@@ -97,7 +97,7 @@ SUFFIXES = tuple(SIBLINGS)
 def _mixed(c: Checkpoint) -> Iterator[Finding]:
     """Layers for multi-token prediction whose experts are stored otherwise than the others."""
     carried = c.format.family.carried_layers(c.config)
-    here = [key for key in c.source.entries.keys() - c.expert_keys if ".experts." in key and _is_mtp(key, carried)]
+    here = [key for key in c.other_keys if ".experts." in key and _is_mtp(key, carried)]
     other = sorted({_template(key) for key in here if not c.format.match(key)})
     if other:
         yield Finding(

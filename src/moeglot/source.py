@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 from moeglot import hub
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
 from moeglot.remote import Location, Remote, location
-from moeglot.shards import Entry, describe, read_header, unique
+from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
 
 INDEX = "model.safetensors.index.json"
@@ -44,9 +43,9 @@ class Source:
         """What stands before the first dot."""
         return frozenset(key.partition(".")[0] for key in self.entries)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
+        return sum(entry.end - entry.start for entry in self.entries.values())
 
     def others(self) -> Iterator[Location]:
         """Files that are carried over as they are: tokenizer, templates, licence; no weights, no index, no config.json, nothing of ours."""
@@ -163,7 +162,7 @@ def _inside(path: Location, root: Path) -> Location:
 def read_json(path: Location) -> dict[str, Any]:
     """A JSON object, each key once; raises `BrokenFile`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = parse(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{path.name}: not JSON", str(error), "fetch it again from its producer") from error
     if not isinstance(value, dict):

@@ -146,6 +146,19 @@ def _coded_alike(encoding: Encoding, values: torch.Tensor) -> bool:
 
 
 @needs_numba
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("width", [1, 3, 16, 255])
+def test_fp8_tables_at_odd_places(start, width):
+    """Every code, looked up by twos where they lie so, under scales that round: the products of float32 in torch's own conversion."""
+    codes = torch.arange(256, dtype=torch.uint8).roll(-start)
+    codes[(codes & 127) == 127] = 0
+    weight = codes.repeat(8)[start:].view(torch.float8_e4m3fn)[: 2040 // width * width].view(-1, width)
+    scale = torch.rand(len(weight), 1, generator=torch.Generator().manual_seed(width)) + 0.1
+    with backend.using("torch"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert same(FP8((1, WHOLE), "F32").decode({"weight": weight, "scale": scale}, dtype), (weight.to(torch.float32) * scale).to(dtype))
+
+
 def test_a_wrong_bit_is_seen():
     """The power of the comparisons above: one code, one scale, one sign of zero."""
     parts = parts_of(mxfp4("openai"), (64, 64), 1)

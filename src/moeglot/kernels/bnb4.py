@@ -71,9 +71,9 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _pairs(kind: str) -> torch.Tensor:
-    """float32 [256, 2]: the two values of a byte, high nibble first."""
+    """int64 [256]: the two float32 of a byte, high nibble first."""
     byte = torch.arange(256)
-    return torch.stack([codebook(kind)[byte >> 4], codebook(kind)[byte & 15]], -1)
+    return torch.stack([codebook(kind)[byte >> 4], codebook(kind)[byte & 15]], -1).view(torch.int64).flatten()
 
 
 def _blocks(values: torch.Tensor, blocksize: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -97,8 +97,9 @@ def decode(
         return values
     for first, to in _blocks(values, blocksize):
         at = first * blocksize
-        numbers = _pairs(kind)[flat[at // 2 : (at + to.numel() + 1) // 2].int()].flatten()[: to.numel()]
-        to.copy_(numbers.view(to.shape) * absmax[first : first + len(to)].unsqueeze(-1))
+        codes = flat[at // 2 : (at + to.numel() + 1) // 2].int()
+        numbers = _pairs(kind).index_select(0, codes).view(torch.float32)[: to.numel()]
+        to.copy_(numbers.view(to.shape).mul_(absmax[first : first + len(to)].unsqueeze(-1)))
     return values
 
 

@@ -87,8 +87,24 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
             fast.decode(codes, factor, block, to)
             continue
         for rows in runs(*codes.shape):
-            to[rows] = times(codes[rows].to(torch.float32), rows, factor, block)
+            times(_numbers(codes[rows]), rows, factor, block, to[rows])
     return _checked(values, weight, scale, factors, block)
+
+
+@cache
+def _pairs() -> torch.Tensor:
+    """int32 [65536]: the two bfloat16 of two codes that lie one after the other."""
+    codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float8_e4m3fn)
+    return codes.to(torch.bfloat16).view(torch.int32)
+
+
+def _numbers(codes: torch.Tensor) -> torch.Tensor:
+    """F8_E4M3 -> bfloat16, which has every code; looked up two at a time, since torch's own conversion takes four times as long."""
+    flat = codes.reshape(-1)
+    if flat.numel() % 2 or flat.storage_offset() % 2:
+        return codes.to(torch.bfloat16)
+    index = flat.view(torch.uint16).to(torch.int32)
+    return _pairs().index_select(0, index).view(torch.bfloat16).view(codes.shape)
 
 
 def _checked(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor, block: Block) -> torch.Tensor:
@@ -161,7 +177,7 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.T
         fast.encode(backend.in_half_or_single(values), scale, block, out)
         return
     for rows in runs(*values.shape):
-        quotients = over(values[rows].to(torch.float32, copy=True), rows, scale, block)
+        quotients = over(backend.in_half_or_single(values[rows]), rows, scale, block)
         out[rows] = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 

@@ -18,6 +18,7 @@ CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB wha
 FEW = 128  # numbers of a row that are looked at first
 Block = tuple[int, int]
 E4M3, INT4 = "e4m3", "int4"
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ def tile_rows(rows: slice, block: Block) -> torch.Tensor:
     return numbers // block[0] if block[0] else torch.zeros_like(numbers)
 
 
-def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
-    """float32 [these rows, columns] × scale [tiles, tiles], in place."""
-    factor = scale[tile_rows(rows, block)]
-    for part, place in tiled(values, block[1]):
-        part *= factor[:, place].unsqueeze(-1)
-    return values
+def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[these rows, columns] × float32 scale [tiles, tiles], each product rounded once: in place of float32, or into `out` of the same shape."""
+    factor, out = scale[tile_rows(rows, block)], values if out is None else out
+    for (part, place), (to, _) in zip(tiled(values, block[1]), tiled(out, block[1]), strict=True):
+        torch.mul(part, factor[:, place].unsqueeze(-1), out=to)
+    return out
 
 
 def plus(values: torch.Tensor, rows: slice, offset: torch.Tensor, block: Block) -> torch.Tensor:
@@ -82,11 +83,11 @@ def plus(values: torch.Tensor, rows: slice, offset: torch.Tensor, block: Block) 
 
 
 def over(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
-    """float32 [these rows, columns] / scale [tiles, tiles], in place."""
-    factor = scale[tile_rows(rows, block)]
-    for part, place in tiled(values, block[1]):
-        part /= factor[:, place].unsqueeze(-1)
-    return values
+    """[these rows, columns] of at most 32 bits / float32 scale [tiles, tiles], as float32."""
+    factor, out = scale[tile_rows(rows, block)], torch.empty(values.shape)
+    for (part, place), (to, _) in zip(tiled(values, block[1]), tiled(out, block[1]), strict=True):
+        torch.div(part, factor[:, place].unsqueeze(-1), out=to)
+    return out
 
 
 def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor, how: str) -> None:
@@ -101,11 +102,30 @@ def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
     if values.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("grid", values)):
         fast.largest(values, block, amax)
         return amax
-    for rows in runs(*values.shape):
-        magnitude = values[rows].to(torch.float32).abs()
-        found = torch.cat([part.amax(-1) for part, _ in tiled(magnitude, block[1])], -1)
-        _reduced(found, rows, block, amax, "amax")
+    height = block[0] or max(1, values.shape[0])
+    if height == 1:
+        for rows in runs(*values.shape):
+            amax[rows] = _of_tiles(_magnitude(values[rows]), block[1])
+        return amax
+    for tile, at in enumerate(range(0, values.shape[0], height)):
+        some = values[at : at + height]
+        columns = torch.stack([_magnitude(some[rows]).amax(0) for rows in runs(*some.shape)]).amax(0, keepdim=True)
+        amax[tile] = _of_tiles(columns, block[1])[0]
     return amax
+
+
+def _magnitude(values: torch.Tensor) -> torch.Tensor:
+    """As a type whose order is that of the magnitudes: the bits of a float without its sign, where NaN comes last."""
+    if values.dtype not in BITS:
+        values = values.to(torch.float32)
+    bits = BITS[values.dtype]
+    return values.view(bits) & torch.iinfo(bits).max
+
+
+def _of_tiles(magnitude: torch.Tensor, width: int) -> torch.Tensor:
+    """What `_magnitude` gave [rows, columns] -> float32 [rows, tiles], the largest of each."""
+    found = torch.cat([part.amax(-1) for part, _ in tiled(magnitude, width)], -1)
+    return found.view(next(dtype for dtype, bits in BITS.items() if bits == found.dtype)).to(torch.float32)
 
 
 def refuted(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:

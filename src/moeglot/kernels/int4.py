@@ -126,7 +126,7 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
             if fast:
                 fast.encode(backend.in_half_or_single(given[rows]), factor[rows].to(torch.float32), block[1] or given.shape[1], words[rows])
                 continue
-            quotients = over(given[rows].to(torch.float32, copy=True), slice(0, rows.stop - rows.start), factor[rows].to(torch.float32), block)
+            quotients = over(given[rows].to(torch.float32), slice(0, rows.stop - rows.start), factor[rows].to(torch.float32), block)
             words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
     return found, scale
 
@@ -140,7 +140,7 @@ def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[to
     for given, words, factor, zeros in zip(*map(matrices, (values, found, scale, zero)), strict=True):
         points = torch.empty(factor.shape)
         for rows in runs(*given.shape):
-            some, here = given[rows].to(torch.float32, copy=True), slice(0, rows.stop - rows.start)
+            some, here = given[rows].to(torch.float32), slice(0, rows.stop - rows.start)
             factor[rows], points[rows] = _spans(some, block, dtype)
             quotients = plus(over(some, here, factor[rows].to(torch.float32), block), here, points[rows], block)
             words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
