@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +56,8 @@ def each_expert(
     sample: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Any]:
     """`work(layer, expert)` for each expert, or for those of a sample, in order, on threads, a few at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
     places = sample or [(layer, expert) for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])]
 
     def run(layer: int, expert: int) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,6 +78,8 @@ def threads(count: int, device: str | None = None) -> Engine:
     """A few units under way at a time, on threads of this process; the first error stops the rest. `device`: where codes are decoded."""
 
     def engine(plan: Plan, folder: Path, units: Sequence[Unit], allow_loss: bool) -> Iterator[tuple[Unit, Loss]]:
+        from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
         from moeglot.kernels import backend
 
         files = Files(plan, folder)
