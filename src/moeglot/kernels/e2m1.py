@@ -42,19 +42,25 @@ def thresholds(ties: str, device: torch.device) -> torch.Tensor:
     return torch.where(torch.tensor(TIES_UP, device=device), middle, after)
 
 
-def nearest(magnitudes: torch.Tensor, ties: str) -> torch.Tensor:
-    """float32 [...] of any size, contiguous -> index of the nearest magnitude, int32; more than 6 is 6."""
-    return torch.bucketize(magnitudes, thresholds(ties, magnitudes.device), out_int32=True, right=True)
+@cache
+def _table(ties: str, device: torch.device) -> torch.Tensor:
+    """u8 [131072]: the code of a float32 whose first 16 bits, the next one or any after it make the index; no threshold but its successor has more bits."""
+    values = (torch.arange(1 << 17, device=device) << 15).to(torch.uint32).view(torch.float32)
+    index = torch.bucketize(values.abs(), thresholds(ties, device), right=True)  # more than 6 is 6
+    return (index | torch.signbit(values) << 3).to(torch.uint8)
+
+
+def nearest(values: torch.Tensor, ties: str) -> torch.Tensor:
+    """float32 [...] of any size -> u8 codes; the last bit but three is the sign, of zero too."""
+    bits = values.contiguous().view(torch.int32)
+    index = (bits >> 15).bitwise_and_(0x1FFFF) | ((bits & 0x7FFF) + 0x7FFF >> 15)
+    return _table(ties, values.device).index_select(0, index.view(-1)).view(values.shape)
 
 
 @cache
 def levels(ties: str) -> Levels:
-    """The sixteen codes; the last bit but three is the sign, of zero too."""
-
-    def rounded(quotients: torch.Tensor) -> torch.Tensor:
-        return nearest(quotients.abs().contiguous(), ties).to(torch.uint8) | torch.signbit(quotients).to(torch.uint8) << 3
-
-    return Levels(torch.tensor([*E2M1, *(-v for v in E2M1)]), rounded)
+    """The sixteen codes."""
+    return Levels(torch.tensor([*E2M1, *(-v for v in E2M1)]), lambda quotients: nearest(quotients, ties))
 
 
 def codes(packed: torch.Tensor) -> torch.Tensor:
@@ -64,9 +70,5 @@ def codes(packed: torch.Tensor) -> torch.Tensor:
 
 def packed(codes: torch.Tensor) -> torch.Tensor:
     """u8 [..., 2 k], one code a byte -> u8 [..., k]."""
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
-
-
-def pack(index: torch.Tensor, signed_like: torch.Tensor) -> torch.Tensor:
-    """Indices of magnitudes [n, 2 k] with the signs of numbers of that shape (zero has one too) -> u8 [n, k]."""
-    return packed(index.to(torch.uint8) | torch.signbit(signed_like).to(torch.uint8) << 3)
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs | pairs >> 4).to(torch.uint8)

@@ -26,7 +26,7 @@ def _scales(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def powers(scale: torch.Tensor) -> torch.Tensor:
-    """scale u8 -> float32: 2^(s - 127)."""
+    """scale, integers from 0 to 255 -> float32: 2^(s - 127)."""
     return _scales(torch.float32, scale.device)[scale.int()]
 
 
@@ -99,8 +99,8 @@ def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torc
     if not bool(amax.isfinite().all()):
         raise _cannot_hold()
     exponent = _exponents(amax, scale_rule)
-    magnitude = torch.ldexp(exact.abs(), -exponent.unsqueeze(-1)).contiguous()
-    return e2m1.pack(e2m1.nearest(magnitude, ties), exact), (exponent + BIAS).to(torch.uint8)
+    scaled = exact * powers(BIAS - exponent).unsqueeze(-1)
+    return e2m1.packed(e2m1.nearest(scaled, ties)), (exponent + BIAS).to(torch.uint8)
 
 
 def _cannot_hold() -> BadNumbers:

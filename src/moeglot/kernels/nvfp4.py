@@ -101,7 +101,7 @@ def _encode(matrix: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Ten
             fast.encode(given, factor, packed[some])
             continue
         quotients = given / factor.unsqueeze(-1)
-        packed[some] = e2m1.pack(e2m1.nearest(quotients.abs(), "even"), given)
+        packed[some] = e2m1.packed(e2m1.nearest(quotients, "even"))
     return packed.view(len(matrix), -1), scale.view(len(matrix), -1), by
 
 
@@ -179,8 +179,8 @@ def _fit(groups: torch.Tensor, by: torch.Tensor, rules: Rules) -> tuple[torch.Te
 def _reproduced(groups: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules) -> torch.Tensor:
     """groups [..., 16], scale [...] -> bool [...]: code × S is every number of the group."""
     factor = rules.factor(scale, by).unsqueeze(-1)
-    index = e2m1.nearest((groups / factor).abs(), "even")
-    return (torch.tensor(e2m1.E2M1)[index] * factor == groups.abs()).all(-1)
+    code = e2m1.nearest((groups / factor).abs(), "even")
+    return (torch.tensor(e2m1.E2M1)[code.int()] * factor == groups.abs()).all(-1)
 
 
 def from_powers(packed: torch.Tensor, power: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
