@@ -47,7 +47,7 @@ matrix-ray matrix-s3: matrix-%: .venvs/%/ready
 # PEFT with every transformers: the cells that are no environment of their own, which has its PEFT.
 matrix-peft: .venv/ready .venvs/transformers-4.57.6/ready .venvs/transformers-5.5.4/ready $(PEFTS:%=.venvs/peft-%/ready)
 	set -e; for cell in $(CELLS); do \
-	    OMP_NUM_THREADS=1 PYTHONPATH=.venvs/peft-$${cell##*/} $${cell%/*}/bin/python -m pytest $(SPREAD) tests/oracles/test_peft.py tests/oracles/test_lora_peft.py; \
+	    OMP_NUM_THREADS=1 PYTHONPATH=.venvs/peft-$${cell##*/} $${cell%/*}/bin/python -m pytest $(SPREAD) tests/oracles/test_peft.py; \
 	done
 
 .venvs/peft-%/ready: .venv/ready
