@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import moeglot
+from moeglot.nn.data import read
 from moeglot.nn.moments import gather
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
@@ -91,3 +92,15 @@ def test_a_file_without_an_experts_moments_is_refused(bundled, tmp_path):
     save_file({"layers.0.experts.0.hidden": torch.eye(192)}, tmp_path / "some.safetensors")
     with pytest.raises(moeglot.UsageError, match=r"has no layers\.0\.experts\.0\.intermediate|has no layers"):
         moeglot.merge(base, moeglot.open_adapter(adapter, base, "peft"), tmp_path / "out", round=f"gptq:{tmp_path / 'some.safetensors'}")
+
+
+def test_one_row_of_text_is_enough(bundled, tmp_path):
+    """Nothing is held out, as `tune` does."""
+    tokenizer, text = AutoTokenizer.from_pretrained(bundled), tmp_path / "text.txt"
+    text.write_text("In the beginning God created the heaven and the earth. " * 2)
+    count = len(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    assert read(text, tokenizer, count, 0.0).train.shape == (1, count)
+    with pytest.raises(moeglot.UsageError, match=r"(?s)0 rows.*one row is the least"):
+        read(text, tokenizer, count + 1, 0.0)
+    with pytest.raises(moeglot.UsageError, match=r"(?s)1 rows.*one be held out"):
+        read(text, tokenizer, count, 0.1)

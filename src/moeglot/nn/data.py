@@ -56,10 +56,11 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
         if len(documents) > 1 and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
     rows = len(ids) // length
-    kept = max(1, round(rows * share))
+    kept = max(1, round(rows * share)) if share else 0
     if rows - kept < 1:
         what = f"{path}: {len(ids)} tokens are {rows} rows of {length}"
-        raise UsageError(what, "one row must train and one be held out", f"pass --length {max(8, len(ids) // 4)}, or more text")
+        needed = "one row must train and one be held out" if share else "one row is the least"
+        raise UsageError(what, needed, f"pass --length {max(8, len(ids) // 4)}, or more text")
     every = torch.tensor(ids[: rows * length]).view(rows, length)
     return Data(every[: rows - kept], every[rows - kept :], hashlib.sha256(text.encode()).hexdigest())
 
