@@ -66,10 +66,16 @@ def alongside(subject: Checkpoint, other: Checkpoint) -> Checkpoint:
     return divided(other, subject.share) if subject.share else other
 
 
+def whole_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The sizes of the whole model, whoever's experts these are."""
+    sizes, share = checkpoint.sizes, checkpoint.share
+    return {**sizes, "e": sizes["e"] * share.size} if share else sizes
+
+
 def numbers(checkpoint: Checkpoint) -> range:
     """The numbers that the experts of a checkpoint have in the whole model."""
-    experts, share = checkpoint.sizes["e"], checkpoint.share
-    return share.experts(experts * share.size) if share else range(experts)
+    experts = whole_sizes(checkpoint)["e"]
+    return checkpoint.share.experts(experts) if checkpoint.share else range(experts)
 
 
 def share_json(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ def verify(
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
     if isinstance(other, Fingerprint):
-        other.matches(subject)
+        other = other.of(subject)
     checks = [structure(subject)]
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
