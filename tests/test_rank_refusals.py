@@ -61,6 +61,13 @@ def test_it_is_no_whole_model(to: str, states: Path) -> None:
         moeglot.plan(states, to)
 
 
+def test_it_is_no_model_to_load(states: Path) -> None:
+    pytest.importorskip("transformers")
+    for options in ({}, {"native": True}):
+        with refused(UsageError, "has the experts of rank 1 of 3 alone", STATE_DICTS, "convert the whole model that it comes from"):
+            moeglot.load(states, **options)
+
+
 def test_it_is_that_of_no_other_process(source: Path, states: Path, tmp_path: Path) -> None:
     other = of_rank(source, "qwen3-moe/megatron-te", tmp_path / "other", 2)
     for asked in ((0, 3), (0, 1), (1, 2)):
@@ -85,7 +92,7 @@ def test_without_the_mark_experts_are_missing(format: str | None, states: Path) 
     assert marks.pop("moeglot.share") == "rank 1 of 3"
     for kept in (marks, {}):
         write(states, read(states), kept)
-        with refused(TensorMismatch, "weight2: missing"):
+        with refused(TensorMismatch, "weight2: missing", (), "where the safetensors header says moeglot.share"):
             moeglot.open(states, format)
 
 
