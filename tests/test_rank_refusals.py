@@ -138,10 +138,10 @@ def test_shards_of_two_processes(source: Path, tmp_path: Path) -> None:
         moeglot.open(folders[0])
 
 
-def test_a_mark_where_no_process_has_a_file_of_its_own(source: Path, tmp_path: Path) -> None:
+def test_a_mark_in_a_format_for_all_experts(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     write(folder, read(source), {"moeglot.format": "qwen3-moe/hub", "moeglot.share": "rank 1 of 3"})
-    with refused(Contradiction, "qwen3-moe/hub", "no process has such a file of its own"):
+    with refused(Contradiction, "qwen3-moe/hub", "moeglot.share = rank 1 of 3, and qwen3-moe/hub has all experts"):
         moeglot.open(folder)

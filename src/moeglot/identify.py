@@ -149,7 +149,7 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     if (form.container is not None) != source.torch_dist:
         return Refutation("container", "it lies in a torch_dist folder" if form.container else "it lies in safetensors files")
     if source.share and not form.by_rank:
-        return Refutation("container", f"the safetensors header says {SHARE} = {source.share}, and no process has such a file of its own")
+        return Refutation("container", f"the safetensors header says {SHARE} = {source.share}, and {form.name} has all experts")
     model_type = source.config.get("model_type")
     if form.config.only:
         if missing := [key for key in form.config.names.values() if key not in source.config]:
