@@ -9,6 +9,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 READ: list[tuple[str, int]] = []
 """(file, bytes) of each request."""
+RANGES: list[tuple[str, int, int]] = []
+"""(file, first byte, the one after the last) of each request for a range."""
 
 
 class CountingMemory(MemoryFileSystem):
@@ -24,6 +26,7 @@ class CountingMemory(MemoryFileSystem):
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
         found: bytes = super().cat_file(path, start, end, **more)
         READ.append((path.rsplit("/", 1)[-1], len(found)))
+        RANGES.append((READ[-1][0], start or 0, (start or 0) + len(found)))
         return found
 
     def open(self, *_: Any, **__: Any) -> Any:

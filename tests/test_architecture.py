@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote"},
+    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
     {"floats"},
@@ -29,6 +29,7 @@ LAYERS = (
     {"identify", "structure", "profiles", "outline"},
     {"evidence"},
     {"checkpoint", "adapter_config", "adapter_evidence"},
+    {"divided"},
     {"adapter_identify", "adapter_parts"},
     {"adapter_targets"},
     {"adapter"},

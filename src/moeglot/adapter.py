@@ -17,7 +17,7 @@ from moeglot.adapter_targets import check_dense_there, check_experts_there, expe
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import Convention, by_name
-from moeglot.errors import HalfAdapter
+from moeglot.errors import HalfAdapter, UsageError
 from moeglot.factors import Place, fit, in_out, stacked_form
 
 if TYPE_CHECKING:
@@ -108,6 +108,9 @@ def open_adapter(path: str | Path, base: Checkpoint | str | Path, convention: st
     `UnsupportedAdapter`, `TensorMismatch` and `Contradiction`.
     """
     checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    if checkpoint.share:
+        wrong = f"an adapter for {checkpoint.source.name}, which has the experts of {checkpoint.share} alone"
+        raise UsageError(wrong, f"its factors are those of all experts; {checkpoint.known}", "merge it into the whole model, then convert that")
     if convention is not None:
         by_name(convention)
     files = read_files(path, adapter)

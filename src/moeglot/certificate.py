@@ -10,6 +10,7 @@ from typing import Any
 
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.divided import share_json
 from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
 from moeglot.experts import Expert, Matrix
@@ -184,13 +185,18 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report) -> dict[str, Any]:
     source = plan.source
-    files = [*source.source.shards, *(p for p in [source.source.folder / "config.json"] if p.exists())]
+    whole = source.share == source.source.share  # else the shards hold experts of other processes, too, which are not read
+    files = [*(source.source.shards if whole else ()), *(p for p in [source.source.folder / "config.json"] if p.exists())]
     written = sorted((path for path in folder.iterdir() if path.name != CERTIFICATE), key=lambda path: path.name)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
         "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: sha256(path) for path in files}},
-        "output": {"format": plan.target.name, "sha256": {path.name: sha256(path) for path in written}},
+        "output": {
+            "format": plan.target.name,
+            **({"share": share_json(source)} if source.share else {}),
+            "sha256": {path.name: sha256(path) for path in written},
+        },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},

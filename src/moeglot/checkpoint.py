@@ -24,6 +24,7 @@ from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
 from moeglot.layout import Stored
 from moeglot.shards import Entry
+from moeglot.share import SHARE, Share, held
 from moeglot.source import Source, read_source
 from moeglot.structure import structure_problems
 
@@ -38,7 +39,13 @@ class Checkpoint:
 
     @property
     def evidence(self) -> tuple[str, ...]:
-        return self.identification.evidence
+        share = self.source.share
+        return (*self.identification.evidence, *([f"the safetensors header says {SHARE} = {share}"] if share else []))
+
+    @property
+    def share(self) -> Share | None:
+        """Whose experts these are, if not all."""
+        return self.source.share
 
     @property
     def known(self) -> str:
@@ -52,8 +59,8 @@ class Checkpoint:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Letter -> size: e experts, h hidden, i intermediate, and what else the family needs."""
-        return self.format.family.read_sizes(self.config)
+        """Letter -> size: e experts that are here, h hidden, i intermediate, and what else the family needs."""
+        return held(self.format.family.read_sizes(self.config), self.source.share)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -235,11 +242,8 @@ class Checkpoint:
         shares, first = line.shares(self.config, entry.shape[0] if entry.shape else 1), 0
         if shares is None:
             said = ", ".join(f"{key} = {dig(self.config, key)}" for key in dict.fromkeys(line.heads))
-            raise TensorMismatch(
-                f"{entry.name}: {list(entry.shape)}, its rows are no whole number of heads",
-                f"config.json says {said}",
-                "check config.json against the producer's",
-            )
+            wrong = f"{entry.name}: {list(entry.shape)}, its rows are no whole number of heads"
+            raise TensorMismatch(wrong, f"config.json says {said}", "check config.json against the producer's")
         for name, rows in zip(line.hub, shares, strict=True):
             yield HubTensor(name.format(**numbers), entry, first, rows, line.groups(self.config))
             first += rows

@@ -19,6 +19,8 @@ from moeglot.cli_options import (
     AllowLossOption,
     DryRunOption,
     EncodeOption,
+    EpRankOption,
+    EpSizeOption,
     FormatOption,
     HtmlOption,
     JsonOption,
@@ -135,11 +137,14 @@ def convert(
     finalize: FinalizeOption = False,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = None,
+    ep_rank: EpRankOption = None,
+    ep_size: EpSizeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
     where = Where(part, finalize, engine, ray_address, device)
-    plan = moeglot.plan(moeglot.open(src, format), to, encode=encode, adapter=adapter, round=round, shard_size=parse_size(shard_size))
+    checkpoint, size = moeglot.open(src, format), parse_size(shard_size)
+    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=size, ep_rank=ep_rank, ep_size=ep_size)
     raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, where=where))
 
 

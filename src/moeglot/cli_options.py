@@ -25,6 +25,12 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run t
 EncodeOption = Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="Such as bfloat16, mxfp4, fp8-block or nf4.")]  # noqa: UP045
 RoundOption = Annotated[str, typer.Option("--round", metavar="HOW", help="With an adapter: nearest, stochastic[:SEED], delta or gptq:FILE.")]
 
+EpRankOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--ep-rank", metavar="R", help="Write what process R of --ep-size loads under expert parallelism: a state dict of Megatron's, R from 0."),
+]
+EpSizeOption = Annotated[Optional[int], typer.Option("--ep-size", metavar="N", help="How many processes divide the experts of each layer.")]  # noqa: UP045
+
 
 def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(report.dump(value) + "\n")

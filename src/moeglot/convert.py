@@ -17,7 +17,7 @@ from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress, return_large_buffers
 from moeglot.direct import no_space
 from moeglot.errors import LossRefused, Unfinished, UsageError
-from moeglot.identify import MARK
+from moeglot.identify import written_marks
 from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
 from moeglot.parts import Part, parted
@@ -52,16 +52,22 @@ def convert(
     progress: Progress | None = None,
     device: str | None = None,
     engine: Engine | None = None,
+    ep_rank: int | None = None,
+    ep_size: int | None = None,
 ) -> Certificate:
     """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
 
     `device`: where MXFP4 and FP8 are decoded, a GPU such as "cuda"; what was written is verified on the CPU all the same.
     `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
+    `ep_rank`, `ep_size`: what process `ep_rank` of `ep_size` loads under expert parallelism, where `to` is a state dict of Megatron's: the experts
+    [rank * E / size, (rank + 1) * E / size) numbered from 0, no others being read, and all else whole.
 
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
-    plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size)
+    plan = make_plan(
+        checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size, ep_rank=ep_rank, ep_size=ep_size
+    )
     return carry_out(plan, out, allow_loss, workers, resume, progress, device=device, engine=engine)
 
 
@@ -229,7 +235,9 @@ def _write_rest(plan: Plan, folder: Location) -> None:
     elif len(plan.shards) > 1:
         weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.slots}
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
-        write_json(folder / INDEX, {"metadata": {"total_size": total, MARK: plan.target.name}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(
+            folder / INDEX, {"metadata": {"total_size": total, **written_marks(plan.target, plan.source.share)}, "weight_map": dict(sorted(weight_map.items()))}
+        )
     for path in plan.others:
         if isinstance(path, Path) and isinstance(folder, Path):
             shutil.copyfile(path, folder / path.name)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
+from moeglot.divided import numbers, whole_sizes
 from moeglot.errors import Contradiction, UsageError
 from moeglot.experts import Expert, Matrix, loudness, probe
 from moeglot.misreadings import right
@@ -28,12 +29,13 @@ DIGITS = 9
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`experts`: "layer.expert" -> [scale of the tokens, 8 numbers]."""
+    """`experts`: "layer.expert", by the numbers of the whole model -> [scale of the tokens, 8 numbers]. `first`: which of them is asked for as expert 0."""
 
     name: str
     family: str
     sizes: Mapping[str, int]
     experts: Mapping[str, tuple[float, ...]]
+    first: int = 0
 
     @classmethod
     def load(cls, path: str | Path) -> Fingerprint:
@@ -53,29 +55,31 @@ class Fingerprint:
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")).replace('],"', '],\n"') + "\n", encoding="utf-8")
 
-    def matches(self, checkpoint: Checkpoint) -> None:
-        """Raises `Contradiction` unless the checkpoint has this family, these sizes and these experts."""
-        sizes = {letter: checkpoint.sizes[letter] for letter in self.sizes}
-        places = {f"{layer}.{expert}" for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])}
-        if checkpoint.format.family.name != self.family or sizes != self.sizes or places != set(self.experts):
+    def of(self, checkpoint: Checkpoint) -> Fingerprint:
+        """What it says of a checkpoint's experts; raises `Contradiction` unless that has this family, these sizes and these experts, or one process's."""
+        sizes, mine = {letter: whole_sizes(checkpoint)[letter] for letter in self.sizes}, numbers(checkpoint)
+        places = {f"{layer}.{expert}" for layer in checkpoint.layers for expert in mine}
+        known = places <= self.experts.keys() if checkpoint.share else places == self.experts.keys()
+        if checkpoint.format.family.name != self.family or sizes != self.sizes or not known:
             raise Contradiction(
                 f"{self.name} is the fingerprint of another model",
                 f"of {self.family} {dict(self.sizes)} with {len(self.experts)} experts; this is {checkpoint.format.family.name} {sizes} with {len(places)}",
                 "pass the fingerprint of this model's source",
             )
+        return replace(self, first=mine[0])
 
     # --- a side of `verify` ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
-        return probe((layer, expert), TOKENS, h) * self.experts[f"{layer}.{expert}"][0]
+        return probe((layer, self.first + expert), TOKENS, h) * self.experts[f"{layer}.{self.first + expert}"][0]
 
     def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return torch.tensor(self.experts[f"{layer}.{expert}"][1:], dtype=torch.float64)
+        return torch.tensor(self.experts[f"{layer}.{self.first + expert}"][1:], dtype=torch.float64)
 
     def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
-        return project(layer, expert, response)
+        return project(layer, self.first + expert, response)
 
 
 def project(layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
@@ -90,10 +94,10 @@ def fingerprint(checkpoint: Checkpoint | str | Path) -> Fingerprint:
     h, found = subject.sizes["h"], {}
     for layer in subject.layers:
         model = Expert.of(subject.format.family, subject.config, layer)
-        for expert in range(subject.sizes["e"]):
-            matrix = right(subject, layer, expert)
+        for here, expert in enumerate(numbers(subject)):
+            matrix = right(subject, layer, here)
             tokens = probe((layer, expert), TOKENS, h)
             scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}")
-            numbers = project(layer, expert, model.forward(tokens * scale, matrix))
-            found[f"{layer}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in numbers.tolist()))
-    return Fingerprint(subject.source.name, subject.format.family.name, {letter: subject.sizes[letter] for letter in "ehi"}, found)
+            seen = project(layer, expert, model.forward(tokens * scale, matrix))
+            found[f"{layer}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in seen.tolist()))
+    return Fingerprint(subject.source.name, subject.format.family.name, {letter: whole_sizes(subject)[letter] for letter in "ehi"}, found)

@@ -101,6 +101,7 @@ class Format:
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
     `asked`: what its producer did that only shapes tell from another format, if so; it is then read only if --format or our mark says so.
     `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
+    `by_rank`: with expert parallelism, each process has such a file of its own, its experts numbered from 0 and all else whole.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
@@ -119,6 +120,7 @@ class Format:
     closed: bool = False
     container: TorchDist | None = None
     asked: str = ""
+    by_rank: bool = False
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.divided import numbers, share_json, whole_sizes
 from moeglot.evidence import Weighed, evidence_json
 from moeglot.family import dig
 from moeglot.layout import Stored
@@ -26,6 +27,7 @@ def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep:
         "evidence": list(c.evidence),
         "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items() if refutation.by != "family"},
         "sizes": dict(c.sizes),
+        "share": share_json(c),
         "layers": list(c.layers),
         "stored": [_stored_json(c, line) for line in c.format.all_lines],
         "not_quantized": sorted(c.format.unlike),
@@ -55,6 +57,7 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
         *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
         *([("unverified", c.format.family.unverified)] if c.format.family.unverified else []),
         *([("as they were", f"the experts of layers {', '.join(map(str, c.format.unlike))}, in whole or in part")] if c.format.unlike else []),
+        *([("share", f"{c.share}: experts {numbers(c)[0]} to {numbers(c)[-1]} of {whole_sizes(c)['e']}, numbered from 0")] if c.share else []),
         ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
         ("layers", f"{len(c.layers)} with experts of {dig(c.config, c.format.family.sparse.count)}"),
         (

@@ -50,7 +50,7 @@ def load(
     from moeglot.integrations import transformers_load, transformers_parallel
 
     how = transformers_load.Native(encode, tuple(modules_to_not_convert), backend) if native else None
-    share = transformers_parallel.Share.of(ep_rank, ep_size) if ep_size is not None else None
+    share = transformers_parallel.share_of(ep_rank, ep_size) if ep_size is not None else None
     return transformers_load.load(path, dtype, device, format, options, how, share)
 
 

@@ -24,14 +24,15 @@ from moeglot.errors import UsageError
 from moeglot.family import dig
 from moeglot.format import Dense, Format, TorchDist
 from moeglot.formats import by_name, of_family
-from moeglot.identify import MARK
+from moeglot.identify import written_marks
 from moeglot.layout import Sizes, Stored
 from moeglot.merging import Change, Merged, MergedPart
 from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
+from moeglot.share import Share
 from moeglot.survival import Survival
-from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, twin, variant
+from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 SHARD_SIZE = 5_000_000_000
@@ -182,21 +183,25 @@ def plan(
     round: str = "nearest",
     keep_touched: str | None = None,
     shard_size: int = SHARD_SIZE,
+    ep_rank: int | None = None,
+    ep_size: int | None = None,
 ) -> Plan:
     """The plan of a conversion to the format named `to`, by default the source's own; raises `MoeglotError` for what cannot be done, before a byte is
     written. `adapter`: its change is added, and the sums are rounded as `round` says. `keep_touched`: in each layer, the matrices of a role that it changes
-    for some expert stay in that float type, where the target can say so.
+    for some expert stay in that float type, where the target can say so. `ep_rank`, `ep_size`: the experts of that process alone, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
     wanted = encoding_by_name(encode) if encode else None
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
-    change = _change(source, adapter, round)
+    share = Share.asked(ep_rank, ep_size)
+    change = _change(source, adapter, round, share or source.share)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
         raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
+    source = shared(source, target, share)
     target, kept = arranged(source, target), None
     if keep_touched and change:
         kept = encoding_by_name(keep_touched)
@@ -213,18 +218,20 @@ def plan(
     if target.container:
         shards = plan_files(slots, shard_size, _stacked(source), _states(source, target.container))
     else:
-        shards = plan_shards(slots, shard_size, {"format": "pt", MARK: target.name})
+        shards = plan_shards(slots, shard_size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
     others = tuple(path for path in source.source.others() if path.name != MODELOPT_CONFIG or keeps(source, target))
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 
-def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str) -> Change | None:
+def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str, share: Share | None) -> Change | None:
     rounding = Rounding.by_name(round)
     if adapter is None:
         if rounding != Rounding():
             raise UsageError(f"--round {round} without an adapter", "it says how weights with an adapter's change are rounded", "pass --adapter DIR too")
         return None
+    if share:
+        raise UsageError(f"an adapter, and the experts of {share}", "its factors are those of all experts", "merge it into the whole model, then convert that")
     return Change(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, source), rounding)
 
 

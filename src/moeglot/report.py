@@ -15,6 +15,7 @@ from rich.table import Table
 from moeglot.certificate import Certificate, report_json
 from moeglot.checks import Check, Report
 from moeglot.codings import CODINGS
+from moeglot.divided import share_json
 from moeglot.format import Format
 from moeglot.forward import LIMIT
 from moeglot.kept import notes
@@ -87,6 +88,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "schema": "moeglot/plan/1",
         "source": {"path": plan.source.source.name, "format": plan.source.format.name, "evidence": list(plan.source.evidence)},
         "target": plan.target.name,
+        **({"share": share_json(plan.source)} if plan.source.share else {}),
         "steps": [{"do": verb, "tensors": n, **_expected(plan, verb)} for verb, n in _verbs(plan).items()],
         "renamed": plan.renamed,
         "config": dict(plan.config),
@@ -107,7 +109,7 @@ def _expected(plan: Plan, verb: str) -> dict[str, Any]:
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    rows = []
+    rows, whose = [], f", the experts of {plan.source.share} alone" if plan.source.share else ""
     for verb, count in _verbs(plan).items():
         error = plan.expected_error.get(verb)
         loss = "exact" if error is None else "exact on the sample; every tensor is checked" if not error else f"loses: relative error about {error:.2g}"
@@ -119,7 +121,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     )
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
     rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
-    table(console, f"plan: {plan.source.format.name} to {plan.target.name}", ("step", "of", "loss"), rows)
+    table(console, f"plan: {plan.source.format.name} to {plan.target.name}{whose}", ("step", "of", "loss"), rows)
     if plan.change:
         console.print(f"{plan.change.adapter.name}: {plan.change.adapter.known}", highlight=False, markup=False)
         for note in notes(plan.change):

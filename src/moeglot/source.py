@@ -13,6 +13,7 @@ from moeglot import hub
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
+from moeglot.share import Share
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
 
 INDEX = "model.safetensors.index.json"
@@ -42,6 +43,11 @@ class Source:
     def first_names(self) -> frozenset[str]:
         """What stands before the first dot."""
         return frozenset(key.partition(".")[0] for key in self.entries)
+
+    @cached_property
+    def share(self) -> Share | None:
+        """Whose experts these are, if not all; raises `Contradiction` where the marks are none."""
+        return Share.declared(self.metadata)
 
     @cached_property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
+from moeglot.share import SHARE
 from moeglot.source import Source
 
 
@@ -56,10 +57,11 @@ def _missing(key: str, line: Stored, part: str, source: Source, form: Format, la
             f"{known}; quantization_config does not name this module in {form.coding.kept}",
             f"if it is meant to be so, add it to {form.coding.kept} in config.json, as its producer should have",
         )
+    share = f"; one process's experts alone are read where the safetensors header says {SHARE}" if form.by_rank and not source.share else ""
     return TensorMismatch(
         f"{key}: missing",
         f"{why}{known}; it has experts in layers {_spread(layers)}",
-        "fetch the missing shard, or the producer's config.json if that is wrong",
+        f"fetch the missing shard, or the producer's config.json if that is wrong{share}",
     )
 
 

@@ -10,6 +10,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.coding import WEIGHT, leaves_alone, said
 from moeglot.config import declared_dtype
 from moeglot.dense import DenseTensor
+from moeglot.divided import divided
 from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
@@ -17,6 +18,7 @@ from moeglot.errors import Contradiction, UsageError
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
+from moeglot.share import Share
 
 
 def variant(target: Format, wanted: Encoding | None) -> Format:
@@ -47,6 +49,19 @@ def own(form: Format, wanted: Encoding | None) -> Format:
         names = ", ".join(other.name for other in able) or "none"
         raise UsageError(f"{form.name} cannot hold {wanted}", f"formats of {form.family.name} that can: {names}", "pass --to with one of these")
     return able[0]
+
+
+def shared(source: Checkpoint, target: Format, share: Share | None) -> Checkpoint:
+    """The source, or the experts there of the share that is asked for; raises `UsageError` where the target is for whole models, or has no such file."""
+    if not share and not source.share:
+        return source
+    if not target.by_rank:
+        names = ", ".join(form.name for form in of_family(target.family) if form.by_rank) or f"none of {target.family.name}'s formats"
+        wrong = f"{target.name} with the experts of {share} alone" if share else f"{source.source.name} has the experts of {source.share} alone"
+        whole = "every process reads its own experts from one torch_dist checkpoint" if target.container else f"readers of {target.name} want all experts"
+        do = "leave --ep-rank and --ep-size out" if share else "convert the whole model that it comes from"
+        raise UsageError(wrong, f"{whole}; a process has a state dict of its own in: {names}", f"{do}, or pass --to with one of those that are named here")
+    return divided(source, share) if share else source
 
 
 def arranged(source: Checkpoint, target: Format) -> Format:

@@ -9,6 +9,7 @@ from moeglot import scratch
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
+from moeglot.divided import alongside
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError
@@ -31,9 +32,10 @@ def verify(
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
     if isinstance(other, Fingerprint):
-        other.matches(subject)
+        other = other.of(subject)
     checks = [structure(subject)]
     if isinstance(other, Checkpoint):
+        other = alongside(subject, other)
         checks.append(values(subject, other, workers=workers, progress=progress))
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
@@ -71,7 +73,8 @@ def structure(checkpoint: Checkpoint) -> Check:
         wrong = first.wrong if isinstance(first, MoeglotError) else str(first)
         return Check("structure", "does not hold", "keys, dtypes and shapes", f"{wrong} ({len(found)} problems)", {"problems": len(found)})
     experts = len(checkpoint.layers) * checkpoint.sizes["e"]
-    return Check("structure", "holds", "keys, dtypes and shapes", f"{tensors} tensors of {experts} experts, each once", {"experts": experts})
+    whose = f", those of {checkpoint.share}" if checkpoint.share else ""
+    return Check("structure", "holds", "keys, dtypes and shapes", f"{tensors} tensors of {experts} experts, each once{whose}", {"experts": experts})
 
 
 def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | None = None) -> Check:
@@ -122,6 +125,9 @@ def _worst(subject: Checkpoint, found: Iterator[tuple[int, dict[str, float]]]) -
 
 def comparable(a: Checkpoint, b: Checkpoint) -> None:
     """One family, one size; raises `Contradiction`."""
+    if a.share != b.share:
+        wrong = f"{a.source.name} has {_which(a)}, {b.source.name} {_which(b)}"
+        raise Contradiction(wrong, "moeglot compares the experts that the first one has", f"pass {b.source.name} first")
     letters = [letter for letter in ("e", "h", "i", "j") if a.sizes.get(letter) != b.sizes.get(letter)]
     if a.format.family != b.format.family or letters or a.layers != b.layers:
         raise Contradiction(
@@ -129,6 +135,10 @@ def comparable(a: Checkpoint, b: Checkpoint) -> None:
             f"{a.format.family.name} {dict(a.sizes)} and {b.format.family.name} {dict(b.sizes)}, {len(a.layers)} and {len(b.layers)} sparse layers",
             "compare checkpoints of one model",
         )
+
+
+def _which(checkpoint: Checkpoint) -> str:
+    return f"the experts of {checkpoint.share}" if checkpoint.share else "all experts"
 
 
 def difference(mine: Encoded, theirs: Encoded) -> float:
@@ -208,5 +218,6 @@ def _same(a: DenseTensor, b: DenseTensor) -> bool:
 def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:
     """Canonical values of two checkpoints, in whichever formats, and their other tensors."""
     mine, theirs = (x if isinstance(x, Checkpoint) else open(x) for x in (a, b))
+    theirs = alongside(mine, theirs)
     checks = (values(mine, theirs, workers=workers, progress=progress), others(mine, theirs))
     return Report(mine.source.name, theirs.source.name, checks)

@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--te-names", action="store_true")
     parser.add_argument("--grouped", action="store_true", help="experts as GroupedMLP")
     parser.add_argument("--states", action="store_true", help="the checkpoint is a state dict in safetensors")
+    parser.add_argument("--ranks", nargs="*", help="the checkpoint is a folder of state dicts, and process n loads the n-th of these")
     parser.add_argument("--glu-blocks", type=int, default=0, help="gate and up lie in blocks of so many rows")
     parser.add_argument("--layout", choices=["stacked", "numbered", "single"], default="stacked")
     args = parser.parse_args()
@@ -276,6 +277,8 @@ def main() -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=world)
+    if args.ranks:
+        args.checkpoint /= args.ranks[parallel_state.get_expert_model_parallel_rank()]
     with contextlib.suppress(Exception):
         model_parallel_cuda_manual_seed(0)
     hf = json.loads((args.checkpoint / "config.json").read_text())
@@ -284,7 +287,7 @@ def main() -> None:
     if args.glu_blocks:
         in_blocks(model, args.glu_blocks)
     metadata = {"singleton_local_shards": args.layout == "single", "non_homogeneous_layers": args.layout != "stacked"}
-    if args.states:
+    if args.states or args.ranks:
         model.load_state_dict(load_file(args.checkpoint / "model.safetensors"))
     elif not args.random:
         wanted = model.sharded_state_dict(metadata=metadata)
@@ -300,7 +303,7 @@ def main() -> None:
         logits = model(tokens, positions, None)
     if torch.distributed.get_rank() == 0:
         save_file({"logits": logits.float().contiguous()}, args.logits)
-    if args.dump:
+    if args.dump and torch.distributed.get_rank() == 0:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}, args.dump)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)

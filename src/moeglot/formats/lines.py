@@ -235,7 +235,8 @@ def megatron(
     def form(name: str, norms: str, lines: tuple[Stored, ...], about: str, container: TorchDist | None = None, told: int | None = None) -> Format:
         reads = "Megatron-Core with transformer-engine" if name.startswith("megatron-te") else "Megatron-Core"
         config = ConfigForm(told=HALVES | {BLOCKS: told})
-        return Format(f"{family.name}/{name}", family, lines, MEGATRON_SOURCE, about, ENDS + names[norms], config, reads, closed=True, container=container)
+        made = Format(f"{family.name}/{name}", family, lines, MEGATRON_SOURCE, about, ENDS + names[norms], config, reads, closed=True, container=container)
+        return replace(made, by_rank=container is None)
 
     in_blocks = f"; gate and up in blocks of 32 rows, {BLOCKS}"
     engine, dist = "a state dict of transformer-engine's layers with", "a torch_dist checkpoint for transformer-engine's layers"

@@ -22,11 +22,11 @@ from moeglot.dtypes import WEIGHT_DTYPES, DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
-from moeglot.integrations import transformers_native, transformers_placement
+from moeglot.integrations import transformers_native, transformers_parallel, transformers_placement
 from moeglot.integrations.transformers import READS, model_class
-from moeglot.integrations.transformers_parallel import Share, require_divided
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
+from moeglot.share import Share
 from moeglot.source import read_json
 from moeglot.targets import float_type
 
@@ -75,7 +75,7 @@ def load(
         transformers_native.check(chosen, modules, empty)
         _check_native(checkpoint, chosen, device, places, share)
         transformers_native.hollow(chosen, state)
-    placement = {} if native else share.options if share else _placement(device, options)
+    placement = {} if native else transformers_parallel.options(share) if share else _placement(device, options)
     if share and not native and (device is not None or options.keys() & placement.keys()):
         raise UsageError("device, with ep_size", "each process has the device that transformers gives it", "leave device and distributed_config out")
     own = {name: value for name, value in options.items() if name not in places}
@@ -91,10 +91,11 @@ def load(
         transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend, mine)
         transformers_placement.place(model, device, places)
     if share:
-        require_divided(model, expert_names(chosen), share.size)
+        transformers_parallel.require_divided(model, expert_names(chosen), share.size)
     if share and native:
         for layer in checkpoint.layers:
-            share.dispatch(model.get_submodule(transformers_native.path_of(chosen, layer)), torch.device(device or "cpu"))
+            module = model.get_submodule(transformers_native.path_of(chosen, layer))
+            transformers_parallel.dispatch(share, module, torch.device(device or "cpu"))
     give_back()
     return model
 

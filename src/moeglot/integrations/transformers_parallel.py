@@ -1,4 +1,4 @@
-"""Expert parallelism: which experts a process holds, how transformers' own strategies bring ours their tokens, and the proof that a model's are divided.
+"""Expert parallelism of live models: whether it is there, how transformers' own strategies bring ours their tokens, and the proof that a model is divided.
 
 https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/distributed/expert_parallel.py: an experts module holds `num_experts` experts, stacked
 on the first axis; `forward(hidden, top_k_index, top_k_weights)` is asked with local ids, and skips the id `num_experts`.
@@ -7,7 +7,6 @@ on the first axis; `forward(hidden, top_k_index, top_k_weights)` is asked with l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import distributed
 from moeglot.errors import NotVerified, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn.module import Experts
+from moeglot.share import Share
 
 FIRST = (5, 23)
 MEASURED = {
@@ -26,57 +26,43 @@ MEASURED = {
 """From which release on -> what its own expert parallelism does."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """The experts of process `rank` among `size`: runs of equal length, in the order of the processes."""
+def share_of(rank: int | None, size: int) -> Share:
+    """That of this process; raises `UsageError` where the release is wrong, or where the processes are others than those of torch.distributed."""
+    if VERSION < FIRST:
+        known = next(text for version, text in MEASURED.items() if version <= VERSION)
+        raise UsageError(f"no expert parallelism with transformers {transformers.__version__}", known, "install transformers 5.23 or newer")
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise UsageError(
+            "expert parallelism without processes",
+            "torch.distributed is not initialized",
+            "run under torchrun and call torch.distributed.init_process_group",
+        )
+    mine, all_ = distributed.get_rank(), distributed.get_world_size()
+    if size != all_ or rank not in (None, mine):
+        raise UsageError(
+            f"ep_rank={rank}, ep_size={size}",
+            f"torch.distributed says that this is process {mine} of {all_}",
+            f"pass ep_size={all_}, and leave ep_rank out",
+        )
+    return Share(mine, size)
 
-    rank: int
-    size: int
 
-    @classmethod
-    def of(cls, rank: int | None, size: int) -> Share:
-        """Raises `UsageError` where the release is wrong, or where the processes are others than those of torch.distributed."""
-        if VERSION < FIRST:
-            known = next(text for version, text in MEASURED.items() if version <= VERSION)
-            raise UsageError(f"no expert parallelism with transformers {transformers.__version__}", known, "install transformers 5.23 or newer")
-        if not (distributed.is_available() and distributed.is_initialized()):
-            raise UsageError(
-                "expert parallelism without processes",
-                "torch.distributed is not initialized",
-                "run under torchrun and call torch.distributed.init_process_group",
-            )
-        mine, all_ = distributed.get_rank(), distributed.get_world_size()
-        if size != all_ or rank not in (None, mine):
-            raise UsageError(
-                f"ep_rank={rank}, ep_size={size}",
-                f"torch.distributed says that this is process {mine} of {all_}",
-                f"pass ep_size={all_}, and leave ep_rank out",
-            )
-        return cls(mine, size)
+def options(share: Share) -> dict[str, Any]:
+    """For `from_pretrained`: all processes have one batch, attention is divided as the model's plan says, and whole experts are."""
+    from transformers.distributed import DistributedConfig
 
-    def experts(self, count: int) -> range:
-        """The experts of this process, of `count` in a layer; raises `UsageError` where they cannot be divided evenly."""
-        if count % self.size:
-            raise UsageError(f"{count} experts on {self.size} processes", "each holds as many as the others", f"choose a divisor of {count} as ep_size")
-        each = count // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
+    return {"distributed_config": DistributedConfig(tp_size=share.size, tp_plan="auto", ep_size=share.size)}
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """For `from_pretrained`: all processes have one batch, attention is divided as the model's plan says, and whole experts are."""
-        from transformers.distributed import DistributedConfig
 
-        return {"distributed_config": DistributedConfig(tp_size=self.size, tp_plan="auto", ep_size=self.size)}
+def dispatch(share: Share, module: Experts, device: torch.device) -> None:
+    """Have transformers' strategy bring the tokens of one batch, which all processes have, to this process's experts, and their answers back."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
-    def dispatch(self, module: Experts, device: torch.device) -> None:
-        """Have transformers' strategy bring the tokens of one batch, which all processes have, to this process's experts, and their answers back."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
-
-        if type(module) is not Experts:
-            raise UsageError(f"no expert parallelism for {module.family}", "its block asks its experts in a way of its own", "leave ep_size out, or native")
-        mesh = init_device_mesh(device.type, (self.size,), mesh_dim_names=("ep",))
-        EpDispatchExpertsParallel().install_forward(module, ep_mesh=mesh, tp_mesh=mesh)
+    if type(module) is not Experts:
+        raise UsageError(f"no expert parallelism for {module.family}", "its block asks its experts in a way of its own", "leave ep_size out, or native")
+    mesh = init_device_mesh(device.type, (share.size,), mesh_dim_names=("ep",))
+    EpDispatchExpertsParallel().install_forward(module, ep_mesh=mesh, tp_mesh=mesh)
 
 
 def require_divided(model: torch.nn.Module, experts: Mapping[str, tuple[int, ...]], size: int) -> None:
