@@ -30,6 +30,9 @@ class Experts(torch.nn.Module):
     """
 
     post_expert_norm: torch.nn.Module | None
+    form: str = ""
+    """The name of the format that the lines it holds are of; a loader says it, and which format's names the model's other tensors have."""
+    beside: str = ""
 
     def __init__(self, expert: Expert, lines: list[Held], layer: int, family: str = "", backend: str = "auto") -> None:
         super().__init__()
@@ -149,7 +152,8 @@ class Experts(torch.nn.Module):
         for line in self.lines:
             yield from line.stored()
 
-    def _relative(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def relative(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `stored`, under the keys that follow the experts' path, as in `state_dict()`."""
         paths = [line.line.key.format(layer=self.layer, expert="{").partition("{")[0].split(".")[:-1] for line in self.lines]
         shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
         stem = ".".join([*shared, ""])
@@ -158,7 +162,7 @@ class Experts(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, tensor in self._relative():
+        for key, tensor in self.relative():
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -171,7 +175,7 @@ class Experts(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        mine = {prefix + key: tensor for key, tensor in self._relative()}
+        mine = {prefix + key: tensor for key, tensor in self.relative()}
         others = {key: tensor for key, tensor in state_dict.items() if key not in mine}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, tensor in mine.items():
