@@ -12,7 +12,7 @@ import transformers
 
 from moeglot.axes import written
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import leaves_alone
+from moeglot.coding import WEIGHT, leaves_alone, said
 from moeglot.codings import CODINGS
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
@@ -124,12 +124,12 @@ def _producers(source: Format, wanted: Encoding) -> Format | None:
 
 
 def _upright(source: Format, wanted: Encoding) -> Format:
-    stacked = any(not line.per_expert for line in source.stored)
+    stacked = any(not line.per_expert or (line.is_matrix and not line.key.endswith(WEIGHT)) for line in source.stored)
     codings = [coding for coding in CODINGS if coding.encoding.kind == wanted.kind and (coding.stacked or not stacked)]
     coding = next((coding for coding in codings if coding.encoding.name == wanted.name), next(iter(codings), None))
     if coding is None:
         raise UsageError(f"{wanted} has no names for the tensors of {source.name}", source.about, "convert the checkpoint first, with moeglot convert --encode")
-    return replace(source, stored=tuple(replace(line, axes=upright_axes(line)) for line in source.stored)).coded(coding)
+    return replace(source, stored=tuple(replace(line, axes=upright_axes(line), shaped="") for line in source.stored)).coded(coding)
 
 
 def upright_axes(line: Stored) -> str:
@@ -168,6 +168,7 @@ def swap(
         new = kind_of(old, name).of(checkpoint, layer, lines=mine, experts=experts, backend=backend)
         new.post_expert_norm = getattr(old, "post_expert_norm", None)
         new.form, new.beside = (form if mine else checkpoint.format).name, chosen.target.name
+        new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
     model.register_forward_pre_hook(never_dropped)

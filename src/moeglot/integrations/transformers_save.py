@@ -1,6 +1,7 @@
 """A live transformers model as a checkpoint: its state dict as the tensors of a source, its config as config.json, so that `convert` can write it.
 
 `save_pretrained` loses gpt-oss' experts after an MXFP4 load (5.5.4, 5.23) and raises for FP8; `state_dict()` is whole, under the modules' own names.
+Experts that stay encoded are taken from `moeglot.nn.Experts`, which holds them under their keys on disk.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import transformers
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, problems
 from moeglot.checks import Progress
+from moeglot.coding import WEIGHT, leaves_alone
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.convert import carry_out
@@ -87,7 +89,7 @@ def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
     entries |= {key: hold(key, tensor) for module in native.values() for key, tensor in module.stored()}
     source = Source(f"the live {type(model).__name__}", folder, (), entries, config, ())
     found = _declared(model, native, config) if native else _identified(source)
-    checkpoint = Checkpoint(source, found.settled(source.name), found)
+    checkpoint = _quantized(Checkpoint(source, found.settled(source.name), found), native)
     for problem in problems(checkpoint):
         raise problem
     return checkpoint
@@ -132,7 +134,7 @@ def _require_merged(model: torch.nn.Module) -> None:
             raise UsageError(
                 f"{name} has an adapter that is not merged",
                 f"{'moeglot.nn.add_lora' if ours else 'PEFT'} put it beside the weights, and a checkpoint has weights alone",
-                "moeglot.nn.save_adapter(model, DIR), then moeglot merge BASE DIR OUT; or take the adapter off first",
+                "moeglot.nn.save_adapter(model, DIR), or PEFT's save_pretrained where no expert has one; then moeglot merge BASE DIR OUT",
             )
 
 
@@ -156,7 +158,7 @@ def _live_format(native: Mapping[str, Experts]) -> Format:
             f"nobody says which format's names stand beside {by_hand}", "moeglot.load does; these experts were put there by other means",
             "moeglot convert the checkpoint that they come from",
         )  # fmt: skip
-    chief = next((module for module in native.values() if module.is_encoded), next(iter(native.values())))
+    chief = _chief(native)
     lines = {module.layer: tuple(_as_held(line) for line in module.lines) for module in native.values()}
     stored = lines[chief.layer]
     return replace(
@@ -166,6 +168,24 @@ def _live_format(native: Mapping[str, Experts]) -> Format:
         unlike={layer: mine for layer, mine in lines.items() if mine != stored},
         coding=next((coding for coding in CODINGS if coding.name == chief.form.partition("+")[2]), None),
     )
+
+
+def _chief(native: Mapping[str, Experts]) -> Experts:
+    """The first that is quantized, whose lines are the format's; if none is, the first."""
+    return next((module for module in native.values() if module.is_encoded), next(iter(native.values())))
+
+
+def _quantized(checkpoint: Checkpoint, native: Mapping[str, Experts]) -> Checkpoint:
+    """With the file's own quantization_config, if that can say that all matrices which are no experts are plain now; else a target's producer words it."""
+    coding, said = checkpoint.format.coding, _chief(native).declared if native else {}
+    if not (coding and coding.kept and said):
+        return checkpoint
+    plain = [name.removesuffix(WEIGHT) for name, tensor in checkpoint.dense.items() if name.endswith(WEIGHT) and len(tensor.shape) == 2]
+    kept = {coding.kept: [*(said.get(coding.kept) or ()), *(module for module in plain if not leaves_alone(said, module))]}
+    if not all(leaves_alone({**said, **kept}, module) for module in plain):
+        return checkpoint
+    config = {**checkpoint.source.config, "quantization_config": {**said, **kept}}
+    return replace(checkpoint, source=replace(checkpoint.source, config=config))
 
 
 def _as_held(held: Held) -> Stored:

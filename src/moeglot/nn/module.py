@@ -31,8 +31,11 @@ class Experts(torch.nn.Module):
 
     post_expert_norm: torch.nn.Module | None
     form: str = ""
-    """The name of the format that the lines it holds are of; a loader says it, and which format's names the model's other tensors have."""
+    """The name of the format whose lines it holds. A loader says it, and the next two."""
     beside: str = ""
+    """The name of the format under whose names the model has its other tensors."""
+    declared: Mapping[str, Any] = {}
+    """What quantization_config says on disk, if the lines were held as they are there."""
 
     def __init__(self, expert: Expert, lines: list[Held], layer: int, family: str = "", backend: str = "auto") -> None:
         super().__init__()
