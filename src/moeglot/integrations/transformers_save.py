@@ -126,9 +126,9 @@ def _identified(source: Source) -> Identification:
 # --- experts that stay encoded ---------------------------------------------------------------------------------------------------------
 
 
-def _require_merged(model: torch.nn.Module) -> None:
+def _require_merged(model: Any) -> None:
     """Raises `UsageError` for an adapter that is applied as the model computes, and is not in its weights."""
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         ours = isinstance(module, Experts) and bool(module.lora)
         if ours or isinstance(getattr(module, "base_layer", None), torch.nn.Module):
             raise UsageError(
