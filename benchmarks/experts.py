@@ -39,7 +39,7 @@ from moeglot.experts import Expert
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.integrations.transformers import register
-from moeglot.integrations.transformers_native import lines_of
+from moeglot.integrations.transformers_native import format_of
 from moeglot.layout import Stored, values
 from moeglot.nn import Experts, add_lora
 from moeglot.nn.grouped import has_kernels
@@ -75,7 +75,7 @@ def stock(family: str, dtype: torch.dtype, e: int, h: int, i: int, k: int) -> to
 def native(family: str, module: torch.nn.Module, name: str, sizes: Mapping[str, int]) -> Experts:
     """The same numbers as moeglot holds them."""
     form, plain = by_name(FORMATS[family]), encoding_by_name(str(next(module.parameters()).dtype).removeprefix("torch."))
-    lines = form.stored if name not in CODED else lines_of(form, encoding_by_name(name))
+    lines = form.stored if name not in CODED else format_of(form, encoding_by_name(name)).stored
     config = {keys[0]: sizes[letter] for letter, keys in form.family.sizes.items() if letter in sizes}
     held = [_held(form, line, plain if isinstance(line.encoding, Plain) else line.encoding, module, sizes) for line in lines]
     return Experts(Expert.of(form.family, config), held, 0, form.family.name)

@@ -68,7 +68,8 @@ def save(
     """Write a live transformers model to the folder `out` in the format named `to`, verify what lies there, and certify it as `convert` does.
 
     Tensors are taken from the model's `state_dict()`, not from `save_pretrained`. The tokenizer is no part of the model: save it yourself.
-    Raises `MoeglotError`, as `convert` does.
+    Experts of a native model are the bytes that they hold now: in the format that they were loaded from they stay those, in others they are converted.
+    Raises `MoeglotError`, as `convert` does; `UsageError` for an adapter that is not merged, and for experts that processes divide.
     """
     _require("save")
     from moeglot.integrations import transformers_save

@@ -124,7 +124,8 @@ def keeps(source: Checkpoint, target: Format) -> bool:
     mine, theirs = source.format.coding, target.coding
     if not mine and not theirs and source.format.is_plain and target.is_plain:
         return source.has_quantized_others
-    return bool(mine and theirs and mine.name == theirs.name and encodings(source.format) == encodings(target))
+    declared = bool(said(source.source.config))  # a live model may declare nothing: what is no expert is decoded in it
+    return bool(mine and theirs and declared and mine.name == theirs.name and encodings(source.format) == encodings(target))
 
 
 def encodings(form: Format) -> set[Encoding]:

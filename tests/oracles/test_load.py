@@ -402,6 +402,8 @@ def test_what_is_no_whole_model_is_not_saved(tmp_path):
         moeglot.save(empty, tmp_path / "out", to="mixtral/hub")
     with pytest.raises(UsageError, match="Linear"):
         moeglot.save(torch.nn.Linear(2, 2), tmp_path / "out", to="mixtral/hub")
+    with pytest.raises(UsageError, match="str"):
+        moeglot.save("a folder", tmp_path / "out", to="mixtral/hub")
     live = model_of("mixtral", *SIZES["mixtral"])
     live.model.layers[0].input_layernorm.extra = torch.nn.Parameter(torch.ones(1))
     moeglot.save(live, tmp_path / "out", to="mixtral/hub")

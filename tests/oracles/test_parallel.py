@@ -165,9 +165,10 @@ def test_gradients_go_to_all_processes_tokens(name: str, tmp_path: Path) -> None
 
 
 @WORKS
-def test_a_divided_model_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native", "stock"])
+def test_a_divided_model_is_not_saved(native: bool, tmp_path: Path) -> None:
     """One process has half of it."""
-    _, told = divided(tmp_path / "two", [checkpoint(tmp_path, "gpt-oss bf16")], {"save": "gpt-oss/transformers"})
+    _, told = divided(tmp_path / "two", [checkpoint(tmp_path, "gpt-oss bf16")], {"save": "gpt-oss/transformers"}, native=native)
     assert all("divided among processes" in said["saved"] for said in told)
     assert not list((tmp_path / "two").glob("saved-*"))
 

@@ -12,7 +12,7 @@ import transformers
 
 from moeglot.axes import written
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import leaves_alone
+from moeglot.coding import WEIGHT, leaves_alone, said
 from moeglot.codings import CODINGS
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
@@ -89,8 +89,8 @@ def _refused(what: str, known: str) -> UsageError:
 Lines = tuple[tuple[Stored, Encoding], ...]
 
 
-def held_lines(checkpoint: Checkpoint, encode: str) -> Lines:
-    """What holds this checkpoint's experts in an encoding: a producer's lines, if one stores them so; else his names on the upright matrices."""
+def held_format(checkpoint: Checkpoint, encode: str) -> Format:
+    """What holds this checkpoint's experts in an encoding; raises `UsageError` where they are quantized already, or would not be."""
     wanted, source = by_name(encode), checkpoint.format
     if isinstance(wanted, Plain):
         raise UsageError(
@@ -100,31 +100,36 @@ def held_lines(checkpoint: Checkpoint, encode: str) -> Lines:
         raise UsageError(
             f"nothing to encode as {encode}: the experts are quantized already", checkpoint.known, "leave encode out; they are held as they are on disk"
         )
+    return format_of(source, wanted)
+
+
+def held_lines(checkpoint: Checkpoint, form: Format) -> Lines:
+    """The lines of a format, and what holds each; vectors stay in the float type that they have on disk."""
     plain = checkpoint.experts(checkpoint.layers[0])
-    return tuple((line, plain[line.roles[0]].encoding if isinstance(line.encoding, Plain) else line.encoding) for line in lines_of(source, wanted))
+    return tuple((line, plain[line.roles[0]].encoding if isinstance(line.encoding, Plain) else line.encoding) for line in form.stored)
 
 
-def lines_of(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
-    """The lines that hold a plain layout's experts in an encoding; vectors stay plain."""
-    lines = _producers(source, wanted) or _upright(source, wanted)
-    return tuple(line if isinstance(line.encoding, Plain) else replace(line, encoding=line.encoding.like(wanted)) for line in lines)
+def format_of(source: Format, wanted: Encoding) -> Format:
+    """What holds a plain layout's experts in an encoding: a producer's format, if one stores them so; else his names on the upright matrices."""
+    form = _producers(source, wanted) or _upright(source, wanted)
+    return form.with_encodings(lambda line: line.encoding.like(wanted))
 
 
-def _producers(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
-    """The lines of the format that this layout has in the encoding, or that the family has at all; none if nobody stores it so."""
+def _producers(source: Format, wanted: Encoding) -> Format | None:
+    """The format that this layout has in the encoding, or that the family has at all; none if nobody stores it so."""
     forms = [form for form in of_family(source.family) if any(line.encoding.kind == wanted.kind for line in form.stored)]
     near = [form for form in forms if form.name.startswith(source.name + "+")] or [form for form in forms if not form.coding and not form.config.only]
     exact = [form for form in near if any(line.encoding.name == wanted.name for line in form.stored)]
-    return next((form.stored for form in exact or near), ())
+    return next(iter(exact or near), None)
 
 
-def _upright(source: Format, wanted: Encoding) -> tuple[Stored, ...]:
-    stacked = any(not line.per_expert for line in source.stored)
+def _upright(source: Format, wanted: Encoding) -> Format:
+    stacked = any(not line.per_expert or (line.is_matrix and not line.key.endswith(WEIGHT)) for line in source.stored)
     codings = [coding for coding in CODINGS if coding.encoding.kind == wanted.kind and (coding.stacked or not stacked)]
     coding = next((coding for coding in codings if coding.encoding.name == wanted.name), next(iter(codings), None))
     if coding is None:
         raise UsageError(f"{wanted} has no names for the tensors of {source.name}", source.about, "convert the checkpoint first, with moeglot convert --encode")
-    return tuple(coding.line(replace(line, axes=upright_axes(line))) for line in source.stored)
+    return replace(source, stored=tuple(replace(line, axes=upright_axes(line), shaped="") for line in source.stored)).coded(coding)
 
 
 def upright_axes(line: Stored) -> str:
@@ -152,7 +157,8 @@ def swap(
 
     `experts`: those of each layer that it holds, by default all.
     """
-    lines = held_lines(checkpoint, encode) if encode else None
+    form = held_format(checkpoint, encode) if encode else checkpoint.format
+    lines = held_lines(checkpoint, form) if encode else None
     converted = 0
     for layer in checkpoint.layers:
         name = path_of(chosen, layer)
@@ -161,6 +167,8 @@ def swap(
         converted += mine is not None
         new = kind_of(old, name).of(checkpoint, layer, lines=mine, experts=experts, backend=backend)
         new.post_expert_norm = getattr(old, "post_expert_norm", None)
+        new.form, new.beside = (form if mine else checkpoint.format).name, chosen.target.name
+        new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
     model.register_forward_pre_hook(never_dropped)

@@ -1,12 +1,14 @@
 """A live transformers model as a checkpoint: its state dict as the tensors of a source, its config as config.json, so that `convert` can write it.
 
 `save_pretrained` loses gpt-oss' experts after an MXFP4 load (5.5.4, 5.23) and raises for FP8; `state_dict()` is whole, under the modules' own names.
+Experts that stay encoded are taken from `moeglot.nn.Experts`, which holds them under their keys on disk.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,18 @@ import transformers
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, problems
 from moeglot.checks import Progress
+from moeglot.coding import WEIGHT, leaves_alone
+from moeglot.codings import CODINGS
+from moeglot.config import hub_config
 from moeglot.convert import carry_out
 from moeglot.dtypes import dtype_of
 from moeglot.errors import NotVerified, UsageError
+from moeglot.format import Format
+from moeglot.formats import by_name
 from moeglot.identify import Identification, identify
 from moeglot.integrations.transformers_load import INSTALLED, layouts
+from moeglot.layout import Stored
+from moeglot.nn.held import Held
 from moeglot.nn.module import Experts
 from moeglot.plan import plan
 from moeglot.shards import Entry
@@ -34,8 +43,14 @@ class HeldEntry(Entry):
     held: torch.Tensor
 
     def read(self, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        found = self.held if rows is None else self.held[first : first + rows]
+        whole = self.held.reshape(self.shape)
+        found = whole if rows is None else whole[first : first + rows]
         return found.cpu().contiguous()
+
+    def _replace(self, /, **fields: Any) -> HeldEntry:
+        found = super()._replace(**fields)
+        found.held = self.held
+        return found
 
 
 def hold(name: str, tensor: torch.Tensor) -> HeldEntry:
@@ -59,20 +74,22 @@ def save(model: Any, out: Path, to: str, encode: str | None, allow_loss: bool, s
 
 
 def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
-    """The model as a checkpoint; `folder` gets what lies beside the weights. Raises `FormatError` if its tensors are in no format that we know."""
+    """The model as a checkpoint; `folder` gets what lies beside the weights. Raises `FormatError` if its tensors are in no format that we know.
+
+    Native experts are the bytes that they hold now, under their keys on disk; all other tensors, as in any live model, are those of the state dict.
+    """
+    _require_merged(model)
     if not isinstance(model, transformers.PreTrainedModel):
         raise UsageError(f"{type(model).__name__} is no model of transformers", "its state dict has other names", "merge or unload what wraps the model first")
-    if held := next((name for name, module in model.named_modules() if isinstance(module, Experts)), None):
-        raise UsageError(
-            f"{held} holds what is on disk already", f"the model was loaded with native=True from {model.config.name_or_path}",
-            "moeglot convert that checkpoint; moeglot.nn.save_adapter writes what was trained",
-        )  # fmt: skip
     _write_beside(model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    entries = {name: hold(name, tensor) for name, tensor in model.state_dict().items() if name not in _tied(model)}
+    native = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    within = {f"{name}.{key}" for name, module in native.items() for key, _ in module.relative()} | _tied(model)
+    entries = {name: hold(name, tensor) for name, tensor in model.state_dict().items() if name not in within}
+    entries |= {key: hold(key, tensor) for module in native.values() for key, tensor in module.stored()}
     source = Source(f"the live {type(model).__name__}", folder, (), entries, config, ())
-    found = _identified(source)
-    checkpoint = Checkpoint(source, found.settled(source.name), found)
+    found = _declared(model, native, config) if native else _identified(source)
+    checkpoint = _quantized(Checkpoint(source, found.settled(source.name), found), native)
     for problem in problems(checkpoint):
         raise problem
     return checkpoint
@@ -104,3 +121,72 @@ def _identified(source: Source) -> Identification:
         return found
     ours = next((form for form in layouts(found.candidates[0]) if form in found.candidates), None)
     return replace(found, format=ours, evidence=(*found.evidence, f"it is a live model of {INSTALLED}"))
+
+
+# --- experts that stay encoded ---------------------------------------------------------------------------------------------------------
+
+
+def _require_merged(model: Any) -> None:
+    """Raises `UsageError` for an adapter that is applied as the model computes, and is not in its weights."""
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        ours = isinstance(module, Experts) and bool(module.lora)
+        if ours or isinstance(getattr(module, "base_layer", None), torch.nn.Module):
+            raise UsageError(
+                f"{name} has an adapter that is not merged",
+                f"{'moeglot.nn.add_lora' if ours else 'PEFT'} put it beside the weights, and a checkpoint has weights alone",
+                "moeglot.nn.save_adapter(model, DIR), or PEFT's save_pretrained where no expert has one; then moeglot merge BASE DIR OUT",
+            )
+
+
+def _declared(model: Any, native: Mapping[str, Experts], config: Mapping[str, Any]) -> Identification:
+    """The format of a model with native experts, as `moeglot.load` said it: their own lines, and one layout's names for everything else."""
+    form = _live_format(native)
+    count = form.family.read_sizes(hub_config(config, form))["e"]
+    for name, module in native.items():
+        if module.num_experts != count:
+            raise UsageError(
+                f"{name} is divided among processes", f"this one has {module.num_experts} of {count} experts", "load the model without ep_size, then save it"
+            )
+    return Identification(form, (f"moeglot.load(native=True) read {model.config.name_or_path} into {INSTALLED}",), (form,), {})
+
+
+def _live_format(native: Mapping[str, Experts]) -> Format:
+    """The layout of the other tensors with the lines that the experts hold; where a layer's are others than those that are encoded, that is said too."""
+    by_hand = next((name for name, module in native.items() if not module.beside), None)
+    if by_hand is not None:
+        raise UsageError(
+            f"nobody says which format's names stand beside {by_hand}", "moeglot.load does; these experts were put there by other means",
+            "moeglot convert the checkpoint that they come from",
+        )  # fmt: skip
+    chief = _chief(native)
+    lines = {module.layer: tuple(_as_held(line) for line in module.lines) for module in native.values()}
+    stored = lines[chief.layer]
+    return replace(
+        by_name(chief.beside),
+        name=chief.form if chief.form == chief.beside else f"{chief.beside} with experts of {chief.form}",
+        stored=stored,
+        unlike={layer: mine for layer, mine in lines.items() if mine != stored},
+        coding=next((coding for coding in CODINGS if coding.name == chief.form.partition("+")[2]), None),
+    )
+
+
+def _chief(native: Mapping[str, Experts]) -> Experts:
+    """The first that is quantized, whose lines are the format's; if none is, the first."""
+    return next((module for module in native.values() if module.is_encoded), next(iter(native.values())))
+
+
+def _quantized(checkpoint: Checkpoint, native: Mapping[str, Experts]) -> Checkpoint:
+    """With the file's own quantization_config, if that can say that all matrices which are no experts are plain now; else a target's producer words it."""
+    coding, said = checkpoint.format.coding, _chief(native).declared if native else {}
+    if not (coding and coding.kept and said):
+        return checkpoint
+    plain = [name.removesuffix(WEIGHT) for name, tensor in checkpoint.dense.items() if name.endswith(WEIGHT) and len(tensor.shape) == 2]
+    kept = {coding.kept: [*(said.get(coding.kept) or ()), *(module for module in plain if not leaves_alone(said, module))]}
+    if not all(leaves_alone({**said, **kept}, module) for module in plain):
+        return checkpoint
+    config = {**checkpoint.source.config, "quantization_config": {**said, **kept}}
+    return replace(checkpoint, source=replace(checkpoint.source, config=config))
+
+
+def _as_held(held: Held) -> Stored:
+    return held.line if held.line.is_plain else replace(held.line, encoding=held.encoding)

@@ -30,6 +30,12 @@ class Experts(torch.nn.Module):
     """
 
     post_expert_norm: torch.nn.Module | None
+    form: str = ""
+    """The name of the format whose lines it holds. A loader says it, and the next two."""
+    beside: str = ""
+    """The name of the format under whose names the model has its other tensors."""
+    declared: Mapping[str, Any] = {}
+    """What quantization_config says on disk, if the lines were held as they are there."""
 
     def __init__(self, expert: Expert, lines: list[Held], layer: int, family: str = "", backend: str = "auto") -> None:
         super().__init__()
@@ -149,7 +155,8 @@ class Experts(torch.nn.Module):
         for line in self.lines:
             yield from line.stored()
 
-    def _relative(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def relative(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `stored`, under the keys that follow the experts' path, as in `state_dict()`."""
         paths = [line.line.key.format(layer=self.layer, expert="{").partition("{")[0].split(".")[:-1] for line in self.lines]
         shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
         stem = ".".join([*shared, ""])
@@ -158,7 +165,7 @@ class Experts(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, tensor in self._relative():
+        for key, tensor in self.relative():
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(
@@ -171,7 +178,7 @@ class Experts(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        mine = {prefix + key: tensor for key, tensor in self._relative()}
+        mine = {prefix + key: tensor for key, tensor in self.relative()}
         others = {key: tensor for key, tensor in state_dict.items() if key not in mine}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, tensor in mine.items():
