@@ -299,9 +299,9 @@ def nbytes(folder: Path) -> int:
 
 
 def inspect(folder: Path) -> float:
-    """Seconds of `moeglot inspect`, the best of three; Python's start included."""
+    """Seconds of `moeglot inspect`, the best of five; Python's start included."""
     command, found = [sys.executable, "-m", "moeglot.cli", "inspect", str(folder)], []
-    for _ in range(3):
+    for _ in range(5):
         began = time.monotonic()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found.append(time.monotonic() - began)
@@ -350,13 +350,14 @@ def show(runs: list[Run], tensors: int, seconds: float) -> None:
             style=colour,
         )
     console = Console(width=140)
-    console.print(table)
+    if runs:
+        console.print(table)
     console.print(f"inspect, {tensors} tensors: {seconds:.2f} s", style="green" if seconds < INSPECT_LIMIT else "red")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Memory and time of a conversion.")
-    arguments.add_argument("--layers", type=int, default=4, help="of the larger model: 1.6 GB of output each (default: 4)")
+    arguments.add_argument("--layers", type=int, default=4, help="of the larger model: 1.6 GB of output each (default: 4); 0: inspect alone")
     arguments.add_argument("--experts", type=int, default=SIZES["e"], help="of a layer, which is 50 MB of output each (default: 32)")
     arguments.add_argument("--peers", action="store_true", help="also time transformers on the same checkpoint; it needs all of it in memory, twice")
     arguments.add_argument("--folder", type=Path, help="where to work (default: the folder for temporary files)")
@@ -370,14 +371,18 @@ def main() -> None:
         folder = Path(name)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise SystemExit(f"{folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; pass --folder or fewer --layers")
-        for layers in sorted({max(1, given.layers // 2), given.layers}):
+        for layers in sorted({max(1, given.layers // 2), given.layers}) if given.layers else ():
             source = write_gpt_oss(folder / "source", layers)
             runs += measure(source, layers, folder, given.peers)
             shutil.rmtree(source)
         tensors = write_index(folder / "index")
         seconds = inspect(folder / "index")
     show(runs, tensors, seconds)
-    found |= {"conversions": [run.as_json() for run in runs], "inspect": {"tensors": tensors, "seconds": round(seconds, 3), "limit_seconds": INSPECT_LIMIT}}
+    told = {"tensors": tensors, "seconds": round(seconds, 3), "limit_seconds": INSPECT_LIMIT}
+    if runs:
+        found |= {"conversions": [run.as_json() for run in runs], "inspect": told}
+    else:
+        found = {**json.loads(given.results.read_text()), "inspect": told | {"date": found["date"], "device": found["device"]}}
     given.results.parent.mkdir(exist_ok=True)
     given.results.write_text(json.dumps(found, indent=2) + "\n")
     if seconds >= INSPECT_LIMIT or not all(run.holds for run in runs):
