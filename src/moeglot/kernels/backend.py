@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -94,13 +95,14 @@ def _gpu(name: str) -> torch.device:
 def compiled(name: str, *tensors: torch.Tensor) -> ModuleType | None:
     """The module of compiled kernels of that name, or None where torch's tables are to compute.
 
-    Compiled ones are for tensors in this machine's memory. Unless asked for, they wait for a tensor that is worth the second which numba takes to start.
+    Compiled ones are for tensors in this machine's memory. Unless asked for, they wait for a tensor that is worth the second which numba takes to start, and from then on take all.
     """
     if any(tensor.device.type != "cpu" for tensor in tensors) or current() != "numba":
         return None
-    if not (_asked or os.environ.get(VARIABLE)) and all(tensor.numel() < WORTH for tensor in tensors):
+    module = f"moeglot.kernels.compiled.{name}"
+    if not (_asked or os.environ.get(VARIABLE) or module in sys.modules) and all(tensor.numel() < WORTH for tensor in tensors):
         return None
-    return importlib.import_module(f"moeglot.kernels.compiled.{name}")
+    return importlib.import_module(module)
 
 
 def on_gpu(*tensors: torch.Tensor) -> ModuleType | None:
