@@ -9,13 +9,13 @@ CELLS := $(foreach peft,0.18.1 0.19.1,.venv/$(peft)) $(foreach peft,0.19.1 0.21.
 SPREAD := --numprocesses auto --dist worksteal
 
 .PRECIOUS: .venvs/%/ready
-.PHONY: demo test lint matrix bench docs clean
+.PHONY: demo test lint environments matrix bench docs clean
 
 demo: .venv/ready
 	$(BIN)/moeglot demo
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) --durations 20 tests
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -23,11 +23,13 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
+environments: $(ENVIRONMENTS:%=.venvs/%/ready) $(PEFTS:%=.venvs/peft-%/ready)
+
 # The oracles again, in an environment for each other library and version that we speak to.
 matrix: $(ENVIRONMENTS:%=matrix-%) matrix-peft
 
 matrix-torchao matrix-modelopt matrix-mlx matrix-megatron: matrix-%: .venvs/%/ready
-	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(SPREAD) tests/oracles/test_$*.py
+	OMP_NUM_THREADS=1 .venvs/$*/bin/python -m pytest $(SPREAD) tests/oracles/test_$**.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
 	OMP_NUM_THREADS=1 .venvs/bitsandbytes/bin/python -m pytest $(SPREAD) tests/oracles/test_bitsandbytes.py tests/oracles/test_bitsandbytes_golden.py tests/oracles/test_bitsandbytes_checkpoints.py tests/oracles/test_unsloth.py
