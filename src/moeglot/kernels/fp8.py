@@ -15,6 +15,7 @@ from moeglot.kernels.lattice import Levels
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
 NAN = 0x7F
 BIAS = 127
+AT_ONCE = 1 << 22  # numbers whose scales are found together; what each step needs is less
 LEAST = 2.0**-117
 """The smallest float scale under which products with every code are normal, so that values tell their scale."""
 
@@ -138,9 +139,8 @@ def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
     weight = scratch.empty(tuple(values.shape), torch.uint8).view(torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block))
-    numbers = 1 << (22 if backend.compiled("fp8", values) else 20)  # compiled kernels need no scratch
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
-        step = block[0] * max(1, numbers // (block[0] * given.shape[1])) if block[0] else given.shape[0]
+        step = block[0] * max(1, AT_ONCE // (block[0] * given.shape[1])) if block[0] else given.shape[0]
         for at in range(0, given.shape[0], step):
             some = given[at : at + step]
             scale = _scales(some, block, dtype)

@@ -16,6 +16,7 @@ from moeglot.kernels import backend
 
 CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB whatever the matrix
 FEW = 128  # numbers of a row that are looked at first
+WITNESSES = 6  # numbers of a tile that each guess of its scale is tried on: of random ones, six fit a guess in no tile of thousands
 Block = tuple[int, int]
 E4M3, INT4 = "e4m3", "int4"
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
@@ -163,9 +164,8 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
         low, high = refuted(values, scale, block, grid)
     amax = largest(values, block) if amax is None else amax
     step, guesses = block[0] or values.shape[0], len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
-    if guesses * len(scale) <= 4 * CHUNK:
-        numbers = torch.stack([low, high, values[::step, :: block[1] or values.shape[1]].to(torch.float32)])
-        high = torch.where(_possible(amax, numbers, grid, least), high, -inf)
+    numbers = torch.stack([low, high, *_first_numbers(values, step, block[1] or values.shape[1])])
+    high = torch.where(_possible(amax, numbers, grid, least), high, -inf)
     if not bool((high > -inf).any()):
         return scale
     scale = scale.clone()
@@ -176,6 +176,13 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
             rows = slice(first * step, min((first + count) * step, values.shape[0]))
             _search(values[rows], amax[tiles], scale[tiles], low[tiles], high[tiles], block, grid, least)
     return scale
+
+
+def _first_numbers(values: torch.Tensor, height: int, width: int) -> Iterator[torch.Tensor]:
+    """float32 [tiles, tiles], a few times: the first numbers of each tile's first row."""
+    starts = torch.arange(0, values.shape[1], width)
+    for n in range(min(WITNESSES, width)):
+        yield values[::height, (starts + n).clamp_(max=values.shape[1] - 1)].to(torch.float32)
 
 
 def _refuted_by_few(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,10 +237,20 @@ def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: floa
     if grid.kind and (fast := backend.compiled("grid", numbers)):
         found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest, dtype=torch.float32), grid.ulps, least, grid.kind)
         return found
-    guesses, alive = _guesses(amax.flatten(), grid, least)
-    for number in numbers.flatten(1):
-        alive &= _fits(guesses, number, grid)
-    return alive.any(-1).view(amax.shape)
+    tiles = max(1, CHUNK // (len(grid.largest) * (2 * grid.ulps + 1)))
+    flat, all_numbers = amax.flatten(), numbers.flatten(1)
+    parts = [_possible_of(flat[at : at + tiles], all_numbers[:, at : at + tiles], grid, least) for at in range(0, len(flat), tiles)]
+    return torch.cat(parts).view(amax.shape)
+
+
+def _possible_of(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
+    """bool [tiles], of amax [tiles] and numbers [n, tiles]; each number leaves fewer tiles to look at."""
+    (guesses, alive), where = _guesses(amax, grid, least), torch.arange(len(amax))
+    for number in numbers:
+        alive &= _fits(guesses, number[where], grid)
+        left = alive.any(-1)
+        guesses, alive, where = guesses[left], alive[left], where[left]
+    return torch.zeros(len(amax), dtype=torch.bool).index_fill_(0, where, True)
 
 
 def _refuted_at(

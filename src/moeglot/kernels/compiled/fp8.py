@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import numpy
 import torch
-from numpy import float32, int32, uint8, uint16, uint32
+from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
-from moeglot.kernels.compiled.numbers import e4m3_code, half_bits
+from moeglot.kernels.compiled.numbers import e4m3_code, stored, wide
 
 
 def decode(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor) -> None:
     """weight F8_E4M3 [rows, columns], scale float32 [tiles, tiles] -> out, bfloat16 or float32 of any strides. NaN codes stay NaN."""
     rows, columns = weight.shape
     weight, tile = rows_together(weight), (block[0] or rows, block[1] or columns)
-    kernel = _decode_half if out.dtype == torch.bfloat16 else _decode_single
     factors = memory(scale.contiguous()).view(float32)
     if not weight.numel():
         return
     for some, to in in_rows(out):
-        kernel(memory(weight[some]), weight.stride(0), *to.shape, some.start, factors, scale.shape[1], *tile, memory(to), to.stride(0))
+        _decode(memory(weight[some]), weight.stride(0), *to.shape, some.start, factors, scale.shape[1], *tile, memory(to), to.stride(0))
 
 
 @jit
-def _decode_half(
-    weight: Array, weight_row: int, rows: int, columns: int, first: int, scale: Array, tiles: int, height: int, width: int, out: Array, out_row: int
-) -> None:
-    for r in range(rows):
-        for tile in range(tiles):
-            at, factor = tile * width, scale[(first + r) // height * tiles + tile]
-            codes, to, count = weight[r * weight_row + at :], out[r * out_row + at :], min(width, columns - at)
-            for k in range(count):
-                code = uint32(codes[k])
-                m = uint32(code & uint32(0x7F))
-                normal = uint32(uint32(m << uint32(20)) + uint32(0x3C000000)).view(float32)
-                small = float32(float32(int32(m)) * float32(0.001953125))
-                bits = float32(float32(normal if m >= uint32(8) else small) * factor).view(uint32)
-                rounded = half_bits(bits) if m != uint32(0x7F) else uint16(0x7FC0)
-                to[k] = uint16(rounded ^ uint16(uint32(code & uint32(0x80)) << uint32(8)))
-
-
-@jit
-def _decode_single(
+def _decode(
     weight: Array, weight_row: int, rows: int, columns: int, first: int, scale: Array, tiles: int, height: int, width: int, out: Array, out_row: int
 ) -> None:
     for r in range(rows):
@@ -56,20 +37,19 @@ def _decode_single(
                 small = float32(float32(int32(m)) * float32(0.001953125))
                 bits = float32(float32(normal if m >= uint32(8) else small) * factor).view(uint32)
                 bits = bits if m != uint32(0x7F) else uint32(0x7FC00000)
-                to[k] = uint32(bits ^ uint32(uint32(code & uint32(0x80)) << uint32(24)))
+                to[k] = stored(uint32(bits ^ uint32(uint32(code & uint32(0x80)) << uint32(24))), to)
 
 
 def encode(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32, contiguous, scale float32 [tiles, tiles] -> out F8_E4M3 of the same shape, contiguous."""
     rows, columns = values.shape
-    shift = uint32(16 if values.dtype == torch.bfloat16 else 0)
     if values.numel():
         tile = (block[0] or rows, block[1] or columns)
-        _encode(memory(values), shift, rows, columns, memory(scale.contiguous()).view(float32), scale.shape[1], *tile, memory(out))
+        _encode(memory(values), rows, columns, memory(scale.contiguous()).view(float32), scale.shape[1], *tile, memory(out))
 
 
 @jit
-def _encode(values: Array, shift: int, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array) -> None:
+def _encode(values: Array, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array) -> None:
     factors = numpy.empty(columns, float32)
     for r in range(rows):
         if r % height == 0:
@@ -77,7 +57,7 @@ def _encode(values: Array, shift: int, rows: int, columns: int, scale: Array, ti
                 factors[tile * width : (tile + 1) * width] = scale[r // height * tiles + tile]
         given, to = values[r * columns :], out[r * columns :]
         for k in range(columns):
-            bits = uint32(uint32(given[k]) << shift)
+            bits = uint32(wide(given[k]))
             quotient = float32(uint32(bits & uint32(0x7FFFFFFF)).view(float32) / factors[k])
             quotient = quotient if quotient < float32(448.0) else float32(448.0)
             to[k] = uint8(e4m3_code(quotient) | uint32(uint32(bits >> uint32(24)) & uint32(0x80)))

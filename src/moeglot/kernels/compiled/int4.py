@@ -7,21 +7,20 @@ from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
-from moeglot.kernels.compiled.numbers import half_bits, int4, single
+from moeglot.kernels.compiled.numbers import int4, stored, wide
 
 
 def decode(packed: torch.Tensor, scale: torch.Tensor, group: int, out: torch.Tensor) -> None:
     """packed i32 [rows, words], scale float32 [rows, groups] -> out [rows, columns], bfloat16 or float32 of any strides."""
     packed, factors = rows_together(packed), memory(scale.contiguous()).view(float32)
-    kernel = _decode_half if out.dtype == torch.bfloat16 else _decode_single
     for some, to in in_rows(out):
         if to.numel():
             codes = memory(packed[some]).view(uint8)
-            kernel(codes, 4 * packed.stride(0), *to.shape, factors[some.start * scale.shape[1] :], scale.shape[1], group, memory(to), to.stride(0))
+            _decode(codes, 4 * packed.stride(0), *to.shape, factors[some.start * scale.shape[1] :], scale.shape[1], group, memory(to), to.stride(0))
 
 
 @jit
-def _decode_half(packed: Array, packed_row: int, rows: int, columns: int, scale: Array, groups: int, group: int, out: Array, out_row: int) -> None:
+def _decode(packed: Array, packed_row: int, rows: int, columns: int, scale: Array, groups: int, group: int, out: Array, out_row: int) -> None:
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
@@ -31,49 +30,28 @@ def _decode_half(packed: Array, packed_row: int, rows: int, columns: int, scale:
                 some, numbers = codes[first // 2 :], to[first:]
                 for j in range((last - first) // 2):
                     nibble = int32(int32(some[j]) & int32(15))
-                    numbers[2 * j] = half_bits(float32(float32(nibble - int32(8)) * factor).view(uint32))
+                    numbers[2 * j] = stored(float32(float32(nibble - int32(8)) * factor).view(uint32), to)
                     nibble = int32(int32(some[j]) >> int32(4))
-                    numbers[2 * j + 1] = half_bits(float32(float32(nibble - int32(8)) * factor).view(uint32))
+                    numbers[2 * j + 1] = stored(float32(float32(nibble - int32(8)) * factor).view(uint32), to)
                 first = last - (last - first) % 2
             for k in range(first, last):
                 nibble = int32(int32(codes[k >> 1] >> ((k & 1) << 2)) & int32(15))
-                to[k] = half_bits(float32(float32(nibble - int32(8)) * factor).view(uint32))
-
-
-@jit
-def _decode_single(packed: Array, packed_row: int, rows: int, columns: int, scale: Array, groups: int, group: int, out: Array, out_row: int) -> None:
-    for r in range(rows):
-        codes, to = packed[r * packed_row :], out[r * out_row :]
-        for g in range(groups):
-            factor = scale[r * groups + g]
-            first, last = g * group, min(columns, (g + 1) * group)
-            if first % 2 == 0:
-                some, numbers = codes[first // 2 :], to[first:]
-                for j in range((last - first) // 2):
-                    nibble = int32(int32(some[j]) & int32(15))
-                    numbers[2 * j] = float32(float32(nibble - int32(8)) * factor).view(uint32)
-                    nibble = int32(int32(some[j]) >> int32(4))
-                    numbers[2 * j + 1] = float32(float32(nibble - int32(8)) * factor).view(uint32)
-                first = last - (last - first) % 2
-            for k in range(first, last):
-                nibble = int32(int32(codes[k >> 1] >> ((k & 1) << 2)) & int32(15))
-                to[k] = float32(float32(nibble - int32(8)) * factor).view(uint32)
+                to[k] = stored(float32(float32(nibble - int32(8)) * factor).view(uint32), to)
 
 
 def encode(values: torch.Tensor, scale: torch.Tensor, group: int, packed: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32, contiguous, scale float32 [rows, groups] -> packed i32 [rows, words], contiguous."""
-    shift = uint32(16 if values.dtype == torch.bfloat16 else 0)
     packed.zero_()
     if values.numel():
-        _encode(memory(values), shift, *values.shape, memory(scale.contiguous()).view(float32), scale.shape[1], group, memory(packed).view(uint8))
+        _encode(memory(values), *values.shape, memory(scale.contiguous()).view(float32), scale.shape[1], group, memory(packed).view(uint8))
 
 
 @jit
-def _encode(values: Array, shift: int, rows: int, columns: int, scale: Array, groups: int, group: int, packed: Array) -> None:
+def _encode(values: Array, rows: int, columns: int, scale: Array, groups: int, group: int, packed: Array) -> None:
     width = (columns + 7) // 8 * 4
     for r in range(rows):
         for g in range(groups):
             factor = scale[r * groups + g]
             for k in range(g * group, min(columns, (g + 1) * group)):
-                code = int32(int4(float32(single(values[r * columns + k], shift) / factor))) + int32(8)
+                code = int32(int4(float32(uint32(wide(values[r * columns + k])).view(float32) / factor))) + int32(8)
                 packed[r * width + (k >> 1)] |= uint8(code << ((k & 1) << 2))

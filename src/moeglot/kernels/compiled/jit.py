@@ -30,6 +30,14 @@ def inline(kernel: Kernel) -> Kernel:
     return cast(Kernel, numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")(kernel))
 
 
+def by_type(name: Kernel) -> Callable[[Kernel], Kernel]:
+    """A part of kernels whose types choose it: the function takes its arguments' numba types, and returns what is compiled for these.
+
+    What a type says is known to the compiler. A flag is not, and for a shift by 16 or by 0 it computes in lanes of twice the width.
+    """
+    return cast(Callable[[Kernel], Kernel], numba.extending.overload(name, jit_options={"error_model": "numpy"}, strict=False))
+
+
 def memory(tensor: torch.Tensor) -> Array:
     """The memory that a tensor spans, as unsigned integers of its item size [n]; strides of the tensor count in these."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0

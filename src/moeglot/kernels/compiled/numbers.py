@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy import float32, uint16, uint32
+from numba import types
+from numpy import float32, int8, int32, uint8, uint16, uint32
 
-from moeglot.kernels.compiled.jit import inline
+from moeglot.kernels.compiled.jit import by_type, inline
 
 
 @inline
@@ -15,10 +16,34 @@ def half_bits(bits: Any) -> Any:
     return uint16(uint32(uint32(bits + uint32(0x7FFF)) + uint32(uint32(bits >> uint32(16)) & uint32(1))) >> uint32(16))
 
 
+def wide(bits: Any) -> Any:
+    """The bits of a bfloat16 (uint16) or of a float32 (uint32) -> the bits of that number as a float32 (uint32)."""
+    raise NotImplementedError
+
+
+@by_type(wide)
+def _wide(bits: Any) -> Any:
+    if bits == types.uint16:
+        return lambda bits: uint32(uint32(bits) << uint32(16))
+    return lambda bits: uint32(bits)
+
+
+def stored(bits: Any, out: Any) -> Any:
+    """The bits of a finite float32 or of NaN -> those of the nearest number that `out` holds: bfloat16 in uint16, float32 in uint32."""
+    raise NotImplementedError
+
+
+@by_type(stored)
+def _stored(bits: Any, out: Any) -> Any:
+    if out.dtype == types.uint16:
+        return lambda bits, out: half_bits(bits)
+    return lambda bits, out: uint32(bits)
+
+
 @inline
-def single(bits: Any, shift: Any) -> Any:
-    """The float32 whose upper bits these are: shift 16 for a bfloat16, 0 for a float32."""
-    return uint32(uint32(bits) << shift).view(float32)
+def in_order(bits: Any) -> Any:
+    """int32 that are ordered as the float32 of these bits; its own inverse."""
+    return int32(bits ^ int32(int32(bits >> int32(31)) & int32(0x7FFFFFFF)))
 
 
 @inline
@@ -47,6 +72,29 @@ def int4(quotient: Any) -> Any:
     whole = float32(float32(held + float32(12582912.0)) - float32(12582912.0))
     whole = whole if whole < float32(7.0) else float32(7.0)
     return whole if whole > float32(-8.0) else float32(-8.0)
+
+
+KINDS = {"e4m3": uint8(0), "int4": int8(0)}
+"""What tells `made` the codes: the type, which is known when it is compiled."""
+
+
+def made(value: Any, scale: Any, kind: Any) -> Any:
+    """Whether a code × a float32 scale, rounded to float32, is this float32 value."""
+    raise NotImplementedError
+
+
+@by_type(made)
+def _made(value: Any, scale: Any, kind: Any) -> Any:
+    def by_e4m3(value: Any, scale: Any, kind: Any) -> Any:
+        magnitude = abs(value)
+        quotient = float32(magnitude / scale)
+        quotient = quotient if quotient < float32(448.0) else float32(448.0)
+        return float32(e4m3(quotient) * scale) == magnitude
+
+    def by_int4(value: Any, scale: Any, kind: Any) -> Any:
+        return float32(int4(float32(value / scale)) * scale) == value
+
+    return by_e4m3 if kind == types.uint8 else by_int4
 
 
 @inline

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy
 import torch
-from numpy import float32, int32, uint8, uint16, uint32
+from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
-from moeglot.kernels.compiled.numbers import e2m1, half_bits
+from moeglot.kernels.compiled.numbers import e2m1, stored
 from moeglot.kernels.e2m1 import thresholds
 
 
@@ -22,37 +22,21 @@ def _limits() -> Array:
 def decode(packed: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [rows, 8 n], factor float32 [rows, n] -> out [rows, 16 n], bfloat16 or float32 of any strides."""
     packed, factors = rows_together(packed), memory(factor.contiguous()).view(float32)
-    kernel = _decode_half if out.dtype == torch.bfloat16 else _decode_single
     for some, to in in_rows(out):
         if to.numel():
             given = (memory(packed[some]), packed.stride(0), len(to), factors[some.start * factor.shape[1] :], factor.shape[1])
-            kernel(*given, memory(to), to.stride(0))
+            _decode(*given, memory(to), to.stride(0))
 
 
 @jit
-def _decode_half(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
-    values = numpy.empty(16, uint16)
+def _decode(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
+    values = numpy.empty(16, out.dtype)
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
             by = factor[r * groups + g]
             for code in range(16):
-                values[code] = half_bits(float32(e2m1(uint32(code)) * by).view(uint32))
-            for j in range(8):
-                code = codes[g * 8 + j]
-                to[g * 16 + 2 * j] = values[code & 15]
-                to[g * 16 + 2 * j + 1] = values[code >> 4]
-
-
-@jit
-def _decode_single(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
-    values = numpy.empty(16, uint32)
-    for r in range(rows):
-        codes, to = packed[r * packed_row :], out[r * out_row :]
-        for g in range(groups):
-            by = factor[r * groups + g]
-            for code in range(16):
-                values[code] = float32(e2m1(uint32(code)) * by).view(uint32)
+                values[code] = stored(float32(e2m1(uint32(code)) * by).view(uint32), out)
             for j in range(8):
                 code = codes[g * 8 + j]
                 to[g * 16 + 2 * j] = values[code & 15]
