@@ -7,12 +7,13 @@ That holds for scales of 2 to 252; the table answers for the others, which make 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy
 import torch
 from numpy import int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, inline, jit, memory, rows_together
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
 
 LAST_FINITE = 252
@@ -171,9 +172,17 @@ def _power(bits: int, rule: int) -> int:
     return max((bits >> 23) - 2 + (1 if bump else 0), 0)
 
 
+@inline
+def _place(bits: Any, limits: Any) -> Any:
+    """How many of seven numbers are not above these bits."""
+    a, b, c, d, e, f, g = limits
+    return int32(int32(7) - int32(int32(bits < a) + int32(bits < b) + int32(bits < c) + int32(bits < d) + int32(bits < e) + int32(bits < f) + int32(bits < g)))
+
+
 @jit
 def _encode_half(values: Array, groups: int, rule: int, limits: Array, packed: Array, scale: Array) -> bool:
     """values: two bfloat16 in each int32, a byte's worth."""
+    pairs = numpy.empty(16, int32)  # of bytes, the compiler would pack each of seven comparisons
     for n in range(groups):
         largest = int32(0)
         for i in range(16):
@@ -189,18 +198,20 @@ def _encode_half(values: Array, groups: int, rule: int, limits: Array, packed: A
         for i in range(16):
             pair = values[n * 16 + i]
             m = int32(pair & int32(0x7FFF))
-            low = int32(int32(m >= a) + int32(m >= b) + int32(m >= c) + int32(m >= d) + int32(m >= e) + int32(m >= f) + int32(m >= g))
+            low = _place(m, (a, b, c, d, e, f, g))
             m = int32(int32(pair >> int32(16)) & int32(0x7FFF))
-            high = int32(int32(m >= a) + int32(m >= b) + int32(m >= c) + int32(m >= d) + int32(m >= e) + int32(m >= f) + int32(m >= g))
+            high = _place(m, (a, b, c, d, e, f, g))
             signs = int32(int32(int32(pair >> int32(12)) & int32(8)) | int32(int32(pair >> int32(24)) & int32(128)))
-            packed[n * 16 + i] = uint8(low | int32(high << int32(4)) | signs)
+            pairs[i] = int32(int32(low | int32(high << int32(4))) | signs)
+        for i in range(16):
+            packed[n * 16 + i] = uint8(pairs[i])
         scale[n] = power
     return True
 
 
 @jit
 def _encode_single(values: Array, groups: int, rule: int, limits: Array, packed: Array, scale: Array) -> bool:
-    codes = numpy.empty(32, uint8)
+    codes = numpy.empty(32, int32)
     for n in range(groups):
         largest = int32(0)
         for i in range(32):
@@ -214,10 +225,10 @@ def _encode_single(values: Array, groups: int, rule: int, limits: Array, packed:
         for i in range(32):
             bits = values[n * 32 + i]
             m = int32(bits & int32(0x7FFFFFFF))
-            code = int32(int32(m >= a) + int32(m >= b) + int32(m >= c) + int32(m >= d) + int32(m >= e) + int32(m >= f) + int32(m >= g))
-            codes[i] = uint8(code | int32(int32(bits >> int32(28)) & int32(8)))
+            code = _place(m, (a, b, c, d, e, f, g))
+            codes[i] = int32(code | int32(int32(bits >> int32(28)) & int32(8)))
         for j in range(16):
-            packed[n * 16 + j] = uint8(codes[2 * j] | uint8(codes[2 * j + 1] << uint8(4)))
+            packed[n * 16 + j] = uint8(codes[2 * j] | int32(codes[2 * j + 1] << int32(4)))
         scale[n] = power
     return True
 
