@@ -47,9 +47,9 @@ def local(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes of one processor each, of which the first has the driver; a node that is silent for two seconds is dead."""
+    """Three nodes of one processor each, of which the first has the driver; a node that is silent for some four seconds is dead."""
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in {"period_ms": "500", "timeout_ms": "500", "failure_threshold": "3"}.items():
+        for name, value in {"period_ms": "500", "timeout_ms": "500", "failure_threshold": "8"}.items():
             environment.setenv(f"RAY_health_check_{name}", value)
         found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         for _ in range(2):

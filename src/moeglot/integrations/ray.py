@@ -29,6 +29,9 @@ RETRIES = 8
 """How often a task is run again if its worker or its node dies."""
 AHEAD = 3
 """Tasks that are submitted for each processor of the cluster, so that none waits for the driver."""
+PATIENCE = 30
+"""Seconds to wait, in a cluster that lives on, for tasks under way when another was given up. Cancelling them may abort the driver, as the end of a task that
+is being cancelled is an error of Ray's own: https://github.com/ray-project/ray/pull/54798."""
 PROCESS, MATRICES = 300_000_000, 4
 """Anonymous memory of a worker, Ray's own part included: bytes, and how many of the largest matrices of an expert in float32 (`benchmarks/sizing.py`)."""
 
@@ -53,7 +56,7 @@ def engine(address: str | None = None, task: int = TASK, retries: int = RETRIES,
             shared = [ray.put(plan)]  # in a list, or each task would be given a copy
             place = {unit.key: n for n, unit in enumerate(plan.units)}
             waiting = iter(batches([place[unit.key] for unit in units], plan, task))
-            yield from _gather(plan, waiting, lambda some: remote.remote(shared, str(folder), os.getcwd(), some, allow_loss))
+            yield from _gather(plan, waiting, lambda some: remote.remote(shared, str(folder), os.getcwd(), some, allow_loss), 0 if mine else PATIENCE)
         finally:
             if mine:
                 ray.shutdown()
@@ -92,7 +95,7 @@ def batches(numbers: Sequence[int], plan: Plan, task: int) -> Iterator[tuple[int
         yield tuple(some)
 
 
-def _gather(plan: Plan, waiting: Iterator[tuple[int, ...]], submit: Callable[[tuple[int, ...]], Ref]) -> Iterator[tuple[Unit, Loss]]:
+def _gather(plan: Plan, waiting: Iterator[tuple[int, ...]], submit: Callable[[tuple[int, ...]], Ref], patience: int) -> Iterator[tuple[Unit, Loss]]:
     under_way: list[Ref] = []
     try:
         while True:
@@ -104,8 +107,8 @@ def _gather(plan: Plan, waiting: Iterator[tuple[int, ...]], submit: Callable[[tu
             for number, loss in _result(ready):
                 yield plan.units[number], loss
     finally:
-        for ref in under_way:
-            ray.cancel(ref)
+        if under_way:
+            ray.wait(under_way, num_returns=len(under_way), timeout=patience)
 
 
 def _result(ref: Ref) -> list[tuple[int, Loss]]:
