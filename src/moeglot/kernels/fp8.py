@@ -15,7 +15,7 @@ from moeglot.kernels.lattice import Levels
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
 NAN = 0x7F
 BIAS = 127
-AT_ONCE = 1 << 22  # numbers whose scales are found together; what each step needs is less
+AT_ONCE = 1 << 24  # numbers whose scales are found together; scratch is far less
 LEAST = 2.0**-117
 """The smallest float scale under which products with every code are normal, so that values tell their scale."""
 
@@ -104,8 +104,9 @@ def _numbers(codes: torch.Tensor) -> torch.Tensor:
     flat = codes.reshape(-1)
     if flat.numel() % 2 or flat.storage_offset() % 2:
         return codes.to(torch.bfloat16)
-    index = flat.view(torch.uint16).to(torch.int32)
-    return _pairs().index_select(0, index).view(torch.bfloat16).view(codes.shape)
+    index = scratch.empty((flat.numel() // 2,), torch.int32).copy_(flat.view(torch.uint16))
+    found = torch.index_select(_pairs(), 0, index, out=scratch.empty(tuple(index.shape), torch.int32))
+    return found.view(torch.bfloat16).view(codes.shape)
 
 
 def _checked(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor, block: Block) -> torch.Tensor:
