@@ -84,6 +84,31 @@ def test_mxfp4_over_all_bytes_and_scales(dtype):
 
 
 @needs_numba
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (33, 2880)], ids=str)
+def test_mxfp4_multiplies_out_of_its_codes(shape, count):
+    """Against float64 and the slow decoding; codes of all magnitudes under scales far apart, rows of a larger tensor, and tokens with gaps."""
+    rows, columns = shape
+    random = torch.Generator().manual_seed(rows)
+    packed = torch.randint(0, 256, (rows, 2, columns // 32, 16), generator=random, dtype=torch.uint8)[:, 1]
+    scale = torch.randint(100, 140, (rows, columns // 32), generator=random, dtype=torch.uint8)
+    x = torch.randn(count, columns + 5, generator=random)[:, 5:]
+    with backend.using("torch"):
+        weight = kernel.decode(packed, scale, torch.float64)
+        assert kernel.times(x, packed, scale) is None
+    expected = x.double() @ weight.mT
+    with backend.using("numba"):
+        found = kernel.times(x, packed, scale)
+        half = kernel.times(x.bfloat16(), packed, scale)
+        wrong = kernel.times(x.roll(1, -1), packed, scale)
+    magnitude = x.double().abs() @ weight.abs().mT
+    assert ((found - expected).abs() <= 1e-6 * magnitude).all()
+    assert half.dtype == torch.bfloat16
+    assert ((half - x.bfloat16().double() @ weight.mT).abs() <= 2**-8 * expected.abs().amax() + 1e-6 * magnitude).all()
+    assert not ((wrong - expected).abs() <= 1e-4 * magnitude).all()
+
+
+@needs_numba
 @pytest.mark.parametrize("place", ["straight", "turned", "turned and interleaved"])
 def test_mxfp4_refuses_the_same_numbers(place):
     """Each code under each of the scales that make some codes infinite, and 255, which is NaN."""

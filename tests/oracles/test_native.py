@@ -19,9 +19,11 @@ from test_transformers import relative
 from transformers import CONFIG_MAPPING
 
 import moeglot
+from moeglot.demo import BUNDLED
 from moeglot.errors import UsageError
 from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
+from moeglot.kernels import backend as kernels
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -257,6 +259,27 @@ def test_experts_that_live_elsewhere_are_skipped(backend, tmp_path):
         parts.append(module(hidden, torch.where(here, index - some.start, len(some)), torch.where(here, weights, torch.nan)))
     assert relative(sum(parts), whole) <= LIMIT
     assert relative(parts[0], whole) > POWER
+
+
+@pytest.mark.skipif(not kernels.installed(), reason="numba is not installed")
+def test_few_tokens_are_multiplied_out_of_the_codes(monkeypatch):
+    """Each token alone, and a handful: what the reference computes; and what the codes give is what counts."""
+    from moeglot.kernels import mxfp4
+    from moeglot.nn import Experts
+
+    module = Experts.of(moeglot.open(BUNDLED), 0, backend="eager")
+    reference = Experts.of(moeglot.open(BUNDLED), 0, backend="reference")
+    sizes = module.sizes
+    torch.manual_seed(0)
+    for tokens in (1, 5):
+        hidden = torch.randn(tokens, sizes["h"])
+        index, weights = torch.stack([torch.randperm(sizes["e"])[:4] for _ in range(tokens)]), torch.rand(tokens, 4)
+        expected = reference(hidden, index, weights)
+        with kernels.using("numba"):
+            assert relative(module(hidden, index, weights), expected) <= LIMIT
+            with monkeypatch.context() as broken:
+                broken.setattr(mxfp4, "times", lambda x, packed, scale: x.new_zeros(len(x), len(packed)))
+                assert relative(module(hidden, index, weights), expected) > POWER
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -61,6 +61,18 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
     return values
 
 
+def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
+    """x [n, 32 g], packed u8 [rows, g, 16], scale u8 [rows, g] up to LAST_FINITE -> [n, rows] in the dtype of x, summed in float32: x times the matrix
+    turned, which is never decoded as a whole. For few rows of x; None where no kernel is compiled for that.
+    """
+    fast = backend.compiled("mxfp4", packed) if x.device.type == "cpu" and x.dtype != torch.float64 else None
+    if fast is None:
+        return None
+    found = torch.empty(len(x), len(packed))
+    fast.times(x.float(), packed, scale, found)
+    return found.to(x.dtype)
+
+
 def _decode_groups(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [n, 16], scale u8 [n] -> out [n, 32]."""
     e2m1.unpack(packed, out).mul_(_scales(out.dtype, packed.device)[scale.int()].unsqueeze(-1))

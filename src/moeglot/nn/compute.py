@@ -65,7 +65,10 @@ class Stage:
         """x [n, in] -> role -> [n, out]."""
         found: Roles = {}
         for line in self.lines:
-            found |= line.line.apart(rows(x, line.line.in_out(line.dense(block.experts, x.dtype)), block.ends))
+            product = line.times(x, block.experts.start) if len(block.experts) == 1 else None
+            if product is None:
+                product = rows(x, line.line.in_out(line.dense(block.experts, x.dtype)), block.ends)
+            found |= line.line.apart(product)
         for role, bias in biases_of(self.biases, block.experts, x.dtype).items():
             found[role] = found[role] + (bias[0] if len(bias) == 1 else bias[ids - block.experts.start])
         if self.factors:

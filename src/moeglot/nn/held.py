@@ -8,10 +8,14 @@ import torch
 
 from moeglot import scratch
 from moeglot.encoding import Encoded, Encoding, Part
+from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.floats import exactly, values
+from moeglot.kernels import mxfp4
 from moeglot.layout import Stored
 
+FEW_ROWS = 8
+"""Tokens of an expert up to which a CPU multiplies with MXFP4 as it decodes; above, the decoded matrix is in the cache often enough."""
 Read = Callable[[int], Encoded]
 """Number of an expert on disk -> its slice of the stored tensor."""
 
@@ -109,6 +113,14 @@ class Held(torch.nn.Module):
         """(part, [e, ...]) where every part is one buffer."""
         for part in self.encoding.parts:
             yield part.name, self.get_buffer(self._name(part, 0))
+
+    def times(self, x: torch.Tensor, expert: int) -> torch.Tensor | None:
+        """x [n, in] times the slice of an expert, [n, out], out of its codes; None where that takes longer than to decode it, or cannot be done."""
+        if not isinstance(self.encoding, MXFP4) or not self.line.upright or len(x) > FEW_ROWS or self.largest_scale > mxfp4.LAST_FINITE:
+            return None
+        groups = self.shape[1] // mxfp4.GROUP
+        packed, scale = (self.get_buffer(f"part_{name}")[expert].view(torch.uint8) for name in ("packed", "scale"))
+        return mxfp4.times(x, packed.reshape(-1, groups, mxfp4.GROUP // 2), scale.reshape(-1, groups))
 
     def _several(self, parts: Mapping[str, torch.Tensor], count: int, dtype: torch.dtype) -> torch.Tensor:
         return self._memory(Encoded(self.encoding, parts, (count, *self.shape)), dtype)

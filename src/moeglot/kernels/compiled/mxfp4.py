@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy
 import torch
-from numpy import int32, uint8, uint16, uint32, uint64
+from numpy import float32, int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, inline, jit, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, in_threads, inline, jit, jit_sums, memory, rows_together
+from moeglot.kernels.compiled.numbers import e2m1
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
 
 LAST_FINITE = 252
@@ -138,6 +139,54 @@ def _turned_half(packed: Array, packed_row: int, scale: Array, scale_row: int, r
                         pair, at = table[turned[j * TILE + k]], (g * 32 + 2 * j) * out_column + first + k
                         out[at], out[at + out_column] = uint16(pair), uint16(pair >> uint32(16))
     return most
+
+
+def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """x float32 [n, 32 g], packed u8 [rows, g, 16], scale u8 [rows, g], no code infinite under it -> out float32 [n, rows], contiguous."""
+    packed, scale = rows_together(packed, 2), rows_together(scale)
+    if out.numel():
+        even, odd = (memory(x[:, first::2].contiguous()).view(float32) for first in (0, 1))
+        where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, _powers())
+        in_threads(lambda first, last: _times(even, odd, len(x), first, last, *where, memory(out).view(float32)), len(packed))
+
+
+@cache
+def _powers() -> Array:
+    """float32 [256]: 2^(scale - 127)."""
+    return memory(torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)).view(float32)
+
+
+@jit_sums
+def _times(
+    even: Array,
+    odd: Array,
+    count: int,
+    first: int,
+    last: int,
+    packed: Array,
+    packed_row: int,
+    scale: Array,
+    scale_row: int,
+    rows: int,
+    groups: int,
+    powers: Array,
+    out: Array,
+) -> None:
+    """A row is decoded into the nearest cache, its even and its odd numbers apart, and multiplied there."""
+    low, high = numpy.empty(16 * groups, float32), numpy.empty(16 * groups, float32)
+    for r in range(first, last):
+        codes, of_groups = packed[r * packed_row :], scale[r * scale_row :]
+        for g in range(groups):
+            by, some, to_low, to_high = powers[of_groups[g]], codes[g * 16 :], low[g * 16 :], high[g * 16 :]
+            for j in range(16):
+                byte = uint32(some[j])
+                to_low[j] = float32(e2m1(uint32(byte & uint32(15))) * by)
+                to_high[j] = float32(e2m1(uint32(byte >> uint32(4))) * by)
+        for n in range(count):
+            x, y, total = even[n * 16 * groups :], odd[n * 16 * groups :], float32(0)
+            for k in range(16 * groups):
+                total += float32(low[k] * x[k]) + float32(high[k] * y[k])
+            out[n * rows + r] = total
 
 
 # --- encode ----------------------------------------------------------------------------------------------------------------------------
