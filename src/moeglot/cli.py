@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from contextlib import AbstractContextManager
@@ -85,7 +86,8 @@ def inspect(
     """Say what a checkpoint is and how that is known. Reads headers only (of a Hub id it fetches no more), and with --deep a few experts."""
     from moeglot.evidence import weigh
 
-    gc.disable()  # millions of small objects and no garbage: looking for some takes a fifth of the time
+    gc.disable()  # millions of small objects and no garbage: looking for some takes a fifth of the time,
+    atexit.register(gc.freeze)  # at the end too
     check_folder(html, "--html")
     try:
         checkpoint = moeglot.open(path, format, headers_only=not deep)
