@@ -1,15 +1,12 @@
 """How our kernels are compiled, and how a tensor is handed to one: its memory as one run of unsigned integers, and the strides in them.
 
-A kernel holds no GIL and starts no thread: callers run it side by side, or `in_threads` does. Compiled code is kept in __pycache__ beside its source.
+A kernel holds no GIL and starts no thread, so that ours can run it side by side. Compiled code is kept in __pycache__ beside its source.
 numba makes uint32 + uint32 a uint64: each intermediate is cast, or the loop is computed in lanes of twice the width.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any, cast
 
 import numba
@@ -51,21 +48,6 @@ def memory(tensor: torch.Tensor) -> Array:
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     flat = tensor.as_strided((span,), (1,), tensor.storage_offset())
     return cast(Array, flat.view(_SIGNED[tensor.element_size()]).numpy().view(_UNSIGNED[tensor.element_size()]))
-
-
-def in_threads(work: Callable[[int, int], None], count: int) -> None:
-    """`work(first, last)` for parts of 0 to `count`, side by side in as many threads as torch would take: kernels hold no GIL."""
-    step = -(-count // torch.get_num_threads())
-    others = [_pool(os.getpid()).submit(work, at, min(at + step, count)) for at in range(step, count, step)]
-    work(0, min(step, count))
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Of this process: what is forked has no threads."""
-    return ThreadPoolExecutor(thread_name_prefix="moeglot")
 
 
 def rows_together(tensor: torch.Tensor, axes: int = 1) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy
 import torch
 from numpy import float32, int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, in_threads, inline, jit, jit_sums, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, inline, jit, jit_sums, memory, rows_together
 from moeglot.kernels.compiled.numbers import e2m1
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
 
@@ -147,7 +147,7 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch
     if out.numel():
         even, odd = (memory(x[:, first::2].contiguous()).view(float32) for first in (0, 1))
         where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, _powers())
-        in_threads(lambda first, last: _times(even, odd, len(x), first, last, *where, memory(out).view(float32)), len(packed))
+        _times(even, odd, len(x), *where, memory(out).view(float32))
 
 
 @cache
@@ -158,23 +158,11 @@ def _powers() -> Array:
 
 @jit_sums
 def _times(
-    even: Array,
-    odd: Array,
-    count: int,
-    first: int,
-    last: int,
-    packed: Array,
-    packed_row: int,
-    scale: Array,
-    scale_row: int,
-    rows: int,
-    groups: int,
-    powers: Array,
-    out: Array,
+    even: Array, odd: Array, count: int, packed: Array, packed_row: int, scale: Array, scale_row: int, rows: int, groups: int, powers: Array, out: Array
 ) -> None:
     """A row is decoded into the nearest cache, its even and its odd numbers apart, and multiplied there."""
     low, high = numpy.empty(16 * groups, float32), numpy.empty(16 * groups, float32)
-    for r in range(first, last):
+    for r in range(rows):
         codes, of_groups = packed[r * packed_row :], scale[r * scale_row :]
         for g in range(groups):
             by, some, to_low, to_high = powers[of_groups[g]], codes[g * 16 :], low[g * 16 :], high[g * 16 :]
