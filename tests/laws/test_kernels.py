@@ -72,10 +72,11 @@ def test_decode_writes_where_it_is_told(encoding, dtype, name):
 @needs_numba
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_mxfp4_over_all_bytes_and_scales(dtype):
-    """Every scale that `decode` takes, in every place; the two paths of a turned tile, with common scales only and with rare ones, both."""
-    scale = torch.arange(253, dtype=torch.uint8).repeat_interleave(3).view(-1, 1).expand(759, 16).contiguous()
-    packed = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(759, 16, 16).contiguous()
-    for some in (slice(None), slice(6, -3)):
+    """Every scale that `decode` takes, in every place; the two paths of a turned tile, with common scales only and with rare ones, both; more rows
+    than a tile."""
+    scale = torch.arange(253, dtype=torch.uint8).repeat_interleave(5).view(-1, 1).expand(1265, 16).contiguous()
+    packed = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(1265, 16, 16).contiguous()
+    for some in (slice(None), slice(10, -5)):
         with backend.using("torch"):
             expected = kernel.decode(packed[some], scale[some], dtype)
         with backend.using("numba"):
