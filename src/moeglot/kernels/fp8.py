@@ -88,25 +88,25 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
             fast.decode(codes, factor, block, to)
             continue
         for rows in runs(*codes.shape):
-            times(_numbers(codes[rows]), rows, factor, block, to[rows])
+            to[rows] = times(_numbers(codes[rows]), rows, factor, block)  # a product that is rounded to another type costs more than a copy that is
     return _checked(values, weight, scale, factors, block)
 
 
 @cache
 def _pairs() -> torch.Tensor:
-    """int32 [65536]: the two bfloat16 of two codes that lie one after the other."""
+    """int64 [65536]: the two float32 of two codes that lie one after the other."""
     codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float8_e4m3fn)
-    return codes.to(torch.bfloat16).view(torch.int32)
+    return codes.to(torch.float32).view(torch.int64)
 
 
 def _numbers(codes: torch.Tensor) -> torch.Tensor:
-    """F8_E4M3 -> bfloat16, which has every code; looked up two at a time, since torch's own conversion takes four times as long."""
+    """F8_E4M3 -> float32, in memory of its own; looked up two at a time, since torch's own conversion takes four times as long."""
     flat = codes.reshape(-1)
     if flat.numel() % 2 or flat.storage_offset() % 2:
-        return codes.to(torch.bfloat16)
+        return codes.to(torch.float32)
     index = scratch.empty((flat.numel() // 2,), torch.int32).copy_(flat.view(torch.uint16))
-    found = torch.index_select(_pairs(), 0, index, out=scratch.empty(tuple(index.shape), torch.int32))
-    return found.view(torch.bfloat16).view(codes.shape)
+    found = torch.index_select(_pairs(), 0, index, out=scratch.empty(tuple(index.shape), torch.int64))
+    return found.view(torch.float32).view(codes.shape)
 
 
 def _checked(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor, block: Block) -> torch.Tensor:

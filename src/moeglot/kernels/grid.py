@@ -67,12 +67,12 @@ def tile_rows(rows: slice, block: Block) -> torch.Tensor:
     return numbers // block[0] if block[0] else torch.zeros_like(numbers)
 
 
-def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block, out: torch.Tensor | None = None) -> torch.Tensor:
-    """[these rows, columns] × float32 scale [tiles, tiles], each product rounded once: in place of float32, or into `out` of the same shape."""
-    factor, out = scale[tile_rows(rows, block)], values if out is None else out
-    for (part, place), (to, _) in zip(tiled(values, block[1]), tiled(out, block[1]), strict=True):
-        torch.mul(part, factor[:, place].unsqueeze(-1), out=to)
-    return out
+def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
+    """float32 [these rows, columns] × scale [tiles, tiles], each product rounded once, in place."""
+    factor = scale[tile_rows(rows, block)]
+    for part, place in tiled(values, block[1]):
+        part *= factor[:, place].unsqueeze(-1)
+    return values
 
 
 def plus(values: torch.Tensor, rows: slice, offset: torch.Tensor, block: Block) -> torch.Tensor:
