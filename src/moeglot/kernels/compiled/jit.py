@@ -35,12 +35,17 @@ def inline(kernel: Kernel) -> Kernel:
     return cast(Kernel, numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")(kernel))
 
 
-def by_type(name: Kernel) -> Callable[[Kernel], Kernel]:
-    """A part of kernels whose types choose it: the function takes its arguments' numba types, and returns what is compiled for these.
+def by_type(choose: Kernel) -> Kernel:
+    """A part of kernels whose types choose it: `choose` takes its arguments' numba types, and returns what is compiled for these.
 
     What a type says is known to the compiler. A flag is not, and for a shift by 16 or by 0 it computes in lanes of twice the width.
     """
-    return cast(Callable[[Kernel], Kernel], numba.extending.overload(name, jit_options={"error_model": "numpy"}, strict=False))
+
+    def part(*_: Any) -> Any:
+        raise TypeError(f"{choose.__name__} is a part of compiled kernels; Python has no such function")
+
+    numba.extending.overload(part, jit_options={"error_model": "numpy"}, strict=False)(choose)
+    return part
 
 
 def memory(tensor: torch.Tensor) -> Array:

@@ -16,25 +16,17 @@ def half_bits(bits: Any) -> Any:
     return uint16(uint32(uint32(bits + uint32(0x7FFF)) + uint32(uint32(bits >> uint32(16)) & uint32(1))) >> uint32(16))
 
 
+@by_type
 def wide(bits: Any) -> Any:
     """The bits of a bfloat16 (uint16) or of a float32 (uint32) -> the bits of that number as a float32 (uint32)."""
-    raise NotImplementedError
-
-
-@by_type(wide)
-def _wide(bits: Any) -> Any:
     if bits == types.uint16:
         return lambda bits: uint32(uint32(bits) << uint32(16))
     return lambda bits: uint32(bits)
 
 
+@by_type
 def stored(bits: Any, out: Any) -> Any:
     """The bits of a finite float32 or of NaN -> those of the nearest number that `out` holds: bfloat16 in uint16, float32 in uint32."""
-    raise NotImplementedError
-
-
-@by_type(stored)
-def _stored(bits: Any, out: Any) -> Any:
     if out.dtype == types.uint16:
         return lambda bits, out: half_bits(bits)
     return lambda bits, out: uint32(bits)
@@ -78,13 +70,10 @@ KINDS = {"e4m3": uint8(0), "int4": int8(0)}
 """What tells `made` the codes: the type, which is known when it is compiled."""
 
 
+@by_type
 def made(value: Any, scale: Any, kind: Any) -> Any:
     """Whether a code × a float32 scale, rounded to float32, is this float32 value."""
-    raise NotImplementedError
 
-
-@by_type(made)
-def _made(value: Any, scale: Any, kind: Any) -> Any:
     def by_e4m3(value: Any, scale: Any, kind: Any) -> Any:
         magnitude = abs(value)
         quotient = float32(magnitude / scale)
