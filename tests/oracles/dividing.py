@@ -1,7 +1,8 @@
-"""One process of expert parallelism, for test_parallel.py: loads its share of a checkpoint and says what it computed, held and needed, as files."""
+"""One process of expert parallelism, for test_parallel.py: loads its share of each checkpoint in turn and says what it computed, held and needed, as files."""
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -28,10 +29,10 @@ def anonymous() -> int:
 
 
 class Peak:
-    """The most anonymous memory that this process had while it watched, beyond what it had before."""
+    """The most anonymous memory that this process had while it watched, and what it had at the end, beyond what it had before."""
 
     def __enter__(self) -> Peak:
-        self.base, self.most, self.going = anonymous(), 0, True
+        self.base, self.most, self.kept, self.going = anonymous(), 0, 0, True
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -44,6 +45,8 @@ class Peak:
     def __exit__(self, *_: Any) -> None:
         self.going = False
         self.thread.join()
+        gc.collect()
+        self.kept = anonymous() - self.base
 
 
 def _library(path: str) -> Any:
@@ -77,12 +80,18 @@ def _saved(model: torch.nn.Module, out: Path, job: dict[str, Any]) -> str | None
     return None
 
 
-def main(job: dict[str, Any]) -> None:
+def main(jobs: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    rank, size = distributed.get_rank(), distributed.get_world_size()
+    moeglot.load(jobs[0]["warm"], native="library" not in jobs[0])  # what is imported at the first use is no part of the measure
+    for job in jobs:
+        done(job, distributed.get_rank(), distributed.get_world_size())
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def done(job: dict[str, Any], rank: int, size: int) -> None:
     out = Path(job["out"])
-    moeglot.load(job["warm"], native="library" not in job)  # what is imported at the first use is no part of the measure
     with Peak() as peak:
         path = job["paths"][rank % len(job["paths"])]
         model = _library(path) if job.get("library") else moeglot.load(path, ep_size=size, ep_rank=rank, **job["options"])
@@ -97,10 +106,9 @@ def main(job: dict[str, Any]) -> None:
         torch.save(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, out / f"grad-{rank}.pt")
     torch.save(logits.detach(), out / f"logits-{rank}.pt")
     held = {name: module.num_experts for name, module in model.named_modules() if isinstance(module, Experts) or name.endswith("experts")}
-    told = {"peak": peak.most, "held": held, "refused": _refused(path, model, size), "saved": _saved(model, out / f"saved-{rank}", job)}
+    told = {"peak": peak.most, "kept": peak.kept, "held": held}
+    told |= {"refused": _refused(path, model, size), "saved": _saved(model, out / f"saved-{rank}", job)}
     (out / f"told-{rank}.json").write_text(json.dumps(told))
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
