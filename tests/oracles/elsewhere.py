@@ -87,6 +87,12 @@ class _Literals(TorchFunctionMode):
 
 
 class _Module(_DummyBackendModule):
+    there = False
+    """Torch registers a backend for the rest of the process; other tests must not find a device."""
+
+    def is_available(self) -> bool:
+        return self.there
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -100,5 +106,9 @@ def two_devices() -> Iterator[tuple[str, str]]:
     if not _ready:
         _setup_privateuseone_for_python_backend(NAME, _Module())
         _ready.append(True)
-    with _Literals(), _Everywhere():
-        yield f"{NAME}:0", f"{NAME}:1"
+    _Module.there = True
+    try:
+        with _Literals(), _Everywhere():
+            yield f"{NAME}:0", f"{NAME}:1"
+    finally:
+        _Module.there = False
