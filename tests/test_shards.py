@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from moeglot import BrokenFile
 from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
-from moeglot.shards import ALIGNMENT, MAX_HEADER, Slot, plan_shards, read_header, tensor_bytes, write_at
+from moeglot.shards import ALIGNMENT, MAX_HEADER, Entry, Slot, _describe, describe, plan_shards, read_header, tensor_bytes, write_at
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -166,6 +166,34 @@ def test_the_unbroken_file_is_accepted() -> None:
     with _new_file(VALID) as path:
         assert not _library_refuses(path)
         assert set(_ours(path)) == {"a", "b.c", "d"}
+
+
+def _mostly(right: object, *others: object) -> st.SearchStrategy[object]:
+    return st.sampled_from([*[right] * len(others), *others])
+
+
+DESCRIPTIONS = st.fixed_dictionaries(
+    {
+        "dtype": _mostly("U8", "BOOL", "F32", "F4", None, ["U8"]),
+        "shape": _mostly([2], [1, 2], [], [0], [2.0], [True, 2], [-1, -2], ["2"], [[2]], [None], 2, None, "", "2", {}),
+        "data_offsets": _mostly([0, 2], [4, 6], [0, 0], [0, 2.0], [False, 2], [-2, 0], [2, 0], [0, "2"], [0, 2, 4], [0], [], 2, None, "02", {}),
+    }
+) | st.sampled_from([None, 1, "dtype", [], {}, {"dtype": "U8"}, {"dtype": "U8", "shape": [2]}])
+
+
+@MANY
+@given(st.lists(DESCRIPTIONS, max_size=2))
+def test_descriptions_are_looked_at_together_as_strictly_as_each_by_itself(descriptions: list[object]) -> None:
+    header = dict(zip("ab", descriptions, strict=False))
+
+    def told(entries: Callable[[], dict[str, Entry]]) -> dict[str, Entry] | str:
+        try:
+            return entries()
+        except BrokenFile as error:
+            return str(error)
+
+    each = told(lambda: {name: _describe(Path("x"), name, value, 8) for name, value in header.items()})
+    assert told(lambda: describe(Path("x"), header, 8)) == each
 
 
 @MANY

@@ -167,7 +167,7 @@ def test_what_is_left_is_named_before_a_byte_is_written(case: str, hub: Path, tm
 def test_every_tensor_is_used_once_and_every_byte_written_once(hub: Path) -> None:
     plan = moeglot.plan(hub, TARGET)
     used = [part.name for parts in plan.dense.values() for part in parts]
-    assert sorted(used) == sorted(set(plan.source.source.entries) - plan.source.expert_keys)
+    assert sorted(used) == sorted(plan.source.others)
     (file,) = plan.shards
     spans = [(at, at + len(data)) for at, data in file.frames] + [(p.offset, p.offset + p.nbytes) for pieces in file.pieces.values() for p in pieces]
     ends = sorted(spans)

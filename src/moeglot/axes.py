@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import permutations, product
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ Group = tuple[str, ...]
 Groups = tuple[Group, ...]
 
 
+@cache
 def parse_axes(axes: str) -> Groups:
     """`"e (i p) h"` -> `(("e",), ("i", "p"), ("h",))`."""
     return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^()]*\)|\S+", axes))

@@ -27,7 +27,7 @@ from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
 CERTIFICATE = "moeglot.json"
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -129,21 +130,19 @@ class Checkpoint:
         return self.expert(line, layer, expert)[role]
 
     @cached_property
-    def expert_keys(self) -> frozenset[str]:
-        """The names of all tensors of the experts; those of layers for multi-token prediction are not among them."""
-        return frozenset(key for _, _, keys in self.format.expert_keys(self.layers, self.sizes) for key in keys)
-
-    @cached_property
-    def other_keys(self) -> set[str]:
-        """The names of all tensors that are none of `expert_keys`."""
-        return self.source.entries.keys() - self.expert_keys
+    def others(self) -> dict[str, Entry]:
+        """name -> tensor, for all that are none of the experts'; those of layers for multi-token prediction are among them."""
+        found = dict(self.source.entries)
+        for _, _, keys in self.format.expert_keys(self.layers, self.sizes):
+            deque(map(found.pop, keys, repeat(None)), maxlen=0)
+        return found
 
     @cached_property
     def dense(self) -> dict[str, HubTensor]:
         """Hub name -> tensor, for every tensor that is no expert; raises `TensorMismatch` for one that the format cannot name."""
         found: dict[str, HubTensor] = {}
-        for key in (key for key in self.source.entries if key in self.other_keys):
-            for tensor in self._hub_tensors(key, self.source.entries[key]):
+        for key, entry in self.others.items():
+            for tensor in self._hub_tensors(key, entry):
                 if tensor.name in found:
                     raise TensorMismatch(f"{tensor.name}: stored twice", f"as {found[tensor.name].entry.name} and as {key}", "remove the stale one")
                 found[tensor.name] = tensor

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moeglot.checkpoint import Checkpoint
 from moeglot.shards import let_go
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 Level = Literal["structure", "values", "forward"]
 Verdict = Literal["holds", "does not hold", "cannot tell"]
@@ -77,13 +77,19 @@ def each_expert(
             yield result
 
 
-def return_large_buffers() -> None:
-    """Have glibc give every freed buffer of 2 MB or more back to the system: its own threshold rises to 32 MB, and the heap then fills with holes."""
+def keep_heap_small() -> None:
+    """Have glibc give every freed buffer of 2 MB or more back to the system, and start no heap for each thread.
+
+    Its own threshold rises to 32 MB, and the heap then fills with holes; so does each of several heaps, and what one thread freed is no use to another.
+    Some MB at the end of the heap stay, or the next run of rows would have them cleared again.
+    """
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2 << 20)
+        mallopt(M_TRIM_THRESHOLD, 8 << 20)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def one_thread() -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from moeglot import report
+from moeglot.checks import keep_heap_small
 from moeglot.cli_options import (
     AllowLossOption,
     DryRunOption,
@@ -84,6 +85,7 @@ def show_and_carry_out(
     from moeglot.cli_progress import bar
     from moeglot.units import estimate
 
+    keep_heap_small()
     console, plan = Console(soft_wrap=not sys.stdout.isatty()), estimate(plan)
     if json and dry_run:
         print_json(report.plan_json(plan))

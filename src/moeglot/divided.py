@@ -11,6 +11,7 @@ from moeglot.dense import HubTensor
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
 from moeglot.layout import Stored
+from moeglot.shards import Entry
 from moeglot.share import Share
 
 
@@ -41,9 +42,8 @@ class Divided(Checkpoint):
         return self.whole.checked(line, layer, self.numbers[expert])
 
     @cached_property
-    def expert_keys(self) -> frozenset[str]:
-        """Of all experts: the names that no other tensor has."""
-        return self.whole.expert_keys
+    def others(self) -> dict[str, Entry]:
+        return self.whole.others
 
     @cached_property
     def dense(self) -> dict[str, HubTensor]:

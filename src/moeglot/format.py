@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import repeat
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -198,12 +197,16 @@ class Format:
         for layer in layers:
             for line in self.lines(layer):
                 before, _, after = line.key.replace("{layer}", str(layer)).partition("{expert}")
-                numbers = range(line.offset, line.offset + sizes["e"]) if line.per_expert else ("",)
                 for part in line.encoding.parts:
-                    yield line, part, map(partial("{}{}{}".format, before), numbers, repeat(after + line.names[part.name]))
+                    numbers = range(line.offset, line.offset + sizes["e"]) if line.per_expert else ("",)
+                    yield line, part, _numbered(before, numbers, after + line.names[part.name])
 
     def line_of(self, role: str) -> Stored:
         return next(line for line in self.stored if role in line.roles)
+
+
+def _numbered(before: str, numbers: Iterable[int | str], after: str) -> Iterator[str]:
+    return (f"{before}{number}{after}" for number in numbers)
 
 
 def _pattern(template: str) -> re.Pattern[str]:

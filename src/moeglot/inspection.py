@@ -47,7 +47,7 @@ def _stored_json(c: Checkpoint, line: Stored) -> dict[str, Any]:
 
 
 def _expert_bytes(c: Checkpoint) -> int:
-    return c.source.nbytes - sum(c.source.entries[key].nbytes for key in c.other_keys)
+    return c.source.nbytes - sum(entry.nbytes for entry in c.others.values())
 
 
 def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Finding] = ()) -> None:

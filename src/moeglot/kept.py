@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from moeglot.adapter import TENSORS_DECIDE
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.encoding import Encoded
@@ -173,6 +172,8 @@ def _beside(plan: Plan, layer: int, expert: int, base: Matrix) -> Matrix:
 
 def notes(change: Change) -> list[str]:
     """What a user must hear before a merge: doubts of whose adapter it is, and matrices that are rounded otherwise than was asked."""
+    from moeglot.adapter import TENSORS_DECIDE
+
     adapter, said = change.adapter, change.adapter.config.raw.get("base_model_name_or_path")
     found = [reason for reason in adapter.evidence if reason.endswith(TENSORS_DECIDE)]
     if said and PurePath(str(said)).name != PurePath(adapter.base.source.name).name:

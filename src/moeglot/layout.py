@@ -181,7 +181,7 @@ class Stored:
             return part.shape(self._shape(groups, sizes))
         blocks = part.blocks(len(groups))
         kept = [tuple(letter for letter in group if block or letter in "ep") for group, block in zip(groups, blocks, strict=True)]
-        blocked = replace(part, block=(part.block[0] or 1, part.block[1] or 1))
+        blocked = part if all(part.block) else replace(part, block=(part.block[0] or 1, part.block[1] or 1))
         return blocked.shape(self._shape(kept, sizes))
 
     # --- moving axes, for one expert -------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def _unquantized(c: Checkpoint) -> Iterator[Finding]:
 def _orphans(c: Checkpoint) -> Iterator[Finding]:
     """Scales and packed codes outside the experts without the tensor that they belong to."""
     names = c.source.entries.keys()
-    for key in c.other_keys:
+    for key in c.others:
         if not key.endswith(SUFFIXES):
             continue
         for suffix, others in SIBLINGS.items():
@@ -97,7 +97,7 @@ SUFFIXES = tuple(SIBLINGS)
 def _mixed(c: Checkpoint) -> Iterator[Finding]:
     """Layers for multi-token prediction whose experts are stored otherwise than the others."""
     carried = c.format.family.carried_layers(c.config)
-    here = [key for key in c.other_keys if ".experts." in key and _is_mtp(key, carried)]
+    here = [key for key in c.others if ".experts." in key and _is_mtp(key, carried)]
     other = sorted({_template(key) for key in here if not c.format.match(key)})
     if other:
         yield Finding(
@@ -121,7 +121,7 @@ def _template(key: str) -> str:
 
 
 def _unaligned(c: Checkpoint) -> Iterator[Finding]:
-    odd = [e.name for e in c.source.entries.values() if e.start % ALIGNMENT and e.nbytes >= PAGE and e.name in c.expert_keys]
+    odd = [e.name for e in c.source.entries.values() if e.start % ALIGNMENT and e.end - e.start >= PAGE and e.name not in c.others]
     if odd:
         yield Finding("not aligned", f"{len(odd)} tensors of experts do not start at a multiple of {ALIGNMENT} bytes, first {odd[0]}", {"tensors": len(odd)})
 

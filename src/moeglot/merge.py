@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moeglot.adapter import Adapter, open_adapter
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress
@@ -12,6 +12,9 @@ from moeglot.convert import carry_out
 from moeglot.kept import THRESHOLD
 from moeglot.plan import SHARD_SIZE, plan
 from moeglot.stream import Engine
+
+if TYPE_CHECKING:
+    from moeglot.adapter import Adapter
 
 
 def merge(
@@ -42,7 +45,9 @@ def merge(
     `engine` as in `convert`.
     Raises `LossRefused` if less than `threshold` of the change survives in some role; and all that `open_adapter` and `convert` do.
     """
+    from moeglot.adapter import open_adapter
+
     checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
-    change = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, checkpoint, convention)
+    change = open_adapter(adapter, checkpoint, convention) if isinstance(adapter, str | Path) else adapter
     made = plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
     return carry_out(made, out, allow_loss, workers, resume, progress, threshold, engine=engine)

@@ -8,8 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeglot.adapter import Adapter
-from moeglot.adapter_parts import Dense, check_ties
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
@@ -22,6 +20,9 @@ from moeglot.survival import Survival
 
 if TYPE_CHECKING:
     import torch
+
+    from moeglot.adapter import Adapter
+    from moeglot.adapter_parts import Dense
 
 Move = Callable[["torch.Tensor"], "torch.Tensor"]
 Join = Callable[[Callable[[str], "torch.Tensor"]], "torch.Tensor"]
@@ -167,10 +168,10 @@ class Change:
     def _measured(self) -> Mapping[str, Entry]:
         return read_header(Path(self.rounding.moments))[0] if self.rounding.moments else {}
 
-    # --- matrices that are no experts --------------------------------------------------------------------------------------------------
-
     def dense(self, tensors: Mapping[str, DenseTensor]) -> dict[str, DenseTensor]:
         """Hub name -> tensor that is no expert, with the adapter's changes; raises `UnsupportedAdapter` where a tie would be cut."""
+        from moeglot.adapter_parts import check_ties
+
         check_ties(self.adapter.dense, self.adapter.replaced, self.adapter.base)
         found = dict(tensors)
         exact = self.adapter.base.decoded("F32")

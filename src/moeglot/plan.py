@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moeglot.adapter import Adapter, open_adapter
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.config import declared_dtype, write_config
 from moeglot.dense import DecodedTensor, DenseTensor
@@ -34,6 +33,9 @@ from moeglot.share import Share
 from moeglot.survival import Survival
 from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
+
+if TYPE_CHECKING:
+    from moeglot.adapter import Adapter
 
 SHARD_SIZE = 5_000_000_000
 MODELOPT_CONFIG = "hf_quant_config.json"
@@ -232,7 +234,11 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
         return None
     if share:
         raise UsageError(f"an adapter, and the experts of {share}", "its factors are those of all experts", "merge it into the whole model, then convert that")
-    return Change(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, source), rounding)
+    if isinstance(adapter, str | Path):
+        from moeglot.adapter import open_adapter
+
+        adapter = open_adapter(adapter, source)
+    return Change(adapter, rounding)
 
 
 def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:

@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import chain, compress
 from math import prod
-from operator import itemgetter
+from operator import eq, itemgetter, mul, ne, sub
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,7 +98,7 @@ def _refuse(path: Location, what: str, known: str) -> BrokenFile:
 def parse(text: str) -> Any:
     """JSON in which no name stands twice; raises `ValueError`. The exact check is slow: it is made where there are more colons than names, two levels deep."""
     value = json.loads(text)
-    if isinstance(value, dict) and text.count(":") == len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict)):
+    if isinstance(value, dict) and text.count(":") == len(value) + sum(map(len, [inner for inner in value.values() if isinstance(inner, dict)])):
         return value
     return json.loads(text, object_pairs_hook=unique)
 
@@ -136,15 +137,14 @@ def read_header(path: Location, *, ask_library: bool = True) -> tuple[dict[str, 
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _refuse(path, "__metadata__ is no map from text to text", f"it is {str(metadata)[:80]}")
-    entries = {name: describe(path, name, value, 8 + length) for name, value in header.items()}
-    at = 8 + length
-    for entry in sorted(entries.values(), key=itemgetter(4, 5)):
-        if entry.start != at:
-            kind = "overlaps the tensor before it" if entry.start < at else "leaves a hole before it"
-            raise _refuse(path, f"{entry.name} {kind}", f"it starts at byte {entry.start}, the one before it ends at {at} ({SPEC})")
-        at = entry.end
-    if at != size:
-        raise _refuse(path, "truncated" if at > size else "has bytes that no tensor owns", f"the tensors end at byte {at}, the file at {size}")
+    entries = describe(path, header, 8 + length)
+    lying = sorted(entries.values(), key=itemgetter(4, 5))
+    *before, end = 8 + length, *map(itemgetter(5), lying)
+    for entry, at in compress(zip(lying, before, strict=True), map(ne, map(itemgetter(4), lying), before)):
+        kind = "overlaps the tensor before it" if entry.start < at else "leaves a hole before it"
+        raise _refuse(path, f"{entry.name} {kind}", f"it starts at byte {entry.start}, the one before it ends at {at} ({SPEC})")
+    if end != size:
+        raise _refuse(path, "truncated" if end > size else "has bytes that no tensor owns", f"the tensors end at byte {end}, the file at {size}")
     if ask_library and isinstance(path, Path):
         _ask_safetensors(path)
     return entries, metadata
@@ -161,8 +161,27 @@ def _ask_safetensors(path: Path) -> None:
         raise _refuse(path, "refused by the safetensors library", str(error)) from error
 
 
-def describe(path: Location, name: str, value: Any, base: int) -> Entry:
-    """A tensor's description in a header -> Entry; `base`: where the data starts in the file. Raises `BrokenFile`."""
+def describe(path: Location, header: Mapping[str, Any], base: int) -> dict[str, Entry]:
+    """Tensors' descriptions in a header -> name -> Entry; `base`: where the data starts in the file. Raises `BrokenFile`.
+
+    All are looked at together, and each by itself where one is wrong, to say which and why.
+    """
+    values = header.values()
+    try:
+        dtypes, shapes = [value["dtype"] for value in values], [tuple(value["shape"]) for value in values]
+        starts, ends = zip(*(value["data_offsets"] for value in values), strict=True)
+        sizes = map(mul, map(prod, shapes), [DTYPES[dtype].size for dtype in dtypes])
+        whole = {*map(type, chain(starts, ends, *shapes))} == {int} and min(chain(starts, *shapes)) >= 0
+        fits = whole and all(map(eq, sizes, map(sub, ends, starts)))
+    except (TypeError, KeyError, ValueError):
+        fits = False
+    if not fits:
+        return {name: _describe(path, name, value, base) for name, value in header.items()}
+    rows = zip(header, dtypes, shapes, [path] * len(shapes), map(base.__add__, starts), map(base.__add__, ends), strict=True)
+    return dict(zip(header, map(Entry._make, rows), strict=True))
+
+
+def _describe(path: Location, name: str, value: Any, base: int) -> Entry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         known = DTYPES.get(dtype)
@@ -170,20 +189,11 @@ def describe(path: Location, name: str, value: Any, base: int) -> Entry:
         raise _refuse(path, f"{name} is not described", f"it needs dtype, shape and data_offsets, it has {str(value)[:80]}") from error
     if not known:
         raise _refuse(path, f"{name} has dtype {dtype!r}", f"known are {', '.join(DTYPES)}")
-    nbytes = known.size
-    for n in shape:
-        if type(n) is not int or n < 0:
-            raise _no_number(path, name, value)
-        nbytes *= n
-    if type(start) is not int or type(end) is not int or start < 0:
-        raise _no_number(path, name, value)
-    if end - start != nbytes:
+    if any(type(n) is not int for n in (*shape, start, end)) or min(*shape, start, 0) < 0:
+        raise _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
+    if end - start != (nbytes := prod(shape) * known.size):
         raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {list(shape)} of {dtype} needs {nbytes}")
     return Entry._make((name, dtype, shape, path, base + start, base + end))
-
-
-def _no_number(path: Location, name: str, value: Any) -> BrokenFile:
-    return _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ class Source:
     @cached_property
     def last_names(self) -> frozenset[str]:
         """What stands after the last dot in the names of tensors."""
-        return frozenset(key[key.rfind(".") + 1 :] for key in self.entries)
+        return frozenset({key[key.rfind(".") + 1 :] for key in self.entries})
 
     @cached_property
     def first_names(self) -> frozenset[str]:
         """What stands before the first dot."""
-        return frozenset(key.partition(".")[0] for key in self.entries)
+        return frozenset({key.partition(".")[0] for key in self.entries})
 
     @cached_property
     def share(self) -> Share | None:
@@ -51,7 +52,7 @@ class Source:
 
     @cached_property
     def nbytes(self) -> int:
-        return sum(entry.end - entry.start for entry in self.entries.values())
+        return sum([entry.end - entry.start for entry in self.entries.values()])
 
     def others(self) -> Iterator[Location]:
         """Files that are carried over as they are: tokenizer, templates, licence; no weights, no index, no config.json, nothing of ours."""
@@ -94,7 +95,7 @@ def _remote(name: str) -> Source:
     """A Hub repository of which only config.json and the safetensors headers were fetched."""
     config, headers = hub.fetch_headers(name)
     shards = {file: Path(file) for file in sorted(headers)}
-    entries = {key: describe(shards[file], key, value, 0) for file, (tensors, _) in sorted(headers.items()) for key, value in tensors.items()}
+    entries = {key: entry for file, (tensors, _) in sorted(headers.items()) for key, entry in describe(shards[file], tensors, 0).items()}
     return Source(name, Path(name), tuple(shards.values()), entries, config, tuple(headers[file][1] for file in shards))
 
 
@@ -140,7 +141,7 @@ def _weight_map(index: Location) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _read_weight_map(index: Location, inode: int, changed: int) -> dict[str, str]:
     found = read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+    if not isinstance(found, dict) or not found or {*map(type, found.values())} != {str}:
         raise BrokenFile(f"{INDEX}: no weight_map", "it maps each tensor to its file, as huggingface_hub writes it", "fetch the index again")
     return found
 
@@ -177,33 +178,31 @@ def read_json(path: Location) -> dict[str, Any]:
 
 
 def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_only: bool) -> Source:
+    headers, metadata = zip(*(read_header(shard, ask_library=not headers_only) for shard in shards), strict=True)
     entries: dict[str, Entry] = {}
-    held: dict[str, str] = {}
-    metadata = []
-    for shard in shards:
-        found, marks = read_header(shard, ask_library=not headers_only)
-        if twice := entries.keys() & found.keys():
-            raise BrokenFile(
-                f"{min(twice)}: stored twice, in {entries[min(twice)].path.name} and {shard.name}",
-                f"{len(twice)} tensors are in both files",
-                "delete the stale one, or pass a single file",
-            )
+    for found in headers:
         entries.update(found)
-        held.update(dict.fromkeys(found, shard.name))
-        metadata.append(marks)
-    _check_index(folder, shards, held)
-    return Source(name, folder, shards, entries, _config(folder), tuple(metadata))
+    if len(entries) < sum(map(len, headers)):
+        one, other, twice = next((a, b, a.keys() & b.keys()) for a, b in combinations(headers, 2) if a.keys() & b.keys())
+        raise BrokenFile(
+            f"{min(twice)}: stored twice, in {one[min(twice)].path.name} and {other[min(twice)].path.name}",
+            f"{len(twice)} tensors are in both files",
+            "delete the stale one, or pass a single file",
+        )
+    _check_index(folder, {shard.name: found for shard, found in zip(shards, headers, strict=True)})
+    return Source(name, folder, shards, entries, _config(folder), metadata)
 
 
 def _config(folder: Location) -> dict[str, Any]:
     return read_json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
 
 
-def _check_index(folder: Location, shards: tuple[Location, ...], held: Mapping[str, str]) -> None:
-    """Index and shards agree, tensor by tensor, if these shards are the ones that the index names. `held`: tensor -> its file."""
-    if not (folder / INDEX).is_file() or set((said := _weight_map(folder / INDEX)).values()) != {shard.name for shard in shards}:
+def _check_index(folder: Location, files: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Index and shards agree, tensor by tensor, if these shards are the ones that the index names. `files`: the name of each -> its tensors."""
+    if not (folder / INDEX).is_file() or set((said := _weight_map(folder / INDEX)).values()) != files.keys():
         return
-    if said != held:
+    if len(said) != sum(map(len, files.values())) or any({*map(said.get, found)} - {file} for file, found in files.items()):
+        held = {name: file for file, found in files.items() for name in found}
         wrong = sorted(name for name in said.keys() | held.keys() if said.get(name) != held.get(name))
         name = wrong[0]
         raise BrokenFile(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
+from operator import itemgetter
+from typing import Any
 
 from moeglot.coding import WEIGHT
 from moeglot.dtypes import WEIGHT_DTYPES
@@ -17,25 +20,29 @@ from moeglot.shards import Entry
 from moeglot.share import SHARE
 from moeglot.source import Source
 
+AT_ONCE = 1024
+"""Tensors of one line that are looked at together: config.json may claim any number of experts, and costs no memory by it."""
+_declared: Callable[[Any], Any] = itemgetter(Entry._fields.index("dtype"), Entry._fields.index("shape"))
+
 
 def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], config: Config, known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
-    right: set[str] = set()
-    found_of = source.entries.get
-    for line, part, keys in form.expert_keys(layers, sizes):  # not kept: config.json may claim any number of experts
+    left = dict(source.entries)
+    for line, part, keys in form.expert_keys(layers, sizes):
         dtypes, shape = part.dtypes, line.part_shape(part, sizes)
-        for key in keys:
-            entry = found_of(key)
-            if entry is None:
-                yield _missing(key, line, part.name, source, form, layers, known)
+        while some := [*islice(keys, AT_ONCE)]:
+            there = [*map(left.pop, some, repeat(None))]
+            if None not in there and all(dtype in dtypes and agree(shape, stored) for dtype, stored in {*map(_declared, there)}):
                 continue
-            right.add(key)
-            if entry[1] not in dtypes or (entry[2] != shape and not agree(shape, entry[2])):
-                yield from _tensor_problems(entry, line, part.name, sizes, form, known)
+            for key, entry in zip(some, there, strict=True):
+                if entry:
+                    yield from _tensor_problems(entry, line, part.name, sizes, form, known)
+                else:
+                    yield _missing(key, line, part.name, source, form, layers, known)
     carried = form.family.carried_layers(config)
     stems = {_stem(line) for line in form.all_lines}
-    for key in source.entries:
-        if key in right or ((found := form.match(key)) and found[2] in carried):
+    for key in left:
+        if (found := form.match(key)) and found[2] in carried:
             continue
         below = {number for stem in stems if (number := _layer_under(key, stem)) is not None} - set(carried)
         if (found or below) and not form.dense_line(key):

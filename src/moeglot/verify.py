@@ -64,7 +64,7 @@ def structure(checkpoint: Checkpoint) -> Check:
     found: list[Exception] = list(problems(checkpoint))
     if not found:
         try:
-            tensors = len(checkpoint.expert_keys & checkpoint.source.entries.keys())
+            tensors = len(checkpoint.source.entries) - len(checkpoint.others)
             checkpoint.dense  # noqa: B018  # raises for a tensor that the format cannot name
         except MoeglotError as error:
             found = [error]

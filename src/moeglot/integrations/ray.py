@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moeglot.checks import one_thread, return_large_buffers
+from moeglot.checks import keep_heap_small, one_thread
 from moeglot.errors import MoeglotError, Unfinished, UsageError
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Unit
@@ -136,7 +136,7 @@ def _carry_out(shared: list[Ref], folder: str, here: str, numbers: tuple[int, ..
     """Some units of a plan: number and loss of each, once their bytes are on the disk. `here`: what the paths of the plan may be relative to."""
     key = shared[0].hex()
     if key not in _plans:
-        return_large_buffers()
+        keep_heap_small()
         one_thread()
         os.chdir(here)
         _plans.clear()
