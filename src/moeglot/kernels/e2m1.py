@@ -26,10 +26,36 @@ def pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """packed u8 [n, k], k even -> out [n, 2 k], bfloat16 or float32."""
-    words = packed.int() if out.dtype == torch.float32 else packed.view(torch.int16).int().bitwise_and_(0xFFFF)
-    torch.index_select(pairs(out.dtype, packed.device), 0, words.view(-1), out=out.view(torch.int64).view(-1))
+    """packed u8 [n, k], k even -> out [n, 2 k], bfloat16 or float32, contiguous."""
+    return look_up(packed if out.dtype == torch.float32 else packed.view(torch.uint16), out)
+
+
+def look_up(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """u16 of any shape -> out, bfloat16, contiguous: the four values of each; or u8 -> float32, the two of each."""
+    index = torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words)
+    torch.index_select(pairs(out.dtype, words.device), 0, index.view(-1), out=out.view(torch.int64).view(-1))
     return out
+
+
+def across(packed: torch.Tensor) -> torch.Tensor:
+    """packed u8 [4 n, 8 k], each row aligned to 8 bytes -> u16 [4 k, 4, n]: the same nibbles turned, those of four rows in a word, the first the lowest.
+
+    Rows exchange pairs of nibbles, then single ones; then words are turned, a quarter of what the numbers would be.
+    """
+    words = packed.view(torch.int64).view(len(packed) // 4, 4, packed.shape[1] // 8)
+    found = torch.empty(words.shape, dtype=torch.int64, device=packed.device)
+    _exchange(words[:, :2], words[:, 2:], found[:, :2], found[:, 2:], 8, 0x00FF00FF00FF00FF)
+    _exchange(found[:, ::2], found[:, 1::2], found[:, ::2], found[:, 1::2], 4, 0x0F0F0F0F0F0F0F0F)
+    flat = found.view(torch.int16).flatten(1)
+    turned = torch.empty(flat.mT.shape, dtype=torch.int16, device=packed.device).copy_(flat.mT)
+    return turned.view(torch.uint16).view(4, packed.shape[1] // 2, len(packed) // 4).transpose(0, 1)
+
+
+def _exchange(x: torch.Tensor, y: torch.Tensor, to_x: torch.Tensor, to_y: torch.Tensor, by: int, mask: int) -> None:
+    """x and y with the upper bits of x, in fields of twice `by` bits, exchanged for the lower bits of y."""
+    differ = (x >> by).bitwise_xor_(y).bitwise_and_(mask)
+    torch.bitwise_xor(y, differ, out=to_y)
+    torch.bitwise_xor(x, differ.bitwise_left_shift_(by), out=to_x)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""MXFP4 compiled: rows by a table of bytes, turned by building bfloat16 bits, and codes by comparing bits with those of thresholds.
+"""MXFP4 compiled: rows by a table of bytes, turned by building bfloat16 bits from turned bytes, and codes by comparing bits with those of thresholds.
 
 A magnitude m of 2 to 7 (E2M1: 1 … 6) under a scale s has the bfloat16 bits (s - 1) << 7 + m << 6; 1 (a half) has (s - 1) << 7; 0 has none.
 That holds for scales of 2 to 252; the table answers for the others, which make subnormal or infinite numbers. bfloat16 holds every product exactly.
@@ -15,13 +15,10 @@ from numpy import float32, int32, uint8, uint16, uint32, uint64
 
 from moeglot.kernels.compiled.jit import Array, inline, jit, jit_sums, memory, rows_together
 from moeglot.kernels.compiled.numbers import e2m1
+from moeglot.kernels.compiled.turning import STEP, TILE, WORDS, turn
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
 
 LAST_FINITE = 252
-TILE = 1024
-"""Rows that are turned at a time: two kilobytes of each row of the output."""
-STEP = TILE + 64
-"""From one row of turned bytes to the next: a power of two would put them all in the same few lines of the cache."""
 
 
 @cache
@@ -48,8 +45,9 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> int:
         if packed.is_contiguous() and scale.is_contiguous() and out.is_contiguous():
             rows, groups = 1, rows * groups
         most = kernel(memory(packed), packed.stride(0), memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out).view(uint64), out.stride(0))
-    elif out.stride(0) == 1 and out.dtype == torch.bfloat16:
-        most = _turned_half(memory(packed), packed.stride(0), memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1))
+    elif out.stride(0) == 1 and out.dtype == torch.bfloat16 and packed.stride(0) % 8 == 0:
+        words = memory(packed).view(uint64), packed.stride(0) // 8
+        most = _turned_half(*words, memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1))
     else:
         found = torch.empty(out.shape, dtype=out.dtype)
         bad = decode(packed, scale, found)
@@ -116,31 +114,32 @@ def _column_pair(codes: Array, base: Array, low: Array, high: Array, count: int)
 
 @jit
 def _turned_half(packed: Array, packed_row: int, scale: Array, scale_row: int, rows: int, groups: int, pairs: Array, out: Array, out_column: int) -> int:
-    """The bytes of a group are turned, a quarter of the numbers' size, and columns are decoded from them. Returns the largest scale."""
-    turned, base = numpy.empty(16 * STEP, uint8), numpy.empty(TILE, uint16)
-    most = 0
+    """packed u64. The bytes of a group are turned, a quarter of the numbers' size, and columns are decoded from them. Returns the largest scale."""
+    words, base, powers = numpy.empty(16 * WORDS, uint64), numpy.empty(TILE, uint16), numpy.empty(groups * STEP, uint8)
+    turned, most = words.view(uint8), uint8(0)
     for first in range(0, rows, TILE):
         count = min(TILE, rows - first)
+        for k in range(count):
+            for g in range(groups):
+                powers[g * STEP + k] = scale[(first + k) * scale_row + g]
         for g in range(groups):
-            special = False
+            some, least, greatest = powers[g * STEP :], uint8(255), uint8(0)
             for k in range(count):
-                power = numpy.int64(scale[(first + k) * scale_row + g])
-                base[k] = uint16((power - 1) << 7)
-                special |= (power < 2) | (power > LAST_FINITE)
-                most = power if power > most else most
-                codes = packed[(first + k) * packed_row + g * 16 :]
-                for j in range(16):
-                    turned[j * STEP + k] = codes[j]
+                base[k] = uint16(uint16(some[k] - 1) << uint16(7))
+                least, greatest = min(least, some[k]), max(greatest, some[k])
+            most = max(most, greatest)
+            for half in range(2):
+                turn(packed[first * packed_row + g * 2 + half :], packed_row, count, words[half * 8 * WORDS :])
             for j in range(16):
                 at = (g * 32 + 2 * j) * out_column + first
                 _column_pair(turned[j * STEP :], base, out[at:], out[at + out_column :], count)
-            if special:
+            if least < 2 or greatest > LAST_FINITE:
                 for k in range(count):
-                    table = pairs[numpy.int64(scale[(first + k) * scale_row + g]) * 256 :]
+                    table = pairs[numpy.int64(some[k]) * 256 :]
                     for j in range(16):
                         pair, at = table[turned[j * STEP + k]], (g * 32 + 2 * j) * out_column + first + k
                         out[at], out[at + out_column] = uint16(pair), uint16(pair >> uint32(16))
-    return most
+    return int(most)
 
 
 def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
