@@ -1,4 +1,4 @@
-"""MXFP4 compiled: rows by a table of bytes, turned by building bfloat16 bits from turned bytes, and codes by comparing bits with those of thresholds.
+"""MXFP4 compiled: rows by a table of bytes, turned by building bfloat16 bits from turned bytes, and codes by rounding bits.
 
 A magnitude m of 2 to 7 (E2M1: 1 … 6) under a scale s has the bfloat16 bits (s - 1) << 7 + m << 6; 1 (a half) has (s - 1) << 7; 0 has none.
 That holds for scales of 2 to 252; the table answers for the others, which make subnormal or infinite numbers. bfloat16 holds every product exactly.
@@ -7,14 +7,13 @@ That holds for scales of 2 to 252; the table answers for the others, which make 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy
 import torch
-from numpy import float32, int32, uint8, uint16, uint32, uint64
+from numpy import float32, int16, int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, inline, jit, jit_sums, memory, rows_together
-from moeglot.kernels.compiled.numbers import e2m1
+from moeglot.kernels.compiled.jit import Array, jit, jit_sums, memory, rows_together
+from moeglot.kernels.compiled.numbers import e2m1, e2m1_code, exponent, magnitude, single
 from moeglot.kernels.compiled.turning import STEP, TILE, WORDS, turn
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
 
@@ -184,11 +183,17 @@ CEIL, FLOOR, EVEN = 0, 1, 2
 RULES = {"ceil": CEIL, "floor": FLOOR, "even": EVEN}
 
 
+SUBNORMAL = 2
+"""The largest scale under which a subnormal number may have a code other than 0."""
+BLOCK = 64
+"""Groups whose scales are found before their codes: a group's codes would wait for its scale."""
+
+
 @cache
 def _thresholds(ties: str, half: bool) -> Array:
-    """int32 [255 × 7]: under each scale, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
-    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(255, dtype=torch.float64) - 127)[:, None]
-    bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact, or infinite
+    """int32 [3 × 7]: under each scale up to SUBNORMAL, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
+    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(SUBNORMAL + 1, dtype=torch.float64) - 127)[:, None]
+    bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact
     if ties == "even":
         bits += ~torch.tensor(TIES_UP)
     found: Array = ((bits + 0xFFFF) >> 16 if half else bits).to(torch.int32).flatten().numpy()
@@ -198,8 +203,8 @@ def _thresholds(ties: str, half: bool) -> Array:
 def encode(values: torch.Tensor, scale_rule: str, ties: str, packed: torch.Tensor, scale: torch.Tensor) -> bool:
     """values [n, 32], bfloat16 or float32, contiguous -> packed u8 [n, 16], scale u8 [n]; False if a number is not finite."""
     half = values.dtype == torch.bfloat16
-    kernel = _encode_half if half else _encode_single
-    return bool(kernel(memory(values).view(int32), len(values), RULES[scale_rule], _thresholds(ties, half), memory(packed), memory(scale)))
+    given = memory(values).view(int16 if half else int32)
+    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", _thresholds(ties, half), memory(packed), memory(scale)))
 
 
 @jit
@@ -210,64 +215,39 @@ def _power(bits: int, rule: int) -> int:
     return max((bits >> 23) - 2 + (1 if bump else 0), 0)
 
 
-@inline
-def _place(bits: Any, limits: Any) -> Any:
-    """How many of seven numbers are not above these bits."""
-    a, b, c, d, e, f, g = limits
-    return int32(int32(7) - int32(int32(bits < a) + int32(bits < b) + int32(bits < c) + int32(bits < d) + int32(bits < e) + int32(bits < f) + int32(bits < g)))
-
-
 @jit
-def _encode_half(values: Array, groups: int, rule: int, limits: Array, packed: Array, scale: Array) -> bool:
-    """values: two bfloat16 in each int32, a byte's worth."""
-    pairs = numpy.empty(16, int32)  # of bytes, the compiler would pack each of seven comparisons
-    for n in range(groups):
-        largest = int32(0)
-        for i in range(16):
-            pair = values[n * 16 + i]
-            low, high = int32(pair & int32(0x7FFF)), int32(int32(pair >> int32(16)) & int32(0x7FFF))
-            low = low if low > high else high
-            largest = low if low > largest else largest
-        if largest >= 0x7F80:
-            return False
-        power = _power(numpy.int64(largest) << 16, rule)
-        at = power * 7
-        a, b, c, d, e, f, g = limits[at], limits[at + 1], limits[at + 2], limits[at + 3], limits[at + 4], limits[at + 5], limits[at + 6]
-        for i in range(16):
-            pair = values[n * 16 + i]
-            m = int32(pair & int32(0x7FFF))
-            low = _place(m, (a, b, c, d, e, f, g))
-            m = int32(int32(pair >> int32(16)) & int32(0x7FFF))
-            high = _place(m, (a, b, c, d, e, f, g))
-            signs = int32(int32(int32(pair >> int32(12)) & int32(8)) | int32(int32(pair >> int32(24)) & int32(128)))
-            pairs[i] = int32(int32(low | int32(high << int32(4))) | signs)
-        for i in range(16):
-            packed[n * 16 + i] = uint8(pairs[i])
-        scale[n] = power
-    return True
-
-
-@jit
-def _encode_single(values: Array, groups: int, rule: int, limits: Array, packed: Array, scale: Array) -> bool:
-    codes = numpy.empty(32, int32)
-    for n in range(groups):
-        largest = int32(0)
-        for i in range(32):
-            m = int32(values[n * 32 + i] & int32(0x7FFFFFFF))
-            largest = m if m > largest else largest
-        if largest >= 0x7F800000:
-            return False
-        power = _power(numpy.int64(largest), rule)
-        at = power * 7
-        a, b, c, d, e, f, g = limits[at], limits[at + 1], limits[at + 2], limits[at + 3], limits[at + 4], limits[at + 5], limits[at + 6]
-        for i in range(32):
-            bits = values[n * 32 + i]
-            m = int32(bits & int32(0x7FFFFFFF))
-            code = _place(m, (a, b, c, d, e, f, g))
-            codes[i] = int32(code | int32(int32(bits >> int32(28)) & int32(8)))
-        for j in range(16):
-            packed[n * 16 + j] = uint8(codes[2 * j] | int32(codes[2 * j + 1] << int32(4)))
-        scale[n] = power
+def _encode(values: Array, groups: int, width: int, rule: int, even: bool, limits: Array, packed: Array, scale: Array) -> bool:
+    """`width` is 32: where the compiler knows that, it takes the largest of a group without lanes. Nor are there lanes where `codes` is handed on."""
+    codes, powers = numpy.empty(32 * BLOCK, int16), numpy.empty(BLOCK, values.dtype)
+    pairs = codes.view(int32)
+    for first in range(0, groups, BLOCK):
+        count, least = min(BLOCK, groups - first), 255
+        for n in range(count):
+            some = values[(first + n) * 32 :]
+            largest = magnitude(some[0])
+            for i in range(width):
+                m = magnitude(some[i])
+                largest = m if m > largest else largest
+            bits = single(largest)
+            if bits >= 0x7F800000:
+                return False
+            power = _power(bits, rule)
+            scale[first + n], powers[n], least = power, exponent(power, largest), min(least, power)
+        for n in range(count):
+            some, to, power = values[(first + n) * 32 :], codes[32 * n :], powers[n]
+            for i in range(32):
+                to[i] = e2m1_code(some[i], power, even)
+        for n in range(count if least <= SUBNORMAL else 0):
+            for i in range(32 if scale[first + n] <= SUBNORMAL else 0):
+                number = values[(first + n) * 32 + i]
+                code = 8 if number < 0 else 0
+                for j in range(7):
+                    code += magnitude(number) >= limits[scale[first + n] * 7 + j]
+                codes[32 * n + i] = code
+        into = packed[first * 16 :]
+        for i in range(count * 16):
+            both = pairs[i]
+            into[i] = uint8(int32(both | int32(both >> int32(12))))
     return True
 
 
