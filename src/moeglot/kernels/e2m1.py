@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from moeglot.kernels import backend
 from moeglot.kernels.lattice import Levels
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -43,17 +44,18 @@ def across(packed: torch.Tensor) -> torch.Tensor:
     Rows exchange pairs of nibbles, then single ones; then words are turned, a quarter of what the numbers would be.
     """
     words = packed.view(torch.int64).view(len(packed) // 4, 4, packed.shape[1] // 8)
-    found = torch.empty(words.shape, dtype=torch.int64, device=packed.device)
-    _exchange(words[:, :2], words[:, 2:], found[:, :2], found[:, 2:], 8, 0x00FF00FF00FF00FF)
-    _exchange(found[:, ::2], found[:, 1::2], found[:, ::2], found[:, 1::2], 4, 0x0F0F0F0F0F0F0F0F)
+    found = backend.working(tuple(words.shape), torch.int64, packed.device)
+    differ = backend.working((len(words), 2, words.shape[2]), torch.int64, packed.device)
+    _exchange(words[:, :2], words[:, 2:], found[:, :2], found[:, 2:], 8, 0x00FF00FF00FF00FF, differ)
+    _exchange(found[:, ::2], found[:, 1::2], found[:, ::2], found[:, 1::2], 4, 0x0F0F0F0F0F0F0F0F, differ)
     flat = found.view(torch.int16).flatten(1)
-    turned = torch.empty(flat.mT.shape, dtype=torch.int16, device=packed.device).copy_(flat.mT)
+    turned = backend.working((flat.shape[1], len(flat)), torch.int16, packed.device).copy_(flat.mT)
     return turned.view(torch.uint16).view(4, packed.shape[1] // 2, len(packed) // 4).transpose(0, 1)
 
 
-def _exchange(x: torch.Tensor, y: torch.Tensor, to_x: torch.Tensor, to_y: torch.Tensor, by: int, mask: int) -> None:
+def _exchange(x: torch.Tensor, y: torch.Tensor, to_x: torch.Tensor, to_y: torch.Tensor, by: int, mask: int, differ: torch.Tensor) -> None:
     """x and y with the upper bits of x, in fields of twice `by` bits, exchanged for the lower bits of y."""
-    differ = (x >> by).bitwise_xor_(y).bitwise_and_(mask)
+    torch.bitwise_right_shift(x, by, out=differ).bitwise_xor_(y).bitwise_and_(mask)
     torch.bitwise_xor(y, differ, out=to_y)
     torch.bitwise_xor(x, differ.bitwise_left_shift_(by), out=to_x)
 

@@ -13,7 +13,7 @@ GROUP = 32
 BIAS = 127
 LAST_FINITE = 252  # 6 × 2^(253 - 127) is more than the largest bfloat16 and float32
 CHUNK = 1 << 19  # values at a time: the scratch of an encode or a decode stays near 10 MB whatever the matrix
-BYTES = 1 << 20  # of codes that are turned at a time: they stay in the cache of a core
+BYTES = 1 << 21  # of codes that are turned at a time
 
 
 def powers(scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _decode_rows(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -
     """packed u8 [rows, 16 n], scale u8 [rows, n] -> out [rows, 32 n] of any strides."""
     columns = max(1, out.shape[1])
     step = max(1, CHUNK // columns)
-    numbers = torch.empty(min(step, len(out)), out.shape[1], dtype=out.dtype, device=out.device)
+    numbers = backend.working((min(step, len(out)), out.shape[1]), out.dtype, out.device)
     for some, place in backend.in_rows(out, 1 << 22):
         for at in range(0, len(place), step):
             to = place[at : at + step]
@@ -91,7 +91,7 @@ def _decode_turned(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor)
         codes, factors = e2m1.across(packed[run]), powers(scale[run].mT, out.dtype).contiguous().unsqueeze(1)
         to = out[run].mT.view(groups, GROUP, run.stop - at)
         some = max(1, CHUNK // (GROUP * to.shape[2]))
-        numbers = torch.empty(min(some, groups), GROUP, to.shape[2], dtype=out.dtype, device=out.device)
+        numbers = backend.working((min(some, groups), GROUP, to.shape[2]), out.dtype, out.device)
         for g in range(0, groups, some):
             found = e2m1.look_up(codes[8 * g : 8 * (g + some)], numbers[: groups - g])
             torch.mul(found, factors[g : g + some], out=to[g : g + some])
