@@ -28,18 +28,19 @@ def pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """packed u8 [n, k], k even -> out [n, 2 k], bfloat16 or float32, contiguous."""
-    return look_up(packed if out.dtype == torch.float32 else packed.view(torch.uint16), out)
+    words = packed if out.dtype == torch.float32 else packed.view(torch.uint16)
+    return look_up(torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words), out)
 
 
 def look_up(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """u16 of any shape -> out, bfloat16, contiguous: the four values of each; or u8 -> float32, the two of each."""
-    index = torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words)
-    torch.index_select(pairs(out.dtype, words.device), 0, index.view(-1), out=out.view(torch.int64).view(-1))
+    """i32, contiguous: pairs of bytes -> out, bfloat16, contiguous: the four values of each; or bytes -> float32, the two of each."""
+    torch.index_select(pairs(out.dtype, words.device), 0, words.view(-1), out=out.view(torch.int64).view(-1))
     return out
 
 
 def across(packed: torch.Tensor) -> torch.Tensor:
-    """packed u8 [4 n, 8 k], each row aligned to 8 bytes -> u16 [4 k, 4, n]: the same nibbles turned, those of four rows in a word, the first the lowest.
+    """packed u8 [4 n, 8 k], each row aligned to 8 bytes -> u16 [4, 4 k, n]: the same nibbles turned, those of four rows in a word, the first the lowest.
+    Nibble 4 c + d of a row is in [d, c].
 
     Rows exchange pairs of nibbles, then single ones; then words are turned, a quarter of what the numbers would be.
     """
@@ -50,7 +51,7 @@ def across(packed: torch.Tensor) -> torch.Tensor:
     _exchange(found[:, ::2], found[:, 1::2], found[:, ::2], found[:, 1::2], 4, 0x0F0F0F0F0F0F0F0F, differ)
     flat = found.view(torch.int16).flatten(1)
     turned = backend.working((flat.shape[1], len(flat)), torch.int16, packed.device).copy_(flat.mT)
-    return turned.view(torch.uint16).view(4, packed.shape[1] // 2, len(packed) // 4).transpose(0, 1)
+    return turned.view(torch.uint16).view(4, packed.shape[1] // 2, len(packed) // 4)
 
 
 def _exchange(x: torch.Tensor, y: torch.Tensor, to_x: torch.Tensor, to_y: torch.Tensor, by: int, mask: int, differ: torch.Tensor) -> None:

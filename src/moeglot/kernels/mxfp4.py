@@ -13,7 +13,7 @@ GROUP = 32
 BIAS = 127
 LAST_FINITE = 252  # 6 × 2^(253 - 127) is more than the largest bfloat16 and float32
 CHUNK = 1 << 19  # values at a time: the scratch of an encode or a decode stays near 10 MB whatever the matrix
-BYTES = 1 << 21  # of codes that are turned at a time
+BYTES = 1 << 22  # of codes that are turned at a time
 
 
 def powers(scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,11 +90,15 @@ def _decode_turned(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor)
         run = slice(at, min(at + step, whole))
         codes, factors = e2m1.across(packed[run]), powers(scale[run].mT, out.dtype).contiguous().unsqueeze(1)
         to = out[run].mT.view(groups, GROUP, run.stop - at)
-        some = max(1, CHUNK // (GROUP * to.shape[2]))
+        some = 1 + CHUNK // (GROUP * to.shape[2])
         numbers = backend.working((min(some, groups), GROUP, to.shape[2]), out.dtype, out.device)
+        words = backend.working((8 * len(numbers), 4, codes.shape[2]), torch.int32, out.device)
         for g in range(0, groups, some):
-            found = e2m1.look_up(codes[8 * g : 8 * (g + some)], numbers[: groups - g])
-            torch.mul(found, factors[g : g + some], out=to[g : g + some])
+            count = min(some, groups - g)
+            for column in range(4):
+                words[: 8 * count, column] = codes[column, 8 * g : 8 * (g + count)]
+            found = e2m1.look_up(words[: 8 * count], numbers[:count])
+            torch.mul(found, factors[g : g + count], out=to[g : g + count])
     _decode_rows(packed[whole:], scale[whole:], out[whole:])
 
 
