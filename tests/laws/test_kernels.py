@@ -74,14 +74,32 @@ def test_decode_writes_where_it_is_told(encoding, dtype, name):
 def test_mxfp4_over_all_bytes_and_scales(dtype):
     """Every scale that `decode` takes, in every place; the two paths of a turned tile, with common scales only and with rare ones, both; more rows
     than a tile."""
-    scale = torch.arange(253, dtype=torch.uint8).repeat_interleave(5).view(-1, 1).expand(1265, 16).contiguous()
-    packed = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(1265, 16, 16).contiguous()
+    scale = torch.arange(253, dtype=torch.uint8).repeat_interleave(9).view(-1, 1).expand(2277, 16).contiguous()
+    packed = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(2277, 16, 16).contiguous()
     for some in (slice(None), slice(10, -5)):
         with backend.using("torch"):
             expected = kernel.decode(packed[some], scale[some], dtype)
         with backend.using("numba"):
             for place, out in places((len(expected), 512), dtype).items():
                 assert same(kernel.decode(packed[some], scale[some], dtype, out), expected), place
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("numba", marks=needs_numba)])
+@pytest.mark.parametrize("shape", [(1, 32), (3, 64), (4, 32), (13, 96), (130, 160), (2055, 64)], ids=str)
+def test_mxfp4_is_turned_at_all_sizes(shape, name, monkeypatch):
+    """In tiles of some rows and some groups, with rows left over, of codes with gaps between rows and where no word starts."""
+    rows, groups = shape[0], shape[1] // 32
+    monkeypatch.setattr(kernel, "BYTES", 512)
+    monkeypatch.setattr(kernel, "CHUNK", 1024)
+    codes = torch.randint(0, 256, (4 + rows * 2 * groups * 16,), generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
+    scale = torch.randint(0, 253, (rows, groups), generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
+    for start in (0, 4):
+        packed = codes[start : start + rows * 2 * groups * 16].view(rows, 2, groups, 16)[:, 1]
+        with backend.using("torch"):
+            expected = kernel.decode(packed, scale, torch.float64).bfloat16()
+        with backend.using(name):
+            for place, out in places(shape, torch.bfloat16).items():
+                assert same(kernel.decode(packed, scale, torch.bfloat16, out), expected), (place, start)
 
 
 @needs_numba
@@ -174,10 +192,11 @@ def _coded_alike(encoding: Encoding, values: torch.Tensor) -> bool:
 @needs_numba
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("width", [1, 3, 16, 255])
-def test_fp8_tables_at_odd_places(start, width):
-    """Every code, looked up by twos where they lie so, under scales that round: the products of float32 in torch's own conversion."""
+@pytest.mark.parametrize("nan", [False, True])
+def test_fp8_by_torch_is_torch_s_own_conversion(start, width, nan):
+    """Every code, under scales that round: the products of float32 in torch's conversion, which is the slower one."""
     codes = torch.arange(256, dtype=torch.uint8).roll(-start)
-    codes[(codes & 127) == 127] = 0
+    codes[(codes & 127) == 127] = 255 if nan else 0
     weight = codes.repeat(8)[start:].view(torch.float8_e4m3fn)[: 2040 // width * width].view(-1, width)
     scale = torch.rand(len(weight), 1, generator=torch.Generator().manual_seed(width)) + 0.1
     with backend.using("torch"):

@@ -150,6 +150,11 @@ def in_half_or_single(values: torch.Tensor) -> torch.Tensor:
     return (values if values.dtype == torch.bfloat16 else values.to(torch.float32)).contiguous()
 
 
+def working(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for what is soon forgotten, which has been used before where that costs less."""
+    return scratch.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
 def in_rows(out: torch.Tensor, numbers: int = 1 << 19) -> Iterator[tuple[slice, torch.Tensor]]:
     """[rows, columns] of any strides, some rows at a time, as rows without gaps; what is written there gets in place when the next are asked for."""
     if out.stride(1) == 1:
@@ -158,6 +163,6 @@ def in_rows(out: torch.Tensor, numbers: int = 1 << 19) -> Iterator[tuple[slice, 
     step = max(1, numbers // max(1, out.shape[1]))
     for at in range(0, len(out), step):
         some = out[at : at + step]
-        found = scratch.empty(tuple(some.shape), out.dtype) if out.device.type == "cpu" else torch.empty(some.shape, dtype=out.dtype, device=out.device)
+        found = working(tuple(some.shape), out.dtype, out.device)
         yield slice(at, at + step), found
         some.copy_(found)

@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from moeglot.kernels import backend
 from moeglot.kernels.lattice import Levels
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,10 +27,38 @@ def pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """packed u8 [n, k], k even -> out [n, 2 k], bfloat16 or float32."""
-    words = packed.int() if out.dtype == torch.float32 else packed.view(torch.int16).int().bitwise_and_(0xFFFF)
-    torch.index_select(pairs(out.dtype, packed.device), 0, words.view(-1), out=out.view(torch.int64).view(-1))
+    """packed u8 [n, k], k even -> out [n, 2 k], bfloat16 or float32, contiguous."""
+    words = packed if out.dtype == torch.float32 else packed.view(torch.uint16)
+    return look_up(torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words), out)
+
+
+def look_up(words: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """i32, contiguous: pairs of bytes -> out, bfloat16, contiguous: the four values of each; or bytes -> float32, the two of each."""
+    torch.index_select(pairs(out.dtype, words.device), 0, words.view(-1), out=out.view(torch.int64).view(-1))
     return out
+
+
+def across(packed: torch.Tensor) -> torch.Tensor:
+    """packed u8 [4 n, 8 k], each row aligned to 8 bytes -> u16 [4, 4 k, n]: the same nibbles turned, those of four rows in a word, the first the lowest.
+    Nibble 4 c + d of a row is in [d, c].
+
+    Rows exchange pairs of nibbles, then single ones; then words are turned, a quarter of what the numbers would be.
+    """
+    words = packed.view(torch.int64).view(len(packed) // 4, 4, packed.shape[1] // 8)
+    found = backend.working(tuple(words.shape), torch.int64, packed.device)
+    differ = backend.working((len(words), 2, words.shape[2]), torch.int64, packed.device)
+    _exchange(words[:, :2], words[:, 2:], found[:, :2], found[:, 2:], 8, 0x00FF00FF00FF00FF, differ)
+    _exchange(found[:, ::2], found[:, 1::2], found[:, ::2], found[:, 1::2], 4, 0x0F0F0F0F0F0F0F0F, differ)
+    flat = found.view(torch.int16).flatten(1)
+    turned = backend.working((flat.shape[1], len(flat)), torch.int16, packed.device).copy_(flat.mT)
+    return turned.view(torch.uint16).view(4, packed.shape[1] // 2, len(packed) // 4)
+
+
+def _exchange(x: torch.Tensor, y: torch.Tensor, to_x: torch.Tensor, to_y: torch.Tensor, by: int, mask: int, differ: torch.Tensor) -> None:
+    """x and y with the upper bits of x, in fields of twice `by` bits, exchanged for the lower bits of y."""
+    torch.bitwise_right_shift(x, by, out=differ).bitwise_xor_(y).bitwise_and_(mask)
+    torch.bitwise_xor(y, differ, out=to_y)
+    torch.bitwise_xor(x, differ.bitwise_left_shift_(by), out=to_x)
 
 
 @cache

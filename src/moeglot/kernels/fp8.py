@@ -9,11 +9,14 @@ import torch
 from moeglot import scratch
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels import backend
-from moeglot.kernels.grid import E4M3, Block, Grid, largest, matrices, over, runs, settle, shape_of, times
+from moeglot.kernels.grid import E4M3, Block, Grid, in_singles, largest, matrices, over, runs, settle, shape_of, step_of, times
 from moeglot.kernels.lattice import Levels
 
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
 NAN = 0x7F
+HALF = 256
+"""By how much a code's number is more than the float16 with the same bits of exponent and fraction."""
+SIGN_AND_NUMBER = -0x4080  # 0xBF80 in a float16
 BIAS = 127
 AT_ONCE = 1 << 24  # numbers whose scales are found together; scratch is far less
 LEAST = 2.0**-117
@@ -21,7 +24,8 @@ LEAST = 2.0**-117
 
 
 def _nearest(quotients: torch.Tensor) -> torch.Tensor:
-    return quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(torch.float32)
+    codes = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return quotients.copy_(_halves(codes, torch.empty(codes.shape, dtype=torch.int16))).mul_(HALF)
 
 
 @cache
@@ -87,26 +91,23 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
         if fast:
             fast.decode(codes, factor, block, to)
             continue
-        for rows in runs(*codes.shape):
-            to[rows] = times(_numbers(codes[rows]), rows, factor, block)  # a product that is rounded to another type costs more than a copy that is
+        _multiply(codes, factor * HALF, block, to)
     return _checked(values, weight, scale, factors, block)
 
 
-@cache
-def _pairs() -> torch.Tensor:
-    """int64 [65536]: the two float32 of two codes that lie one after the other."""
-    codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.float8_e4m3fn)
-    return codes.to(torch.float32).view(torch.int64)
+def _multiply(codes: torch.Tensor, large: torch.Tensor, block: Block, out: torch.Tensor) -> None:
+    """F8_E4M3 [rows, columns] and HALF × float32 scale [tiles, tiles] -> out; a product in float32 and a rounded copy cost less than a rounded product."""
+    halves = scratch.empty((min(len(codes), step_of(codes.shape[1])), codes.shape[1]), torch.int16)
+    for rows, some in in_singles(*codes.shape):
+        out[rows] = times(some.copy_(_halves(codes[rows], halves[: len(some)])), rows, large, block)
 
 
-def _numbers(codes: torch.Tensor) -> torch.Tensor:
-    """F8_E4M3 -> float32, in memory of its own; looked up two at a time, since torch's own conversion takes four times as long."""
-    flat = codes.reshape(-1)
-    if flat.numel() % 2 or flat.storage_offset() % 2:
-        return codes.to(torch.float32)
-    index = scratch.empty((flat.numel() // 2,), torch.int32).copy_(flat.view(torch.uint16))
-    found = torch.index_select(_pairs(), 0, index, out=scratch.empty(tuple(index.shape), torch.int64))
-    return found.view(torch.float32).view(codes.shape)
+def _halves(codes: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """F8_E4M3 -> their numbers / HALF: the bits of float16, made in `into`, int16; float32 of their own where some are NaN."""
+    signed = codes.view(torch.int8)
+    if codes.numel() and (int(signed.amax()) == NAN or int(codes.view(torch.uint8).amax()) == NAN + 128):
+        return codes.to(torch.float32).div_(HALF)
+    return into.copy_(signed).bitwise_left_shift_(7).bitwise_and_(SIGN_AND_NUMBER).view(torch.float16)
 
 
 def _checked(values: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, factors: torch.Tensor, block: Block) -> torch.Tensor:
@@ -177,9 +178,8 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.T
     if fast := backend.compiled("fp8", values):
         fast.encode(backend.in_half_or_single(values), scale, block, out)
         return
-    for rows in runs(*values.shape):
-        quotients = over(backend.in_half_or_single(values[rows]), rows, scale, block)
-        out[rows] = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    for rows, some in in_singles(*values.shape):
+        out[rows] = over(some.copy_(values[rows]), rows, scale, block)  # none rounds to more than 448
 
 
 def largest_codes(weight: torch.Tensor, block: Block) -> torch.Tensor:

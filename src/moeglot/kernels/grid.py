@@ -12,6 +12,7 @@ from math import inf
 
 import torch
 
+from moeglot import scratch
 from moeglot.kernels import backend
 
 CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB whatever the matrix
@@ -45,9 +46,21 @@ def shape_of(shape: tuple[int, ...], block: Block) -> tuple[int, ...]:
 
 def runs(rows: int, columns: int) -> Iterator[slice]:
     """Rows of about CHUNK numbers."""
-    step = max(1, CHUNK // max(1, columns))
+    step = step_of(columns)
     for at in range(0, rows, step):
         yield slice(at, min(at + step, rows))
+
+
+def step_of(columns: int) -> int:
+    """Of how many rows a run is."""
+    return max(1, CHUNK // max(1, columns))
+
+
+def in_singles(rows: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As `runs`, with float32 [these rows, columns] of whatever was there before, each time in the same memory."""
+    room = scratch.empty((min(rows, step_of(columns)), columns), torch.float32)
+    for some in runs(rows, columns):
+        yield some, room[: some.stop - some.start]
 
 
 def tiled(values: torch.Tensor, width: int) -> Iterator[tuple[torch.Tensor, slice]]:
@@ -67,28 +80,38 @@ def tile_rows(rows: slice, block: Block) -> torch.Tensor:
     return numbers // block[0] if block[0] else torch.zeros_like(numbers)
 
 
+def _spread(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """[these rows, columns] as views of it, each with what it has of scale [tiles, tiles], broadcast to it; long rows of either where there are some."""
+    if block[0] == 1:
+        factor = scale[rows]
+        for part, place in tiled(values, block[1]):
+            yield part, factor[:, place].unsqueeze(-1)
+        return
+    height, columns = block[0] or rows.stop, values.shape[1]
+    for tile in range(rows.start // height, -(-rows.stop // height)):
+        first = max(0, tile * height - rows.start)
+        yield values[first : (tile + 1) * height - rows.start], scale[tile].repeat_interleave(block[1] or columns)[:columns]
+
+
 def times(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [these rows, columns] × scale [tiles, tiles], each product rounded once, in place."""
-    factor = scale[tile_rows(rows, block)]
-    for part, place in tiled(values, block[1]):
-        part *= factor[:, place].unsqueeze(-1)
+    for part, factor in _spread(values, rows, scale, block):
+        part *= factor
     return values
 
 
 def plus(values: torch.Tensor, rows: slice, offset: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [these rows, columns] + offset [tiles, tiles], in place."""
-    term = offset[tile_rows(rows, block)]
-    for part, place in tiled(values, block[1]):
-        part += term[:, place].unsqueeze(-1)
+    for part, term in _spread(values, rows, offset, block):
+        part += term
     return values
 
 
 def over(values: torch.Tensor, rows: slice, scale: torch.Tensor, block: Block) -> torch.Tensor:
-    """[these rows, columns] of at most 32 bits / float32 scale [tiles, tiles], as float32."""
-    factor, out = scale[tile_rows(rows, block)], torch.empty(values.shape)
-    for (part, place), (to, _) in zip(tiled(values, block[1]), tiled(out, block[1]), strict=True):
-        torch.div(part, factor[:, place].unsqueeze(-1), out=to)
-    return out
+    """float32 [these rows, columns] / scale [tiles, tiles], in place."""
+    for part, factor in _spread(values, rows, scale, block):
+        part /= factor
+    return values
 
 
 def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor, how: str) -> None:
@@ -103,24 +126,22 @@ def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
     if values.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("grid", values)):
         fast.largest(values, block, amax)
         return amax
-    height = block[0] or max(1, values.shape[0])
-    if height == 1:
-        for rows in runs(*values.shape):
-            amax[rows] = _of_tiles(_magnitude(values[rows]), block[1])
-        return amax
-    for tile, at in enumerate(range(0, values.shape[0], height)):
-        some = values[at : at + height]
-        columns = torch.stack([_magnitude(some[rows]).amax(0) for rows in runs(*some.shape)]).amax(0, keepdim=True)
-        amax[tile] = _of_tiles(columns, block[1])[0]
+    height = block[0] or values.shape[0]
+    shape = (min(height if height > 1 else len(values), step_of(values.shape[1])), values.shape[1])
+    room = torch.empty(shape, dtype=BITS.get(values.dtype, torch.int32))  # once: new memory costs as much as what is done in it
+    if height > 1:
+        tiles = [values[at : at + height] for at in range(0, len(values), height)]
+        columns = [torch.stack([_magnitude(tile[rows], room).amax(0) for rows in runs(*tile.shape)]).amax(0) for tile in tiles]
+        return _of_tiles(torch.stack(columns), block[1])
+    for rows in runs(*values.shape):
+        amax[rows] = _of_tiles(_magnitude(values[rows], room), block[1])
     return amax
 
 
-def _magnitude(values: torch.Tensor) -> torch.Tensor:
-    """As a type whose order is that of the magnitudes: the bits of a float without its sign, where NaN comes last."""
-    if values.dtype not in BITS:
-        values = values.to(torch.float32)
-    bits = BITS[values.dtype]
-    return values.view(bits) & torch.iinfo(bits).max
+def _magnitude(values: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """In `room`, whose type has the order of the magnitudes: the bits of a float without its sign, where NaN comes last."""
+    values = values if values.dtype in BITS else values.to(torch.float32)
+    return torch.bitwise_and(values.view(room.dtype), torch.iinfo(room.dtype).max, out=room[: len(values)])
 
 
 def _of_tiles(magnitude: torch.Tensor, width: int) -> torch.Tensor:
@@ -220,7 +241,7 @@ def _search(
 def _guesses(amax: torch.Tensor, grid: Grid, least: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest magnitudes [k] -> the scales that such a number may have [k, n], and which of them are scales at all."""
     guesses = neighbours(amax.unsqueeze(-1) / torch.tensor(grid.largest), grid.ulps)
-    return guesses, grid.holds(guesses) & (guesses >= least) & guesses.isfinite() & (guesses > 0)
+    return guesses, grid.holds(guesses) & (guesses >= least) & (guesses < inf) & (guesses > 0)
 
 
 def _fits(guesses: torch.Tensor, number: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -229,7 +250,7 @@ def _fits(guesses: torch.Tensor, number: torch.Tensor, grid: Grid) -> torch.Tens
         found: torch.Tensor = fast.fits(guesses, number, grid.kind)
         return found
     number = number.unsqueeze(-1)
-    return grid.nearest(number / guesses) * guesses == number
+    return grid.nearest(number / guesses).mul_(guesses) == number
 
 
 def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:

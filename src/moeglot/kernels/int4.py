@@ -9,7 +9,7 @@ import torch
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels import backend
-from moeglot.kernels.grid import INT4, Block, Grid, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
+from moeglot.kernels.grid import INT4, Block, Grid, in_singles, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
 from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
@@ -121,12 +121,12 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
     scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
     fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
-        for rows in runs(*given.shape):
+        for rows, some in in_singles(*given.shape):
             factor[rows] = _scales(given[rows], block, dtype, divisor)
             if fast:
                 fast.encode(backend.in_half_or_single(given[rows]), factor[rows].to(torch.float32), block[1] or given.shape[1], words[rows])
                 continue
-            quotients = over(given[rows].to(torch.float32), slice(0, rows.stop - rows.start), factor[rows].to(torch.float32), block)
+            quotients = over(some.copy_(given[rows]), slice(0, len(some)), factor[rows].to(torch.float32), block)
             words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
     return found, scale
 
@@ -139,9 +139,9 @@ def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[to
     zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32)
     for given, words, factor, zeros in zip(*map(matrices, (values, found, scale, zero)), strict=True):
         points = torch.empty(factor.shape)
-        for rows in runs(*given.shape):
-            some, here = given[rows].to(torch.float32), slice(0, rows.stop - rows.start)
-            factor[rows], points[rows] = _spans(some, block, dtype)
+        for rows, some in in_singles(*given.shape):
+            here = slice(0, len(some))
+            factor[rows], points[rows] = _spans(some.copy_(given[rows]), block, dtype)
             quotients = plus(over(some, here, factor[rows].to(torch.float32), block), here, points[rows], block)
             words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
         zeros.copy_(pack_zero(points))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 
@@ -14,20 +13,12 @@ GROUP = 32
 BIAS = 127
 LAST_FINITE = 252  # 6 × 2^(253 - 127) is more than the largest bfloat16 and float32
 CHUNK = 1 << 19  # values at a time: the scratch of an encode or a decode stays near 10 MB whatever the matrix
+BYTES = 1 << 22  # of codes that are turned at a time
 
 
-@cache
-def _scales(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[256]: 2^(s - 127), subnormals included; NaN for 255, as OCP says."""
-    exponents = torch.arange(256, dtype=torch.float64, device=device) - BIAS
-    table = torch.exp2(exponents)
-    table[255] = float("nan")
-    return table.to(dtype)
-
-
-def powers(scale: torch.Tensor) -> torch.Tensor:
-    """scale, integers from 0 to 255 -> float32: 2^(s - 127)."""
-    return _scales(torch.float32, scale.device)[scale.int()]
+def powers(scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """scale, integers from 0 to 255 -> 2^(s - 127), subnormals included; NaN for 255, as OCP says."""
+    return scale.to(torch.uint8).view(torch.float8_e8m0fnu).to(dtype)
 
 
 def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,25 +30,19 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
     if dtype not in (torch.bfloat16, torch.float32):
         return values.copy_(decode(packed, scale, torch.float32))
     if gpu := backend.on_gpu(packed, scale, values):
-        powers = backend.there(scale)
-        found = gpu.mxfp4(backend.there(packed), powers, backend.room(values))
-        _refuse_not_finite(powers, found)
+        factors = backend.there(scale)
+        found = gpu.mxfp4(backend.there(packed), factors, backend.room(values))
+        _refuse_not_finite(factors, found)
         return values if found is values else values.copy_(found)
     fast = backend.compiled("mxfp4", packed, scale, values)
-    for codes, powers, to in zip(backend.matrices(packed.flatten(-2)), backend.matrices(scale), backend.places(values), strict=True):
+    for codes, factors, to in zip(backend.matrices(packed.flatten(-2)), backend.matrices(scale), backend.places(values), strict=True):
         if fast:
-            if bad := fast.decode(codes.unflatten(-1, (-1, GROUP // 2)), powers, to):
+            if bad := fast.decode(codes.unflatten(-1, (-1, GROUP // 2)), factors, to):
                 raise _not_finite(bad)
             continue
-        for some, place in backend.in_rows(to, 1 << 22):
-            rows = max(1, CHUNK // max(1, place.shape[1]))
-            for at in range(0, len(place), rows):
-                run = slice(some.start + at, some.start + min(at + rows, len(place)))
-                groups = place[at : at + rows]
-                straight = groups if groups.is_contiguous() else torch.empty(groups.shape, dtype=dtype, device=groups.device)
-                _decode_groups(codes[run].reshape(-1, GROUP // 2), powers[run].reshape(-1), straight.view(-1, GROUP))
-                if straight is not groups:
-                    groups.copy_(straight)
+        decode_here = _decode_turned if _can_turn(codes, to) else _decode_rows
+        decode_here(codes, factors, to)
+        _refuse_not_finite(factors, to)
     return values
 
 
@@ -73,10 +58,48 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.T
     return found.to(x.dtype)
 
 
-def _decode_groups(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """packed u8 [n, 16], scale u8 [n] -> out [n, 32]."""
-    e2m1.unpack(packed, out).mul_(_scales(out.dtype, packed.device)[scale.int()].unsqueeze(-1))
-    _refuse_not_finite(scale, out)
+def _decode_rows(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """packed u8 [rows, 16 n], scale u8 [rows, n] -> out [rows, 32 n] of any strides."""
+    columns = max(1, out.shape[1])
+    step = max(1, CHUNK // columns)
+    numbers = backend.working((min(step, len(out)), out.shape[1]), out.dtype, out.device)
+    for some, place in backend.in_rows(out, 1 << 22):
+        for at in range(0, len(place), step):
+            to = place[at : at + step]
+            run = slice(some.start + at, some.start + at + len(to))
+            found = e2m1.unpack(packed[run], numbers[: len(to)])
+            torch.mul(_grouped(found), powers(scale[run], out.dtype).unsqueeze(-1), out=_grouped(to))
+
+
+def _grouped(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, 32 n] -> [rows, n, 32], a view."""
+    return rows.view(len(rows), rows.shape[1] // GROUP, GROUP)
+
+
+def _can_turn(packed: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether rows lie as columns in memory, and codes so that eight bytes can be taken at once."""
+    aligned = packed.storage_offset() % 8 == 0 and packed.stride(0) % 8 == 0 and packed.stride(1) == 1
+    return out.dtype == torch.bfloat16 and out.stride(0) == 1 and out.stride(1) > 1 and aligned
+
+
+def _decode_turned(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """packed u8 [rows, 16 n], scale u8 [rows, n] -> out bfloat16 [rows, 32 n] whose columns have no gaps: codes are turned, and columns decoded from them."""
+    whole, groups = len(packed) - len(packed) % 4, scale.shape[1]
+    step = max(4, BYTES // max(1, packed.shape[1]) // 4 * 4)
+    for at in range(0, whole, step):
+        run = slice(at, min(at + step, whole))
+        codes, factors = e2m1.across(packed[run]), powers(scale[run].mT, out.dtype).contiguous().unsqueeze(1)
+        to = out[run].mT.view(groups, GROUP, run.stop - at)
+        some = 1 + CHUNK // (GROUP * to.shape[2])
+        numbers = backend.working((min(some, groups), GROUP, to.shape[2]), out.dtype, out.device)
+        words = backend.working((8 * len(numbers), 4, codes.shape[2]), torch.int32, out.device)
+        for g in range(0, groups, some):
+            count = min(some, groups - g)
+            for column in range(4):
+                words[: 8 * count, column] = codes[column, 8 * g : 8 * (g + count)]
+            found = e2m1.look_up(words[: 8 * count], numbers[:count])
+            torch.mul(found, factors[g : g + count], out=to[g : g + count])
+    _decode_rows(packed[whole:], scale[whole:], out[whole:])
 
 
 def _refuse_not_finite(scale: torch.Tensor, out: torch.Tensor) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
-from numpy import float32, int32, uint8, uint32
+from numpy import float32, int16, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
 from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
@@ -41,17 +42,22 @@ def _decode(packed: Array, packed_row: int, rows: int, columns: int, scale: Arra
 
 def encode(values: torch.Tensor, scale: torch.Tensor, group: int, packed: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32, contiguous, scale float32 [rows, groups] -> packed i32 [rows, words], contiguous."""
-    packed.zero_()
     if values.numel():
         _encode(memory(values), *values.shape, memory(scale.contiguous()).view(float32), scale.shape[1], group, memory(packed).view(uint8))
 
 
 @jit
 def _encode(values: Array, rows: int, columns: int, scale: Array, groups: int, group: int, packed: Array) -> None:
+    """A row's codes are made before they are packed; those behind the last number stay 0."""
     width = (columns + 7) // 8 * 4
+    codes = numpy.zeros(2 * width, int16)
+    pairs = codes.view(int32)
     for r in range(rows):
         for g in range(groups):
-            factor = scale[r * groups + g]
-            for k in range(g * group, min(columns, (g + 1) * group)):
-                code = int32(int4(float32(uint32(wide(values[r * columns + k])).view(float32) / factor))) + int32(8)
-                packed[r * width + (k >> 1)] |= uint8(code << ((k & 1) << 2))
+            factor, given, to = scale[r * groups + g], values[r * columns + g * group :], codes[g * group :]
+            for k in range(min(group, columns - g * group)):
+                to[k] = int16(int32(int4(float32(uint32(wide(given[k])).view(float32) / factor))) + int32(8))
+        into = packed[r * width :]
+        for i in range(width):
+            both = pairs[i]
+            into[i] = uint8(int32(both | int32(both >> int32(12))))

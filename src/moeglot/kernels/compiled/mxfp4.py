@@ -1,4 +1,4 @@
-"""MXFP4 compiled: rows by a table of bytes, turned by building bfloat16 bits, and codes by comparing bits with those of thresholds.
+"""MXFP4 compiled: rows by a table of bytes, turned by building bfloat16 bits from turned bytes, and codes by rounding bits.
 
 A magnitude m of 2 to 7 (E2M1: 1 … 6) under a scale s has the bfloat16 bits (s - 1) << 7 + m << 6; 1 (a half) has (s - 1) << 7; 0 has none.
 That holds for scales of 2 to 252; the table answers for the others, which make subnormal or infinite numbers. bfloat16 holds every product exactly.
@@ -7,21 +7,17 @@ That holds for scales of 2 to 252; the table answers for the others, which make 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy
 import torch
-from numpy import float32, int32, uint8, uint16, uint32, uint64
+from numpy import float32, int16, int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, inline, jit, jit_sums, memory, rows_together
-from moeglot.kernels.compiled.numbers import e2m1
+from moeglot.kernels.compiled.jit import Array, jit, jit_sums, memory, rows_together
+from moeglot.kernels.compiled.numbers import e2m1, e2m1_code, exponent, magnitude, single
+from moeglot.kernels.compiled.turning import STEP, TILE, WORDS, turn
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
 
 LAST_FINITE = 252
-TILE = 1024
-"""Rows that are turned at a time: two kilobytes of each row of the output."""
-STEP = TILE + 64
-"""From one row of turned bytes to the next: a power of two would put them all in the same few lines of the cache."""
 
 
 @cache
@@ -48,8 +44,9 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> int:
         if packed.is_contiguous() and scale.is_contiguous() and out.is_contiguous():
             rows, groups = 1, rows * groups
         most = kernel(memory(packed), packed.stride(0), memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out).view(uint64), out.stride(0))
-    elif out.stride(0) == 1 and out.dtype == torch.bfloat16:
-        most = _turned_half(memory(packed), packed.stride(0), memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1))
+    elif out.stride(0) == 1 and out.dtype == torch.bfloat16 and packed.stride(0) % 8 == 0:
+        words = memory(packed).view(uint64), packed.stride(0) // 8
+        most = _turned_half(*words, memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1))
     else:
         found = torch.empty(out.shape, dtype=out.dtype)
         bad = decode(packed, scale, found)
@@ -116,31 +113,32 @@ def _column_pair(codes: Array, base: Array, low: Array, high: Array, count: int)
 
 @jit
 def _turned_half(packed: Array, packed_row: int, scale: Array, scale_row: int, rows: int, groups: int, pairs: Array, out: Array, out_column: int) -> int:
-    """The bytes of a group are turned, a quarter of the numbers' size, and columns are decoded from them. Returns the largest scale."""
-    turned, base = numpy.empty(16 * STEP, uint8), numpy.empty(TILE, uint16)
-    most = 0
+    """packed u64. The bytes of a group are turned, a quarter of the numbers' size, and columns are decoded from them. Returns the largest scale."""
+    words, base, powers = numpy.empty(16 * WORDS, uint64), numpy.empty(TILE, uint16), numpy.empty(groups * STEP, uint8)
+    turned, most = words.view(uint8), uint8(0)
     for first in range(0, rows, TILE):
         count = min(TILE, rows - first)
+        for k in range(count):
+            for g in range(groups):
+                powers[g * STEP + k] = scale[(first + k) * scale_row + g]
         for g in range(groups):
-            special = False
+            some, least, greatest = powers[g * STEP :], uint8(255), uint8(0)
             for k in range(count):
-                power = numpy.int64(scale[(first + k) * scale_row + g])
-                base[k] = uint16((power - 1) << 7)
-                special |= (power < 2) | (power > LAST_FINITE)
-                most = power if power > most else most
-                codes = packed[(first + k) * packed_row + g * 16 :]
-                for j in range(16):
-                    turned[j * STEP + k] = codes[j]
+                base[k] = uint16(uint16(some[k] - 1) << uint16(7))
+                least, greatest = min(least, some[k]), max(greatest, some[k])
+            most = max(most, greatest)
+            for half in range(2):
+                turn(packed[first * packed_row + g * 2 + half :], packed_row, count, words[half * 8 * WORDS :])
             for j in range(16):
                 at = (g * 32 + 2 * j) * out_column + first
                 _column_pair(turned[j * STEP :], base, out[at:], out[at + out_column :], count)
-            if special:
+            if least < 2 or greatest > LAST_FINITE:
                 for k in range(count):
-                    table = pairs[numpy.int64(scale[(first + k) * scale_row + g]) * 256 :]
+                    table = pairs[numpy.int64(some[k]) * 256 :]
                     for j in range(16):
                         pair, at = table[turned[j * STEP + k]], (g * 32 + 2 * j) * out_column + first + k
                         out[at], out[at + out_column] = uint16(pair), uint16(pair >> uint32(16))
-    return most
+    return int(most)
 
 
 def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -185,11 +183,17 @@ CEIL, FLOOR, EVEN = 0, 1, 2
 RULES = {"ceil": CEIL, "floor": FLOOR, "even": EVEN}
 
 
+SUBNORMAL = 2
+"""The largest scale under which a subnormal number may have a code other than 0."""
+BLOCK = 64
+"""Groups whose scales are found before their codes: a group's codes would wait for its scale."""
+
+
 @cache
 def _thresholds(ties: str, half: bool) -> Array:
-    """int32 [255 × 7]: under each scale, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
-    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(255, dtype=torch.float64) - 127)[:, None]
-    bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact, or infinite
+    """int32 [3 × 7]: under each scale up to SUBNORMAL, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
+    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(SUBNORMAL + 1, dtype=torch.float64) - 127)[:, None]
+    bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact
     if ties == "even":
         bits += ~torch.tensor(TIES_UP)
     found: Array = ((bits + 0xFFFF) >> 16 if half else bits).to(torch.int32).flatten().numpy()
@@ -199,8 +203,8 @@ def _thresholds(ties: str, half: bool) -> Array:
 def encode(values: torch.Tensor, scale_rule: str, ties: str, packed: torch.Tensor, scale: torch.Tensor) -> bool:
     """values [n, 32], bfloat16 or float32, contiguous -> packed u8 [n, 16], scale u8 [n]; False if a number is not finite."""
     half = values.dtype == torch.bfloat16
-    kernel = _encode_half if half else _encode_single
-    return bool(kernel(memory(values).view(int32), len(values), RULES[scale_rule], _thresholds(ties, half), memory(packed), memory(scale)))
+    given = memory(values).view(int16 if half else int32)
+    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", _thresholds(ties, half), memory(packed), memory(scale)))
 
 
 @jit
@@ -211,64 +215,39 @@ def _power(bits: int, rule: int) -> int:
     return max((bits >> 23) - 2 + (1 if bump else 0), 0)
 
 
-@inline
-def _place(bits: Any, limits: Any) -> Any:
-    """How many of seven numbers are not above these bits."""
-    a, b, c, d, e, f, g = limits
-    return int32(int32(7) - int32(int32(bits < a) + int32(bits < b) + int32(bits < c) + int32(bits < d) + int32(bits < e) + int32(bits < f) + int32(bits < g)))
-
-
 @jit
-def _encode_half(values: Array, groups: int, rule: int, limits: Array, packed: Array, scale: Array) -> bool:
-    """values: two bfloat16 in each int32, a byte's worth."""
-    pairs = numpy.empty(16, int32)  # of bytes, the compiler would pack each of seven comparisons
-    for n in range(groups):
-        largest = int32(0)
-        for i in range(16):
-            pair = values[n * 16 + i]
-            low, high = int32(pair & int32(0x7FFF)), int32(int32(pair >> int32(16)) & int32(0x7FFF))
-            low = low if low > high else high
-            largest = low if low > largest else largest
-        if largest >= 0x7F80:
-            return False
-        power = _power(numpy.int64(largest) << 16, rule)
-        at = power * 7
-        a, b, c, d, e, f, g = limits[at], limits[at + 1], limits[at + 2], limits[at + 3], limits[at + 4], limits[at + 5], limits[at + 6]
-        for i in range(16):
-            pair = values[n * 16 + i]
-            m = int32(pair & int32(0x7FFF))
-            low = _place(m, (a, b, c, d, e, f, g))
-            m = int32(int32(pair >> int32(16)) & int32(0x7FFF))
-            high = _place(m, (a, b, c, d, e, f, g))
-            signs = int32(int32(int32(pair >> int32(12)) & int32(8)) | int32(int32(pair >> int32(24)) & int32(128)))
-            pairs[i] = int32(int32(low | int32(high << int32(4))) | signs)
-        for i in range(16):
-            packed[n * 16 + i] = uint8(pairs[i])
-        scale[n] = power
-    return True
-
-
-@jit
-def _encode_single(values: Array, groups: int, rule: int, limits: Array, packed: Array, scale: Array) -> bool:
-    codes = numpy.empty(32, int32)
-    for n in range(groups):
-        largest = int32(0)
-        for i in range(32):
-            m = int32(values[n * 32 + i] & int32(0x7FFFFFFF))
-            largest = m if m > largest else largest
-        if largest >= 0x7F800000:
-            return False
-        power = _power(numpy.int64(largest), rule)
-        at = power * 7
-        a, b, c, d, e, f, g = limits[at], limits[at + 1], limits[at + 2], limits[at + 3], limits[at + 4], limits[at + 5], limits[at + 6]
-        for i in range(32):
-            bits = values[n * 32 + i]
-            m = int32(bits & int32(0x7FFFFFFF))
-            code = _place(m, (a, b, c, d, e, f, g))
-            codes[i] = int32(code | int32(int32(bits >> int32(28)) & int32(8)))
-        for j in range(16):
-            packed[n * 16 + j] = uint8(codes[2 * j] | int32(codes[2 * j + 1] << int32(4)))
-        scale[n] = power
+def _encode(values: Array, groups: int, width: int, rule: int, even: bool, limits: Array, packed: Array, scale: Array) -> bool:
+    """`width` is 32: where the compiler knows that, it takes the largest of a group without lanes. Nor are there lanes where `codes` is handed on."""
+    codes, powers = numpy.empty(32 * BLOCK, int16), numpy.empty(BLOCK, values.dtype)
+    pairs = codes.view(int32)
+    for first in range(0, groups, BLOCK):
+        count, least = min(BLOCK, groups - first), 255
+        for n in range(count):
+            some = values[(first + n) * 32 :]
+            largest = magnitude(some[0])
+            for i in range(width):
+                m = magnitude(some[i])
+                largest = m if m > largest else largest
+            bits = single(largest)
+            if bits >= 0x7F800000:
+                return False
+            power = _power(bits, rule)
+            scale[first + n], powers[n], least = power, exponent(power, largest), min(least, power)
+        for n in range(count):
+            some, to, power = values[(first + n) * 32 :], codes[32 * n :], powers[n]
+            for i in range(32):
+                to[i] = e2m1_code(some[i], power, even)
+        for n in range(count if least <= SUBNORMAL else 0):
+            for i in range(32 if scale[first + n] <= SUBNORMAL else 0):
+                number = values[(first + n) * 32 + i]
+                code = 8 if number < 0 else 0
+                for j in range(7):
+                    code += magnitude(number) >= limits[scale[first + n] * 7 + j]
+                codes[32 * n + i] = code
+        into = packed[first * 16 :]
+        for i in range(count * 16):
+            both = pairs[i]
+            into[i] = uint8(int32(both | int32(both >> int32(12))))
     return True
 
 

@@ -1,11 +1,11 @@
-"""Roundings of one number in compiled kernels, in bits: to bfloat16 and to E4M3, to nearest, ties to even, as torch rounds."""
+"""Roundings of one number in compiled kernels, in bits: to bfloat16, to E4M3 and to E2M1, to nearest, ties to even, as torch rounds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from numba import types
-from numpy import float32, int8, int32, uint8, uint16, uint32
+from numpy import float32, int8, int16, int32, int64, uint8, uint16, uint32
 
 from moeglot.kernels.compiled.jit import by_type, inline
 
@@ -93,3 +93,51 @@ def e2m1(nibble: Any) -> Any:
     bits = uint32(uint32(m << uint32(22)) + uint32(0x3F000000)) if m > uint32(1) else uint32(0)
     bits = uint32(0x3F000000) if m == uint32(1) else bits
     return uint32(bits | uint32(uint32(nibble & uint32(8)) << uint32(28))).view(float32)
+
+
+# --- bits of a bfloat16 in int16, and of a float32 in int32 ----------------------------------------------------------------------------
+
+
+@by_type
+def magnitude(bits: Any) -> Any:
+    """Without the sign."""
+    if bits == types.int16:
+        return lambda bits: int16(bits & int16(0x7FFF))
+    return lambda bits: int32(bits & int32(0x7FFFFFFF))
+
+
+@by_type
+def single(bits: Any) -> Any:
+    """The bits of the same number as a float32, in an int64; of a magnitude."""
+    if bits == types.int16:
+        return lambda bits: int64(bits) << 16
+    return lambda bits: int64(bits)
+
+
+@by_type
+def exponent(power: Any, like: Any) -> Any:
+    """The bits of 2^(power - 127) in the type of `like`."""
+    if like == types.int16:
+        return lambda power, like: int16(power << 7)
+    return lambda power, like: int32(power << 23)
+
+
+@by_type
+def e2m1_code(bits: Any, scale: Any, even: Any) -> Any:
+    """A number and a power of two, in bits -> the code (int16) of the nearest number of E2M1, sign and all; normal, or less than half a step of normal scales.
+
+    Bits less those of the scale are the quotient's: those of 1 become 0, and half a power of two is a step.
+    """
+    of, most, step, last = (int16, 0x7FFF, 6, 12) if bits == types.int16 else (int32, 0x7FFFFFFF, 22, 28)
+
+    def code(bits: Any, scale: Any, even: Any) -> Any:
+        at = of(of(bits & of(most)) - scale)
+        up = of(of(of(at >> of(step)) & of(even)) + of((1 << (step - 1)) - even))
+        normal = of(of(of(at + up) >> of(step)) + of(2))
+        normal = normal if normal < of(7) else of(7)
+        small = of(1) if at >= of((-4 << step) + even) else of(0)
+        small = of(2) if at >= of(-1 << step) else small
+        found = normal if at >= of(0) else small
+        return int16(found | of(of(bits >> of(last)) & of(8)))
+
+    return code
