@@ -19,6 +19,7 @@ from moeglot.floats import values as plain
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
+from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
 from moeglot.remote import Location
 from moeglot.units import make
@@ -95,22 +96,29 @@ class Rounded:
     def _rounds(self, step: Step) -> bool:
         return step.verb in self.lossy or any(self.plan.merges(step, expert) for expert in range(self.plan.source.sizes["e"]))
 
-    def role(self, role: str, layer: int, expert: int) -> Encoded:
-        """[out, in] of one expert, as the target must hold it."""
+    def matrix(self, layer: int, expert: int) -> Matrix:
+        """role -> [out, in] of one expert, as the target must hold it; the roles of a stored slice are made once, if they are asked for one after the other."""
+        declared, made = right(self.plan.source, layer, expert), dict[str, Encoded]()
+
+        def role(name: str) -> Encoded:
+            step = self.steps.get((layer, name))
+            merged = step is not None and self.plan.merges(step, expert)
+            if step is None or not (merged or step.verb in self.lossy):
+                return declared(name)
+            if name not in made:
+                made.clear()
+                made.update(self._made(step, expert, merged))
+            return made[name]
+
+        return role
+
+    def _made(self, step: Step, expert: int, merged: bool) -> dict[str, Encoded]:
         import torch
 
-        source = self.plan.source
-        step = self.steps.get((layer, role))
-        merged = step is not None and self.plan.merges(step, expert)
-        if step is None or not (merged or step.verb in self.lossy):
-            return source.expert(source.format.line_of(role), layer, expert)[role]
         parts, _ = make(self.plan, Unit("again", step, expert, merged=merged))
-        stored = Encoded(step.target, parts, step.line.expert_shape(source.sizes))
-        movable = step.line.movable(step.target, source.sizes)
-        return step.line.split(stored if movable else plain(stored.decode(torch.float32)))[role]
-
-    def matrix(self, layer: int, expert: int) -> Matrix:
-        return lambda role: self.role(role, layer, expert)
+        stored = Encoded(step.target, parts, step.line.expert_shape(self.plan.source.sizes))
+        movable = step.line.movable(step.target, self.plan.source.sizes)
+        return step.line.split(stored if movable else plain(stored.decode(torch.float32)))
 
     def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
         """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""
@@ -118,10 +126,12 @@ class Rounded:
             return values(written, self.plan.source, workers=threads, progress=progress)
 
         def work(layer: int, expert: int) -> tuple[float, Loss]:
-            found = {role: written.expert(written.format.line_of(role), layer, expert)[role] for role in written.format.family.roles}
-            worst = max(difference(encoded, self.role(role, layer, expert)) for role, encoded in found.items())
-            apart = (self._distance(encoded, role, layer, expert) for role, encoded in found.items() if self._only_rounded(role, layer, expert))
-            return worst, sum(apart, Loss())
+            mine, theirs, worst, apart = right(written, layer, expert), self.matrix(layer, expert), 0.0, Loss()
+            for role in written.format.family.roles:
+                worst = max(worst, difference(mine(role), theirs(role)))
+                if self._only_rounded(role, layer, expert):
+                    apart += self._distance(mine(role), role, layer, expert)
+            return worst, apart
 
         rows = list(each_expert(written, work, "values", threads, progress))
         worst, apart = max(worst for worst, _ in rows), sum((loss for _, loss in rows), Loss()).relative

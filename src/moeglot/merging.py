@@ -117,15 +117,15 @@ class Change:
         return bool(set(line.roles) & set(self.adapter.roles(layer)))
 
     def apply(
-        self, line: Stored, layer: int, expert: int, encoding: Encoding, parts: Parts, roles: Mapping[str, Encoded], moved: bool
+        self, line: Stored, layer: int, expert: int, encoding: Encoding, parts: Parts, roles: Callable[[], Mapping[str, Encoded]], moved: bool
     ) -> tuple[Parts, dict[str, Survival]]:
         """One expert's slice of a stored line with the change added, and what is left of it in each role.
 
-        `parts`: the slice without the change; `roles`: the base's matrices; `moved` as in `fold`.
+        `parts`: the slice without the change; `roles` reads the base's matrices; `moved` as in `fold`.
         """
         stored = Encoded(encoding, parts, line.expert_shape(self.adapter.base.sizes))
         if not line.movable(encoding, self.adapter.base.sizes):  # blocks hold numbers of several roles
-            pieces = {role: self._piece(layer, role, expert, roles[role], partial(_cut, line, role)) for role in line.roles}
+            pieces = {role: self._piece(layer, role, expert, roles()[role], partial(_cut, line, role)) for role in line.roles}
             found, survived = fold(encoding, parts, stored.shape, pieces, partial(_join, line), self.rounding, self._moments, moved)
             return found, {role: survived[role] for role in line.roles if self.adapter.touches(layer, role, expert)}
         slices, survived = line.split(stored), {}
@@ -134,12 +134,20 @@ class Change:
             before = slices[role]
             if not self.adapter.touches(layer, role, expert):
                 return before
-            piece = self._piece(layer, role, expert, roles[role], _all)
+            if (short := self._added(encoding, before.parts, layer, role, expert) if moved else None) is not None:
+                survived[role] = short[1]
+                return Encoded(encoding, short[0], before.shape)
+            piece = self._piece(layer, role, expert, roles()[role], _all)
             found, survival = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
             survived.update(survival)
             return Encoded(encoding, found, before.shape)
 
         return line.join(merged).parts, survived
+
+    def _added(self, encoding: Encoding, parts: Parts, layer: int, role: str, expert: int) -> tuple[Parts, Survival] | None:
+        """A matrix in the base's own codes with its change, rounded to the nearest, where its encoding has a way of its own for that."""
+        nearest = self.rounding.kind == "nearest"
+        return encoding.added(parts, *self.adapter.factors(layer, role, expert)) if nearest else None
 
     def _piece(self, layer: int, role: str, expert: int, encoded: Encoded, cut: Move) -> Piece:
         import torch

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from moeglot import scratch
+from moeglot.checks import one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
@@ -37,7 +39,8 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
 def _made(plan: Plan, step: Step, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     parts, loss = _slice(plan, step, unit.expert)
     if plan.change and unit.merged:
-        parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, _roles(plan, step, unit.expert), step.moves_codes)
+        roles = cache(partial(_roles, plan, step, unit.expert))
+        parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, roles, step.moves_codes)
         loss = replace(loss, survived=survived)
     return dict(parts), loss
 
@@ -168,8 +171,15 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
 
 def estimate(plan: Plan) -> Plan:
     """The plan with the relative error of each lossy step, and what survives of an adapter's change, measured on a few of its experts; once."""
+    from concurrent.futures import ThreadPoolExecutor
+
     if plan.estimated:
         return plan
+    with ThreadPoolExecutor(1, initializer=one_thread) as pool:
+        return pool.submit(_estimated, plan).result()
+
+
+def _estimated(plan: Plan) -> Plan:
     found: dict[str, Loss] = {}
     survived: dict[str, Survival] = {}
     experts = plan.source.sizes["e"]
@@ -184,7 +194,6 @@ def estimate(plan: Plan) -> Plan:
             _, loss = make(plan, Unit("sample", step, expert, merged=merged))
             found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
             survived = added(survived, loss.survived)
-    scratch.forget()  # the units are made by other threads
     # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
     errors = {verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()}
     return replace(plan, expected_error=errors, expected_survival=survived, estimated=True)

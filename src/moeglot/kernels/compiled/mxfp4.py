@@ -148,12 +148,12 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch
     packed, scale = rows_together(packed, 2), rows_together(scale)
     if out.numel():
         even, odd = (memory(x[:, first::2].contiguous()).view(float32) for first in (0, 1))
-        where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, _powers())
+        where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, powers())
         _times(even, odd, len(x), *where, memory(out).view(float32))
 
 
 @cache
-def _powers() -> Array:
+def powers() -> Array:
     """float32 [256]: 2^(scale - 127)."""
     return memory(torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)).view(float32)
 
@@ -186,7 +186,7 @@ RULES = {"ceil": CEIL, "floor": FLOOR, "even": EVEN}
 
 
 @cache
-def _thresholds(ties: str, half: bool) -> Array:
+def thresholds(ties: str, half: bool) -> Array:
     """int32 [255 × 7]: under each scale, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
     middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(255, dtype=torch.float64) - 127)[:, None]
     bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact, or infinite
@@ -200,11 +200,11 @@ def encode(values: torch.Tensor, scale_rule: str, ties: str, packed: torch.Tenso
     """values [n, 32], bfloat16 or float32, contiguous -> packed u8 [n, 16], scale u8 [n]; False if a number is not finite."""
     half = values.dtype == torch.bfloat16
     kernel = _encode_half if half else _encode_single
-    return bool(kernel(memory(values).view(int32), len(values), RULES[scale_rule], _thresholds(ties, half), memory(packed), memory(scale)))
+    return bool(kernel(memory(values).view(int32), len(values), RULES[scale_rule], thresholds(ties, half), memory(packed), memory(scale)))
 
 
 @jit
-def _power(bits: int, rule: int) -> int:
+def scale_of(bits: int, rule: int) -> int:
     """The biased scale for the float32 bits of a group's largest magnitude; anything under the smallest scale's has that."""
     mantissa = bits & 0x7FFFFF
     bump = (rule == CEIL and mantissa > 0x400000) or (rule == EVEN and mantissa >= 0x600000)
@@ -212,7 +212,7 @@ def _power(bits: int, rule: int) -> int:
 
 
 @inline
-def _place(bits: Any, limits: Any) -> Any:
+def place(bits: Any, limits: Any) -> Any:
     """How many of seven numbers are not above these bits."""
     a, b, c, d, e, f, g = limits
     return int32(int32(7) - int32(int32(bits < a) + int32(bits < b) + int32(bits < c) + int32(bits < d) + int32(bits < e) + int32(bits < f) + int32(bits < g)))
@@ -231,15 +231,15 @@ def _encode_half(values: Array, groups: int, rule: int, limits: Array, packed: A
             largest = low if low > largest else largest
         if largest >= 0x7F80:
             return False
-        power = _power(numpy.int64(largest) << 16, rule)
+        power = scale_of(numpy.int64(largest) << 16, rule)
         at = power * 7
         a, b, c, d, e, f, g = limits[at], limits[at + 1], limits[at + 2], limits[at + 3], limits[at + 4], limits[at + 5], limits[at + 6]
         for i in range(16):
             pair = values[n * 16 + i]
             m = int32(pair & int32(0x7FFF))
-            low = _place(m, (a, b, c, d, e, f, g))
+            low = place(m, (a, b, c, d, e, f, g))
             m = int32(int32(pair >> int32(16)) & int32(0x7FFF))
-            high = _place(m, (a, b, c, d, e, f, g))
+            high = place(m, (a, b, c, d, e, f, g))
             signs = int32(int32(int32(pair >> int32(12)) & int32(8)) | int32(int32(pair >> int32(24)) & int32(128)))
             pairs[i] = int32(int32(low | int32(high << int32(4))) | signs)
         for i in range(16):
@@ -258,13 +258,13 @@ def _encode_single(values: Array, groups: int, rule: int, limits: Array, packed:
             largest = m if m > largest else largest
         if largest >= 0x7F800000:
             return False
-        power = _power(numpy.int64(largest), rule)
+        power = scale_of(numpy.int64(largest), rule)
         at = power * 7
         a, b, c, d, e, f, g = limits[at], limits[at + 1], limits[at + 2], limits[at + 3], limits[at + 4], limits[at + 5], limits[at + 6]
         for i in range(32):
             bits = values[n * 32 + i]
             m = int32(bits & int32(0x7FFFFFFF))
-            code = _place(m, (a, b, c, d, e, f, g))
+            code = place(m, (a, b, c, d, e, f, g))
             codes[i] = int32(code | int32(int32(bits >> int32(28)) & int32(8)))
         for j in range(16):
             packed[n * 16 + j] = uint8(codes[2 * j] | int32(codes[2 * j + 1] << int32(4)))
