@@ -36,7 +36,7 @@ class Survival:
             w, d, q = (tensor[first : first + rows].flatten() for tensor in (weight, change, stored))
             a = q - w
             along, size, applied, of = (float(x.dot(y)) for x, y in ((a, d), (d, d), (a, a), (w, w)))
-            found += cls(along, size, applied, of, len(w), int(a.count_nonzero()))
+            found += cls(along, size, applied, of, len(w), int(a.ne_(0).sum()))
         return found
 
     def __add__(self, other: Survival) -> Survival:

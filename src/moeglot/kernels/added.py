@@ -11,7 +11,7 @@ from moeglot.kernels import backend, e2m1
 from moeglot.kernels.mxfp4 import BIAS, GROUP, LAST_FINITE, exponents, powers
 from moeglot.survival import Survival
 
-ROWS = 64
+ROWS = 32
 """At a time: their numbers, the change and the sums stay near each other."""
 Added = tuple[torch.Tensor, torch.Tensor, Survival]
 REACH = 7.0
@@ -59,6 +59,14 @@ def _block(packed: torch.Tensor, scale: torch.Tensor, change: torch.Tensor, ties
         by = powers(scale).unsqueeze(-1)
     codes = e2m1.nearest(total.mul_(powers(2 * BIAS - scale.int()).unsqueeze(-1)), ties)
     after = e2m1.values(codes).mul_(by)
-    stay = after == weight  # zero is zero, whatever its sign
-    codes = torch.where(stay if fresh is None else stay & ~fresh, e2m1.codes(packed).view(grouped), codes)
-    return e2m1.packed(codes), scale, Survival.of(weight, change.view(grouped), after, clipped)
+    found = _signs_kept(e2m1.packed(codes), packed, fresh)
+    return found, scale, Survival.of(weight, change.view(grouped), after, clipped)
+
+
+def _signs_kept(found: torch.Tensor, before: torch.Tensor, fresh: torch.Tensor | None) -> torch.Tensor:
+    """Codes u8 [rows, n, 16], two a byte: what was zero and is zero keeps its sign, but for groups [rows, n, 1] under a `fresh` scale."""
+    low = (found | before).bitwise_and_(0x77)
+    other = (low | low >> 1 | low >> 2).bitwise_and_(0x11)  # one bit for each code that is no zero, before or now
+    keep = other.bitwise_xor_(0x11) << 3
+    keep = keep if fresh is None else keep.masked_fill_(fresh, 0)
+    return found ^ (keep & (found ^ before))
