@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,15 @@ from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
-from moeglot.remote import Location
+from moeglot.remote import Location, Remote
 from moeglot.units import make
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
 CERTIFICATE = "moeglot.json"
-CHUNK = 1 << 24
+CHUNK, REQUEST = 1 << 20, 1 << 24
+"""Bytes that are hashed at a time: in the nearest caches, or as a store is asked for them."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
             f"it was re-read from {folder} and compared with the source",
             "report this as a bug; the folder keeps its temporary name",
         )
-    document = _document(plan, folder, losses, report)
+    document = _document(plan, folder, losses, report, threads)
     write_json(folder / CERTIFICATE, document)
     return Certificate(folder, document, report, by_verb(plan, losses), survived(plan, losses))
 
@@ -170,11 +171,20 @@ def write_json(path: Location, value: Mapping[str, Any]) -> None:
 
 def sha256(path: Location) -> str:
     """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(REQUEST if isinstance(path, Remote) else CHUNK))
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def _digests(paths: Sequence[Location], threads: int) -> dict[Location, str]:
+    """Of files by the thread each, the largest first, so that the threads end together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    ordered = sorted(paths, key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(ordered, pool.map(sha256, ordered), strict=True))
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -193,19 +203,20 @@ def report_json(report: Report) -> dict[str, Any]:
     return {"against": report.against, "verdict": report.verdict, "checks": checks}
 
 
-def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report) -> dict[str, Any]:
+def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report, threads: int) -> dict[str, Any]:
     source = plan.source
     whole = source.share == source.source.share  # else the shards hold experts of other processes, too, which are not read
     files = [*(source.source.shards if whole else ()), *(p for p in [source.source.folder / "config.json"] if p.exists())]
     written = sorted((path for path in folder.iterdir() if path.name != CERTIFICATE), key=lambda path: path.name)
+    digests = _digests([*files, *written], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
-        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: sha256(path) for path in files}},
+        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: digests[path] for path in files}},
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),
-            "sha256": {path.name: sha256(path) for path in written},
+            "sha256": {path.name: digests[path] for path in written},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),

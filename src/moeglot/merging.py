@@ -134,20 +134,16 @@ class Change:
             before = slices[role]
             if not self.adapter.touches(layer, role, expert):
                 return before
-            if (short := self._added(encoding, before.parts, layer, role, expert) if moved else None) is not None:
-                survived[role] = short[1]
-                return Encoded(encoding, short[0], before.shape)
+            nearest = moved and self.rounding.kind == "nearest"
+            if nearest and (short := encoding.added(before.parts, *self.adapter.factors(layer, role, expert))) is not None:
+                found, survived[role] = short
+                return Encoded(encoding, found, before.shape)
             piece = self._piece(layer, role, expert, roles()[role], _all)
             found, survival = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
             survived.update(survival)
             return Encoded(encoding, found, before.shape)
 
         return line.join(merged).parts, survived
-
-    def _added(self, encoding: Encoding, parts: Parts, layer: int, role: str, expert: int) -> tuple[Parts, Survival] | None:
-        """A matrix in the base's own codes with its change, rounded to the nearest, where its encoding has a way of its own for that."""
-        nearest = self.rounding.kind == "nearest"
-        return encoding.added(parts, *self.adapter.factors(layer, role, expert)) if nearest else None
 
     def _piece(self, layer: int, role: str, expert: int, encoded: Encoded, cut: Move) -> Piece:
         import torch
