@@ -134,14 +134,13 @@ class Change:
             before = slices[role]
             if not self.adapter.touches(layer, role, expert):
                 return before
-            nearest = moved and self.rounding.kind == "nearest"
-            if nearest and (short := encoding.added(before.parts, *self.adapter.factors(layer, role, expert))) is not None:
-                found, survived[role] = short
-                return Encoded(encoding, found, before.shape)
-            piece = self._piece(layer, role, expert, roles()[role], _all)
-            found, survival = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
-            survived.update(survival)
-            return Encoded(encoding, found, before.shape)
+            nearest, factors = moved and self.rounding.kind == "nearest", self.adapter.factors(layer, role, expert)
+            if not (nearest and (found := encoding.added(before.parts, *factors))):
+                piece = self._piece(layer, role, expert, roles()[role], _all)
+                parts, of = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
+                found = parts, of[role]
+            survived[role] = found[1]
+            return Encoded(encoding, found[0], before.shape)
 
         return line.join(merged).parts, survived
 
@@ -190,8 +189,7 @@ class Change:
                     found[entry.name] = MergedPart(entry.name, entry.dtype, entry.shape, coded, factors, self.rounding, part)
             else:
                 before = found[weight]
-                base = before.base if isinstance(before, Merged) else before
-                found[weight] = Merged(weight, before.dtype, before.shape, base, factors, self.rounding)
+                found[weight] = Merged(weight, before.dtype, before.shape, before.base if isinstance(before, Merged) else before, factors, self.rounding)
             if factors.bias_entry:
                 bias = found.get(module + ".bias")
                 if bias is None:

@@ -68,8 +68,6 @@ def _roles(plan: Plan, step: Step, expert: int) -> dict[str, Encoded]:
 
 def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     """One expert's slice of a stored tensor: copied, moved in the same codes, or encoded."""
-    import torch
-
     source = plan.source
     if step.twin:
         twin = source.checked(step.twin, step.layer, expert)
@@ -81,8 +79,7 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     if step.moves_codes:
         recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
         if len(recoded) == len(roles):
-            losses = [] if step.exact else [measure(roles[role].decode(torch.float32), found) for role, found in recoded.items()]
-            return dict(step.line.join(recoded.__getitem__).parts), sum(losses, Loss())
+            return dict(step.line.join(recoded.__getitem__).parts), Loss() if step.exact else sum(map(_same_numbers, recoded.values()), Loss())
     return _encoded(plan, step, roles)
 
 
@@ -96,7 +93,12 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
         return None
     value = scratch.empty(step.line.expert_shape(source.sizes), by_torch_name(step.target.name).torch)
     stored.decode(value.dtype, line.turned(step.line, value))
-    return {"value": value}, Loss(blocks=blocks_of(stored), undetermined=stored.encoding.undetermined(stored.parts))
+    return {"value": value}, _same_numbers(stored)
+
+
+def _same_numbers(encoded: Encoded) -> Loss:
+    """Of a step that keeps every number as it is."""
+    return Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts))
 
 
 def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
@@ -115,7 +117,7 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
         return coded
 
     if step.exact:
-        lost += [Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts)) for encoded in roles.values()]
+        lost += map(_same_numbers, roles.values())
     if step.exact and isinstance(step.target, Plain):
         return {"value": step.line.decoded(roles.__getitem__, by_torch_name(step.target.name).torch)}, sum(lost, Loss())
     if step.line.movable(step.target, plan.source.sizes):
