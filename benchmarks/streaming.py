@@ -104,15 +104,15 @@ class Run:
 # --- synthetic checkpoints -------------------------------------------------------------------------------------------------------------
 
 
-def write_gpt_oss(folder: Path, layers: int) -> Path:
-    """gpt-oss/openai, a shard for each layer: random codes, scales from 118 to 126; an embedding that is larger than the memory allowed."""
+def write_gpt_oss(folder: Path, layers: int, vocabulary: int = VOCABULARY, scales: tuple[int, int] = (118, 127)) -> Path:
+    """gpt-oss/openai, a shard for each layer: random codes and scales; by default, an embedding that is larger than the memory allowed."""
     folder.mkdir()
     form = by_name("gpt-oss/openai")
     random = torch.Generator().manual_seed(0)
     weight_map = {}
     for n in range(layers + 1):
         name = f"model-{n + 1:05}-of-{layers + 1:05}.safetensors"
-        tensors = _layer(form, n - 1, random) if n else {"model.embed_tokens.weight": _floats((VOCABULARY, SIZES["h"]), random)}
+        tensors = _layer(form, n - 1, scales, random) if n else {"model.embed_tokens.weight": _floats((vocabulary, SIZES["h"]), random)}
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     config = {
@@ -120,7 +120,7 @@ def write_gpt_oss(folder: Path, layers: int) -> Path:
         "torch_dtype": "bfloat16",
         "architectures": ["GptOssForCausalLM"],
         "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "swiglu_limit": 7.0,
         "quantization_config": {"quant_method": "mxfp4"},
         **{keys[0]: SIZES[letter] for letter, keys in form.family.sizes.items()},
@@ -129,10 +129,10 @@ def write_gpt_oss(folder: Path, layers: int) -> Path:
     return folder
 
 
-def _layer(form: Format, layer: int, random: torch.Generator) -> dict[str, torch.Tensor]:
+def _layer(form: Format, layer: int, scales: tuple[int, int], random: torch.Generator) -> dict[str, torch.Tensor]:
     found = {}
     for line, part, keys in form.expert_keys((layer,), SIZES):
-        shape, codes = part.shape(line.shape(SIZES)), {"packed": (0, 256), "scale": (118, 127)}.get(part.name)
+        shape, codes = part.shape(line.shape(SIZES)), {"packed": (0, 256), "scale": scales}.get(part.name)
         found[next(keys)] = torch.randint(*codes, shape, dtype=torch.uint8, generator=random) if codes else _floats(shape, random)
     return found
 

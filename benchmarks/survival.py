@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeglot.encodings import by_name
-from moeglot.merging import Piece, fold
+from moeglot.folding import Piece, fold
 from moeglot.rounding import Rounding
 
 SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

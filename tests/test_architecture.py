@@ -13,7 +13,7 @@ LAYERS = (
     {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
-    {"floats"},
+    {"floats", "folding"},
     {"axes"},
     {"layout"},
     {"coding", "family"},

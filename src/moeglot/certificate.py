@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,17 @@ from moeglot.floats import values as plain
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
+from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
-from moeglot.remote import Location
+from moeglot.remote import Location, Remote
 from moeglot.units import make
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
 CERTIFICATE = "moeglot.json"
-CHUNK = 1 << 20
+CHUNK, REQUEST = 1 << 20, 1 << 24
+"""Bytes that are hashed at a time: in the nearest caches, or as a store is asked for them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
             f"it was re-read from {folder} and compared with the source",
             "report this as a bug; the folder keeps its temporary name",
         )
-    document = _document(plan, folder, losses, report)
+    document = _document(plan, folder, losses, report, threads)
     write_json(folder / CERTIFICATE, document)
     return Certificate(folder, document, report, by_verb(plan, losses), survived(plan, losses))
 
@@ -95,22 +97,29 @@ class Rounded:
     def _rounds(self, step: Step) -> bool:
         return step.verb in self.lossy or any(self.plan.merges(step, expert) for expert in range(self.plan.source.sizes["e"]))
 
-    def role(self, role: str, layer: int, expert: int) -> Encoded:
-        """[out, in] of one expert, as the target must hold it."""
+    def matrix(self, layer: int, expert: int) -> Matrix:
+        """role -> [out, in] of one expert, as the target must hold it; the roles of a stored slice are made once, if they are asked for one after the other."""
+        declared, made = right(self.plan.source, layer, expert), dict[str, Encoded]()
+
+        def role(name: str) -> Encoded:
+            step = self.steps.get((layer, name))
+            merged = step is not None and self.plan.merges(step, expert)
+            if step is None or not (merged or step.verb in self.lossy):
+                return declared(name)
+            if name not in made:
+                made.clear()
+                made.update(self._made(step, expert, merged))
+            return made[name]
+
+        return role
+
+    def _made(self, step: Step, expert: int, merged: bool) -> dict[str, Encoded]:
         import torch
 
-        source = self.plan.source
-        step = self.steps.get((layer, role))
-        merged = step is not None and self.plan.merges(step, expert)
-        if step is None or not (merged or step.verb in self.lossy):
-            return source.expert(source.format.line_of(role), layer, expert)[role]
         parts, _ = make(self.plan, Unit("again", step, expert, merged=merged))
-        stored = Encoded(step.target, parts, step.line.expert_shape(source.sizes))
-        movable = step.line.movable(step.target, source.sizes)
-        return step.line.split(stored if movable else plain(stored.decode(torch.float32)))[role]
-
-    def matrix(self, layer: int, expert: int) -> Matrix:
-        return lambda role: self.role(role, layer, expert)
+        stored = Encoded(step.target, parts, step.line.expert_shape(self.plan.source.sizes))
+        movable = step.line.movable(step.target, self.plan.source.sizes)
+        return step.line.split(stored if movable else plain(stored.decode(torch.float32)))
 
     def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
         """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""
@@ -118,10 +127,12 @@ class Rounded:
             return values(written, self.plan.source, workers=threads, progress=progress)
 
         def work(layer: int, expert: int) -> tuple[float, Loss]:
-            found = {role: written.expert(written.format.line_of(role), layer, expert)[role] for role in written.format.family.roles}
-            worst = max(difference(encoded, self.role(role, layer, expert)) for role, encoded in found.items())
-            apart = (self._distance(encoded, role, layer, expert) for role, encoded in found.items() if self._only_rounded(role, layer, expert))
-            return worst, sum(apart, Loss())
+            mine, theirs, worst, apart = right(written, layer, expert), self.matrix(layer, expert), 0.0, Loss()
+            for role in written.format.family.roles:
+                worst = max(worst, difference(mine(role), theirs(role)))
+                if self._only_rounded(role, layer, expert):
+                    apart += self._distance(mine(role), role, layer, expert)
+            return worst, apart
 
         rows = list(each_expert(written, work, "values", threads, progress))
         worst, apart = max(worst for worst, _ in rows), sum((loss for _, loss in rows), Loss()).relative
@@ -160,11 +171,20 @@ def write_json(path: Location, value: Mapping[str, Any]) -> None:
 
 def sha256(path: Location) -> str:
     """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(REQUEST if isinstance(path, Remote) else CHUNK))
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def _digests(paths: Sequence[Location], threads: int) -> dict[Location, str]:
+    """Of files by the thread each, the largest first, so that the threads end together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    ordered = sorted(paths, key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(ordered, pool.map(sha256, ordered), strict=True))
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -183,19 +203,20 @@ def report_json(report: Report) -> dict[str, Any]:
     return {"against": report.against, "verdict": report.verdict, "checks": checks}
 
 
-def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report) -> dict[str, Any]:
+def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report, threads: int) -> dict[str, Any]:
     source = plan.source
     whole = source.share == source.source.share  # else the shards hold experts of other processes, too, which are not read
     files = [*(source.source.shards if whole else ()), *(p for p in [source.source.folder / "config.json"] if p.exists())]
     written = sorted((path for path in folder.iterdir() if path.name != CERTIFICATE), key=lambda path: path.name)
+    digests = _digests([*files, *written], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
-        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: sha256(path) for path in files}},
+        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: digests[path] for path in files}},
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),
-            "sha256": {path.name: sha256(path) for path in written},
+            "sha256": {path.name: digests[path] for path in written},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),

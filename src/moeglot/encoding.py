@@ -9,6 +9,7 @@ from math import lcm, prod
 from typing import TYPE_CHECKING
 
 from moeglot.errors import TensorMismatch
+from moeglot.survival import Survival
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,12 @@ class Encoding(ABC):
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
         """These parts with a new scale, as `encode` chooses it, for each block with a value `beyond` (bool [out, in]) its old one; codes mean nothing there."""
         return parts
+
+    def added(self, parts: Parts, left: torch.Tensor, right: torch.Tensor) -> tuple[Parts, Survival] | None:
+        """These parts with left [out, r] @ right [r, in] added and rounded to the nearest, as `grid`, `rescaled` and `placed` have it, and what is left of
+        the change; None if this encoding has no shorter way than those, or some number is not finite.
+        """
+        return None
 
     def undetermined(self, parts: Parts) -> int:
         """How many blocks have values that other parts could code as well, so that decode∘encode need not return these bytes."""

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from moeglot import scratch
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
 from moeglot.experts import Expert, Matrix
-from moeglot.floats import values
+from moeglot.floats import row_pairs, values
 from moeglot.forward import LIMIT, loud_tokens
 from moeglot.loss import Loss
 from moeglot.merging import Change
@@ -91,15 +92,9 @@ def applied(written: Checkpoint, plan: Plan, stated: Mapping[str, Survival], thr
     adapter, source = plan.change.adapter, plan.source
 
     def work(layer: int, expert: int) -> dict[str, Survival]:
-        import torch
-
-        found = {}
-        for role in adapter.roles(layer):
-            if adapter.touches(layer, role, expert):
-                left, right = adapter.factors(layer, role, expert)
-                before, after = (c.expert(c.format.line_of(role), layer, expert)[role].decode(torch.float32) for c in (source, written))
-                found[role] = Survival.of(before, left @ right, after)
-        return found
+        before, after = right(source, layer, expert), right(written, layer, expert)
+        touched = [role for role in adapter.roles(layer) if adapter.touches(layer, role, expert)]
+        return {role: _between(before(role), after(role), *adapter.factors(layer, role, expert)) for role in touched}
 
     places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
     layers: dict[int, float] = {}
@@ -114,6 +109,18 @@ def applied(written: Checkpoint, plan: Plan, stated: Mapping[str, Survival], thr
         told = ", ".join(f"{role} {stated[role].rec:.1%}" for role in total)
         return Check("values", "does not hold", "the adapter's change", f"{shares} of it is in the output; while writing it was {told}", figures, layers)
     return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
+
+
+def _between(before: Encoded, after: Encoded, left: torch.Tensor, inner: torch.Tensor) -> Survival:
+    """What of the change left [out, r] @ inner [r, in] lies between two matrices, some rows at a time."""
+    import torch
+
+    found, first = Survival(), 0
+    for pair in row_pairs(before, after):
+        w, q = (some.decode(torch.float32, scratch.empty(some.shape, torch.float32)) for some in pair)
+        found += Survival.of(w, left[first : first + len(w)] @ inner, q)
+        first += len(w)
+    return found
 
 
 def live(written: Checkpoint, plan: Plan, stated: Survived, threads: int, progress: Progress | None) -> Check:
@@ -161,8 +168,7 @@ def _beside(plan: Plan, layer: int, expert: int, base: Matrix) -> Matrix:
         if not adapter.touches(layer, role, expert):
             return encoded
         left, right = adapter.factors(layer, role, expert)
-        found: torch.Tensor = encoded.decode(torch.float32) + left @ right
-        return values(found)
+        return values(encoded.decode(torch.float32, scratch.empty(encoded.shape, torch.float32)).addmm_(left, right))
 
     return matrix
 

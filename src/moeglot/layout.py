@@ -214,8 +214,6 @@ class Stored:
 
     def join(self, role: Callable[[str], Encoded]) -> Encoded:
         """role -> [out, in] to one expert's slice; the inverse of `split`. Asks for one role at a time; all must have one encoding."""
-        import torch
-
         if self.block:
             return self._woven([role(name) for name in self.roles])
         joined: Encoded | None = None
@@ -226,7 +224,7 @@ class Stored:
                 return encoded
             letters = self.role_axes.split()
             if joined is None:
-                parts = {part: torch.empty(self._joined_shape(tensor), dtype=tensor.dtype) for part, tensor in encoded.parts.items()}
+                parts = {part: scratch.empty(self._joined_shape(tensor), tensor.dtype) for part, tensor in encoded.parts.items()}
                 shape = self._shape(self.expert_groups, dict(zip(letters, encoded.shape, strict=True)))
                 joined = Encoded(encoded.encoding, parts, shape)
                 places = self.split(joined)

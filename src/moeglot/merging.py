@@ -1,4 +1,4 @@
-"""Add a change of low rank to one matrix, or to the roles of one stored slice, and put the sum back on the grid of its encoding."""
+"""What a merge does to the tensors of a plan: to each expert's slices, and to matrices that are no experts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.errors import BadNumbers, UnsupportedAdapter, UsageError
+from moeglot.errors import UnsupportedAdapter, UsageError
 from moeglot.floats import values
+from moeglot.folding import Move, Piece, fold
 from moeglot.layout import Stored
 from moeglot.rounding import Rounding
 from moeglot.shards import Entry, read_header
@@ -23,77 +24,6 @@ if TYPE_CHECKING:
 
     from moeglot.adapter import Adapter
     from moeglot.adapter_parts import Dense
-
-Move = Callable[["torch.Tensor"], "torch.Tensor"]
-Join = Callable[[Callable[[str], "torch.Tensor"]], "torch.Tensor"]
-"""role -> [out, in] to the numbers of a stored slice."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One role: weight float32 [out, in], its change left [out, r] @ right [r, in]; `cut` gives its numbers from those of the stored slice."""
-
-    weight: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
-    cut: Move
-    place: tuple[object, ...]
-
-    @cached_property
-    def change(self) -> torch.Tensor:
-        return (self.left @ self.right).view(self.weight.shape)
-
-    @cached_property
-    def sum(self) -> torch.Tensor:
-        """Raises `BadNumbers` if it is not finite."""
-        found = self.weight + self.change
-        if not bool(found.isfinite().all()):
-            what = ", ".join(map(str, self.place))
-            raise BadNumbers(f"{what}: weight and change are not finite together", "both are finite alone", "the adapter diverged; ask for an earlier one")
-        return found
-
-
-def fold(
-    encoding: Encoding,
-    parts: Parts,
-    shape: tuple[int, ...],
-    pieces: Mapping[str, Piece],
-    join: Join,
-    rounding: Rounding,
-    moments: Callable[..., torch.Tensor | None],
-    moved: bool,
-) -> tuple[Parts, dict[str, Survival]]:
-    """The pieces of one stored slice with their changes added, in its encoding; and what is left of each change.
-
-    `parts`: the slice without the change. `moved`: in the base's own codes; then its scales are kept, but for blocks where they do not reach, and so are
-    the codes of numbers that do not change.
-    """
-    import torch
-
-    from moeglot.kernels.lattice import Lattice
-    from moeglot.kernels.rounding import rounded
-
-    total = join(lambda role: pieces[role].sum)
-    grid, beyond = encoding.grid(parts, shape), None
-    kept = torch.ones(shape, dtype=torch.bool)
-    if isinstance(grid, Lattice) and moved:
-        before, beyond = grid, grid.clips(total)
-        if bool(beyond.any()):
-            parts = encoding.rescaled(parts, total, beyond)
-            grid = encoding.grid(parts, shape)
-            assert isinstance(grid, Lattice)
-            kept = grid.same(before)
-    elif isinstance(grid, Lattice):
-        parts = encoding.encode_like(parts, total)
-        grid, kept = encoding.grid(parts, shape), ~kept
-    found, survived = dict[str, torch.Tensor](), {}
-    for role, piece in pieces.items():
-        here = grid.moved(piece.cut) if isinstance(grid, Lattice) else grid
-        found[role] = rounded(rounding, piece.sum, here, piece.right, partial(moments, *piece.place), piece.place)
-        clipped = 0 if beyond is None else int(piece.cut(beyond).sum())
-        survived[role] = Survival.of(piece.weight, piece.change, found[role], clipped)
-    stay = join(lambda role: found[role] == pieces[role].weight) & kept
-    return encoding.placed(join(found.__getitem__), parts, stay), survived
 
 
 @dataclass(frozen=True)
@@ -118,15 +48,15 @@ class Change:
         return bool(set(line.roles) & set(self.adapter.roles(layer)))
 
     def apply(
-        self, line: Stored, layer: int, expert: int, encoding: Encoding, parts: Parts, roles: Mapping[str, Encoded], moved: bool
+        self, line: Stored, layer: int, expert: int, encoding: Encoding, parts: Parts, roles: Callable[[], Mapping[str, Encoded]], moved: bool
     ) -> tuple[Parts, dict[str, Survival]]:
         """One expert's slice of a stored line with the change added, and what is left of it in each role.
 
-        `parts`: the slice without the change; `roles`: the base's matrices; `moved` as in `fold`.
+        `parts`: the slice without the change; `roles` reads the base's matrices; `moved` as in `fold`.
         """
         stored = Encoded(encoding, parts, line.expert_shape(self.adapter.base.sizes))
         if not line.movable(encoding, self.adapter.base.sizes):  # blocks hold numbers of several roles
-            pieces = {role: self._piece(layer, role, expert, roles[role], partial(_cut, line, role)) for role in line.roles}
+            pieces = {role: self._piece(layer, role, expert, roles()[role], partial(_cut, line, role)) for role in line.roles}
             found, survived = fold(encoding, parts, stored.shape, pieces, partial(_join, line), self.rounding, self._moments, moved)
             return found, {role: survived[role] for role in line.roles if self.adapter.touches(layer, role, expert)}
         slices, survived = line.split(stored), {}
@@ -135,9 +65,13 @@ class Change:
             before = slices[role]
             if not self.adapter.touches(layer, role, expert):
                 return before
-            piece = self._piece(layer, role, expert, roles[role], _all)
-            found, survival = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
-            survived.update(survival)
+            nearest = moved and self.rounding.kind == "nearest"
+            if nearest and (short := encoding.added(before.parts, *self.adapter.factors(layer, role, expert))):
+                survived[role] = short[1]
+                return Encoded(encoding, short[0], before.shape)
+            piece = self._piece(layer, role, expert, roles()[role], _all)
+            found, of_each = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
+            survived.update(of_each)
             return Encoded(encoding, found, before.shape)
 
         return line.join(merged).parts, survived

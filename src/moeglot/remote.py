@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moeglot.errors import CheckpointError, MoeglotError, OutputError, UsageError
 
@@ -108,7 +108,7 @@ class Remote:
             )
         return found
 
-    def open(self, mode: str = "rb") -> IO[bytes]:
+    def open(self, mode: str = "rb") -> io.BufferedReader:
         """To be read from the beginning to the end; each read is one request."""
         assert mode == "rb"
         return io.BufferedReader(_Ranges(self), 1)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+RUN = 1 << 17
+"""Numbers that are summed at a time."""
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,20 @@ class Survival:
 
     @classmethod
     def of(cls, weight: torch.Tensor, change: torch.Tensor, stored: torch.Tensor, clipped: int = 0) -> Survival:
-        """weight, change, stored: float32 of one shape."""
-        import torch
-
-        applied = stored - weight
-
-        def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-            return float((a * b).sum(dtype=torch.float64))
-
-        changed = int((applied != 0).sum())
-        return cls(dot(applied, change), dot(change, change), dot(applied, applied), dot(weight, weight), weight.numel(), changed, clipped)
+        """weight, change, stored: float32 of one shape. Some numbers are summed at a time, in float32, and their sums in float64."""
+        found, rows = cls(clipped=clipped), max(1, RUN * len(weight) // max(1, weight.numel()))
+        for first in range(0, len(weight), rows):
+            w, d, q = (tensor[first : first + rows].flatten() for tensor in (weight, change, stored))
+            a = q - w
+            along, size, applied, of = (float(x.dot(y)) for x, y in ((a, d), (d, d), (a, a), (w, w)))
+            found += cls(along, size, applied, of, len(w), int(a.ne_(0).sum()))
+        return found
 
     def __add__(self, other: Survival) -> Survival:
         return Survival(*(a + b for a, b in zip(self.row(), other.row(), strict=True)))
 
     def row(self) -> tuple[Any, ...]:
-        return astuple(self)
+        return self.along, self.change, self.applied, self.weight, self.values, self.changed, self.clipped
 
     @property
     def rec(self) -> float:

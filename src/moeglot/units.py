@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from moeglot import scratch
+from moeglot.checks import one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import Encoded, Encoding, Parts
@@ -37,7 +39,8 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
 def _made(plan: Plan, step: Step, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     parts, loss = _slice(plan, step, unit.expert)
     if plan.change and unit.merged:
-        parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, _roles(plan, step, unit.expert), step.moves_codes)
+        roles = cache(partial(_roles, plan, step, unit.expert))
+        parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, roles, step.moves_codes)
         loss = replace(loss, survived=survived)
     return dict(parts), loss
 
@@ -65,8 +68,6 @@ def _roles(plan: Plan, step: Step, expert: int) -> dict[str, Encoded]:
 
 def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     """One expert's slice of a stored tensor: copied, moved in the same codes, or encoded."""
-    import torch
-
     source = plan.source
     if step.twin:
         twin = source.checked(step.twin, step.layer, expert)
@@ -78,8 +79,7 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     if step.moves_codes:
         recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
         if len(recoded) == len(roles):
-            losses = [] if step.exact else [measure(roles[role].decode(torch.float32), found) for role, found in recoded.items()]
-            return dict(step.line.join(recoded.__getitem__).parts), sum(losses, Loss())
+            return dict(step.line.join(recoded.__getitem__).parts), Loss() if step.exact else sum(map(_same_numbers, recoded.values()), Loss())
     return _encoded(plan, step, roles)
 
 
@@ -93,7 +93,12 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
         return None
     value = scratch.empty(step.line.expert_shape(source.sizes), by_torch_name(step.target.name).torch)
     stored.decode(value.dtype, line.turned(step.line, value))
-    return {"value": value}, Loss(blocks=blocks_of(stored), undetermined=stored.encoding.undetermined(stored.parts))
+    return {"value": value}, _same_numbers(stored)
+
+
+def _same_numbers(encoded: Encoded) -> Loss:
+    """Of a step that keeps every number as it is."""
+    return Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts))
 
 
 def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
@@ -112,7 +117,7 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
         return coded
 
     if step.exact:
-        lost += [Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts)) for encoded in roles.values()]
+        lost += map(_same_numbers, roles.values())
     if step.exact and isinstance(step.target, Plain):
         return {"value": step.line.decoded(roles.__getitem__, by_torch_name(step.target.name).torch)}, sum(lost, Loss())
     if step.line.movable(step.target, plan.source.sizes):
@@ -168,8 +173,15 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
 
 def estimate(plan: Plan) -> Plan:
     """The plan with the relative error of each lossy step, and what survives of an adapter's change, measured on a few of its experts; once."""
+    from concurrent.futures import ThreadPoolExecutor
+
     if plan.estimated:
         return plan
+    with ThreadPoolExecutor(1, initializer=one_thread) as pool:
+        return pool.submit(_estimated, plan).result()
+
+
+def _estimated(plan: Plan) -> Plan:
     found: dict[str, Loss] = {}
     survived: dict[str, Survival] = {}
     experts = plan.source.sizes["e"]
@@ -184,7 +196,6 @@ def estimate(plan: Plan) -> Plan:
             _, loss = make(plan, Unit("sample", step, expert, merged=merged))
             found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
             survived = added(survived, loss.survived)
-    scratch.forget()  # the units are made by other threads
     # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
     errors = {verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()}
     return replace(plan, expected_error=errors, expected_survival=survived, estimated=True)

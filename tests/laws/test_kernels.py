@@ -18,8 +18,9 @@ from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, UsageError
-from moeglot.kernels import backend
+from moeglot.kernels import backend, bits
 from moeglot.kernels import mxfp4 as kernel
+from moeglot.kernels.alternate import widen
 
 needs_numba = pytest.mark.skipif(not backend.installed(), reason="numba is not installed")
 CODED = {name: encoding for name, encoding in ENCODINGS.items() if not isinstance(encoding, Plain)}
@@ -255,3 +256,38 @@ def test_an_out_of_another_shape_is_refused():
     for wrong in (torch.empty(64, 16), torch.empty(16, 64, dtype=torch.float64)):
         with pytest.raises(AssertionError, match="out is"):
             NVFP4().decode(parts, torch.float32, wrong)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("gap", [0, 1, 2])
+def test_numbers_two_apart_become_float32(first, turned, gap):
+    """All bits that a bfloat16 can have, to the last number that the memory holds; None of them are widened where they do not lie so."""
+    columns = 255
+    memory = torch.arange(first + 260 * (2 * columns + gap), dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    for spare in range(2):
+        values = memory[: len(memory) - gap - spare].as_strided((259, columns), (2 * columns + gap, 2), first)
+        values, out = (values.mT, torch.empty(columns, 259)) if turned else (values, torch.empty(values.shape))
+        place = out.mT.contiguous().mT if turned else out
+        decoded = Plain("BF16").decode({"value": values}, torch.float32, place)
+        assert decoded is place
+        assert same(place.contiguous(), values.to(torch.float32).contiguous())
+        assert widen(values, place) == (gap != 1)
+    assert not widen(values.contiguous(), place)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (257, 36), (300, 30), (513, 64)], ids=str)
+@pytest.mark.parametrize("gap", [1, 2])
+def test_turned_matrices_are_the_same_to_the_last_bit(dtype, shape, gap):
+    values = torch.randint(0, 30000, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turned = values.mT.repeat_interleave(gap, 1).contiguous()[:, ::gap].mT
+    with backend.using("numba"):
+        assert bits.same(turned, values)
+        for row, column in ((0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 3)):
+            for bit in (1, 1 << 14):
+                values[row, column] ^= bit
+                assert not bits.same(turned, values)
+                assert not bits.same(values, turned)
+                values[row, column] ^= bit

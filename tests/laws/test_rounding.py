@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeglot.encodings import by_name
+from moeglot.kernels import backend
 from moeglot.kernels.lattice import Floats, Lattice
 from moeglot.kernels.rounding import DAMP, delta, gptq, stochastic
+from moeglot.folding import Piece, fold
 from moeglot.rounding import Rounding
 
 ENCODINGS = (
@@ -99,6 +101,33 @@ def test_scales_change_only_where_they_do_not_reach(encoding, shape, seed, facto
         same = after.scale == grid.scale
         assert bool(same.any()) or min(shape) <= 128
         assert not bool(same[shape[0] // 2, shape[1] // 3])
+
+
+@pytest.mark.parametrize("kernels", [name for name in backend.NAMES if name != "numba" or backend.installed()])
+@pytest.mark.parametrize("encoding", ["mxfp4", "mxfp4:ocp", "mxfp4:compressed-tensors"])
+@pytest.mark.parametrize("shape", [(3, 32), (64, 64), (130, 96)])
+@pytest.mark.parametrize("lowest", [0, 100])
+@pytest.mark.parametrize("strength", [0, 1e-3, 0.05, 0.5, 5])
+def test_mxfp4_in_one_pass_is_the_grid_s_own_bytes(kernels, encoding, shape, lowest, strength):
+    """Zeros of both signs, scales down to the smallest, sums beyond them: each is what `fold` makes of the grid."""
+    encoding, random = by_name(encoding), torch.Generator().manual_seed(shape[0])
+    packed = torch.randint(0, 256, (shape[0], shape[1] // 32, 16), dtype=torch.uint8, generator=random)
+    packed[packed < 60] &= 0x88
+    scale = torch.randint(lowest, lowest + 5, packed.shape[:2], dtype=torch.uint8, generator=random)
+    parts = {"packed": packed, "scale": scale}
+    left = torch.randn(shape[0], 4, generator=random) * strength * 2.0 ** (lowest - 125)
+    left[1] = -0.0
+    right = torch.randn(4, shape[1], generator=random)
+    piece = Piece(encoding.decode(parts, torch.float32), left, right, lambda tensor: tensor, (0,))
+    wanted, of = fold(encoding, parts, shape, {"": piece}, lambda role: role(""), Rounding(), lambda *_: None, True)
+    with backend.using(kernels):
+        found, survived = encoding.added(parts, left, right)
+        assert encoding.added(parts, left * torch.inf if strength else torch.full_like(left, torch.nan), right) is None
+    assert all(torch.equal(found[name].reshape(-1), wanted[name].reshape(-1)) for name in parts)
+    assert (survived.values, survived.changed, survived.clipped) == (of[""].values, of[""].changed, of[""].clipped)
+    assert survived.clipped or strength < 5
+    if lowest:  # else the squares are none
+        assert survived.row()[:4] == pytest.approx(of[""].row()[:4], rel=1e-4)
 
 
 # --- roundings -------------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding, Part, Parts, Stored
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
+from moeglot.survival import Survival
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,12 @@ class MXFP4(Encoding):
 
         fresh = replace(self, scale_rule="ceil").encode(values)  # the other rules may choose one that does not reach
         return {**parts, "scale": chosen(any_in(beyond, (1, GROUP)), fresh["scale"], parts["scale"])}
+
+    def added(self, parts: Parts, left: torch.Tensor, right: torch.Tensor) -> tuple[Parts, Survival] | None:
+        from moeglot.kernels import added
+
+        found = added.added(*_blocks(parts), left, right, self.ties)
+        return None if found is None else (self._contained(*found[:2]), found[2])
 
     def undetermined(self, parts: Parts) -> int:
         """Groups whose largest code is at most 3, or zero: a smaller scale with larger codes has the same values."""

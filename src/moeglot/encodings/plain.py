@@ -35,7 +35,12 @@ class Plain(Encoding):
         return Plain(found["value"][0])
 
     def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        return parts["value"].to(dtype) if out is None else out.copy_(parts["value"])
+        from moeglot.kernels.alternate import widen
+
+        value = parts["value"]
+        if out is None:
+            return value.to(dtype)
+        return out if widen(value, out) else out.copy_(value)
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.dtype, "a spec's 'any float' is no encoding to write"

@@ -87,9 +87,19 @@ def nearest(values: torch.Tensor, ties: str) -> torch.Tensor:
 
 
 @cache
+def _levels() -> torch.Tensor:
+    return torch.tensor([*E2M1, *(-v for v in E2M1)])
+
+
+def values(codes: torch.Tensor) -> torch.Tensor:
+    """u8 [...], one code a byte -> float32 [...]: what they stand for under a scale of 1."""
+    return _levels().index_select(0, codes.view(-1).int()).view(codes.shape)
+
+
+@cache
 def levels(ties: str) -> Levels:
     """The sixteen codes."""
-    return Levels(torch.tensor([*E2M1, *(-v for v in E2M1)]), lambda quotients: nearest(quotients, ties))
+    return Levels(_levels(), lambda quotients: nearest(quotients, ties))
 
 
 def codes(packed: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ def _not_finite(scale: int) -> BadNumbers:
     )
 
 
-def _exponents(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
+def exponents(amax: torch.Tensor, scale_rule: str) -> torch.Tensor:
     """int32: the power of two of each group, from its largest magnitude (float32)."""
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa × 2^exponent, mantissa in [.5, 1)
     if scale_rule == "ceil":
@@ -133,7 +133,7 @@ def _encode_rows(values: torch.Tensor, scale_rule: str, ties: str) -> tuple[torc
     amax = exact.abs().amax(-1)
     if not bool(amax.isfinite().all()):
         raise _cannot_hold()
-    exponent = _exponents(amax, scale_rule)
+    exponent = exponents(amax, scale_rule)
     scaled = exact * powers(BIAS - exponent).unsqueeze(-1)
     return e2m1.packed(e2m1.nearest(scaled, ties)), (exponent + BIAS).to(torch.uint8)
 

@@ -146,12 +146,12 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch
     packed, scale = rows_together(packed, 2), rows_together(scale)
     if out.numel():
         even, odd = (memory(x[:, first::2].contiguous()).view(float32) for first in (0, 1))
-        where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, _powers())
+        where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, powers())
         _times(even, odd, len(x), *where, memory(out).view(float32))
 
 
 @cache
-def _powers() -> Array:
+def powers() -> Array:
     """float32 [256]: 2^(scale - 127)."""
     return memory(torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)).view(float32)
 
@@ -190,10 +190,10 @@ BLOCK = 64
 
 
 @cache
-def _thresholds(ties: str, half: bool) -> Array:
-    """int32 [3 × 7]: under each scale up to SUBNORMAL, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
-    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(SUBNORMAL + 1, dtype=torch.float64) - 127)[:, None]
-    bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact
+def thresholds(ties: str, half: bool) -> Array:
+    """int32 [255 × 7]: under each scale, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
+    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(255, dtype=torch.float64) - 127)[:, None]
+    bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact, or infinite
     if ties == "even":
         bits += ~torch.tensor(TIES_UP)
     found: Array = ((bits + 0xFFFF) >> 16 if half else bits).to(torch.int32).flatten().numpy()
@@ -204,11 +204,11 @@ def encode(values: torch.Tensor, scale_rule: str, ties: str, packed: torch.Tenso
     """values [n, 32], bfloat16 or float32, contiguous -> packed u8 [n, 16], scale u8 [n]; False if a number is not finite."""
     half = values.dtype == torch.bfloat16
     given = memory(values).view(int16 if half else int32)
-    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", _thresholds(ties, half), memory(packed), memory(scale)))
+    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", thresholds(ties, half), memory(packed), memory(scale)))
 
 
 @jit
-def _power(bits: int, rule: int) -> int:
+def scale_of(bits: int, rule: int) -> int:
     """The biased scale for the float32 bits of a group's largest magnitude; anything under the smallest scale's has that."""
     mantissa = bits & 0x7FFFFF
     bump = (rule == CEIL and mantissa > 0x400000) or (rule == EVEN and mantissa >= 0x600000)
@@ -231,7 +231,7 @@ def _encode(values: Array, groups: int, width: int, rule: int, even: bool, limit
             bits = single(largest)
             if bits >= 0x7F800000:
                 return False
-            power = _power(bits, rule)
+            power = scale_of(bits, rule)
             scale[first + n], powers[n], least = power, exponent(power, largest), min(least, power)
         for n in range(count):
             some, to, power = values[(first + n) * 32 :], codes[32 * n :], powers[n]
