@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeglot.encodings import by_name
+from moeglot.folding import Piece, fold
 from moeglot.kernels import backend
 from moeglot.kernels.lattice import Floats, Lattice
 from moeglot.kernels.rounding import DAMP, delta, gptq, stochastic
-from moeglot.folding import Piece, fold
 from moeglot.rounding import Rounding
 
 ENCODINGS = (
