@@ -4,11 +4,14 @@ One layer of experts with random weights, the same for all: in bfloat16 where th
 minutes. Contestants take turns, round after round, and the fastest round of each counts, so that what slows the machine slows all; one that needs more than
 SLOW seconds has a single turn. "stock" is transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is
 moeglot.nn.Experts, which decodes as it computes. Forward + backward goes to the weights for "stock" and to the tokens alone for "native", whose weights are
-frozen. A LoRA step goes to tokens and factors for all. The sizes are a quarter of gpt-oss-20b's: a few minutes on two idle cores. With transformers 5.23 and,
+frozen. A LoRA step goes to tokens and factors for all; "over forward + backward" is how many times as long it takes as that of the same experts without an
+adapter, the same contestant in the same turns. The sizes are a quarter of gpt-oss-20b's: a few minutes on two idle cores. With transformers 5.23 and,
 for the LoRA step, PEFT:
 
     python benchmarks/experts.py [--family gpt-oss] [--e 32 --h 768 --i 768 --k 4] [--dtype float32] [--tokens 1,8,512,2048]
-                                 [--rounds 3] [--results FILE]
+                                 [--rounds 3] [--clock wall] [--results FILE]
+
+On a machine that is busy, OMP_NUM_THREADS=1 and --clock cpu count what one thread got of a processor.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ MEMORY = 4_000_000_000
 SLOW = 4.0
 """Seconds of the first turn, beyond which a contestant has no other."""
 PHASES = ("forward", "forward + backward", "LoRA step")
+FROZEN = "native, no LoRA: "
 Work = Callable[[], Any]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def stock(family: str, dtype: torch.dtype, e: int, h: int, i: int, k: int) -> torch.nn.Module:
@@ -92,26 +97,26 @@ def _held(form: Format, line: Stored, encoding: Encoding, module: torch.nn.Modul
     return Held(line, encoding, sizes, 0, read)
 
 
-def measured(contestants: Mapping[str, Work], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+def measured(contestants: Mapping[str, Work], rounds: int, clock: Callable[[], float]) -> tuple[dict[str, float], dict[str, str]]:
     """(name -> seconds of its fastest round, name -> why it has none); all take turns. The first round warms up, and counts for those that are slow."""
     first: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, work in contestants.items():
         try:
-            first[name] = timed(work)
+            first[name] = timed(work, clock)
         except (RuntimeError, ValueError, NotImplementedError) as error:  # what a library cannot do is a finding
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     found = {name: seconds if seconds > SLOW else float("inf") for name, seconds in first.items()}
     for _ in range(rounds):
         for name in [name for name in first if first[name] <= SLOW]:
-            found[name] = min(found[name], timed(contestants[name]))
+            found[name] = min(found[name], timed(contestants[name], clock))
     return found, failed
 
 
-def timed(work: Work) -> float:
-    start = time.perf_counter()
+def timed(work: Work, clock: Callable[[], float]) -> float:
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], dtype: torch.dtype, backward: bool) -> dict[str, Work]:
@@ -137,8 +142,10 @@ def contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Ma
     return found | {f"native {name}": of(one, None) for name, one in ours.items()}
 
 
-def lora_contestants(module: Any, ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], dtype: torch.dtype, rank: int) -> dict[str, Work]:
-    """A training step of an adapter of that rank: PEFT's ParamWrapper on the stock module, and moeglot's on encoded experts."""
+def lora_contestants(
+    module: Any, bare: Mapping[str, Experts], ours: Mapping[str, Experts], tokens: int, sizes: Mapping[str, int], dtype: torch.dtype, rank: int
+) -> dict[str, Work]:
+    """A training step of an adapter of that rank: PEFT's ParamWrapper on the stock module, moeglot's on encoded experts, and what that takes without one."""
     from peft import LoraConfig, inject_adapter_in_model
 
     hidden = torch.randn(tokens, sizes["h"]).to(dtype)
@@ -154,7 +161,7 @@ def lora_contestants(module: Any, ours: Mapping[str, Experts], tokens: int, size
 
         return work
 
-    found: dict[str, Work] = {}
+    found: dict[str, Work] = {f"{FROZEN}{name}": step(one, None, None) for name, one in bare.items()}
     box = torch.nn.ModuleDict({"experts": copy.deepcopy(module)})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     wrapped = inject_adapter_in_model(config, box)["experts"]
@@ -179,6 +186,7 @@ def main() -> None:
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16" if has_kernels(torch.bfloat16) else "float32")
     options.add_argument("--rank", type=int, default=8)
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "experts.json")
+    options.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: what the process got of a busy machine; for one thread")
     given = options.parse_args()
     sizes = {letter: getattr(given, letter) or size for letter, size in SHAPES[given.family].items()}
     torch.manual_seed(0)
@@ -190,6 +198,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": device(),
         "threads": torch.get_num_threads(),
+        "clock": given.clock,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "moeglot": moeglot.__version__,
@@ -207,15 +216,18 @@ def main() -> None:
         Console().print("no LoRA step: PEFT is not installed")
     for what in phases:
         ours = {name: native(given.family, module, name, sizes) for name in (given.dtype, *CODED)}
+        bare = {name: copy.deepcopy(one) for name, one in ours.items()} if what == "LoRA step" else {}
         for tokens in [int(n) for n in given.tokens.split(",")]:
             if what == "LoRA step":
-                found = lora_contestants(module, ours, tokens, sizes, dtype, given.rank)
+                found = lora_contestants(module, bare, ours, tokens, sizes, dtype, given.rank)
             else:
                 found = contestants(module, ours, tokens, sizes, dtype, what != "forward")
-            seconds, failed = measured(found, given.rounds)
+            seconds, failed = measured(found, given.rounds, CLOCKS[given.clock])
             for one in ours.values():
                 one.lora = torch.nn.ModuleDict()
             rows.append({"what": what, "tokens": tokens, "seconds": seconds, "failed": failed})
+            if what == "LoRA step":
+                rows[-1]["over forward + backward"] = {name: seconds[f"native {name}"] / seconds[f"{FROZEN}{name}"] for name in ours}
             show(rows[-1])
             given.results.parent.mkdir(exist_ok=True)  # what is measured is kept, if the next is interrupted
             given.results.write_text(json.dumps({**told, "rows": rows}, indent=2) + "\n", encoding="utf-8")
@@ -235,9 +247,10 @@ def fastest_other(row: Mapping[str, Any]) -> float:
 
 def show(row: Mapping[str, Any]) -> None:
     """Seconds, and how many times as long as the fastest of the others' own."""
-    table = Table("", "ms", "of the fastest other", title=f"{row['what']}, {row['tokens']} tokens")
+    over = {f"native {name}": f"{times:.2f}" for name, times in row.get("over forward + backward", {}).items()}
+    table = Table("", "ms", "of the fastest other", *(["over forward + backward"] if over else []), title=f"{row['what']}, {row['tokens']} tokens")
     for name, seconds in row["seconds"].items():
-        table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / fastest_other(row):.2f}")
+        table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / fastest_other(row):.2f}", *([over.get(name, "")] if over else []))
     for name, why in row["failed"].items():
         table.add_row(name, why, "")
     Console().print(table)

@@ -18,7 +18,7 @@ from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, UsageError
-from moeglot.kernels import backend, bits
+from moeglot.kernels import backend, bits, threads
 from moeglot.kernels import mxfp4 as kernel
 from moeglot.kernels.alternate import widen
 
@@ -126,6 +126,27 @@ def test_mxfp4_multiplies_out_of_its_codes(shape, count):
     assert half.dtype == torch.bfloat16
     assert ((half - x.bfloat16().double() @ weight.mT).abs() <= 2**-8 * expected.abs().amax() + 1e-6 * magnitude).all()
     assert not ((wrong - expected).abs() <= 1e-4 * magnitude).all()
+
+
+@needs_numba
+def test_rows_shared_out_among_threads_give_the_same_bits(monkeypatch):
+    """Uneven shares too; and what one of them raises is raised."""
+    random = torch.Generator().manual_seed(3)
+    packed = torch.randint(0, 256, (37, 2, 16), generator=random, dtype=torch.uint8)
+    scale, x = torch.randint(100, 140, (37, 2), generator=random, dtype=torch.uint8), torch.randn(3, 64, generator=random)
+    monkeypatch.setattr(threads, "WORTH", 64)
+    found = {}
+    for count in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert threads.shares(packed.numel() * 2) == count
+        with backend.using("numba"):
+            found[count] = kernel.times(x, packed, scale)
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[1], found[5])
+    done = []
+    with pytest.raises(ZeroDivisionError):
+        threads.together([lambda: done.append(1), lambda: 1 / 0])
+    assert done == [1]
 
 
 @needs_numba

@@ -134,22 +134,22 @@ def test_some_targets_alone(targets, tmp_path):
 
 
 MUTATIONS = {
-    "adapter of down is not in the gradient of its input": (compute.Stage, "through_a", lambda self, low, block: rows_through_a(self, low, block) * 0),
+    "adapter of down is not in the gradient of its input": (compute.Part, "through_a", lambda self, back: through_a(self, back) * 0),
     "scale is left out of the gradient of b": (compute, "outer", lambda a, b, ends: outer(a, b, ends) * 1.01),
     "routing weights are left out": (
         routed,
         "_through_down",
-        lambda down, inner, grad, w, block, into: through_down(down, inner, grad, w * 0 + 1, block, into),
+        lambda down, inner, grad, w, into: through_down(down, inner, grad, w * 0 + 1, into),
     ),
     "a bias is left out of the routing weights' gradient": (
         compute.Held,
         "dense",
         lambda self, experts, dtype: held_dense(self, experts, dtype) * (len(self.shape) > 1),
     ),
-    "the matrices are turned in backward": (compute.Stage, "backward", lambda self, given, block: stage_backward(self, given, block).flip(-1)),
+    "the matrices are turned in backward": (compute.Part, "through", lambda self, lines: through(self, lines).flip(-1)),
 }
-rows_through_a, outer, through_down = compute.Stage.through_a, compute.outer, routed._through_down
-held_dense, stage_backward = compute.Held.dense, compute.Stage.backward
+through_a, outer, through_down = compute.Part.through_a, compute.outer, routed._through_down
+held_dense, through = compute.Held.dense, compute.Part.through
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -289,6 +289,23 @@ def test_gradients_in_bfloat16_with_and_without_products_of_it(tmp_path, monkeyp
         off.append(max(worst(found, {"out": right.detach(), "hidden": hidden.grad, "weights": weights.grad}).values()))
     assert max(off) <= 3e-2
     assert off[1] <= 1.5 * off[0]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float64, 1e-12)], ids=str)
+def test_products_of_any_shape(dtype, limit):
+    """Those that go to oneDNN, whose rows are padded, and those that do not; matrices as they lie, turned and with gaps; no rows at all."""
+    from moeglot.nn.grouped import outer, product
+
+    torch.manual_seed(5)
+    for n, inner, out in ((0, 64, 96), (1, 64, 96), (17, 64, 96), (50, 35, 67), (50, 8, 64), (50, 64, 8)):
+        x, grad, ends = torch.randn(n, inner).to(dtype), torch.randn(n, out).to(dtype), torch.tensor([n])
+        for matrix in (torch.randn(inner, out), torch.randn(out, inner).mT, torch.randn(2 * inner, out)[::2]):
+            found, expected = product(x, matrix.to(dtype)), x.double() @ matrix.to(dtype).double()
+            assert (found.shape, found.dtype) == (expected.shape, dtype)
+            assert not n or relative(found.double(), expected) <= limit
+        found, expected = outer(x, grad, ends)[0], x.double().mT @ grad.double()
+        assert (found.shape, found.dtype) == (expected.shape, dtype)
+        assert not n or relative(found.double(), expected) <= limit
 
 
 FUSED = {

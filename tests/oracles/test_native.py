@@ -282,6 +282,22 @@ def test_few_tokens_are_multiplied_out_of_the_codes(monkeypatch):
                 assert relative(module(hidden, index, weights), expected) > POWER
 
 
+@pytest.mark.skipif(not kernels.installed(), reason="numba is not installed")
+@pytest.mark.parametrize("encode", ["mxfp4", "fp8-block", "nf4", "int4:32"])
+def test_an_expert_decoded_by_several_threads_has_the_same_bits(encode, tmp_path, monkeypatch):
+    from moeglot.kernels import threads
+
+    families.saved(model_of("qwen3-moe", "square"), tmp_path, True)
+    module = next(one for one in moeglot.load(tmp_path, native=True, encode=encode).modules() if type(one).__name__ == "Experts")
+    monkeypatch.setattr(threads, "WORTH", 64)
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        with kernels.using("numba"):
+            found.append([line.dense(range(1, 2), torch.bfloat16).clone() for line in module.lines])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_have_one_order(backend, tmp_path):
     from moeglot.nn import Experts

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from moeglot.errors import BadNumbers
-from moeglot.kernels import backend, e2m1
+from moeglot.kernels import backend, e2m1, threads
 
 GROUP = 32
 BIAS = 127
@@ -53,8 +54,10 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.T
     fast = backend.compiled("mxfp4", packed) if x.device.type == "cpu" and x.dtype != torch.float64 else None
     if fast is None:
         return None
-    found = torch.empty(len(x), len(packed))
-    fast.times(x.float(), packed, scale, found)
+    found, wide = torch.empty(len(x), len(packed)), x.float()
+    step = max(1, -(-len(packed) // threads.shares(2 * packed.numel())))
+    runs = [slice(at, at + step) for at in range(0, len(packed), step)]
+    threads.together([partial(fast.times, wide, packed[run], scale[run], found[:, run]) for run in runs])
     return found.to(x.dtype)
 
 

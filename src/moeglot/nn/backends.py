@@ -12,7 +12,7 @@ from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
 from moeglot.floats import values
 from moeglot.kernels.backend import has_triton
-from moeglot.nn.compute import Stage, biases_of, row_ids, stages
+from moeglot.nn.compute import Part, Stage, biases_of, stages
 from moeglot.nn.routing import Routing, Total
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ def _in_blocks(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weigh
     routing = Routing.of(index, module.num_experts)
     total, flat = Total(routing, hidden.shape[-1], hidden), weights.reshape(-1)
     for block in routing.blocks(size):
-        slots = routing.order[block.rows]
-        x = hidden[slots // routing.ranks]
-        ids = row_ids(block, x)
-        inner = module.expert.activate(first.forward(x, block, ids))
-        out = module.after(down.forward(inner, block, ids)["down"])
+        one, two = (Part(stage, block, hidden.dtype) for stage in (first, down))
+        slots, places = routing.taken(block)
+        x = hidden[places]
+        inner = module.expert.activate(one.forward(x, one.low(x)))
+        out = module.after(two.forward(inner, two.low(inner))["down"])
         total.add(block.rows, out * flat[slots].unsqueeze(-1).to(out.dtype))
     return total.sum()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from moeglot.nn.module import Experts
 
 Roles = dict[str, torch.Tensor]
+Sides = tuple[torch.Tensor, list[torch.Tensor]]
+"""Of experts and their factors, a [e, r, in], and for each line its part of b, turned: [e, r, out], whose columns are those of the line. Or their gradients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +35,10 @@ class Factors:
     dropout: float = 0.0
     seed: int = 0
 
-    def of(self, block: Block, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """a [b, r, in], b [b, p out, r]."""
-        experts = slice(block.experts.start, block.experts.stop)
-        return self.a[experts].to(dtype), self.b[experts].to(dtype)
+    def sides(self, lines: tuple[Held, ...], experts: slice, dtype: torch.dtype) -> Sides:
+        """What tokens are multiplied by: a, and b scaled, turned and along the columns of the lines, of some experts."""
+        roles = self.roles_of((self.b[experts].to(dtype) * self.scale).mT)
+        return self.a[experts].to(dtype), [line.line.together(roles) for line in lines]
 
     def mask(self, block: Block, x: torch.Tensor) -> torch.Tensor | None:
         """What the inputs x [n, in] are multiplied by: the same numbers whenever it is asked for the same block."""
@@ -55,55 +59,122 @@ def masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """The matrices of one input: gate and up, or down; with their biases and factors. `ids` int64 [n]: each row's expert."""
+    """The matrices of one input: gate and up, or down; with their biases and factors."""
 
     lines: tuple[Held, ...]
     biases: tuple[Held, ...]
     factors: Factors | None
+    sides: Sides | None = None
+    """Of all experts, where most of them will be needed."""
 
-    def forward(self, x: torch.Tensor, block: Block, ids: torch.Tensor) -> Roles:
-        """x [n, in] -> role -> [n, out]."""
+    def gradients(self) -> Sides | None:
+        """Zeros, in the dtype of the factors."""
+        if self.factors is None:
+            return None
+        a, b = self.factors.a, self.factors.b
+        return torch.zeros_like(a), [b.new_zeros(len(a), a.shape[1], b.shape[1] // len(self.factors.roles) * len(line.line.roles)) for line in self.lines]
+
+    def of_factors(self, found: Sides | None) -> tuple[torch.Tensor, ...]:
+        """The gradients of a and b as they are kept; nothing where there are no factors."""
+        if found is None or self.factors is None:
+            return ()
+        roles: Roles = {}
+        for line, one in zip(self.lines, found[1], strict=True):
+            roles |= line.line.apart(one)
+        return found[0], torch.cat([roles[role] for role in self.factors.roles], -1).mT
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A stage's share in a block of experts, computed in `dtype`. What is decoded or made of the factors is kept as long as this is.
+
+    `again`: it computes backward too, so that few rows gain nothing from codes.
+    """
+
+    stage: Stage
+    block: Block
+    dtype: torch.dtype
+    again: bool = False
+
+    @cached_property
+    def matrices(self) -> list[torch.Tensor]:
+        """[b, in, out] of each line."""
+        return [line.line.in_out(line.dense(self.block.experts, self.dtype)) for line in self.stage.lines]
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Of the block."""
+        if self.stage.sides:
+            a, lines = self.stage.sides
+            return a[self.experts], [line[self.experts] for line in lines]
+        assert self.stage.factors
+        return self.stage.factors.sides(self.stage.lines, self.experts, self.dtype)
+
+    @property
+    def experts(self) -> slice:
+        """Those of the block."""
+        return slice(self.block.experts.start, self.block.experts.stop)
+
+    def forward(self, x: torch.Tensor, low: torch.Tensor | None) -> Roles:
+        """x [n, in], and what `low` makes of it -> role -> [n, out]."""
         found: Roles = {}
-        for line in self.lines:
-            product = line.times(x, block.experts.start) if len(block.experts) == 1 else None
-            if product is None:
-                product = rows(x, line.line.in_out(line.dense(block.experts, x.dtype)), block.ends)
-            found |= line.line.apart(product)
-        for role, bias in biases_of(self.biases, block.experts, x.dtype).items():
-            found[role] = found[role] + (bias[0] if len(bias) == 1 else bias[ids - block.experts.start])
-        if self.factors:
-            a, b = self.factors.of(block, x.dtype)
-            low = rows(masked(x, self.factors.mask(block, x)), a.mT, block.ends)
-            for role, change in self.factors.roles_of(rows(low, b.mT, block.ends)).items():
-                found[role] = found[role] + self.factors.scale * change
+        for n, line in enumerate(self.stage.lines):
+            out = line.times(x, self.block.experts.start) if len(self.block.experts) == 1 and not self.again else None
+            if out is None:
+                out = rows(x, self.matrices[n], self.block.ends)
+            if low is not None:
+                out += rows(low, self.sides[1][n], self.block.ends)
+            found |= line.line.apart(out)
+        for role, bias in self.biases(x):
+            found[role] = found[role] + bias
         return found
 
-    def backward(self, given: Roles, block: Block) -> torch.Tensor:
-        """role -> [n, out] of the gradient, to [n, in] through the matrices alone."""
-        found = [
-            rows(line.line.together(given), line.line.in_out(line.dense(block.experts, next(iter(given.values())).dtype)).mT, block.ends) for line in self.lines
-        ]
-        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+    def biases(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(role, [out], or [n, out] where the rows of x have several experts)."""
+        for role, bias in biases_of(self.stage.biases, self.block.experts, self.dtype).items():
+            yield role, bias[0] if bias.shape[0] == 1 else bias[row_ids(self.block, x) - self.block.experts.start]
 
-    def low(self, given: Roles, block: Block) -> torch.Tensor:
-        """role -> [n, out] of the gradient, to [n, r] through b, scaled."""
-        assert self.factors
-        together = torch.cat([given[role] for role in self.factors.roles], -1)
-        return rows(together, self.factors.of(block, together.dtype)[1], block.ends) * self.factors.scale
+    def low(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x [n, in] -> [n, r] through a, without what is dropped; None where there are no factors."""
+        factors = self.stage.factors
+        return rows(masked(x, factors.mask(self.block, x)), self.sides[0].mT, self.block.ends) if factors else None
 
-    def through_a(self, low: torch.Tensor, block: Block) -> torch.Tensor:
-        """[n, r] -> [n, in] through a."""
-        assert self.factors
-        return rows(low, self.factors.of(block, low.dtype)[0], block.ends)
+    def backward(self, given: Roles, x: torch.Tensor, low: torch.Tensor | None, into: Sides | None, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """role -> [n, out] of the gradient, to [n, in]. `into` gets the gradients of the factors, for rows that count `weights` [n, 1] times."""
+        lines = [line.line.together(given) for line in self.stage.lines]
+        found = self.through(lines)
+        if low is not None and self.stage.factors:
+            assert into
+            mask, back = self.stage.factors.mask(self.block, x), self.through_b(lines)
+            found += masked(self.through_a(back), mask)
+            if weights is not None:
+                low, back = low * weights, back * weights
+            self.grad_factors(masked(x, mask), lines, low, back, into)
+        return found
 
-    def grad_factors(self, x: torch.Tensor, given: Roles, low: torch.Tensor, block: Block, into: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Adds the gradients of a and b on this block; x [n, in] is what `a` multiplied, `low` [n, r] the gradient of that product."""
-        assert self.factors
-        a, _ = self.factors.of(block, x.dtype)
-        experts = slice(block.experts.start, block.experts.stop)
-        together = torch.cat([given[role] for role in self.factors.roles], -1)
-        into[0][experts] += outer(low, x, block.ends)
-        into[1][experts] += outer(together, rows(x, a.mT, block.ends), block.ends) * self.factors.scale
+    def through(self, lines: list[torch.Tensor]) -> torch.Tensor:
+        """[n, out] for each line -> [n, in] through the matrices alone."""
+        return _sum([rows(one, matrix.mT, self.block.ends) for one, matrix in zip(lines, self.matrices, strict=True)])
+
+    def through_b(self, lines: list[torch.Tensor]) -> torch.Tensor:
+        """[n, out] for each line -> [n, r], scaled."""
+        return _sum([rows(one, side.mT, self.block.ends) for one, side in zip(lines, self.sides[1], strict=True)])
+
+    def through_a(self, back: torch.Tensor) -> torch.Tensor:
+        """[n, r] -> [n, in]."""
+        return rows(back, self.sides[0], self.block.ends)
+
+    def grad_factors(self, x: torch.Tensor, lines: list[torch.Tensor], low: torch.Tensor, back: torch.Tensor, into: Sides) -> None:
+        """The gradients of a and b on this block; `low` [n, r] is what `a` made of x [n, in], `back` the gradient of that."""
+        assert self.stage.factors
+        into[0][self.experts] = outer(back, x, self.block.ends)
+        scaled = low * self.stage.factors.scale
+        for found, one in zip(into[1], lines, strict=True):
+            found[self.experts] = outer(scaled, one, self.block.ends)
+
+
+def _sum(given: list[torch.Tensor]) -> torch.Tensor:
+    return given[0] if len(given) == 1 else torch.stack(given).sum(0)
 
 
 def biases_of(lines: tuple[Held, ...], experts: range, dtype: torch.dtype) -> Roles:
@@ -122,12 +193,13 @@ def row_ids(block: Block, like: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(block.ends, places, right=True) + block.experts.start
 
 
-def stages(module: Experts, seed: int | None = None) -> tuple[Stage, Stage]:
-    """(gate and up, down) of a module; `seed`: of this step's dropout, None for none."""
+def stages(module: Experts, seed: int | None = None, whole: torch.dtype | None = None) -> tuple[Stage, Stage]:
+    """(gate and up, down) of a module. `seed`: of this step's dropout, None for none. `whole`: the dtype in which the factors of all experts are prepared."""
 
     def stage(roles: tuple[str, ...]) -> Stage:
         lines = tuple(line for line in module.lines if set(line.line.roles) & set(roles))
         biases = tuple(line for line in module.lines if set(line.line.roles) & {f"{role}_bias" for role in roles})
-        return Stage(lines, biases, module.factors(roles, seed))
+        factors = module.factors(roles, seed)
+        return Stage(lines, biases, factors, factors.sides(lines, slice(None), whole) if factors and whole else None)
 
     return stage(module.expert.first), stage(("down",))

@@ -1,4 +1,4 @@
-"""Products of groups of rows with a matrix each: the grouped GEMM of torch where it is one, else a loop; and what to do where that is refused or slow."""
+"""Products of groups of rows with a matrix each: torch's grouped GEMM where it is one, else a loop; and what to do where torch's way is refused or slow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ ALIGNED = 16
 """Bytes that a row's stride must be a multiple of for `torch.nn.functional.grouped_mm`."""
 FEW_ROWS = 8
 """Rows from which on converting a matrix to float32 costs less than torch's loop over 16 bits saves, where each column is contiguous."""
+NARROW = 32
+"""Rows or columns of a matrix below which MKL multiplies float32 as fast as oneDNN does: those of an adapter."""
+SAME = 16
+"""oneDNN compiles a kernel for each number of rows (.7 ms, as long as the product takes) and keeps the last thousand: it gets multiples of this."""
 
 
 def is_native(device: torch.device) -> bool:
@@ -20,7 +24,7 @@ def is_native(device: torch.device) -> bool:
 
 def rows(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, native: bool | None = None) -> torch.Tensor:
     """x [n, in], matrices [b, in, out] (any strides), ends int32 [b] -> [n, out]: each run of rows times its matrix."""
-    if len(matrices) == 1:
+    if matrices.shape[0] == 1:  # `len` of a tensor costs a microsecond or two, and a step asks thousands of times
         return product(x, matrices[0])
     if is_native(x.device) if native is None else native:
         return functional.grouped_mm(aligned(x), aligned(matrices), offs=ends)
@@ -32,20 +36,51 @@ def rows(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, native: bo
 
 def outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, native: bool | None = None) -> torch.Tensor:
     """a [n, p], b [n, q], ends int32 [g] -> [g, p, q]: for each run of rows, aᵀ b."""
-    if len(ends) == 1:
-        return product(a.mT, b).unsqueeze(0)
+    if ends.shape[0] == 1:
+        return _across(a, b).unsqueeze(0)
     if is_native(a.device) if native is None else native:
         return functional.grouped_mm(aligned(a).mT, aligned(b), offs=ends)
     out = a.new_empty(len(ends), a.shape[1], b.shape[1])
     for found, start, end in zip(out, [0, *ends.tolist()], ends.tolist(), strict=False):
-        found[:] = product(a[start:end].mT, b[start:end])
+        found[:] = _across(a[start:end], b[start:end])
     return out
 
 
+def _across(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [n, p], b [n, q] -> aᵀ b; the one with fewer columns is turned, the other would take four times as long."""
+    if b.shape[1] < a.shape[1]:
+        return _across(b, a).mT
+    if _by_onednn(a, min(a.shape[1], b.shape[0])):
+        a, b = _padded(a), _padded(b)
+    return product(a.mT, b)
+
+
 def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """x [n, in], matrix [in, out] -> [n, out] in their dtype; by way of float32 where this machine multiplies 16 bits slowly."""
-    slow = x.device.type == "cpu" and not has_kernels(x.dtype) and (len(x) >= FEW_ROWS or matrix.stride(0) != 1)
-    return (x.float() @ matrix.float()).to(x.dtype) if slow else x @ matrix
+    """x [n, in], matrix [in, out] -> [n, out] in their dtype, outside of autograd; by way of float32 where this machine multiplies 16 bits slowly."""
+    if x.device.type == "cpu" and x.itemsize == 2 and not has_kernels(x.dtype) and (x.shape[0] >= FEW_ROWS or matrix.stride(0) != 1):
+        return product(x.float(), matrix.float()).to(x.dtype)
+    if not _by_onednn(x, min(matrix.shape)):
+        return x @ matrix
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(_padded(x), matrix.mT, None, "none", [], "")
+    return found[: x.shape[0]]
+
+
+def _by_onednn(x: torch.Tensor, narrowest: int) -> bool:
+    """16 bits go there in any case, float32 with `@` to MKL: on an AMD with AVX-512 half as fast, on an Intel no faster."""
+    least = {torch.bfloat16: 1, torch.float32: NARROW}.get(x.dtype)
+    return x.device.type == "cpu" and least is not None and narrowest >= least and has_onednn() and (x.itemsize == 4 or has_kernels(x.dtype))
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """Rows of zeros after the rows of x."""
+    missing = -x.shape[0] % SAME if x.shape[0] > SAME else 0
+    return torch.constant_pad_nd(x, (0, 0, 0, missing)) if missing else x
+
+
+@cache
+def has_onednn() -> bool:
+    """torch has oneDNN's products, also for float32."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.floats import exactly, values
-from moeglot.kernels import mxfp4
+from moeglot.kernels import backend, mxfp4, threads
 from moeglot.layout import Stored
 
 FEW_ROWS = 8
@@ -75,7 +76,7 @@ class Held(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.buffers()).device
+        return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
 
     @property
     def experts(self) -> int:
@@ -97,7 +98,9 @@ class Held(torch.nn.Module):
         return self.line.split(slice_ if self.line.movable(self.encoding, self.sizes) else values(slice_.decode(torch.float32)))
 
     def dense(self, experts: range, dtype: torch.dtype) -> torch.Tensor:
-        """The slices of some experts that follow each other, decoded: [b, ...] in stored axes."""
+        """The slices of some experts that follow each other, decoded: [b, ...] in stored axes; of plain numbers, a view where it can be."""
+        if isinstance(self.encoding, Plain):
+            return self.get_buffer("part_value")[experts.start : experts.stop].to(dtype)
         if self.alone:
             found = [self._decoded(expert, dtype) for expert in experts]
             return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
@@ -135,8 +138,18 @@ class Held(torch.nn.Module):
 
     def _memory(self, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         """Decoded on the device of the parts; on a CPU into memory that is used again as soon as no product refers to it."""
-        coded = not isinstance(self.encoding, Plain) and self.device.type == "cpu"
-        return encoded.decode(dtype, scratch.empty(encoded.shape, dtype) if coded else None).to(self.device)
+        if isinstance(self.encoding, Plain) or self.device.type != "cpu":
+            return encoded.decode(dtype).to(self.device)
+        out = scratch.empty(encoded.shape, dtype)
+        shares = threads.shares(out.numel()) if backend.current() == "numba" else 1
+        if shares == 1 or out.shape[0] != 1 or out.dim() != 3:
+            return encoded.decode(dtype, out).to(self.device)
+        at, works = 0, []
+        one = Encoded(encoded.encoding, {name: part[0] for name, part in encoded.parts.items()}, encoded.shape[1:])
+        for some in one.row_blocks(-(-out.numel() // shares)):
+            works.append(partial(some.decode, dtype, out[0, at : (at := at + some.shape[0])]))
+        threads.together(works)
+        return out
 
     # --- as a file has them ----------------------------------------------------------------------------------------------------------
 

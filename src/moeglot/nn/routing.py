@@ -8,6 +8,8 @@ from functools import cached_property
 
 import torch
 
+from moeglot.nn.grouped import SAME
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -27,6 +29,24 @@ class Routing:
         ids, order = torch.sort(index.reshape(-1).clamp(max=experts).to(narrow), stable=True)
         every = torch.arange(experts, device=index.device, dtype=narrow)
         return cls(order, torch.searchsorted(ids, every, right=True, out_int32=True), index.shape[-1], index.shape[0])
+
+    @property
+    def is_busy(self) -> bool:
+        """There are slots enough for every expert."""
+        return self.order.shape[0] >= self.ends.shape[0]
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """int64 [t k]: the token of each slot in `order`."""
+        return self.order // self.ranks
+
+    def taken(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slots, their tokens) of a block's rows, int64 [m] each; of one expert on a CPU, if they are many, the last one again up to a multiple of SAME."""
+        slots, places = self.order[block.rows], self.places[block.rows]
+        missing = -block.count % SAME if block.count > SAME and len(block.experts) == 1 and slots.device.type == "cpu" else 0
+        if not missing:
+            return slots, places
+        return torch.cat([slots, slots[-1:].expand(missing)]), torch.cat([places, places[-1:].expand(missing)])
 
     @cached_property
     def counted(self) -> list[int]:
@@ -53,6 +73,11 @@ class Block:
     rows: slice
     ends: torch.Tensor
 
+    @property
+    def count(self) -> int:
+        """How many rows it has."""
+        return int(self.rows.stop - self.rows.start)
+
 
 def adds_in_order(device: torch.device) -> bool:
     """index_add_ goes through its rows in their order there; elsewhere each slot gets a place of its own, and the sum comes after."""
@@ -70,12 +95,12 @@ class Total:
         self.values = torch.zeros(rows, width, dtype=wide if self.here else like.dtype, device=like.device)
 
     def add(self, rows: slice, values: torch.Tensor) -> None:
-        """values [n, width] for these rows of the routing's order."""
-        slots = self.routing.order[rows]
+        """values [n, width] for these rows of the routing's order; more of them are ignored."""
+        values = values[: rows.stop - rows.start]
         if self.here:
-            self.values.index_add_(0, slots // self.routing.ranks, values.to(self.values.dtype))
+            self.values.index_add_(0, self.routing.places[rows], values.to(self.values.dtype))
         else:
-            self.values[slots] = values  # each slot once
+            self.values[self.routing.order[rows]] = values  # each slot once
 
     def sum(self) -> torch.Tensor:
         """[t, width]."""

@@ -142,12 +142,12 @@ def _turned_half(packed: Array, packed_row: int, scale: Array, scale_row: int, r
 
 
 def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """x float32 [n, 32 g], packed u8 [rows, g, 16], scale u8 [rows, g], no code infinite under it -> out float32 [n, rows], contiguous."""
+    """x float32 [n, 32 g], packed u8 [rows, g, 16], scale u8 [rows, g], no code infinite under it -> out float32 [n, rows], rows without gaps."""
     packed, scale = rows_together(packed, 2), rows_together(scale)
     if out.numel():
         even, odd = (memory(x[:, first::2].contiguous()).view(float32) for first in (0, 1))
         where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, powers())
-        _times(even, odd, len(x), *where, memory(out).view(float32))
+        _times(even, odd, len(x), *where, memory(out).view(float32), out.stride(0))
 
 
 @cache
@@ -158,7 +158,18 @@ def powers() -> Array:
 
 @jit_sums
 def _times(
-    even: Array, odd: Array, count: int, packed: Array, packed_row: int, scale: Array, scale_row: int, rows: int, groups: int, powers: Array, out: Array
+    even: Array,
+    odd: Array,
+    count: int,
+    packed: Array,
+    packed_row: int,
+    scale: Array,
+    scale_row: int,
+    rows: int,
+    groups: int,
+    powers: Array,
+    out: Array,
+    out_row: int,
 ) -> None:
     """A row is decoded into the nearest cache, its even and its odd numbers apart, and multiplied there."""
     low, high = numpy.empty(16 * groups, float32), numpy.empty(16 * groups, float32)
@@ -174,7 +185,7 @@ def _times(
             x, y, total = even[n * 16 * groups :], odd[n * 16 * groups :], float32(0)
             for k in range(16 * groups):
                 total += float32(low[k] * x[k]) + float32(high[k] * y[k])
-            out[n * rows + r] = total
+            out[n * out_row + r] = total
 
 
 # --- encode ----------------------------------------------------------------------------------------------------------------------------
