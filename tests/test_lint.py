@@ -98,6 +98,7 @@ def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
         (lambda path: _coded(path, "fp8-block", {"e": 2, "h": 192, "i": 192}), "transformers 5.23", "10 % off"),
         (lambda path: _coded(path, "fp8-block", SIZES), "transformers 5.5", "drops the FP8 scales"),
         (lambda path: _coded(path, "nf4", SIZES), "transformers 5.5", "packed bytes"),
+        (lambda path: _coded(path, "nf4", {"e": 4, "h": 96, "i": 96}), "bitsandbytes 0.50", "AVX512"),
     ],
 )
 def test_loaders_that_would_misread_it(make, reader, words, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 from moeglot.checkpoint import Checkpoint
 from moeglot.coding import WEIGHT, method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
+from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
 from moeglot.family import dig
@@ -197,6 +198,12 @@ def _ragged(c: Checkpoint) -> bool:
     return any(isinstance(e, FP8) and all(e.block) and any(n % b for n, b in zip(shape[-2:], e.block, strict=True)) for shape, e in shapes)
 
 
+def _across_rows(c: Checkpoint) -> bool:
+    """Runs of 4-bit codes that go on in the next row, in rows of a length that a kernel for AVX512 takes."""
+    widths = [(line.expert_shape(c.sizes)[-1], line.encoding) for line in c.format.stored]
+    return any(isinstance(e, BNB4) and n % 16 == 0 and n % e.blocksize for n, e in widths)
+
+
 def _stacked(c: Checkpoint) -> bool:
     return not any(line.per_expert for line in c.format.stored)
 
@@ -253,12 +260,17 @@ DEFECTS = (
     Defect("transformers 5.5", "it takes the packed bytes of 4-bit experts for weights", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect("transformers 5.23", "it refuses 4-bit experts that are stored one by one (size mismatch)", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect(
+        "bitsandbytes 0.50",
+        "on a CPU with AVX512 it decodes rows that are no whole number of blocks under the wrong scales, without a word",
+        _across_rows,
+    ),
+    Defect(
         "transformers 5",
         "it decides by shape whether to transpose the stacked experts, and with H = I or H = 2 I takes them wrongly",
         lambda c: c.format.family.name == "qwen3-vl-moe" and _stacked(c) and _square(c),
     ),
 )
-"""Measured with transformers 4.57.6, 5.5.4 and 5.23.0 on a CPU."""
+"""Measured with transformers 4.57.6, 5.5.4 and 5.23.0 and bitsandbytes 0.50.2 on a CPU."""
 
 
 def _native(c: Checkpoint) -> bool:

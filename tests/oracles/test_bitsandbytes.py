@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from four_bits import dequantize
 
 from moeglot.encodings.bnb4 import BNB4, QuantState, absmax, names
 from moeglot.kernels import bnb4 as kernel
@@ -22,18 +23,26 @@ def quantized(given: torch.Tensor, kind: str, blocksize: int, nested: bool) -> t
     functional = bitsandbytes.functional
     codes, state = functional.quantize_4bit(given, blocksize=blocksize, quant_type=kind, compress_statistics=nested)
     stored = {"packed": codes, **{part: state.as_dict(packed=True).get(suffix[1:]) for part, suffix in names(kind).items() if suffix}}
-    return {part: tensor for part, tensor in stored.items() if tensor is not None}, functional.dequantize_4bit(codes, state)
+    return {part: tensor for part, tensor in stored.items() if tensor is not None}, dequantize(codes, state)
 
 
 def dequantized(parts: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """The library's reading of our parts, by way of its own loader."""
     told = {"weight" + suffix: parts[part] for part, suffix in names(kind).items() if suffix and part in parts}
     state = bitsandbytes.functional.QuantState.from_dict(told, device=torch.device("cpu"))
-    return bitsandbytes.functional.dequantize_4bit(parts["packed"], state)
+    return dequantize(parts["packed"], state)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
+
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor, kind: str) -> bool:
+    """Bit for bit; but its kernel for AVX512 decodes FP4's code 8 to +0 instead of -0."""
+    return torch.equal(ours, theirs) if AVX512 and kind == "fp4" else torch.equal(bits(ours), bits(theirs))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -45,13 +54,24 @@ def test_both_ways(kind, nested, blocksize, dtype, shape):
     given, encoding = weights(*shape, dtype=dtype), BNB4(kind, blocksize, nested)
     theirs, decoded = quantized(given, kind, blocksize, nested)
     assert encoding.check(theirs) is None
-    assert torch.equal(bits(encoding.decode(theirs, dtype)), bits(decoded))
+    assert same(encoding.decode(theirs, dtype), decoded, kind)
     ours = encoding.encode(given)
     assert torch.equal(bits(dequantized(ours, kind)), bits(decoded))
     assert set(ours) == set(theirs)
     for part in set(ours) - {"state"}:
         assert torch.equal(bits(ours[part]), bits(theirs[part])), part
     assert bytes(ours["state"].tolist()) == bytes(theirs["state"].tolist()).ljust(256)
+
+
+@pytest.mark.skipif(not AVX512, reason="a defect of its kernel for AVX512")
+def test_its_kernel_goes_wrong_where_rows_are_no_whole_number_of_blocks():
+    """Of 16 columns or a multiple. `inspect` says so of a checkpoint with such matrices."""
+    for width, wrong in ((48, True), (96, True), (64, False), (70, False)):
+        given = weights(40, width)
+        codes, state = bitsandbytes.functional.quantize_4bit(given, blocksize=64, quant_type="nf4")
+        theirs, ours = bitsandbytes.functional.dequantize_4bit(codes, state), BNB4().decode(BNB4().encode(given), torch.float32)
+        assert float((ours - given).norm() / given.norm()) < 0.15
+        assert (float((theirs - given).norm() / given.norm()) > 0.5) == wrong
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -189,8 +209,8 @@ def test_transformers_loads_what_we_encode(tmp_path, kind, nested):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "4bit", device_map="cpu", dtype=torch.bfloat16)
     for key in linears:
         module = loaded.get_submodule(key.removesuffix(".weight"))
-        found = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        found = dequantize(module.weight.data, module.weight.quant_state)
         expected = encoding.decode(encoding.encode(weight[key] * 2), torch.bfloat16)
-        assert torch.equal(bits(found), bits(expected))
+        assert same(found, expected, kind)
         assert (found.float() - weight[key].float() * 2).norm() < 0.2 * (weight[key].float() * 2).norm()
         assert module.weight.quant_state.nested == nested == (absmax(encoding.encode(weight[key])).numel() > 0 and nested)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from four_bits import dequantize
 from safetensors.torch import save_file
 from test_transformers import SIZES, logits, model_of, relative
 
@@ -18,7 +19,7 @@ LIMIT = 1e-5
 
 def as_unsloth_stores_it(live, folder):
     """Every expert's matrices as Linear modules (x @ W of the live model is W turned here), coded in NF4; and the model with what the codes decode to."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     found = {}
     with torch.no_grad():
@@ -35,7 +36,7 @@ def as_unsloth_stores_it(live, folder):
                 codes, state = quantize_4bit(one.T.contiguous(), blocksize=64, quant_type="nf4")
                 found[f"{module}.weight"] = codes
                 found |= {f"{module}.weight.{part}": value for part, value in state.as_dict(packed=True).items()}
-                tensor[expert] = dequantize_4bit(codes, state).T
+                tensor[expert] = dequantize(codes, state).T
     folder.mkdir()
     save_file(found, folder / "model.safetensors", {"format": "pt"})
     live.config.save_pretrained(folder)
