@@ -79,7 +79,8 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     if step.moves_codes:
         recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
         if len(recoded) == len(roles):
-            return dict(step.line.join(recoded.__getitem__).parts), Loss() if step.exact else sum(map(_same_numbers, recoded.values()), Loss())
+            losses = [] if step.exact else [_moved(roles[role], found) for role, found in recoded.items()]
+            return dict(step.line.join(recoded.__getitem__).parts), sum(losses, Loss())
     return _encoded(plan, step, roles)
 
 
@@ -99,6 +100,13 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
 def _same_numbers(encoded: Encoded) -> Loss:
     """Of a step that keeps every number as it is."""
     return Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts))
+
+
+def _moved(before: Encoded, after: Encoded) -> Loss:
+    """Of codes that are moved. Where other slices of a step may lose something, the size of this one counts in what the step loses."""
+    import torch
+
+    return _same_numbers(after) if before.encoding.fits_in(after.encoding) else measure(before.decode(torch.float32), after)
 
 
 def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
