@@ -1,10 +1,12 @@
 """The command line as a user meets it: exit statuses, JSON schemas, plain lines in a pipe, tables and bars on a terminal, HTML."""
 
+import io
 import json
 import os
 import pty
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,16 @@ def run(*arguments, status: int = 0) -> subprocess.CompletedProcess:
 
 
 def told(*arguments, status: int = 0) -> dict:
-    return json.loads(run(*arguments, "--json", status=status).stdout)
+    """What --json prints, in this process: a new one imports torch anew."""
+    from moeglot.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["moeglot", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert (ended.value.code or 0) == status, (out.getvalue(), err.getvalue())
+    return json.loads(out.getvalue())
 
 
 @pytest.fixture(scope="module")
