@@ -1,8 +1,8 @@
 """How fast experts compute: moeglot's against transformers' eager, batched_mm and grouped_mm, and a LoRA step against PEFT's, as ratios within one run.
 
 One layer of experts with random weights, the same for all: in bfloat16 where the CPU has products of it, else in float32, since transformers' own would take
-minutes. Contestants take turns, round after round, and the fastest round of each counts, so that what slows the machine slows all; one that needs more than
-SLOW seconds has a single turn. "stock" is transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is
+minutes. Contestants take turns of some steps in a row, as training and generation are, and the fastest step of each counts: the first one of a turn finds the
+caches and the memory of another contestant. What slows the machine slows all; one that needs more than SLOW seconds has a single step. "stock" is transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is
 moeglot.nn.Experts, which decodes as it computes. Forward + backward goes to the weights for "stock" and to the tokens alone for "native", whose weights are
 frozen. A LoRA step goes to tokens and factors for all; "over forward + backward" is how many times as long it takes as that of the same experts without an
 adapter, the same contestant in the same turns. The sizes are a quarter of gpt-oss-20b's: a few minutes on two idle cores. With transformers 5.23 and,
@@ -56,6 +56,8 @@ MEMORY = 4_000_000_000
 """Bytes that gathered matrices may take; batched_mm is left out beyond them."""
 SLOW = 4.0
 """Seconds of the first turn, beyond which a contestant has no other."""
+STEPS = 3
+"""In a turn."""
 PHASES = ("forward", "forward + backward", "LoRA step")
 FROZEN = "native, no LoRA: "
 Work = Callable[[], Any]
@@ -98,7 +100,7 @@ def _held(form: Format, line: Stored, encoding: Encoding, module: torch.nn.Modul
 
 
 def measured(contestants: Mapping[str, Work], rounds: int, clock: Callable[[], float]) -> tuple[dict[str, float], dict[str, str]]:
-    """(name -> seconds of its fastest round, name -> why it has none); all take turns. The first round warms up, and counts for those that are slow."""
+    """(name -> seconds of its fastest step, name -> why it has none); all take turns. The first round warms up, and counts for those that are slow."""
     first: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, work in contestants.items():
@@ -109,7 +111,7 @@ def measured(contestants: Mapping[str, Work], rounds: int, clock: Callable[[], f
     found = {name: seconds if seconds > SLOW else float("inf") for name, seconds in first.items()}
     for _ in range(rounds):
         for name in [name for name in first if first[name] <= SLOW]:
-            found[name] = min(found[name], timed(contestants[name], clock))
+            found[name] = min(found[name], *(timed(contestants[name], clock) for _ in range(STEPS)))
     return found, failed
 
 
