@@ -2,11 +2,11 @@
 
 One layer of experts with random weights, the same for all: in bfloat16 where the CPU has products of it, else in float32, since transformers' own would take
 minutes. Contestants take turns of some steps in a row, as training and generation are, and the fastest step of each counts: the first one of a turn finds the
-caches and the memory of another contestant. What slows the machine slows all; one that needs more than SLOW seconds has a single step. "stock" is transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is
-moeglot.nn.Experts, which decodes as it computes. Forward + backward goes to the weights for "stock" and to the tokens alone for "native", whose weights are
-frozen. A LoRA step goes to tokens and factors for all; "over forward + backward" is how many times as long it takes as that of the same experts without an
-adapter, the same contestant in the same turns. The sizes are a quarter of gpt-oss-20b's: a few minutes on two idle cores. With transformers 5.23 and,
-for the LoRA step, PEFT:
+caches and the memory of another contestant. What slows the machine slows all; one that needs more than SLOW seconds has a single step. "stock" is
+transformers' own module, with its implementations and with `experts_implementation="moeglot"`; "native" is moeglot.nn.Experts, which decodes as it computes.
+Forward + backward goes to the weights for "stock" and to the tokens alone for "native", whose weights are frozen. A LoRA step goes to tokens and factors for
+all; "over forward + backward" is how many times as long it takes as that of the same experts without an adapter, the same contestant in the same turns. The
+sizes are a quarter of gpt-oss-20b's: a few minutes on two idle cores. With transformers 5.23 and, for the LoRA step, PEFT:
 
     python benchmarks/experts.py [--family gpt-oss] [--e 32 --h 768 --i 768 --k 4] [--dtype float32] [--tokens 1,8,512,2048]
                                  [--rounds 3] [--clock wall] [--results FILE]

@@ -5,8 +5,8 @@
 Three jobs take turns, each from the same checkpoint, with one worker, and with either set of kernels: the merge, the conversion to BF16
 (gpt-oss/transformers), and the one that moves MXFP4 as it is (gpt-oss/llm-compressor+mxfp4-pack). Each is counted in phases, in seconds of the processor,
 so that other work on the machine counts little, and in seconds of the clock: "planning" makes a few experts to see what is lost, "writing" makes and writes
-all, and what follows reads them again. The target is a writing of the merge of at most 2 × that of the conversion to BF16 with compiled kernels,
-2.5 × with tables.
+all, and what follows reads them again. The aim is a merge that is written in at most 2 × the clock's time of the conversion to BF16 with compiled kernels,
+2.5 × with tables, on an idle machine.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main() -> None:
             told[kernels] = described(found)
     show(told)
     given.results.write_text(json.dumps(told, indent=2) + "\n")
-    if any(told[kernels]["writing_times_to_bf16"]["processor"] > limit for kernels, limit in LIMITS.items() if kernels in told):
+    if any(told[kernels]["writing_times_to_bf16"]["clock"] > limit for kernels, limit in LIMITS.items() if kernels in told):
         raise SystemExit(1)
 
 
@@ -149,7 +149,8 @@ def show(told: dict[str, Any]) -> None:
     for kernels in LIMITS:
         if kernels not in told:
             continue
-        table = Table("processor seconds", *ALL, title=f"{kernels}: writing a merge takes {told[kernels]['writing_times_to_bf16']['processor']} × BF16")
+        times = told[kernels]["writing_times_to_bf16"]["clock"]
+        table = Table("processor seconds", *ALL, title=f"{kernels}: a merge is written in {times} × the time of BF16, by the clock")
         for job, phases in told[kernels]["seconds"].items():
             table.add_row(job, *(f"{phases[phase]['processor']:.2f}" if phase in phases else "" for phase in ALL))
         Console(width=140).print(table)
