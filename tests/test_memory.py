@@ -46,13 +46,13 @@ def test_a_conversion_stays_below_its_limit(workers, tmp_path):
 
 
 def test_one_worker_stays_below_it_with_small_matrices_too(tmp_path):
-    """Where torch's tables compute: numba's code is 40 MB, more than the matrices of Qwen3-30B."""
+    """Where torch's tables compute: numba's code is 40 MB, more than the matrices of Qwen3-30B. 10 MB are for libraries that are larger on another machine."""
     compileall.compile_dir(Path(moeglot.__file__).parent, quiet=1)  # as an installed package is: compiling takes some MB
     sizes = {"e": 8, "h": 2048, "i": 768, "q": 32, "k": 4, "d": 128, "v": 512}
     source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", sizes, layers=1)
     command = [source, tmp_path / "out", "--to", "qwen3-moe/hub", "--encode", "fp8-block", "--allow-loss", "--workers", 1]
     peak = peak_of(*command, MOEGLOT_KERNELS="torch")
-    assert 50e6 < peak < 4 * sizes["i"] * sizes["h"] * 2 + 200e6, f"{peak / 1e6:.0f} MB"
+    assert 50e6 < peak < 4 * sizes["i"] * sizes["h"] * 2 + 210e6, f"{peak / 1e6:.0f} MB"
 
 
 def test_inspect_of_fifty_thousand_tensors_reads_headers_only(tmp_path):
