@@ -116,6 +116,6 @@ def test_a_training_step_keeps_one_expert_dense(backend, tmp_path):
     peak, expert, activations, layer = map(int, run(STEP, tmp_path, backend))
     print(f"{backend}: {peak / 1e6:.1f} MB over the weights; activations {activations / 1e6:.1f}, an expert {expert / 1e6:.1f}, a layer {layer / 1e6:.1f}")
     if backend == "eager":
-        assert peak <= activations + 4 * expert  # torch's tables decode in scratch of their own
+        assert peak <= activations + 6 * expert  # torch's tables decode in scratch of their own; a layer has 32
     else:
         assert peak > activations + 16 * expert  # the reference keeps what it decoded, and the measure sees it
