@@ -66,7 +66,7 @@ def product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _by_onednn(x: torch.Tensor, narrowest: int) -> bool:
-    """16 bits go there in any case, float32 with `@` to MKL: on an AMD with AVX-512 half as fast, on an Intel no faster."""
+    """16 bits go there in any case, float32 with `@` to MKL: half as fast, as measured on an AMD with AVX-512."""
     least = {torch.bfloat16: 1, torch.float32: NARROW}.get(x.dtype)
     return x.device.type == "cpu" and least is not None and narrowest >= least and has_onednn() and (x.itemsize == 4 or has_kernels(x.dtype))
 
