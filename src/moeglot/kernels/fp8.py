@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -19,6 +20,7 @@ HALF = 256
 SIGN_AND_NUMBER = -0x4080  # 0xBF80 in a float16
 BIAS = 127
 AT_ONCE = 1 << 24  # numbers whose scales are found together; scratch is far less
+DECODED = 1 << 20  # numbers that are decoded to be coded again
 LEAST = 2.0**-117
 """The smallest float scale under which products with every code are normal, so that values tell their scale."""
 
@@ -142,13 +144,9 @@ def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     weight = scratch.empty(tuple(values.shape), torch.uint8).view(torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block))
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
-        step = block[0] * max(1, AT_ONCE // (block[0] * given.shape[1])) if block[0] else given.shape[0]
-        for at in range(0, given.shape[0], step):
-            some = given[at : at + step]
-            scale = _scales(some, block, dtype)
-            first = at // block[0] if block[0] else 0
-            factor[first : first + len(scale)] = scale
-            _codes(some, scale, block, codes[at : at + step])
+        for rows, tiles in _slabs(given, block, AT_ONCE):
+            factor[tiles] = _scales(given[rows], block, dtype)
+            _codes(given[rows], factor[tiles], block, codes[rows])
     stored = scale_as(factors, dtype)
     assert stored is not None
     return weight, stored
@@ -193,9 +191,18 @@ def has_nan(weight: torch.Tensor) -> bool:
 
 def changed(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str) -> int:
     """How many blocks have another scale, or other codes, after decoding and encoding them."""
-    again, scale_again = encode(decode(weight, scale, block, torch.float32), block, dtype)
     count = 0
-    for codes, other, factor, factor_again in zip(*map(matrices, (weight, again, scale, scale_again)), strict=True):
-        differ = codes.contiguous().view(torch.uint8) != other.view(torch.uint8)
-        count += int(((largest(differ, block) > 0) | (scale_values(factor) != scale_values(factor_again))).sum())
+    for codes, factor in zip(matrices(weight), matrices(scale), strict=True):
+        for rows, tiles in _slabs(codes, block, DECODED):
+            again, scale_again = encode(decode(codes[rows], factor[tiles], block, torch.float32), block, dtype)
+            differ = codes[rows].contiguous().view(torch.uint8) != again.view(torch.uint8)
+            count += int(((largest(differ, block) > 0) | (scale_values(factor[tiles]) != scale_values(scale_again))).sum())
     return count
+
+
+def _slabs(matrix: torch.Tensor, block: Block, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of blocks with some `numbers` at a time, as rows of numbers and as rows of scales."""
+    tall = block[0] or max(1, len(matrix))
+    some = max(1, numbers // (tall * max(1, matrix.shape[1])))
+    for at in range(0, -(-len(matrix) // tall), some):
+        yield slice(at * tall, (at + some) * tall), slice(at, at + some)

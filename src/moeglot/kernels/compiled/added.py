@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy
 import torch
-from numpy import float32, float64, int32, uint8, uint32
+from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import Array, inline, jit, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, Run, inline, jit, memory, rows_together, space
 from moeglot.kernels.compiled.mxfp4 import CEIL, powers, scale_of, thresholds
 from moeglot.kernels.compiled.numbers import e2m1
 
@@ -23,9 +23,9 @@ W, D, T, BYTE, SUM = 0, 2 * LANES, 4 * LANES, 6 * LANES, 7 * LANES
 
 
 @cache
-def _reach() -> Array:
+def _reach() -> Run:
     """int32 [253]: under each scale, the bits of 7: above, a next level that the codes lack would be nearer."""
-    return memory((7 * torch.exp2(torch.arange(253, dtype=torch.float64) - 127)).to(torch.float32)).view(int32)
+    return memory((7 * torch.exp2(torch.arange(253, dtype=torch.float64) - 127)).to(torch.float32)).view("int32")
 
 
 def added(
@@ -36,14 +36,14 @@ def added(
     rows, groups = scale.shape
     apart = torch.cat([right[:, 0::2], right[:, 1::2]], 1)
     change = torch.empty(min(ROWS, rows), 32 * groups)
-    given = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), groups, memory(change).view(int32))
+    given = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), groups, memory(change).view("int32"))
     tables, into = (powers(), thresholds(ties, False), _reach()), (memory(to), memory(to_scale))
-    lanes = memory(torch.empty(SUM + 5 * LANES, dtype=torch.int32)).view(int32)  # torch's memory begins at a line of the cache, numpy's need not
-    sums, counts = numpy.zeros(4, float64), numpy.zeros(2, numpy.int64)
+    lanes, sums, counts = space(SUM + 5 * LANES, "int32"), torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    room = (lanes, memory(sums).view("float64"), memory(counts).view("int64"))
     for first in range(0, rows, ROWS):
         count = min(ROWS, rows - first)
         torch.mm(left[first : first + count], apart, out=change[:count])
-        if not _added(*given, first, count, *tables, *into, lanes, sums, counts):
+        if not _added(*given, first, count, *tables, *into, *room):
             return None
     return (*sums.tolist(), rows * groups * 32, *counts.tolist())
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy
 import torch
 from numpy import uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, jit, memory
+from moeglot.kernels.compiled.jit import Array, jit, memory, space
 
 COLUMNS, ROWS = 32, 256
 FOUR = 4
@@ -17,15 +16,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """a [rows, columns] of any strides, b with rows without gaps."""
     given, other = (memory(a), a.stride(0), a.stride(1)), memory(b)
     if a.element_size() == 2 and a.shape[1] % FOUR == b.stride(0) % FOUR == other.size % FOUR == b.data_ptr() % 8 == 0:
-        return bool(_same_fours(*given, other.view(uint64), b.stride(0) // FOUR, a.shape[0], a.shape[1] // FOUR))
-    return bool(_same(*given, other, b.stride(0), *a.shape))
+        return bool(_same_fours(*given, other.view("uint64"), b.stride(0) // FOUR, a.shape[0], a.shape[1] // FOUR, space(COLUMNS // FOUR * ROWS, "uint64")))
+    return bool(_same(*given, other, b.stride(0), *a.shape, space(COLUMNS * ROWS, other.dtype)))
 
 
 @jit
-def _same_fours(a: Array, a_row: int, a_column: int, b: Array, b_row: int, rows: int, columns: int) -> bool:
+def _same_fours(a: Array, a_row: int, a_column: int, b: Array, b_row: int, rows: int, columns: int, tile: Array) -> bool:
     """b u64: four numbers each; so are `columns`."""
     wide = COLUMNS // FOUR
-    tile = numpy.empty(wide * ROWS, uint64)
     for first in range(0, rows, ROWS):
         height, differ = min(ROWS, rows - first), uint64(0)
         for left in range(0, columns, wide):
@@ -47,8 +45,7 @@ def _same_fours(a: Array, a_row: int, a_column: int, b: Array, b_row: int, rows:
 
 
 @jit
-def _same(a: Array, a_row: int, a_column: int, b: Array, b_row: int, rows: int, columns: int) -> bool:
-    tile = numpy.empty(COLUMNS * ROWS, a.dtype)
+def _same(a: Array, a_row: int, a_column: int, b: Array, b_row: int, rows: int, columns: int, tile: Array) -> bool:
     for first in range(0, rows, ROWS):
         height, differ = min(ROWS, rows - first), uint32(0)
         for left in range(0, columns, COLUMNS):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
 import torch
 from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import Array, inline, jit, memory
+from moeglot.kernels.compiled.jit import Array, inline, jit, memory, space
 from moeglot.kernels.compiled.numbers import stored, wide
 
 SMALLEST = float32(1e-38)
@@ -17,13 +16,13 @@ SMALLEST = float32(1e-38)
 def decode(packed: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, blocksize: int, out: torch.Tensor) -> None:
     """packed u8 [⌈n/2⌉], high nibble first, absmax float32 [⌈n/blocksize⌉], codebook float32 [16] -> out [n], bfloat16 or float32."""
     if out.numel():
-        single_scale, values = memory(absmax.contiguous()).view(float32), memory(codebook).view(float32)
-        _decode(memory(packed.contiguous()), single_scale, values, blocksize, out.numel(), memory(out))
+        single_scale, values = memory(absmax.contiguous()).view("float32"), memory(codebook).view("float32")
+        to = memory(out)
+        _decode(memory(packed.contiguous()), single_scale, values, blocksize, out.numel(), to, space(16, to.dtype))
 
 
 @jit
-def _decode(packed: Array, absmax: Array, codebook: Array, blocksize: int, count: int, out: Array) -> None:
-    values = numpy.empty(16, out.dtype)
+def _decode(packed: Array, absmax: Array, codebook: Array, blocksize: int, count: int, out: Array, values: Array) -> None:
     for b in range((count + blocksize - 1) // blocksize):
         by = absmax[b]
         for code in range(16):
@@ -39,8 +38,9 @@ def _decode(packed: Array, absmax: Array, codebook: Array, blocksize: int, count
 def nearest(block: torch.Tensor, midpoints: torch.Tensor, codes: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
     """block [b, s], bfloat16 or float32, s even -> packed u8 [b × s / 2, 1], absmax float32 [b]; values × (1 / absmax), at a midpoint the lower value."""
     pairs = codes[:0] if bool((codes == torch.arange(16)).all()) else (codes.unsqueeze(-1) << 4 | codes).flatten()
-    where = (memory(midpoints).view(float32), memory(pairs), memory(packed), memory(absmax).view(float32))
-    _nearest(memory(block.contiguous()), *block.shape, SMALLEST, *where)
+    where = (memory(midpoints).view("float32"), memory(pairs), memory(packed), memory(absmax).view("float32"))
+    # of bytes, the compiler would pack each of fifteen comparisons
+    _nearest(memory(block.contiguous()), *block.shape, SMALLEST, *where, space(block.shape[1] // 2, "int32"))
 
 
 @inline
@@ -53,12 +53,11 @@ def _position(value: Any, m: Any) -> Any:
 
 
 @jit
-def _nearest(values: Array, blocks: int, size: int, smallest: float, midpoints: Array, codes: Array, packed: Array, absmax: Array) -> None:
+def _nearest(values: Array, blocks: int, size: int, smallest: float, midpoints: Array, codes: Array, packed: Array, absmax: Array, pairs: Array) -> None:
     m = (
         *(midpoints[0], midpoints[1], midpoints[2], midpoints[3], midpoints[4], midpoints[5], midpoints[6], midpoints[7]),
         *(midpoints[8], midpoints[9], midpoints[10], midpoints[11], midpoints[12], midpoints[13], midpoints[14]),
     )
-    pairs = numpy.empty(size // 2, int32)  # of bytes, the compiler would pack each of fifteen comparisons
     for b in range(blocks):
         given, to = values[b * size :], packed[b * size // 2 :]
         largest = int32(0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy
 import torch
 from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
-from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together, space
 from moeglot.kernels.compiled.numbers import e4m3_code, stored, wide
 
 
@@ -15,7 +14,7 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], ou
     """weight F8_E4M3 [rows, columns], scale float32 [tiles, tiles] -> out, bfloat16 or float32 of any strides. NaN codes stay NaN."""
     rows, columns = weight.shape
     weight, tile = rows_together(weight), (block[0] or rows, block[1] or columns)
-    factors = memory(scale.contiguous()).view(float32)
+    factors = memory(scale.contiguous()).view("float32")
     if not weight.numel():
         return
     for some, to in in_rows(out):
@@ -45,12 +44,11 @@ def encode(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], ou
     rows, columns = values.shape
     if values.numel():
         tile = (block[0] or rows, block[1] or columns)
-        _encode(memory(values), rows, columns, memory(scale.contiguous()).view(float32), scale.shape[1], *tile, memory(out))
+        _encode(memory(values), rows, columns, memory(scale.contiguous()).view("float32"), scale.shape[1], *tile, memory(out), space(columns, "float32"))
 
 
 @jit
-def _encode(values: Array, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array) -> None:
-    factors = numpy.empty(columns, float32)
+def _encode(values: Array, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array, factors: Array) -> None:
     for r in range(rows):
         if r % height == 0:
             for tile in range(tiles):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy
 import torch
 from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import Array, jit, memory
+from moeglot.kernels.compiled.jit import Array, jit, memory, space
 from moeglot.kernels.compiled.numbers import KINDS, in_order, made, wide
 
 CHUNK = 1 << 19
@@ -43,8 +42,8 @@ def _largest(values: Array, row: int, rows: int, columns: int, first: int, tiles
 def refuted(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], kind: str, low: torch.Tensor, high: torch.Tensor) -> None:
     """The smallest and the largest number of each tile that codes × scale do not reproduce -> low, high, float32 [tiles, tiles], inf and -inf before."""
     tile = (block[0] or values.shape[0], block[1] or values.shape[1])
-    into = (memory(low).view(float32), memory(high).view(float32))
-    factors = memory(scale.contiguous()).view(float32)
+    into = (memory(low).view("float32"), memory(high).view("float32"))
+    factors = memory(scale.contiguous()).view("float32")
     for some, given in _rows(values):
         _refuted(memory(given), given.stride(0), *given.shape, some.start, factors, scale.shape[1], *tile, KINDS[kind], *into)
 
@@ -83,7 +82,7 @@ def fits(guesses: torch.Tensor, witness: torch.Tensor, kind: str) -> torch.Tenso
     """guesses float32 [k, n], a number for each row [k] -> bool [k, n]: a code × the guess is that number."""
     found = torch.empty(guesses.shape, dtype=torch.bool)
     if guesses.numel():
-        given = (memory(tensor.contiguous()).view(float32) for tensor in (guesses, witness))
+        given = (memory(tensor.contiguous()).view("float32") for tensor in (guesses, witness))
         _fits(*given, *guesses.shape, KINDS[kind], memory(found.view(torch.uint8)))
     return found
 
@@ -100,18 +99,30 @@ def possible(amax: torch.Tensor, numbers: torch.Tensor, largest: torch.Tensor, u
     """Largest magnitude of each tile [...] and some of its numbers [n, ...] -> bool [...]: whether a scale (≥ `least`) may have codes for them all."""
     found = torch.empty(amax.shape, dtype=torch.bool)
     if amax.numel():
-        given = (memory(tensor.contiguous()).view(float32) for tensor in (amax, numbers, largest))
-        _possible(*given, ulps, float32(least), KINDS[kind], memory(found.view(torch.uint8)))
+        given = (memory(tensor.contiguous()).view("float32") for tensor in (amax, numbers, largest))
+        count = len(largest) * (2 * ulps + 1)
+        room = (space(count, "float32"), space(count, "int32"), space(count, "float32"), space(count, "uint8"))
+        _possible(*given, ulps, float32(least), KINDS[kind], memory(found.view(torch.uint8)), *room)
     return found
 
 
 @jit
-def _possible(amax: Array, numbers: Array, largest: Array, ulps: int, least: float, kind: int, found: Array) -> None:
+def _possible(
+    amax: Array,
+    numbers: Array,
+    largest: Array,
+    ulps: int,
+    least: float,
+    kind: int,
+    found: Array,
+    codes: Array,
+    steps: Array,
+    scales: Array,
+    left: Array,
+) -> None:
     """A guess is the quotient of the largest magnitude and that of a code, or a float32 beside it. The first number rules out nearly all."""
     each = 2 * ulps + 1
     count = len(largest) * each
-    codes, steps = numpy.empty(count, float32), numpy.empty(count, int32)
-    scales, left = numpy.empty(count, float32), numpy.empty(count, uint8)
     for guess in range(count):
         codes[guess], steps[guess] = largest[guess // each], guess % each - ulps
     for tile in range(len(amax)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy
 import torch
 from numpy import float32, int16, int32, uint8, uint32
 
@@ -13,11 +12,11 @@ from moeglot.kernels.compiled.numbers import int4, stored, wide
 
 def decode(packed: torch.Tensor, scale: torch.Tensor, group: int, out: torch.Tensor) -> None:
     """packed i32 [rows, words], scale float32 [rows, groups] -> out [rows, columns], bfloat16 or float32 of any strides."""
-    packed, factors = rows_together(packed), memory(scale.contiguous()).view(float32)
+    packed, factors = rows_together(packed), memory(scale.contiguous()).view("float32")
     for some, to in in_rows(out):
         if to.numel():
-            codes = memory(packed[some]).view(uint8)
-            _decode(codes, 4 * packed.stride(0), *to.shape, factors[some.start * scale.shape[1] :], scale.shape[1], group, memory(to), to.stride(0))
+            codes = memory(packed[some]).view("uint8")
+            _decode(codes, 4 * packed.stride(0), *to.shape, factors.since(some.start * scale.shape[1]), scale.shape[1], group, memory(to), to.stride(0))
 
 
 @jit
@@ -43,15 +42,15 @@ def _decode(packed: Array, packed_row: int, rows: int, columns: int, scale: Arra
 def encode(values: torch.Tensor, scale: torch.Tensor, group: int, packed: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32, contiguous, scale float32 [rows, groups] -> packed i32 [rows, words], contiguous."""
     if values.numel():
-        _encode(memory(values), *values.shape, memory(scale.contiguous()).view(float32), scale.shape[1], group, memory(packed).view(uint8))
+        codes = memory(torch.zeros((values.shape[1] + 7) // 8 * 8, dtype=torch.int16))  # those behind the last number stay 0
+        factors, room = memory(scale.contiguous()).view("float32"), (codes.view("int16"), codes.view("int32"))
+        _encode(memory(values), *values.shape, factors, scale.shape[1], group, memory(packed).view("uint8"), *room)
 
 
 @jit
-def _encode(values: Array, rows: int, columns: int, scale: Array, groups: int, group: int, packed: Array) -> None:
-    """A row's codes are made before they are packed; those behind the last number stay 0."""
+def _encode(values: Array, rows: int, columns: int, scale: Array, groups: int, group: int, packed: Array, codes: Array, pairs: Array) -> None:
+    """A row's codes are made before they are packed; `pairs` are the same memory."""
     width = (columns + 7) // 8 * 4
-    codes = numpy.zeros(2 * width, int16)
-    pairs = codes.view(int32)
     for r in range(rows):
         for g in range(groups):
             factor, given, to = scale[r * groups + g], values[r * columns + g * group :], codes[g * group :]

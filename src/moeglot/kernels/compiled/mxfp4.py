@@ -10,9 +10,9 @@ from functools import cache
 
 import numpy
 import torch
-from numpy import float32, int16, int32, uint8, uint16, uint32, uint64
+from numpy import float32, int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, jit, jit_sums, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, Run, jit, jit_sums, memory, rows_together, space
 from moeglot.kernels.compiled.numbers import e2m1, e2m1_code, exponent, magnitude, single
 from moeglot.kernels.compiled.turning import STEP, TILE, WORDS, turn
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
@@ -21,7 +21,7 @@ LAST_FINITE = 252
 
 
 @cache
-def _pairs() -> Array:
+def _pairs() -> Run:
     """u32 [256 × 256]: the two bfloat16 of each byte under each scale, low nibble in the low half; 256 entries of it are in use at a time."""
     codes = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
     byte = torch.arange(256)
@@ -43,10 +43,12 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> int:
         kernel = _rows_half if out.dtype == torch.bfloat16 else _rows_single
         if packed.is_contiguous() and scale.is_contiguous() and out.is_contiguous():
             rows, groups = 1, rows * groups
-        most = kernel(memory(packed), packed.stride(0), memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out).view(uint64), out.stride(0))
+        most = kernel(memory(packed), packed.stride(0), memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out).view("uint64"), out.stride(0))
     elif out.stride(0) == 1 and out.dtype == torch.bfloat16 and packed.stride(0) % 8 == 0:
-        words = memory(packed).view(uint64), packed.stride(0) // 8
-        most = _turned_half(*words, memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1))
+        words = memory(packed).view("uint64"), packed.stride(0) // 8
+        turned = space(16 * WORDS, "uint64")
+        room = (turned, turned.view("uint8"), space(TILE, "uint16"), space(groups * STEP, "uint8"))
+        most = _turned_half(*words, memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1), *room)
     else:
         found = torch.empty(out.shape, dtype=out.dtype)
         bad = decode(packed, scale, found)
@@ -112,10 +114,23 @@ def _column_pair(codes: Array, base: Array, low: Array, high: Array, count: int)
 
 
 @jit
-def _turned_half(packed: Array, packed_row: int, scale: Array, scale_row: int, rows: int, groups: int, pairs: Array, out: Array, out_column: int) -> int:
+def _turned_half(
+    packed: Array,
+    packed_row: int,
+    scale: Array,
+    scale_row: int,
+    rows: int,
+    groups: int,
+    pairs: Array,
+    out: Array,
+    out_column: int,
+    words: Array,
+    turned: Array,
+    base: Array,
+    powers: Array,
+) -> int:
     """packed u64. The bytes of a group are turned, a quarter of the numbers' size, and columns are decoded from them. Returns the largest scale."""
-    words, base, powers = numpy.empty(16 * WORDS, uint64), numpy.empty(TILE, uint16), numpy.empty(groups * STEP, uint8)
-    turned, most = words.view(uint8), uint8(0)
+    most = uint8(0)
     for first in range(0, rows, TILE):
         count = min(TILE, rows - first)
         for k in range(count):
@@ -145,15 +160,16 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch
     """x float32 [n, 32 g], packed u8 [rows, g, 16], scale u8 [rows, g], no code infinite under it -> out float32 [n, rows], rows without gaps."""
     packed, scale = rows_together(packed, 2), rows_together(scale)
     if out.numel():
-        even, odd = (memory(x[:, first::2].contiguous()).view(float32) for first in (0, 1))
+        even, odd = (memory(x[:, first::2].contiguous()).view("float32") for first in (0, 1))
         where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, powers())
-        _times(even, odd, len(x), *where, memory(out).view(float32), out.stride(0))
+        room = (space(even.size // len(x), "float32"), space(odd.size // len(x), "float32"))
+        _times(even, odd, len(x), *where, memory(out).view("float32"), out.stride(0), *room)
 
 
 @cache
-def powers() -> Array:
+def powers() -> Run:
     """float32 [256]: 2^(scale - 127)."""
-    return memory(torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)).view(float32)
+    return memory(torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)).view("float32")
 
 
 @jit_sums
@@ -170,9 +186,10 @@ def _times(
     powers: Array,
     out: Array,
     out_row: int,
+    low: Array,
+    high: Array,
 ) -> None:
     """A row is decoded into the nearest cache, its even and its odd numbers apart, and multiplied there."""
-    low, high = numpy.empty(16 * groups, float32), numpy.empty(16 * groups, float32)
     for r in range(rows):
         codes, of_groups = packed[r * packed_row :], scale[r * scale_row :]
         for g in range(groups):
@@ -201,21 +218,22 @@ BLOCK = 64
 
 
 @cache
-def thresholds(ties: str, half: bool) -> Array:
+def thresholds(ties: str, half: bool) -> Run:
     """int32 [255 × 7]: under each scale, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
     middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(255, dtype=torch.float64) - 127)[:, None]
     bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact, or infinite
     if ties == "even":
         bits += ~torch.tensor(TIES_UP)
-    found: Array = ((bits + 0xFFFF) >> 16 if half else bits).to(torch.int32).flatten().numpy()
-    return found
+    return memory(((bits + 0xFFFF) >> 16 if half else bits).to(torch.int32).flatten()).view("int32")
 
 
 def encode(values: torch.Tensor, scale_rule: str, ties: str, packed: torch.Tensor, scale: torch.Tensor) -> bool:
     """values [n, 32], bfloat16 or float32, contiguous -> packed u8 [n, 16], scale u8 [n]; False if a number is not finite."""
     half = values.dtype == torch.bfloat16
-    given = memory(values).view(int16 if half else int32)
-    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", thresholds(ties, half), memory(packed), memory(scale)))
+    given = memory(values).view("int16" if half else "int32")
+    codes = space(32 * BLOCK, "int16")
+    room = (codes, codes.view("int32"), space(BLOCK, given.dtype))
+    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", thresholds(ties, half), memory(packed), memory(scale), *room))
 
 
 @jit
@@ -227,10 +245,20 @@ def scale_of(bits: int, rule: int) -> int:
 
 
 @jit
-def _encode(values: Array, groups: int, width: int, rule: int, even: bool, limits: Array, packed: Array, scale: Array) -> bool:
+def _encode(
+    values: Array,
+    groups: int,
+    width: int,
+    rule: int,
+    even: bool,
+    limits: Array,
+    packed: Array,
+    scale: Array,
+    codes: Array,
+    pairs: Array,
+    powers: Array,
+) -> bool:
     """`width` is 32: where the compiler knows that, it takes the largest of a group without lanes. Nor are there lanes where `codes` is handed on."""
-    codes, powers = numpy.empty(32 * BLOCK, int16), numpy.empty(BLOCK, values.dtype)
-    pairs = codes.view(int32)
     for first in range(0, groups, BLOCK):
         count, least = min(BLOCK, groups - first), 255
         for n in range(count):
@@ -265,7 +293,7 @@ def _encode(values: Array, groups: int, width: int, rule: int, even: bool, limit
 def undetermined(packed: torch.Tensor) -> int:
     """packed u8 [n, 16] -> how many groups have no code above 3."""
     packed = packed.contiguous()
-    return int(_undetermined(memory(packed).view(uint64), len(packed))) if packed.numel() else 0
+    return int(_undetermined(memory(packed).view("uint64"), len(packed))) if packed.numel() else 0
 
 
 @jit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import types
 from numpy import float32, int8, int16, int32, int64, uint8, uint16, uint32
 
 from moeglot.kernels.compiled.jit import by_type, inline
@@ -19,7 +18,7 @@ def half_bits(bits: Any) -> Any:
 @by_type
 def wide(bits: Any) -> Any:
     """The bits of a bfloat16 (uint16) or of a float32 (uint32) -> the bits of that number as a float32 (uint32)."""
-    if bits == types.uint16:
+    if str(bits) == "uint16":
         return lambda bits: uint32(uint32(bits) << uint32(16))
     return lambda bits: uint32(bits)
 
@@ -27,7 +26,7 @@ def wide(bits: Any) -> Any:
 @by_type
 def stored(bits: Any, out: Any) -> Any:
     """The bits of a finite float32 or of NaN -> those of the nearest number that `out` holds: bfloat16 in uint16, float32 in uint32."""
-    if out.dtype == types.uint16:
+    if str(out.dtype) == "uint16":
         return lambda bits, out: half_bits(bits)
     return lambda bits, out: uint32(bits)
 
@@ -83,7 +82,7 @@ def made(value: Any, scale: Any, kind: Any) -> Any:
     def by_int4(value: Any, scale: Any, kind: Any) -> Any:
         return float32(int4(float32(value / scale)) * scale) == value
 
-    return by_e4m3 if kind == types.uint8 else by_int4
+    return by_e4m3 if str(kind) == "uint8" else by_int4
 
 
 @inline
@@ -101,7 +100,7 @@ def e2m1(nibble: Any) -> Any:
 @by_type
 def magnitude(bits: Any) -> Any:
     """Without the sign."""
-    if bits == types.int16:
+    if str(bits) == "int16":
         return lambda bits: int16(bits & int16(0x7FFF))
     return lambda bits: int32(bits & int32(0x7FFFFFFF))
 
@@ -109,7 +108,7 @@ def magnitude(bits: Any) -> Any:
 @by_type
 def single(bits: Any) -> Any:
     """The bits of the same number as a float32, in an int64; of a magnitude."""
-    if bits == types.int16:
+    if str(bits) == "int16":
         return lambda bits: int64(bits) << 16
     return lambda bits: int64(bits)
 
@@ -117,7 +116,7 @@ def single(bits: Any) -> Any:
 @by_type
 def exponent(power: Any, like: Any) -> Any:
     """The bits of 2^(power - 127) in the type of `like`."""
-    if like == types.int16:
+    if str(like) == "int16":
         return lambda power, like: int16(power << 7)
     return lambda power, like: int32(power << 23)
 
@@ -128,7 +127,7 @@ def e2m1_code(bits: Any, scale: Any, even: Any) -> Any:
 
     Bits less those of the scale are the quotient's: those of 1 become 0, and half a power of two is a step.
     """
-    of, most, step, last = (int16, 0x7FFF, 6, 12) if bits == types.int16 else (int32, 0x7FFFFFFF, 22, 28)
+    of, most, step, last = (int16, 0x7FFF, 6, 12) if str(bits) == "int16" else (int32, 0x7FFFFFFF, 22, 28)
 
     def code(bits: Any, scale: Any, even: Any) -> Any:
         at = of(of(bits & of(most)) - scale)

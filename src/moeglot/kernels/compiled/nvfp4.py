@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy
 import torch
 from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
-from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
+from moeglot.kernels.compiled.jit import Array, Run, jit, memory, rows_together, space
 from moeglot.kernels.compiled.numbers import e2m1, stored
 from moeglot.kernels.e2m1 import thresholds
 
 
 @cache
-def _limits() -> Array:
-    return memory(thresholds("even", torch.device("cpu"))).view(float32)
+def _limits() -> Run:
+    return memory(thresholds("even", torch.device("cpu"))).view("float32")
 
 
 def decode(packed: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [rows, 8 n], factor float32 [rows, n] -> out [rows, 16 n], bfloat16 or float32 of any strides."""
-    packed, factors = rows_together(packed), memory(factor.contiguous()).view(float32)
+    packed, factors = rows_together(packed), memory(factor.contiguous()).view("float32")
     for some, to in in_rows(out):
         if to.numel():
-            given = (memory(packed[some]), packed.stride(0), len(to), factors[some.start * factor.shape[1] :], factor.shape[1])
-            _decode(*given, memory(to), to.stride(0))
+            given = (memory(packed[some]), packed.stride(0), len(to), factors.since(some.start * factor.shape[1]), factor.shape[1])
+            numbers = memory(to)
+            _decode(*given, numbers, to.stride(0), space(16, numbers.dtype))
 
 
 @jit
-def _decode(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int) -> None:
-    values = numpy.empty(16, out.dtype)
+def _decode(packed: Array, packed_row: int, rows: int, factor: Array, groups: int, out: Array, out_row: int, values: Array) -> None:
     for r in range(rows):
         codes, to = packed[r * packed_row :], out[r * out_row :]
         for g in range(groups):
@@ -45,8 +44,8 @@ def _decode(packed: Array, packed_row: int, rows: int, factor: Array, groups: in
 
 def encode(values: torch.Tensor, factor: torch.Tensor, packed: torch.Tensor) -> None:
     """values float32 [n, 16], factor float32 [n] -> packed u8 [n, 8]; quotients to the nearest code, ties to even."""
-    given = memory(values.contiguous()).view(float32)
-    _encode(given, memory(factor.contiguous()).view(float32), len(values), _limits(), memory(packed))
+    given = memory(values.contiguous()).view("float32")
+    _encode(given, memory(factor.contiguous()).view("float32"), len(values), _limits(), memory(packed))
 
 
 @jit
