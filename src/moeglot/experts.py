@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOUD = 3.0
 """Standard deviation of the gate's pre-activations; with quiet ones, swapped gate and up give nearly the same output."""
 
-SLAB = 1 << 21
+SLAB = 1 << 20
 """Numbers of a matrix that are decoded at a time."""
 
 Matrix = Callable[[str], Encoded]

@@ -18,7 +18,7 @@ from moeglot.floats import row_pairs
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.misreadings import right
 
-SLAB = 1 << 21
+SLAB = 1 << 20
 """Numbers of a matrix that are compared at a time."""
 
 

@@ -20,7 +20,7 @@ HALF = 256
 SIGN_AND_NUMBER = -0x4080  # 0xBF80 in a float16
 BIAS = 127
 AT_ONCE = 1 << 24  # numbers whose scales are found together; scratch is far less
-DECODED = 1 << 20  # numbers that are decoded to be coded again
+DECODED = 1 << 19  # numbers that are decoded to be coded again
 LEAST = 2.0**-117
 """The smallest float scale under which products with every code are normal, so that values tell their scale."""
 
