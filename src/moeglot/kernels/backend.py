@@ -95,8 +95,8 @@ def _gpu(name: str) -> torch.device:
 def compiled(name: str, *tensors: torch.Tensor) -> ModuleType | None:
     """The module of compiled kernels of that name, or None where torch's tables are to compute.
 
-    Compiled ones are for tensors in this machine's memory. Unless asked for, they wait for a tensor that is worth the second
-    which numba takes to start, and from then on take all.
+    Compiled ones are for tensors in this machine's memory. Unless asked for, they wait for a tensor that is worth the seconds
+    which the first process takes to compile them, and from then on take all.
     """
     if any(tensor.device.type != "cpu" for tensor in tensors) or current() != "numba":
         return None

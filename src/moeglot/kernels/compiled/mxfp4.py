@@ -246,17 +246,7 @@ def scale_of(bits: int, rule: int) -> int:
 
 @jit
 def _encode(
-    values: Array,
-    groups: int,
-    width: int,
-    rule: int,
-    even: bool,
-    limits: Array,
-    packed: Array,
-    scale: Array,
-    codes: Array,
-    pairs: Array,
-    powers: Array,
+    values: Array, groups: int, width: int, rule: int, even: bool, limits: Array, packed: Array, scale: Array, codes: Array, pairs: Array, powers: Array
 ) -> bool:
     """`width` is 32: where the compiler knows that, it takes the largest of a group without lanes. Nor are there lanes where `codes` is handed on."""
     for first in range(0, groups, BLOCK):
