@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moeglot.axes import parse_axes
 from moeglot.encodings.mxfp4 import MXFP4
@@ -131,26 +131,55 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config(form, known, layers, dtype), indent=2))
     found = tensors(form, known, layers, seed, dtype)
     if form.container:
-        save_stacked(folder, found)
+        save_dist(folder, stacked(found) if form.container.experts == "stacked" else single(found))
     else:
         save(folder, found, shards, {"moeglot.format": form.name} if form.asked else {})
     return folder
 
 
-def save_stacked(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
-    """Have torch write the tensors of a torch_dist checkpoint, layers and experts stacked, each as one chunk."""
+def write_dense_first(folder: Path) -> Path:
+    """A DeepSeek-V3 of three layers, the first of which has an MLP of its own in the place of experts."""
+    write_checkpoint(folder, "deepseek-v3/hub", layers=3)
+    config = json.loads((folder / "config.json").read_text()) | {"first_k_dense_replace": 1, "intermediate_size": SIZES["f"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if not name.startswith("model.layers.0.mlp.")}
+    for name, axes in {"gate_proj": ("f", "h"), "up_proj": ("f", "h"), "down_proj": ("h", "f")}.items():
+        shape = tuple(SIZES[axis] for axis in axes)
+        found[f"model.layers.0.mlp.{name}.weight"] = _floats(shape, torch.bfloat16, torch.Generator().manual_seed(len(name)))
+    save(folder, found)
+    return folder
+
+
+def save_dist(folder: Path, found: Mapping[str, torch.Tensor]) -> None:
+    """Have torch write the tensors of a torch_dist checkpoint, each as one chunk."""
     from torch.distributed.checkpoint import save as dcp_save
 
-    stacked: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+    dcp_save(dict(found), checkpoint_id=folder, no_dist=True)
+
+
+def stacked(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by name -> those of a torch_dist checkpoint: the numbers in a name are places along the first axes."""
+    places: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
     for name, tensor in found.items():
         numbers = tuple(int(piece) for piece in name.split(".") if piece.isdecimal())
-        stacked.setdefault(".".join(piece for piece in name.split(".") if not piece.isdecimal()), {})[numbers] = tensor
+        places.setdefault(".".join(piece for piece in name.split(".") if not piece.isdecimal()), {})[numbers] = tensor
     whole = {}
-    for key, places in stacked.items():
-        shape = tuple(max(numbers) + 1 for numbers in zip(*places, strict=True))
-        first = next(iter(places.values()))
-        whole[key] = torch.stack([places[place] for place in sorted(places)]).view(*shape, *first.shape) if shape else first
-    dcp_save(whole, checkpoint_id=folder, no_dist=True)
+    for key, there in places.items():
+        shape = tuple(max(numbers) + 1 for numbers in zip(*there, strict=True))
+        first = next(iter(there.values()))
+        whole[key] = torch.stack([there[place] for place in sorted(there)]).view(*shape, *first.shape) if shape else first
+    return whole
+
+
+def single(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with `singleton_local_shards`: all numbers stay in the names, and the first linear of an MLP is two tensors, gate as _w and up as _v."""
+    whole = {}
+    for name, tensor in found.items():
+        if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
+            whole[f"{name}_w"], whole[f"{name}_v"] = (half.clone() for half in tensor.chunk(2))
+        else:
+            whole[name] = tensor
+    return whole
 
 
 def save(folder: Path, found: Mapping[str, torch.Tensor], shards: int = 1, marks: Mapping[str, str] | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from synthetic import write_checkpoint
+from synthetic import write_checkpoint, write_dense_first
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -54,16 +54,13 @@ def test_one_chunk_for_each_matrix(dist: Path) -> None:
     assert "decoder.final_layernorm._extra_state/shard_0_1" in found
 
 
-def test_layers_that_differ_keep_their_numbers(tmp_path: Path, hub: Path) -> None:
-    """Every second layer has experts; Megatron then has `moe_layer_freq` as a list, and stacks experts alone."""
-    source = write_checkpoint(tmp_path / "mixed", HUB, layers=1)
-    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 2, "mlp_only_layers": [1]}
-    (source / "config.json").write_text(json.dumps(config))
-    moeglot.convert(source, TARGET, tmp_path / "out")
+def test_layers_that_differ_keep_their_numbers(tmp_path: Path) -> None:
+    """The first layer has no experts; Megatron then has `moe_layer_freq` as a list, and stacks experts alone."""
+    moeglot.convert(write_dense_first(tmp_path / "mixed"), "deepseek-v3/megatron-torch-dist", tmp_path / "out")
     found = described(tmp_path / "out").state_dict_metadata
-    assert [*found["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"].size] == [4, 128, 64]
-    assert [*found["decoder.layers.0.self_attention.linear_qkv.weight"].size] == [128, 64]
-    assert "decoder.layers.0.mlp.experts.experts.linear_fc1._extra_state/shard_3_4" in found
+    assert [*found["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"].size] == [4, 128, 64]
+    assert [*found["decoder.layers.0.mlp.linear_fc1.weight"].size] == [80, 64]
+    assert "decoder.layers.1.mlp.experts.experts.linear_fc1._extra_state/shard_3_4" in found
 
 
 def test_every_chunk_is_a_whole_archive(dist: Path, tmp_path: Path) -> None:
@@ -111,16 +108,17 @@ def test_two_files_and_again_the_same_bytes(hub: Path, tmp_path: Path) -> None:
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (*files, "common.pt", "metadata.json", ".metadata"))
 
 
-def test_one_that_was_interrupted_ends_in_the_same_bytes(hub: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [TARGET, f"{TARGET}-singleton"])
+def test_one_that_was_interrupted_ends_in_the_same_bytes(target: str, hub: Path, tmp_path: Path) -> None:
     def stop(work: str, done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
 
-    moeglot.convert(hub, TARGET, tmp_path / "whole")
+    moeglot.convert(hub, target, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        moeglot.convert(hub, TARGET, tmp_path / "out", workers=1, progress=stop)
+        moeglot.convert(hub, target, tmp_path / "out", workers=1, progress=stop)
     assert not (tmp_path / "out").exists()
-    moeglot.convert(hub, TARGET, tmp_path / "out", resume=True)
+    moeglot.convert(hub, target, tmp_path / "out", resume=True)
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
 
 
@@ -136,7 +134,10 @@ def changed(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 ACCOUNTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a tensor without a place": (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}), "inv_freq"),
-    "a norm that one layer lacks": (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "layer_norm_weight: nothing for layer and expert (1,)"),
+    "a norm that one layer lacks": (
+        lambda t: t.pop("model.layers.1.input_layernorm.weight"),
+        "model.layers.1.input_layernorm.weight: missing, and layer 0 has it",
+    ),
     "a layer that config.json does not know": (
         lambda t: t.update({"model.layers.2.input_layernorm.weight": t["model.layers.1.input_layernorm.weight"].clone()}),
         "model.layers.2.input_layernorm.weight",
@@ -164,8 +165,9 @@ def test_what_is_left_is_named_before_a_byte_is_written(case: str, hub: Path, tm
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_every_tensor_is_used_once_and_every_byte_written_once(hub: Path) -> None:
-    plan = moeglot.plan(hub, TARGET)
+@pytest.mark.parametrize("target", [TARGET, f"{TARGET}-singleton"])
+def test_every_tensor_is_used_once_and_every_byte_written_once(target: str, hub: Path) -> None:
+    plan = moeglot.plan(hub, target)
     used = [part.name for parts in plan.dense.values() for part in parts]
     assert sorted(used) == sorted(plan.source.others)
     (file,) = plan.shards

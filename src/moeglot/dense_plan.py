@@ -19,6 +19,7 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
     left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
+    taken: list[tuple[Dense, dict[str, str]]] = []
     count = dig(source.config, source.format.family.sparse.count)
     for line, braces in _lines(source, left, target):
         if target.closed and int(braces.get("layer", 0)) >= count:
@@ -35,10 +36,27 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
         _check_heads(source, line, found)
         made[line.key.format(**braces)] = tuple(found)
+        taken.append((line, braces))
     if left and (target.config.only or target.closed):
         more = f" ({len(left) - 1} more)" if len(left) > 1 else ""
         raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it{more}", f"its names: {target.source}", "choose another target format")
+    if target.closed:
+        _check_layers(source, target, taken, range(count))
     return made | {name: (tensor,) for name, tensor in left.items()}
+
+
+def _check_layers(source: Checkpoint, target: Format, taken: list[tuple[Dense, dict[str, str]]], layers: range) -> None:
+    """Raises `TensorMismatch` for a tensor that some layers have, and another of their kind lacks."""
+    found: dict[tuple[Dense, str], set[int]] = {}
+    for line, braces in taken:
+        if "layer" in braces:
+            found.setdefault((line, braces.get("rest", "")), set()).add(int(braces["layer"]))
+    for (line, rest), there in found.items():
+        kind = [layer for layer in layers if not line.only or (layer in source.layers) == (line.only == "sparse")]
+        if lacking := [layer for layer in kind if layer not in there]:
+            wrong = f"{line.hub[0].format(layer=lacking[0], rest=rest)}: missing, and layer {min(there)} has it"
+            which = {"": "", "sparse": " with experts", "dense": " without experts"}[line.only]
+            raise TensorMismatch(wrong, f"{target.name} has it in every layer{which} ({target.source}); {source.known}", "fetch the missing shard")
 
 
 def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) -> None:

@@ -137,6 +137,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield "config.json has no model_type"
     if method := dig(source.config, "quantization_config.quant_method"):
         yield f"config.json says quantization_config.quant_method = {method}"
+    if source.torch_dist == "single":
+        yield ".metadata has a key for each expert"
     for form in candidates[:1]:
         yield from (f"config.json says {key} = {value}" for key, value in form.config.told.items() if value is not None)
         line = form.stored[0]
@@ -146,8 +148,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
 
 def _refutation(form: Format, source: Source) -> Refutation | None:
     """Why this cannot be the format, or None."""
-    if (form.container is not None) != source.torch_dist:
-        return Refutation("container", "it lies in a torch_dist folder" if form.container else "it lies in safetensors files")
+    if (form.container.experts if form.container else "") != source.torch_dist:
+        return Refutation("container", f"its experts lie {form.container.experts} in a torch_dist folder" if form.container else "it lies in safetensors files")
     if source.share and not form.by_rank:
         return Refutation("container", f"the safetensors header says {SHARE} = {source.share}, and {form.name} has all experts")
     model_type = source.config.get("model_type")

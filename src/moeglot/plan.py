@@ -32,6 +32,7 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Share
 from moeglot.survival import Survival
 from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
+from moeglot.torch_dist.keys import Stack
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def plan(
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
-        shards = plan_files(slots, shard_size, _stacked(source), _states(source, target.container))
+        shards = plan_files(slots, shard_size, _stack(source, target.container), _states(source, target.container))
     else:
         shards = plan_shards(slots, shard_size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
@@ -265,10 +266,10 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     return Step(line, layer, sources, encoding, movable, twin(source, line, layer, encoding))
 
 
-def _stacked(source: Checkpoint) -> int:
-    """How many layers are alike, so that a torch_dist checkpoint stacks them; 0 if some have no experts."""
-    count = _count(source)
-    return count if source.layers == tuple(range(count)) else 0
+def _stack(source: Checkpoint, container: TorchDist) -> Stack:
+    """Of layers that are alike, a torch_dist checkpoint stacks all; of those of which some have no experts, none."""
+    count, experts = _count(source), container.experts == "stacked"
+    return Stack(count, experts and source.layers == tuple(range(count)), experts)
 
 
 def _count(source: Checkpoint) -> int:

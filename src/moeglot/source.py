@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moeglot import hub
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
@@ -32,8 +32,8 @@ class Source:
     config: Mapping[str, Any] = field(repr=False)
     metadata: tuple[Mapping[str, str], ...] = field(repr=False)
     single: bool = False
-    torch_dist: bool = False
-    """It is a folder of torch.distributed.checkpoint, not of safetensors."""
+    torch_dist: Literal["", "stacked", "single"] = ""
+    """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
 
     @cached_property
     def last_names(self) -> frozenset[str]:
@@ -86,9 +86,9 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
 
 def _read_torch_dist(name: str, folder: Path) -> Source:
     metadata = _inside(folder / METADATA, _root(folder))
-    entries, files = read_entries(folder)
+    entries, files, experts = read_entries(folder)
     shards = (metadata, *(_inside(file, _root(folder)) for file in files))
-    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=True)
+    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts)
 
 
 def _remote(name: str) -> Source:

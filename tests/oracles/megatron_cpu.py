@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--states", action="store_true", help="the checkpoint is a state dict in safetensors")
     parser.add_argument("--ranks", nargs="*", help="the checkpoint is a folder of state dicts, and process n loads the n-th of these")
     parser.add_argument("--glu-blocks", type=int, default=0, help="gate and up lie in blocks of so many rows")
-    parser.add_argument("--layout", choices=["stacked", "numbered", "single"], default="stacked")
+    parser.add_argument("--layout", choices=["stacked", "numbered", "single"], help="ask the model for this one, not for the checkpoint's")
     args = parser.parse_args()
     stand_in()
     products_of_groups()
@@ -286,7 +286,9 @@ def main() -> None:
     model = build(hf, world, args.te_names, args.grouped)
     if args.glu_blocks:
         in_blocks(model, args.glu_blocks)
-    metadata = {"singleton_local_shards": args.layout == "single", "non_homogeneous_layers": args.layout != "stacked"}
+    metadata = {"singleton_local_shards": args.layout == "single", "non_homogeneous_layers": args.layout != "stacked"} if args.layout else {}
+    if not args.layout and (args.checkpoint / "common.pt").is_file():  # a checkpoint says how it is laid out, and trainers ask it, as here
+        metadata = dist_checkpointing.load_content_metadata(str(args.checkpoint)) or {}
     if args.states or args.ranks:
         model.load_state_dict(load_file(args.checkpoint / "model.safetensors"))
     elif not args.random:
@@ -307,7 +309,7 @@ def main() -> None:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}, args.dump)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "iteration": 1}, str(args.save))
+        dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "iteration": 1}, str(args.save), content_metadata=metadata)
     torch.distributed.destroy_process_group()
 
 

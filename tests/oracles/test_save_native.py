@@ -170,7 +170,7 @@ def test_keys_of_another_producer(tmp_path):
 
 
 @pytest.mark.skipif(VERSION < (5, 6), reason="the same code in all")
-@pytest.mark.parametrize("layout", ["megatron-te", "megatron-grouped", "megatron-torch-dist"])
+@pytest.mark.parametrize("layout", ["megatron-te", "megatron-grouped", "megatron-torch-dist", "megatron-torch-dist-singleton"])
 def test_megatron(layout, tmp_path):
     """A shape that is not how the numbers lie, and names that are Megatron's alone."""
     live = model_of("mixtral", "square")

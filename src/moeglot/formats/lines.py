@@ -239,6 +239,7 @@ def megatron(
         return replace(made, by_rank=container is None)
 
     in_blocks = f"; gate and up in blocks of 32 rows, {BLOCKS}"
+    alone = "; each expert under its number, gate and up as _w and _v, singleton_local_shards"
     engine, dist = "a state dict of transformer-engine's layers with", "a torch_dist checkpoint for transformer-engine's layers"
     legacy = {"megatron-grouped": ("local", "a state dict of the local layers with"), "megatron-te-grouped": ("engine", engine)}
     return (
@@ -249,6 +250,8 @@ def megatron(
         form("megatron-torch-dist", "engine", stacked, dist, TorchDist(states)),
         form("megatron-torch-dist-local", "stored", stacked, "a torch_dist checkpoint for the local layers", TorchDist(plain)),
         form("megatron-torch-dist-glu32", "engine", _in_blocks(stacked), f"{dist}{in_blocks}", TorchDist(states), told=32),
+        form("megatron-torch-dist-singleton", "engine", stacked, f"{dist}{alone}", TorchDist(states, "single")),
+        form("megatron-torch-dist-singleton-local", "stored", stacked, f"a torch_dist checkpoint for the local layers{alone}", TorchDist(plain, "single")),
     )
 
 

@@ -11,14 +11,24 @@ from typing import NamedTuple
 
 LAYERS = "decoder.layers."
 EXPERTS = "experts.experts."
-HALVES = {"_w": 0, "_v": 1}
+HALVES = ("_w", "_v")
+"""What follows a key that holds gate alone, and one that holds up alone."""
 _NAMED = re.compile(r"(?P<layers>decoder\.layers\.)(?P<layer>\d+\.)(?P<rest>.*)")
-_HALF = re.compile(r".*\.linear_fc1\.(weight|bias)_[wv]")
+_GATED = re.compile(r".*\.linear_fc1\.(weight|bias)")
+_HALF = re.compile(_GATED.pattern + "_[wv]")
 _EXPERT = re.compile(r"(?P<before>.*experts\.experts\.)(?P<expert>\d+\.)(?P<after>.*)")
 
 
+class Stack(NamedTuple):
+    """Which numbers in a name are places along an axis: those of `depth` layers, those of experts. Where experts keep theirs, gate is cut from up, too."""
+
+    depth: int
+    layers: bool = True
+    experts: bool = True
+
+
 class Keyed(NamedTuple):
-    """A name's key, and its place along the axes that are stacked there."""
+    """A key, and the place of what a name has of it along the axes that are stacked there."""
 
     key: str
     place: tuple[int, ...]
@@ -32,16 +42,22 @@ class Unstacked(NamedTuple):
     half: int | None
 
 
-def keyed(name: str, layers: bool) -> Keyed:
-    """Our name -> key and place; `layers`: they are stacked."""
+def keyed(name: str, stack: Stack) -> tuple[Keyed, ...]:
+    """Our name -> the keys that hold its rows in turn, each as many: one, or two where gate is cut from up."""
     index = []
-    if layers and (found := _NAMED.fullmatch(name)):
+    if stack.layers and (found := _NAMED.fullmatch(name)):
         name = found["layers"] + found["rest"]
         index.append(int(found["layer"][:-1]))
-    if found := _EXPERT.fullmatch(name):
+    if stack.experts and (found := _EXPERT.fullmatch(name)):
         name = found["before"] + found["after"]
         index.append(int(found["expert"][:-1]))
-    return Keyed(name, tuple(index))
+    halves = ("",) if stack.experts or not _GATED.fullmatch(name) else HALVES
+    return tuple(Keyed(name + half, tuple(index)) for half in halves)
+
+
+def has_expert(key: str) -> bool:
+    """It is a key of one expert alone."""
+    return _EXPERT.fullmatch(key) is not None
 
 
 def unstacked(key: str) -> Unstacked:
@@ -53,5 +69,5 @@ def unstacked(key: str) -> Unstacked:
     if EXPERTS in name and not _EXPERT.fullmatch(name):
         name, axes = name.replace(EXPERTS, EXPERTS + "{}.", 1), axes + 1
     if _HALF.fullmatch(name):
-        name, half = name[:-2], HALVES[name[-2:]]
+        name, half = name[:-2], HALVES.index(name[-2:])
     return Unstacked(name, axes, half)

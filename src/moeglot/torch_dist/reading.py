@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile
 from moeglot.shards import Entry
 from moeglot.torch_dist.blobs import find_numbers
 from moeglot.torch_dist.inert import Record, is_a, look_at, numbers
-from moeglot.torch_dist.keys import unstacked
+from moeglot.torch_dist.keys import HALVES, has_expert, unstacked
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ STATES = "._extra_state"
 TRAINING = ("optimizer.", "chained_", "optimizer_state", "opt_param_scheduler", "rng_state", "rerun_state_machine_state")
 """Beginnings of keys that are the training run's, and no weights."""
 Shape = tuple[int, ...]
+Found = tuple[dict[str, Entry], tuple[Path, ...], Literal["stacked", "single"]]
 
 
 class Chunk(NamedTuple):
@@ -89,23 +90,22 @@ def is_torch_dist(folder: Path) -> bool:
     return (folder / METADATA).is_file()
 
 
-def read_entries(folder: Path) -> tuple[dict[str, Entry], tuple[Path, ...]]:
-    """(name -> tensor, the files that hold them); training state is left aside. Raises `BrokenFile`."""
+def read_entries(folder: Path) -> Found:
+    """(name -> tensor, the files that hold them, how experts lie there); training state is left aside. Raises `BrokenFile`."""
     try:
         return _read(folder, look_at((folder / METADATA).read_bytes(), METADATA))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _refuse(METADATA, "it is not what torch.distributed.checkpoint writes", str(error).split("\n")[0]) from error
 
 
-def _read(folder: Path, said: Any) -> tuple[dict[str, Entry], tuple[Path, ...]]:
+def _read(folder: Path, said: Any) -> Found:
     tensors, places = (getattr(said, name, None) for name in ("state_dict_metadata", "storage_data"))
     if not isinstance(tensors, dict) or not isinstance(places, dict):
         raise _refuse(METADATA, "it does not say which tensors there are", "it has no state_dict_metadata or no storage_data")
     stored = _places(folder, places)
     found: dict[str, list[tuple[int | None, str, Shape, list[Run]]]] = {}
-    for key, described in tensors.items():
-        if key.startswith(TRAINING) or STATES in key:
-            continue
+    weights = {key: described for key, described in tensors.items() if not key.startswith(TRAINING) and STATES not in key}
+    for key, described in weights.items():
         if not is_a(described, "TensorStorageMetadata"):
             raise _refuse(key, "an object that is no tensor", "it is neither an _extra_state nor known training state")
         dtype, shape, chunks = _described(key, described, stored)
@@ -114,7 +114,7 @@ def _read(folder: Path, said: Any) -> tuple[dict[str, Entry], tuple[Path, ...]]:
             found.setdefault(template.format(*index), []).append((half, dtype, shape[axes:], runs))
     entries = {name: _entry(name, parts) for name, parts in found.items()}
     files = {run.chunk.path for entry in entries.values() for run in entry.runs}
-    return dict(entries), tuple(sorted(files))
+    return dict(entries), tuple(sorted(files)), "single" if any(map(has_expert, weights)) else "stacked"
 
 
 def _refuse(what: str, wrong: str, known: str) -> BrokenFile:
@@ -176,8 +176,12 @@ def _by_index(key: str, shape: Shape, axes: int, chunks: list[Chunk]) -> dict[Sh
 def _entry(name: str, parts: list[tuple[int | None, str, Shape, list[Run]]]) -> ChunkedEntry:
     """One tensor from one key, or from the two that hold gate and up."""
     parts = sorted(parts, key=lambda part: part[0] or 0)
-    if [half for half, *_ in parts] not in ([None], [0, 1]) or len({(dtype, shape) for _, dtype, shape, _ in parts}) > 1:
-        raise _refuse(name, "stored twice, or half of it is missing", f"{len(parts)} keys hold it")
+    halves = [half for half, *_ in parts]
+    held = ", ".join(f"{name}{'' if half is None else HALVES[half]} {dtype} {list(shape)}" for half, dtype, shape, _ in parts)
+    if halves in ([0], [1]):
+        raise _refuse(name, "gate or up is missing", f"it is in two keys, and here is {held} alone")
+    if halves not in ([None], [0, 1]) or len({(dtype, shape) for _, dtype, shape, _ in parts}) > 1:
+        raise _refuse(name, "stored twice, or gate and up differ", f"here are {held}")
     runs, rows, dtype, shape = [], 0, parts[0][1], parts[0][2]
     for _, _, _, own in parts:
         runs += [run._replace(offsets=(run.offsets[0] + rows, *run.offsets[1:])) if run.offsets else run for run in own]

@@ -1,7 +1,7 @@
 """The files of a torch_dist checkpoint to be written: which chunk lies where, known before the first byte is, and what .metadata then says.
 
 One chunk holds one matrix of one expert or layer: gate and up apart, as Megatron-Core cuts them. metadata.json and common.pt are in the form that
-megatron-core 0.16 and its successors read.
+megatron-core 0.16 and its successors read: `content_metadata` is what a loader asks its model for (`dist_checkpointing.load_content_metadata`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -21,20 +21,22 @@ from moeglot.dtypes import DTYPES
 from moeglot.errors import TensorMismatch
 from moeglot.shards import Piece, Slot
 from moeglot.torch_dist.blobs import STORAGES, Frame, frame, saved
-from moeglot.torch_dist.keys import Keyed, keyed
+from moeglot.torch_dist.keys import EXPERTS, LAYERS, Keyed, Stack, keyed
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, STATES
 
 LARGEST = 1 << 30
 """Bytes of the largest chunk; a reader reads a chunk as a whole."""
 COMMON = "common.pt"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+SINGLE = {"content_metadata": {"singleton_local_shards": True}}
+"""What common.pt says beside its version where experts keep their numbers."""
 NO_STATE = [None]
 """What Megatron-Core keeps of an _extra_state without content."""
 Shape = tuple[int, ...]
 
 
 class Cut(NamedTuple):
-    """A chunk of a tensor to be written: which rows of which name, and where in its key."""
+    """A chunk of a tensor to be written: how many rows of which name, and where in which key."""
 
     slot: Slot
     keyed: Keyed
@@ -69,19 +71,19 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True)
 class DistFile:
-    """One .distcp file. `extents`: key -> length of its stacked axes; `states`: keys of objects without content, which lie at the end of the file."""
+    """One .distcp file. `shapes`: key -> shape of the whole; `states`: keys of objects without content, which lie at the end of the file."""
 
     file: str
     slots: tuple[Slot, ...]
-    layers: bool
-    extents: dict[str, Shape]
+    stack: Stack
+    shapes: dict[str, Shape]
     states: tuple[str, ...] = ()
 
     @cached_property
     def placed(self) -> tuple[Placed, ...]:
         at, found = 0, []
         for slot in self.slots:
-            for cut in _cuts(slot, self.layers):
+            for cut in _cuts(slot, self.stack):
                 found.append(Placed(cut, at, frame(DTYPES[slot.dtype], cut.sizes, at)))
                 at += found[-1].length
         return tuple(found)
@@ -115,63 +117,64 @@ class DistFile:
         return self._end + (len(saved(NO_STATE)) if self.states else 0)
 
 
-def _cuts(slot: Slot, layers: bool) -> Iterator[Cut]:
+def _cuts(slot: Slot, stack: Stack) -> Iterator[Cut]:
     """A tensor -> its chunks: one for each matrix that lies in it, or several of at most `LARGEST` bytes."""
-    at, rows = keyed(slot.name, layers), slot.shape[0] if slot.shape else 1
-    each = rows // slot.cuts
+    keys, rows = keyed(slot.name, stack), slot.shape[0] if slot.shape else 1
+    each, share = rows // max(slot.cuts, len(keys)), rows // len(keys)
     step = max(1, min(each, LARGEST * rows // max(1, slot.nbytes)))
     for first in range(0, rows, each):
         for begin in range(first, first + each, step):
-            yield Cut(slot, at, begin, min(step, first + each - begin))
+            yield Cut(slot, keys[begin // share], begin % share, min(step, first + each - begin))
 
 
-def plan_files(slots: Iterable[Slot], file_size: int, layers: int, states: Iterable[str]) -> tuple[DistFile, ...]:
-    """Tensors in their order -> files of about `file_size` bytes. `layers`: how many are stacked, 0 if each keeps its name.
+def plan_files(slots: Iterable[Slot], file_size: int, stack: Stack, states: Iterable[str]) -> tuple[DistFile, ...]:
+    """Tensors in their order -> files of about `file_size` bytes.
 
     Raises `TensorMismatch` for a tensor that some layers or experts lack or have in another shape.
     """
     slots = list(slots)
-    extents = _extents(slots, layers)
+    shapes = _shapes(slots, stack)
     groups: list[list[Slot]] = [[]]
     for slot in slots:
         if groups[-1] and sum(one.nbytes for one in groups[-1]) + slot.nbytes > file_size:
             groups.append([])
         groups[-1].append(slot)
-    named = tuple(dict.fromkeys(_state_key(name, layers, extents, slots) for name in states))
-    return tuple(DistFile(f"__0_{n}.distcp", tuple(group), layers > 0, extents, () if n else named) for n, group in enumerate(groups))
+    experts = next((shape[stack.layers] for key, shape in shapes.items() if EXPERTS in key), 0) if stack.experts else 0
+    named = tuple(dict.fromkeys(_state_key(name, stack, experts) for name in states))
+    return tuple(DistFile(f"__0_{n}.distcp", tuple(group), stack, shapes, () if n else named) for n, group in enumerate(groups))
 
 
-def _extents(slots: list[Slot], layers: int) -> dict[str, Shape]:
-    """Key -> length of its stacked axes; every place along them is taken once, by tensors that are alike."""
+def _shapes(slots: list[Slot], stack: Stack) -> dict[str, Shape]:
+    """Key -> shape of the whole; every place along its stacked axes is taken once, by tensors that are alike."""
     found = defaultdict[str, dict[Shape, Slot]](dict)
     for slot in slots:
-        key, index = keyed(slot.name, layers > 0)
-        if index in found[key]:
-            raise TensorMismatch(f"{slot.name}: written twice", f"{key} has one place for it", "report this as a bug")
         if slot.dtype not in STORAGES:
             raise TensorMismatch(f"{slot.name}: {slot.dtype}", f"a torch_dist checkpoint holds {', '.join(STORAGES)}", "decode it: pass --encode bfloat16")
-        found[key][index] = slot
-    extents = {}
+        keys = keyed(slot.name, stack)
+        for key, index in keys:
+            if index in found[key]:
+                raise TensorMismatch(f"{slot.name}: written twice", f"{key} has one place for it", "report this as a bug")
+            found[key][index] = replace(slot, shape=(slot.shape[0] // len(keys), *slot.shape[1:])) if slot.shape else slot
+    shapes = {}
     for key, places in found.items():
         first = next(iter(places.values()))
         length = tuple(max(numbers) + 1 for numbers in zip(*places, strict=True))
-        if layers and length and key.startswith("decoder.layers."):
-            length = (layers, *length[1:])
+        if stack.layers and length and key.startswith(LAYERS):
+            length = (stack.depth, *length[1:])
         if missing := next((index for index in product(*map(range, length)) if index not in places), None):
             known = f"layers and experts are the first axes of one tensor {key}, and {first.name} is there"
             raise TensorMismatch(f"{key}: nothing for layer and expert {missing}", known, "fetch the missing shard; a model whose layers differ is not stacked")
         if other := next((slot for slot in places.values() if (slot.shape, slot.dtype) != (first.shape, first.dtype)), None):
             known = f"{key} holds both; {first.name} is {first.dtype} {list(first.shape)}"
             raise TensorMismatch(f"{other.name}: {other.dtype} {list(other.shape)}", known, "check the source; one tensor has one dtype and shape")
-        extents[key] = length
-    return extents
+        shapes[key] = (*length, *first.shape)
+    return shapes
 
 
-def _state_key(name: str, layers: int, extents: dict[str, Shape], slots: list[Slot]) -> str:
+def _state_key(name: str, stack: Stack, experts: int) -> str:
     """The key of a module's _extra_state: its place along the stacked axes, and their lengths, are in it."""
-    key, index = keyed(name + STATES, layers > 0)
-    experts = next((length[-1] for stacked, length in extents.items() if "experts.experts." in stacked), 0)
-    lengths = ([layers] if layers and name.startswith("decoder.layers.") else []) + ([experts] if "experts.experts." in name else [])
+    ((key, index),) = keyed(name + STATES, stack)
+    lengths = ([stack.depth] if stack.layers and name.startswith(LAYERS) else []) + ([experts] if stack.experts and EXPERTS in name else [])
     return f"{key}/shard_{'.'.join(map(str, index or (0,)))}_{'.'.join(map(str, lengths or (1,)))}"
 
 
@@ -195,7 +198,7 @@ def finish(folder: Path, files: tuple[DistFile, ...]) -> None:
             (key, _), slot = placed.cut.keyed, placed.cut.slot
             offsets = torch.Size(placed.cut.offsets)
             if key not in tensors:
-                tensors[key] = TensorStorageMetadata(TensorProperties(DTYPES[slot.dtype].torch), torch.Size((*file.extents[key], *slot.shape)), [])
+                tensors[key] = TensorStorageMetadata(TensorProperties(DTYPES[slot.dtype].torch), torch.Size(file.shapes[key]), [])
             described = tensors[key]
             assert isinstance(described, TensorStorageMetadata)
             described.chunks.append(ChunkStorageMetadata(offsets, torch.Size(placed.cut.sizes)))
@@ -205,4 +208,4 @@ def finish(folder: Path, files: tuple[DistFile, ...]) -> None:
             places[MetadataIndex(key)] = _StorageInfo(file.file, file._end, len(saved(NO_STATE)))
     (folder / METADATA).write_bytes(pickle.dumps(Metadata(tensors, storage_data=places)))
     (folder / DESCRIPTION).write_text(json.dumps(BACKEND), encoding="utf-8")
-    (folder / COMMON).write_bytes(saved({"checkpoint_version": 3.0}))
+    (folder / COMMON).write_bytes(saved({"checkpoint_version": 3.0, **({} if files[0].stack.experts else SINGLE)}))
