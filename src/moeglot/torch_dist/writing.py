@@ -134,11 +134,13 @@ def plan_files(slots: Iterable[Slot], file_size: int, stack: Stack, states: Iter
     """
     slots = list(slots)
     shapes = _shapes(slots, stack)
-    groups: list[list[Slot]] = [[]]
+    groups, held = list[list[Slot]]([[]]), 0
     for slot in slots:
-        if groups[-1] and sum(one.nbytes for one in groups[-1]) + slot.nbytes > file_size:
+        if groups[-1] and held + slot.nbytes > file_size:
             groups.append([])
+            held = 0
         groups[-1].append(slot)
+        held += slot.nbytes
     experts = next((shape[stack.layers] for key, shape in shapes.items() if EXPERTS in key), 0) if stack.experts else 0
     named = tuple(dict.fromkeys(_state_key(name, stack, experts) for name in states))
     return tuple(DistFile(f"__0_{n}.distcp", tuple(group), stack, shapes, () if n else named) for n, group in enumerate(groups))
