@@ -15,7 +15,6 @@ from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.floats import row_pairs
-from moeglot.floats import values as plain
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
@@ -99,27 +98,26 @@ class Rounded:
 
     def matrix(self, layer: int, expert: int) -> Matrix:
         """role -> [out, in] of one expert, as the target must hold it; the roles of a stored slice are made once, if they are asked for one after the other."""
-        declared, made = right(self.plan.source, layer, expert), dict[str, Encoded]()
+        declared = right(self.plan.source, layer, expert)
+        made: Mapping[str, Encoded] = {}
 
         def role(name: str) -> Encoded:
+            nonlocal made
             step = self.steps.get((layer, name))
             merged = step is not None and self.plan.merges(step, expert)
             if step is None or not (merged or step.verb in self.lossy):
                 return declared(name)
             if name not in made:
-                made.clear()
-                made.update(self._made(step, expert, merged))
+                made = {}
+                made = self._made(step, expert, merged)
             return made[name]
 
         return role
 
-    def _made(self, step: Step, expert: int, merged: bool) -> dict[str, Encoded]:
-        import torch
-
+    def _made(self, step: Step, expert: int, merged: bool) -> Mapping[str, Encoded]:
         parts, _ = make(self.plan, Unit("again", step, expert, merged=merged))
         stored = Encoded(step.target, parts, step.line.expert_shape(self.plan.source.sizes))
-        movable = step.line.movable(step.target, self.plan.source.sizes)
-        return step.line.split(stored if movable else plain(stored.decode(torch.float32)))
+        return self.plan.source.split(step.line, stored)
 
     def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
         """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""

@@ -20,13 +20,13 @@ from moeglot.encoding import Encoded, Encoding, LazyEncoded
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
 from moeglot.evidence import decide
 from moeglot.family import dig
-from moeglot.floats import values
 from moeglot.format import Dense, Format
 from moeglot.identify import Identification, identify
 from moeglot.layout import Stored
 from moeglot.shards import Entry
 from moeglot.share import SHARE, Share, held
 from moeglot.source import Source, read_source
+from moeglot.straddled import Straddled
 from moeglot.structure import structure_problems
 
 
@@ -90,17 +90,13 @@ class Checkpoint:
             parts[part.name] = stored.view(line.slice_shape(part, self.sizes))
         return Encoded(encoding, parts, line.expert_shape(self.sizes))
 
-    def expert(self, line: Stored, layer: int, expert: int) -> dict[str, Encoded]:
-        """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32."""
+    def expert(self, line: Stored, layer: int, expert: int) -> Mapping[str, Encoded]:
+        """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32 when it is asked for."""
         return self.split(line, self.checked(line, layer, expert))
 
-    def split(self, line: Stored, stored: Encoded) -> dict[str, Encoded]:
-        """One expert's slice -> role -> [out, in]; still encoded where no block straddles a cut, else decoded to float32."""
-        if not line.movable(stored.encoding, self.sizes):
-            import torch
-
-            stored = values(stored.decode(torch.float32))
-        return line.split(stored)
+    def split(self, line: Stored, stored: Encoded) -> Mapping[str, Encoded]:
+        """One expert's slice -> role -> [out, in], as `expert` has it."""
+        return line.split(stored) if line.movable(stored.encoding, self.sizes) else Straddled(line, stored)
 
     def checked(self, line: Stored, layer: int, expert: int) -> Encoded:
         """As `stored`; raises `BadNumbers` for parts that are impossible."""

@@ -30,7 +30,7 @@ class Misreading:
 
 def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
     """The declared reading, one role at a time; what lies together and needs no decoding to be taken apart is read and checked once."""
-    found: dict[str, dict[str, Encoded]] = {}
+    found: dict[str, Mapping[str, Encoded]] = {}
 
     def matrix(role: str) -> Encoded:
         line = checkpoint.format.line_of(role)
