@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.dense import DenseTensor
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
 from moeglot.format import Dense, Format
@@ -19,9 +19,8 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
     left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
-    count = dig(source.config, source.format.family.sparse.count)
     for line, braces in _lines(source, left, target):
-        if target.closed and int(braces.get("layer", 0)) >= count:
+        if target.closed and int(braces.get("layer", 0)) >= len(source.stage):
             continue  # a layer for multi-token prediction, or one that config.json does not know
         names = [name.format(**braces) for name in line.hub]
         found = [left.pop(name) for name in names if name in left]
@@ -34,11 +33,17 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
         _check_heads(source, line, found)
-        made[line.key.format(**braces)] = tuple(found)
+        made[line.key.format(**braces)] = tuple(_padded(source, tensor) for tensor in found) if line.padded else tuple(found)
     if left and (target.config.only or target.closed):
         more = f" ({len(left) - 1} more)" if len(left) > 1 else ""
         raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it{more}", f"its names: {target.source}", "choose another target format")
     return made | {name: (tensor,) for name, tensor in left.items()}
+
+
+def _padded(source: Checkpoint, tensor: DenseTensor) -> DenseTensor:
+    """Words, or what predicts them, with as many rows more as this process is to have."""
+    rows = source.share.words // source.tp if source.share and source.share.words else 0
+    return tensor.part(tensor.name, 0, range(rows)) if rows > tensor.shape[0] and isinstance(tensor, HubTensor | DecodedTensor) else tensor
 
 
 def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) -> None:
@@ -46,7 +51,7 @@ def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) ->
     if not line.heads:
         return
     rows = tuple(tensor.shape[0] for tensor in tensors)
-    shares, groups = line.shares(source.config, sum(rows)), line.groups(source.config)
+    shares, groups = line.shares(source.config, sum(rows), source.tp), line.groups(source.config, source.tp)
     if shares is None or rows != tuple(groups * share for share in shares):
         told = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
         said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys(line.heads))

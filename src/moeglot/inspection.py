@@ -57,9 +57,9 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
         *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
         *([("unverified", c.format.family.unverified)] if c.format.family.unverified else []),
         *([("as they were", f"the experts of layers {', '.join(map(str, c.format.unlike))}, in whole or in part")] if c.format.unlike else []),
-        *([("share", f"{c.share}: experts {numbers(c)[0]} to {numbers(c)[-1]} of {whole_sizes(c)['e']}, numbered from 0")] if c.share else []),
+        *([("share", _share(c))] if c.share else []),
         ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
-        ("layers", f"{len(c.layers)} with experts of {dig(c.config, c.format.family.sparse.count)}"),
+        ("layers", f"{len(c.layers)} with experts of {len(c.stage) if c.share else dig(c.config, c.format.family.sparse.count)}"),
         (
             "experts",
             f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}",
@@ -70,6 +70,13 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
     table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
     if found := list(findings):
         table(console, "worth knowing", ("about", ""), [(f.about, safe(console, f.what)) for f in found])
+
+
+def _share(c: Checkpoint) -> str:
+    """Whose this is: which experts and layers, and what else is divided."""
+    mine, stage, all_layers = numbers(c), c.stage, dig(c.config, c.format.family.sparse.count)
+    layers = f", layers {stage[0]} to {stage[-1]} of {all_layers}" if len(stage) < all_layers else ""
+    return f"{c.share}: experts {mine[0]} to {mine[-1]} of {whole_sizes(c)['e']}{layers}, numbered from 0"
 
 
 def show_outline(console: Console, rows: Iterable[Row], most: int = 40) -> None:

@@ -20,7 +20,6 @@ from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
-from moeglot.family import dig
 from moeglot.format import Dense, Format, TorchDist
 from moeglot.formats import by_name, of_family
 from moeglot.identify import written_marks
@@ -29,12 +28,14 @@ from moeglot.merging import Change, Merged, MergedPart
 from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
-from moeglot.share import Share
+from moeglot.share import Asked, Share
 from moeglot.survival import Survival
 from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from moeglot.adapter import Adapter
 
 SHARD_SIZE = 5_000_000_000
@@ -185,17 +186,16 @@ def plan(
     round: str = "nearest",
     keep_touched: str | None = None,
     shard_size: int = SHARD_SIZE,
-    ep_rank: int | None = None,
-    ep_size: int | None = None,
+    **ranks: Unpack[Asked],
 ) -> Plan:
     """The plan of a conversion to the format named `to`, by default the source's own; raises `MoeglotError` for what cannot be done, before a byte is
     written. `adapter`: its change is added, and the sums are rounded as `round` says. `keep_touched`: in each layer, the matrices of a role that it changes
-    for some expert stay in that float type, where the target can say so. `ep_rank`, `ep_size`: the experts of that process alone, see `convert`.
+    for some expert stay in that float type, where the target can say so. `ranks`: what one process of several holds, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
     wanted = encoding_by_name(encode) if encode else None
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
-    share = Share.asked(ep_rank, ep_size)
+    share = Share.asked(**ranks)
     change = _change(source, adapter, round, share or source.share)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
@@ -233,7 +233,7 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
             raise UsageError(f"--round {round} without an adapter", "it says how weights with an adapter's change are rounded", "pass --adapter DIR too")
         return None
     if share:
-        raise UsageError(f"an adapter, and the experts of {share}", "its factors are those of all experts", "merge it into the whole model, then convert that")
+        raise UsageError(f"an adapter, and what {share} holds", "its factors are those of the whole model", "merge it into the whole model, then convert that")
     if isinstance(adapter, str | Path):
         from moeglot.adapter import open_adapter
 
@@ -272,7 +272,7 @@ def _stacked(source: Checkpoint) -> int:
 
 
 def _count(source: Checkpoint) -> int:
-    return int(dig(source.config, source.format.family.sparse.count))
+    return source.format.family.count(source.config)
 
 
 def _states(source: Checkpoint, container: TorchDist) -> Iterator[str]:

@@ -28,7 +28,7 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     """The bytes of a unit: part -> tensor in stored axes (one expert's slice, or a tensor that is no expert), and what was lost."""
     if unit.step is None:
         found = [_dense(part) for part in unit.parts]
-        groups = unit.line.groups(plan.source.config) if unit.line else 1
+        groups = unit.line.groups(plan.source.config, plan.source.tp) if unit.line else 1
         return {"value": taking_turns([tensor for tensor, _ in found], groups)}, sum((loss for _, loss in found), Loss())
     if unit.step.line.per_expert:
         return _made(plan, unit.step, unit)
@@ -181,7 +181,7 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
         return part.read(), Loss()
     import torch
 
-    given = part.exact().decode(torch.float32)
+    given = part.decode(torch.float32)
     coded = {"value": given.to(DTYPES[part.dtype].torch)}
     return coded["value"], measure(given, Encoded(Plain(part.dtype), coded, tuple(given.shape)))
 

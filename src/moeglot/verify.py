@@ -27,7 +27,8 @@ def verify(
 ) -> Report:
     """Structure and numbers of a checkpoint; with `against`, its values and forward as well.
 
-    `against`: another checkpoint, a fingerprint (.json), a `Side`, or "transformers" for the modules of the installed library.
+    `against`: another checkpoint, a fingerprint (.json), a `Side`, or "transformers" for the modules of the installed library. Of what one process of several
+    holds, the tensors that are no experts are compared with those of the other checkpoint, too: they are divided as well.
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
@@ -37,6 +38,7 @@ def verify(
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
         checks.append(values(subject, other, workers=workers, progress=progress))
+        checks += [others(subject, other)] if subject.share else []
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
     if other is not None:
@@ -73,7 +75,7 @@ def structure(checkpoint: Checkpoint) -> Check:
         wrong = first.wrong if isinstance(first, MoeglotError) else str(first)
         return Check("structure", "does not hold", "keys, dtypes and shapes", f"{wrong} ({len(found)} problems)", {"problems": len(found)})
     experts = len(checkpoint.layers) * checkpoint.sizes["e"]
-    whose = f", those of {checkpoint.share}" if checkpoint.share else ""
+    whose = f", what {checkpoint.share} holds" if checkpoint.share else ""
     return Check("structure", "holds", "keys, dtypes and shapes", f"{tensors} tensors of {experts} experts, each once{whose}", {"experts": experts})
 
 
@@ -127,7 +129,7 @@ def comparable(a: Checkpoint, b: Checkpoint) -> None:
     """One family, one size; raises `Contradiction`."""
     if a.share != b.share:
         wrong = f"{a.source.name} has {_which(a)}, {b.source.name} {_which(b)}"
-        raise Contradiction(wrong, "moeglot compares the experts that the first one has", f"pass {b.source.name} first")
+        raise Contradiction(wrong, "moeglot compares what the first one has", f"pass {b.source.name} first")
     letters = [letter for letter in ("e", "h", "i", "j") if a.sizes.get(letter) != b.sizes.get(letter)]
     if a.format.family != b.format.family or letters or a.layers != b.layers:
         raise Contradiction(
@@ -138,7 +140,7 @@ def comparable(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def _which(checkpoint: Checkpoint) -> str:
-    return f"the experts of {checkpoint.share}" if checkpoint.share else "all experts"
+    return f"what {checkpoint.share} holds" if checkpoint.share else "the whole model"
 
 
 def difference(mine: Encoded, theirs: Encoded) -> float:
