@@ -29,7 +29,7 @@ LAYERS = (
     {"hub_names"},
     {"identify", "structure", "profiles", "outline"},
     {"evidence"},
-    {"checkpoint", "adapter_config", "adapter_evidence"},
+    {"checkpoint", "gathered", "adapter_config", "adapter_evidence"},
     {"divided"},
     {"adapter_identify", "adapter_parts"},
     {"adapter_targets"},

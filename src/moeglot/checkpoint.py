@@ -83,6 +83,10 @@ class Checkpoint:
         """The layers here that have experts."""
         return self.format.family.held_layers(self.config, self.source.share)
 
+    def problems(self) -> Iterator[Exception]:
+        """Every way in which the tensors are not what the format says."""
+        return structure_problems(self.source, self.format, self.sizes, self.layers, self.config, self.known)
+
     def line(self, line: Stored, layer: int) -> Stored:
         """A line of the format as this layer has it: the same roles along the same axes, perhaps not quantized."""
         return next(mine for mine in self.format.lines(layer) if mine.roles == line.roles)
@@ -225,24 +229,32 @@ class Checkpoint:
 
 def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
     """Every structural problem of a checkpoint."""
-    c = checkpoint
-    return structure_problems(c.source, c.format, c.sizes, c.layers, c.config, c.known)
+    return checkpoint.problems()
 
 
 def open(path: str | Path, format: str | None = None, *, headers_only: bool = False) -> Checkpoint:
-    """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for.
+    """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for. A folder that has one for
+    each process of several is what they hold together.
 
     With `headers_only`, the weights of a Hub id stay where they are: enough to inspect it.
     Where several formats fit all declarations, a few experts' numbers are read, and decide or not.
     Raises `FormatError` where the format cannot be told and `CheckpointError` where the tensors are not what it says.
     """
+    from moeglot.gathered import gather
+
     with _without_collector():
         source = read_source(path, headers_only)
-        identification = identify(source, format)
-        if len(identification.candidates) > 1 and not headers_only:
-            identification = _ask_the_numbers(source, identification)
-        checkpoint = Checkpoint(source, identification.settled(source.name), identification)
-        found = list(islice(problems(checkpoint), 100))
+        if source.ranks:
+            return gather(source, tuple(_opened(rank, format, headers_only) for rank in source.ranks))
+        return _opened(source, format, headers_only)
+
+
+def _opened(source: Source, format: str | None, headers_only: bool) -> Checkpoint:
+    identification = identify(source, format)
+    if len(identification.candidates) > 1 and not headers_only:
+        identification = _ask_the_numbers(source, identification)
+    checkpoint = Checkpoint(source, identification.settled(source.name), identification)
+    found = list(islice(problems(checkpoint), 100))
     if found:
         first = found[0]
         if len(found) > 1 and isinstance(first, TensorMismatch):

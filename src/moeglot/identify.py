@@ -97,6 +97,7 @@ class Identification:
 def identify(path: Source | str | Path, format: str | None = None) -> Identification:
     """Ask the user, our mark, the producer's marks. Raises `Contradiction` where two declarations disagree."""
     source = path if isinstance(path, Source) else read_source(path, headers_only=True)
+    source = source.ranks[0] if source.ranks else source
     if format is not None:
         form = _settled(by_name(format), source)
         return Identification(form, (f"--format {format}",), (form,), {})

@@ -11,6 +11,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.divided import numbers, share_json, whole_sizes
 from moeglot.evidence import Weighed, evidence_json
 from moeglot.family import dig
+from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 from moeglot.lint import Finding
 from moeglot.outline import Row
@@ -28,6 +29,7 @@ def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep:
         "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items() if refutation.by != "family"},
         "sizes": dict(c.sizes),
         "share": share_json(c),
+        **({"ranks": [{"folder": rank.source.folder.name, **(share_json(rank) or {})} for rank in c.ranks]} if isinstance(c, Gathered) else {}),
         "layers": list(c.layers),
         "stored": [_stored_json(c, line) for line in c.format.all_lines],
         "not_quantized": sorted(c.format.unlike),
@@ -58,6 +60,7 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
         *([("unverified", c.format.family.unverified)] if c.format.family.unverified else []),
         *([("as they were", f"the experts of layers {', '.join(map(str, c.format.unlike))}, in whole or in part")] if c.format.unlike else []),
         *([("share", _share(c))] if c.share else []),
+        *((("ranks" if not n else "", f"{rank.source.folder.name}: {_share(rank)}") for n, rank in enumerate(c.ranks)) if isinstance(c, Gathered) else ()),
         ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
         ("layers", f"{len(c.layers)} with experts of {len(c.stage) if c.share else dig(c.config, c.format.family.sparse.count)}"),
         (

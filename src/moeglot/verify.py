@@ -16,6 +16,7 @@ from moeglot.errors import Contradiction, MoeglotError
 from moeglot.fingerprint import Fingerprint
 from moeglot.floats import row_pairs
 from moeglot.forward import Side, checkpoint_side, forward
+from moeglot.gathered import Gathered
 from moeglot.misreadings import right
 
 SLAB = 1 << 21
@@ -34,7 +35,7 @@ def verify(
     other = _side(subject, against)
     if isinstance(other, Fingerprint):
         other = other.of(subject)
-    checks = [structure(subject)]
+    checks = [structure(subject), *([copies(subject)] if isinstance(subject, Gathered) else [])]
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
         checks.append(values(subject, other, workers=workers, progress=progress))
@@ -77,6 +78,19 @@ def structure(checkpoint: Checkpoint) -> Check:
     experts = len(checkpoint.layers) * checkpoint.sizes["e"]
     whose = f", what {checkpoint.share} holds" if checkpoint.share else ""
     return Check("structure", "holds", "keys, dtypes and shapes", f"{tensors} tensors of {experts} experts, each once{whose}", {"experts": experts})
+
+
+def copies(subject: Gathered) -> Check:
+    """What several processes hold whole and is no expert has the same bytes in all; copies of experts are compared wherever one is read."""
+    wrong = []
+    for tensor in subject.dense.values():
+        try:
+            tensor.same(tensor)
+        except Contradiction as error:
+            wrong.append(error.wrong)
+    if wrong:
+        return Check("values", "does not hold", "copies", f"{wrong[0]} ({len(wrong)} tensors)", {"unequal": len(wrong)})
+    return Check("values", "holds", "copies", f"{len(subject.ranks)} folders agree in what they have in common", {"unequal": 0})
 
 
 def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | None = None) -> Check:

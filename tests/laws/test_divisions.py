@@ -1,4 +1,4 @@
-"""Laws of dividing: one process gets what Megatron-Core's own rules cut out of the state dict of the whole."""
+"""Laws of dividing: one process gets what Megatron-Core's own rules cut out of the state dict of the whole; and all of them together are the model again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from divisions import DIVISIONS, cut, divide, model, processes, ranks
+from divisions import DIVISIONS, HUB, cut, divide, model, processes, ranks
 from safetensors.torch import load_file
 
 import moeglot
@@ -26,7 +26,7 @@ WAYS += [("gpt-oss/megatron-te", "tp and ep", "e=h=i"), ("qwen3-moe/megatron-gro
 
 
 @pytest.mark.parametrize(("name", "division", "size"), WAYS)
-def test_megatron_would_cut_it_so(name: str, division: str, size: str, tmp_path: Path) -> None:
+def test_megatron_would_cut_it_so_and_every_byte_returns(name: str, division: str, size: str, tmp_path: Path) -> None:
     family, _, short = name.partition("/")
     sizes, layers = SIZES[size], 4 if size == "h=i" else 2
     source = model(tmp_path / "hub", family, sizes, layers)
@@ -38,3 +38,7 @@ def test_megatron_would_cut_it_so(name: str, division: str, size: str, tmp_path:
         written = load_file(out / f"rank{process}" / "model.safetensors")
         assert written.keys() == wanted.keys()
         assert [key for key, tensor in wanted.items() if not torch.equal(tensor, written[key])] == []
+    assert moeglot.convert(out, HUB[family], tmp_path / "again", workers=1).report.verdict == "holds"
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert [key for key, tensor in before.items() if not torch.equal(tensor, after[key]) or tensor.dtype != after[key].dtype] == []

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("megatron.core")
 
 import torch
+from divisions import processes, ranks
 from safetensors.torch import load_file
-from test_megatron import LIMIT, VOCABULARY, apart, hub_logits, hub_model, told
+from test_megatron import HUB, LIMIT, VOCABULARY, apart, hub_logits, hub_model, told
 
 import moeglot
 
@@ -36,18 +37,6 @@ CASES = [
 """Family, sizes, format (SequentialMLP, or the legacy GroupedMLP), and among how many processes what is divided."""
 
 
-def processes(division: dict[str, int]) -> int:
-    return max(division.get("tp", 1), division.get("etp", 1) * division.get("ep", 1)) * division.get("pp", 1)
-
-
-def ranks(division: dict[str, int], process: int) -> dict[str, int]:
-    """The place of a process, as `parallel_state.RankGenerator` orders them: first by tensor parallelism, at last by the stages of the pipeline."""
-    sizes = {"tp": 1, "etp": 1, "pp": 1, "ep": 1} | division
-    place = {"tp": process % sizes["tp"], "etp": process % sizes["etp"], "pp": process * sizes["pp"] // processes(division)}
-    place["ep"] = process // sizes["etp"] % sizes["ep"]
-    return {f"{kind}_{what}": numbers[kind] for kind in sizes for what, numbers in (("rank", place), ("size", sizes))}
-
-
 def states(source: Path, name: str, division: dict[str, int], out: Path, **more: int) -> Path:
     """A folder with the state dict of each process, named by its number."""
     for process in range(processes(division)):
@@ -66,7 +55,9 @@ def run(out: Path, name: str, division: dict[str, int], *more: str) -> tuple[dic
 
 @pytest.mark.parametrize(("family", "size", "name", "division"), CASES)
 def test_each_process_loads_its_own(family: str, size: str, name: str, division: dict[str, int], tmp_path: Path) -> None:
-    """Strictly: a name or a shape that is not the model's own is an error. Given each other's files, they load none, or compute something else."""
+    """Strictly: a name or a shape that is not the model's own is an error. Given each other's files, they load none, or compute something else. Put
+    together, their files are the model again.
+    """
     more = {"num_hidden_layers": 4} if family == "deepseek-v3" and "pp" in division else {}
     source = hub_model(tmp_path / "hub", family, size, **more)
     logits, out = hub_logits(source), states(source, f"{family}/{name}", division, tmp_path / "out")
@@ -77,6 +68,10 @@ def test_each_process_loads_its_own(family: str, size: str, name: str, division:
     for process, shapes in enumerate(own):
         written = load_file(out / str(process) / "model.safetensors")
         assert {key: list(tensor.shape) for key, tensor in written.items()} == shapes
+    moeglot.convert(out, HUB[family], tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert [key for key, tensor in before.items() if not torch.equal(tensor, after[key])] == []
 
 
 def test_a_padded_vocabulary(tmp_path: Path) -> None:

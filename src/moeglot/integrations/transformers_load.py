@@ -215,7 +215,7 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
     """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
-    model.config.name_or_path = str(checkpoint.source.folder)
-    beside = checkpoint.source.folder / "generation_config.json"
+    model.config.name_or_path = str(checkpoint.source.home)
+    beside = checkpoint.source.home / "generation_config.json"
     if model.can_generate() and not checkpoint.source.single and beside.is_file():
         model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
