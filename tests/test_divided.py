@@ -288,6 +288,21 @@ def test_a_config_that_the_mark_contradicts(
         moeglot.plan(out, "qwen3-moe/megatron")
 
 
+def test_without_the_mark_heads_and_words_are_missing(source: Path, tmp_path: Path) -> None:
+    """All experts are there: it is refused wherever what is no expert is looked at."""
+    out = of(source, tmp_path / "out", **TP)
+    write(out, read(out), {"moeglot.format": marks_of(out)["moeglot.format"]})
+    hint = "what one process holds is read where the safetensors header says moeglot.share"
+    assert moeglot.verify(out).verdict == "does not hold"
+    with refused(TensorMismatch, ("linear_qkv", "its rows are not those of its heads"), "head_dim = 16", hint):
+        moeglot.plan(out, "qwen3-moe/hub")
+    found = read(out)
+    whole = {name: torch.cat([tensor, tensor]) for name, tensor in found.items() if "linear_qkv.weight" in name}
+    write(out, found | whole, {"moeglot.format": "qwen3-moe/megatron-te"})
+    with refused(TensorMismatch, "it should have at least 32 rows", "vocab_size = 32", hint):
+        moeglot.plan(out, "qwen3-moe/hub")
+
+
 def test_words_that_the_mark_contradicts(source: Path, tmp_path: Path) -> None:
     out = of(source, tmp_path / "out", **TP, padded_vocab_size=40)
     write(out, read(out), marks_of(out) | {"moeglot.share": marks_of(out)["moeglot.share"].replace("40", "48")})

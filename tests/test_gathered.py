@@ -166,6 +166,18 @@ def test_experts_of_another_rank(ranks: Path, source: Path) -> None:
     assert min(checks["canonical tensors"].figures["relative_error"].values()) > 0.1
 
 
+def test_heads_of_another_rank(source: Path, tmp_path: Path) -> None:
+    """As above, where it is the marks that changed places, and only what is no expert is divided."""
+    ranks = divide(source, "qwen3-moe/megatron", DIVISIONS["tp"], tmp_path / "ranks")
+    assert moeglot.verify(ranks, source).verdict == "holds"
+    said = [marks_of(ranks / f"rank{rank}")["moeglot.share"] for rank in (0, 1)]
+    for rank in (0, 1):
+        write(ranks / f"rank{rank}", read(ranks / f"rank{rank}"), marks_of(ranks / f"rank{rank}") | {"moeglot.share": said[1 - rank]})
+    wrong = [check for check in moeglot.verify(ranks, source).checks if check.verdict == "does not hold"]
+    assert [check.what for check in wrong] == ["other tensors"]
+    assert "model.embed_tokens.weight" in wrong[0].detail or "model.layers.0.self_attn" in wrong[0].detail
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------------------------
 
 

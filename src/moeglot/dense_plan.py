@@ -8,7 +8,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
-from moeglot.format import Dense, Format
+from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.merging import Change
 from moeglot.shards import Slot
 from moeglot.targets import float_type, keeps
@@ -54,7 +54,7 @@ def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) ->
     shares, groups = line.shares(source.config, sum(rows), source.tp), line.groups(source.config, source.tp)
     if shares is None or rows != tuple(groups * share for share in shares):
         told = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
-        said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys(line.heads))
+        said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys((*line.heads, HEAD_DIM)))
         raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", "check config.json against the producer's")
 
 

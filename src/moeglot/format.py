@@ -16,6 +16,9 @@ from moeglot.errors import Contradiction
 from moeglot.family import Config, Family, dig
 from moeglot.layout import BEHIND, ROLES, Sizes, Stored
 
+HEAD_DIM = "head_dim"
+"""The config key of how many rows a head has, where config.json says it."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -49,9 +52,9 @@ class Dense:
         return self._heads(config, tp)[-1] if self.heads else 1
 
     def shares(self, config: Config, rows: int, tp: int = 1) -> tuple[int, ...] | None:
-        """How many of a number of rows each tensor has in one group, None if the rows are no whole number of heads."""
-        heads, groups = self._heads(config, tp), self.groups(config, tp)
-        if rows % sum(heads) or any(n % groups for n in heads):
+        """How many of a number of rows each tensor has in one group, None if the rows are no whole number of heads, or others than config.json says."""
+        heads, groups, length = self._heads(config, tp), self.groups(config, tp), dig(config, HEAD_DIM)
+        if rows % sum(heads) or any(n % groups for n in heads) or (isinstance(length, int) and rows != length * sum(heads)):
             return None
         return tuple(n // groups * (rows // sum(heads)) for n in heads)
 

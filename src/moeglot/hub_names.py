@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from moeglot.dense import HubTensor
 from moeglot.errors import TensorMismatch
 from moeglot.family import Config, dig
-from moeglot.format import Dense, Format
+from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.layout import Sizes
 from moeglot.shards import Entry
-from moeglot.share import Share
+from moeglot.share import SHARE, Share
 
 CHECK = "check config.json against the producer's"
 
@@ -38,6 +38,11 @@ class HubNames:
             return
         line, numbers = named
         yield from self._cut(line, numbers, entry)
+
+    @property
+    def _check(self) -> str:
+        """What to do where a tensor has too few rows."""
+        return CHECK + (f"; what one process holds is read where the safetensors header says {SHARE}" if self.format.by_rank and not self.share else "")
 
     @property
     def _tp(self) -> int:
@@ -74,15 +79,15 @@ class HubNames:
             return None
         if not isinstance(rows, int) or not entry.shape or not 0 < rows < entry.shape[0]:
             wrong = f"{entry.name}: {list(entry.shape)}, it should have at least {rows} rows"
-            raise TensorMismatch(wrong, f"config.json says {line.padded} = {rows}", CHECK)
+            raise TensorMismatch(wrong, f"config.json says {line.padded} = {rows}", self._check)
         return rows
 
     def _cut_in_groups(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
         shares, first = line.shares(self.config, entry.shape[0] if entry.shape else 1, self._tp), 0
         if shares is None:
-            said = ", ".join(f"{key} = {dig(self.config, key)}" for key in dict.fromkeys(line.heads))
-            wrong = f"{entry.name}: {list(entry.shape)}, its rows are no whole number of heads"
-            raise TensorMismatch(wrong, f"config.json says {said}", CHECK)
+            said = ", ".join(f"{key} = {dig(self.config, key)}" for key in dict.fromkeys((*line.heads, HEAD_DIM)))
+            wrong = f"{entry.name}: {list(entry.shape)}, its rows are not those of its heads"
+            raise TensorMismatch(wrong, f"config.json says {said}", self._check)
         for name, rows in zip(line.hub, shares, strict=True):
             yield HubTensor(name.format(**numbers), entry, first, rows, line.groups(self.config, self._tp))
             first += rows

@@ -29,7 +29,7 @@ def verify(
     """Structure and numbers of a checkpoint; with `against`, its values and forward as well.
 
     `against`: another checkpoint, a fingerprint (.json), a `Side`, or "transformers" for the modules of the installed library. Of what one process of several
-    holds, the tensors that are no experts are compared with those of the other checkpoint, too: they are divided as well.
+    holds, or all of them together, the tensors that are no experts are compared with those of the other checkpoint, too: they are divided as well.
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
@@ -39,7 +39,7 @@ def verify(
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
         checks.append(values(subject, other, workers=workers, progress=progress))
-        checks += [others(subject, other)] if subject.share else []
+        checks += [others(subject, other)] if subject.share or isinstance(subject, Gathered) else []
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
     if other is not None:
