@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from test_ranks import marks_of, read, write
 from test_refusals import refused
 
 import moeglot
-from moeglot import Contradiction, TensorMismatch, UsageError
+from moeglot import BadNumbers, Contradiction, TensorMismatch, UsageError
 
 SIZES = {"e": 4, "h": 64, "i": 64}
 TP, PP = {"tp_rank": 1, "tp_size": 2, "etp_size": 1}, {"pp_rank": 1, "pp_size": 2}
@@ -112,6 +113,29 @@ def test_another_rank_in_the_mark_does_not_hold(kind: str, source: Path, tmp_pat
         assert min(wrong["canonical tensors"]["relative_error"].values()) > 0.1
     if kind == "pp":
         assert "other tensors" in wrong
+
+
+def test_a_whole_model_with_a_padded_vocabulary(source: Path, tmp_path: Path) -> None:
+    out = of(source, tmp_path / "out", padded_vocab_size=40)
+    assert "moeglot.share" not in marks_of(out)
+    embedding = read(out)["embedding.word_embeddings.weight"]
+    assert (len(embedding), bool(embedding[32:].any())) == (40, False)
+    moeglot.convert(out, "qwen3-moe/hub", tmp_path / "again")
+    assert moeglot.compare(tmp_path / "again", source).verdict == "holds"
+    with refused(UsageError, "30 rows of padded vocabulary", "vocab_size = 32", "--padded-vocab-size 32 or more"):
+        moeglot.plan(source, "qwen3-moe/megatron", padded_vocab_size=30)
+    with refused(UsageError, "qwen3-moe/hub with what", "want the whole model", "leave the ranks and sizes out"):
+        moeglot.plan(source, "qwen3-moe/hub", padded_vocab_size=40)
+
+
+def test_numbers_that_are_none_are_named_as_in_the_model(source: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(source, bad)
+    found = load_file(bad / "model.safetensors")
+    found["model.layers.3.mlp.experts.2.down_proj.weight"][0, -1] = float("nan")
+    save_file(found, bad / "model.safetensors", {"format": "pt"})
+    with refused(BadNumbers, "model.layers.3.mlp.experts.2.down_proj.weight, expert 2"):
+        moeglot.convert(bad, "qwen3-moe/megatron", tmp_path / "out", **PP | ETP | {"ep_rank": 1, "ep_size": 2})
 
 
 def test_heads_of_another_process_do_not_hold(source: Path, tmp_path: Path) -> None:

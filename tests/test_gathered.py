@@ -124,12 +124,6 @@ def test_matrices_whose_shapes_lie(division: str, source: Path, tmp_path: Path) 
     assert any("read by its shape" in name for name in power.figures["wrong_readings"])
 
 
-def test_a_whole_model_is_what_one_process_holds(source: Path, tmp_path: Path) -> None:
-    moeglot.convert(source, "qwen3-moe/megatron", tmp_path / "ranks" / "one", ep_rank=0, ep_size=1, padded_vocab_size=40)
-    moeglot.convert(tmp_path / "ranks", "qwen3-moe/hub", tmp_path / "again")
-    assert same(tmp_path / "again", source)
-
-
 # --- what they have in common --------------------------------------------------------------------------------------------------------------
 
 

@@ -11,11 +11,12 @@ from moeglot.family import dig
 from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.merging import Change
 from moeglot.shards import Slot
+from moeglot.share import Rank, Share
 from moeglot.targets import float_type, keeps
 
 
-def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change: Change | None) -> dict[str, tuple[DenseTensor, ...]]:
-    """Key in the target -> the Hub tensors whose rows it holds."""
+def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change: Change | None, words: int | None = None) -> dict[str, tuple[DenseTensor, ...]]:
+    """Key in the target -> the Hub tensors whose rows it holds. `words`: how many rows the embedding of the whole model is to have, if padding is added."""
     left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
@@ -33,16 +34,16 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
         _check_heads(source, line, found)
-        made[line.key.format(**braces)] = tuple(_padded(source, tensor) for tensor in found) if line.padded else tuple(found)
+        made[line.key.format(**braces)] = tuple(_padded(source, line, tensor, words) if words and line.padded else tensor for tensor in found)
     if left and (target.config.only or target.closed):
         more = f" ({len(left) - 1} more)" if len(left) > 1 else ""
         raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it{more}", f"its names: {target.source}", "choose another target format")
     return made | {name: (tensor,) for name, tensor in left.items()}
 
 
-def _padded(source: Checkpoint, tensor: DenseTensor) -> DenseTensor:
+def _padded(source: Checkpoint, line: Dense, tensor: DenseTensor, words: int) -> DenseTensor:
     """Words, or what predicts them, with as many rows more as this process is to have."""
-    rows = source.share.words // source.tp if source.share and source.share.words else 0
+    rows = len(Share(source.share.tp if source.share else Rank(), words=words).padded_words(int(dig(source.config, line.padded))))
     return tensor.part(tensor.name, 0, range(rows)) if rows > tensor.shape[0] and isinstance(tensor, HubTensor | DecodedTensor) else tensor
 
 

@@ -56,6 +56,12 @@ class Divided(Checkpoint):
     def encoding(self, line: Stored, layer: int) -> Encoding:
         return self.whole.encoding(line, self.stage[layer])
 
+    def checked(self, line: Stored, layer: int, expert: int) -> Encoded:
+        stored = self.stored(line, layer, expert)
+        if stored.encoding.check(stored.parts):
+            self.whole.checked(line, self.stage[layer], self.numbers[expert])  # which says where that is
+        return stored
+
     def stored(self, line: Stored, layer: int, expert: int, only: range | None = None) -> Encoded:
         place = line, self.stage[layer], self.numbers[expert]
         if self.mine.etp.size == 1:
@@ -198,8 +204,8 @@ def numbers(checkpoint: Checkpoint) -> range:
 
 def share_json(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Whose this is, if not all: its place in each kind of parallelism, and its experts and layers by their first and last number in the whole model."""
-    share, mine, stage = checkpoint.share, numbers(checkpoint), checkpoint.stage
-    if not share:
+    if not (share := checkpoint.share):
         return None
+    mine, stage = numbers(checkpoint), checkpoint.stage
     ranks = {f"{kind}_{what}": getattr(rank, what) for kind, rank in share.ranks.items() for what in ("rank", "size")}
     return {**ranks, "experts": [mine[0], mine[-1]], "layers": [stage[0], stage[-1]], "padded_vocab_size": share.words}

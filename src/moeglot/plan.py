@@ -196,6 +196,7 @@ def plan(
     wanted = encoding_by_name(encode) if encode else None
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
     share = Share.asked(**ranks)
+    words = share.words if share else source.share.words if source.share else None
     change = _change(source, adapter, round, share or source.share)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
@@ -214,7 +215,7 @@ def plan(
         for line in target.lines(layer)
     )
     target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
-    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
+    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, words)
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:

@@ -125,8 +125,8 @@ class Share:
 
     @property
     def is_whole(self) -> bool:
-        """Nothing is divided, and nothing padded."""
-        return self == Share()
+        """Nothing is divided."""
+        return all(rank.size == 1 for rank in self.ranks.values())
 
     @property
     def mark(self) -> str:
