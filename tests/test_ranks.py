@@ -26,6 +26,9 @@ SIZES = {"h=i": {"e": RANKS * EACH, "h": 64, "i": 64}, "neither": {"e": RANKS * 
 HUB = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub", "mixtral": "mixtral/hub", "deepseek-v3": "deepseek-v3/hub"}
 BY_RANK = [form.name for form in PLAIN if form.by_rank]
 Tensors = dict[str, torch.Tensor]
+ALONE = "tp rank 0 of 1, etp rank 0 of 1, pp rank 0 of 1, ep rank {} of 3"
+"""The mark of a process of expert parallelism alone."""
+PLACE = {"tp_rank": 0, "tp_size": 1, "etp_rank": 0, "etp_size": 1, "pp_rank": 0, "pp_size": 1, "ep_size": RANKS, "layers": [0, LAYERS - 1]}
 
 
 def read(folder: Path) -> Tensors:
@@ -197,22 +200,22 @@ def test_every_header_says_whose_experts_they_are(source: Path, tmp_path: Path) 
     assert len(files) > 2
     for path in files:
         with safe_open(path, "pt") as file:
-            assert file.metadata() == {"format": "pt", "moeglot.format": "qwen3-moe/megatron", "moeglot.share": "rank 2 of 3"}
-    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["moeglot.share"] == "rank 2 of 3"
-    assert certificate.document["output"]["share"] == {"ep_rank": 2, "ep_size": 3, "experts": [4, 5]}
+            assert file.metadata() == {"format": "pt", "moeglot.format": "qwen3-moe/megatron", "moeglot.share": ALONE.format(2)}
+    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["moeglot.share"] == ALONE.format(2)
+    assert certificate.document["output"]["share"] == PLACE | {"ep_rank": 2, "experts": [4, 5], "padded_vocab_size": None}
     opened = moeglot.open(tmp_path / "out")
     assert (opened.sizes["e"], opened.config["num_experts"]) == (EACH, RANKS * EACH)
-    assert "moeglot.share = rank 2 of 3" in opened.known
+    assert f"moeglot.share = {ALONE.format(2)}" in opened.known
 
 
 def test_the_command_line(source: Path, tmp_path: Path) -> None:
     options = ("--to", "qwen3-moe/megatron-te", "--ep-rank", 1, "--ep-size", RANKS)
-    share = {"ep_rank": 1, "ep_size": RANKS, "experts": [2, 3]}
+    share = PLACE | {"ep_rank": 1, "experts": [2, 3], "padded_vocab_size": None}
     assert told("convert", source, tmp_path / "out", *options, "--dry-run")["share"] == share
     assert told("convert", source, tmp_path / "out", *options)["output"]["share"] == share
     assert told("inspect", tmp_path / "out")["share"] == share
     assert told("inspect", source)["share"] is None
-    assert "rank 1 of 3: experts 2 to 3 of 6, numbered from 0" in run("inspect", tmp_path / "out").stdout
+    assert "ep rank 1 of 3: experts 2 to 3 of 6, numbered from 0" in run("inspect", tmp_path / "out").stdout
     assert told("verify", tmp_path / "out", "--against", source)["verdict"] == "holds"
     assert told("compare", tmp_path / "out", source)["verdict"] == "holds"
     error = told("convert", source, tmp_path / "wrong", "--to", "qwen3-moe/transformers-5", "--ep-rank", 1, "--ep-size", RANKS, status=2)
@@ -231,10 +234,10 @@ def test_it_becomes_another_state_dict_of_the_same_process(states: Path, source:
 def test_another_rank_in_the_mark_does_not_hold(name: str, source: Path, tmp_path: Path) -> None:
     out = of_rank(source, name, tmp_path / "out")
     (out / "moeglot.json").unlink()
-    write(out, read(out), marks_of(out) | {"moeglot.share": "rank 1 of 3"})
+    write(out, read(out), marks_of(out) | {"moeglot.share": "rank 1 of 3"})  # as the first marks said it
     assert moeglot.verify(out, source).verdict == "holds"
     for rank in (0, 2):
-        write(out, read(out), marks_of(out) | {"moeglot.share": f"rank {rank} of 3"})
+        write(out, read(out), marks_of(out) | {"moeglot.share": ALONE.format(rank)})
         values, forward = worst(moeglot.verify(out, source))
         assert min(values, forward) > 1000 * LIMIT
 

@@ -109,8 +109,8 @@ def open_adapter(path: str | Path, base: Checkpoint | str | Path, convention: st
     """
     checkpoint = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     if checkpoint.share:
-        wrong = f"an adapter for {checkpoint.source.name}, which has the experts of {checkpoint.share} alone"
-        raise UsageError(wrong, f"its factors are those of all experts; {checkpoint.known}", "merge it into the whole model, then convert that")
+        wrong = f"an adapter for {checkpoint.source.name}, which has what {checkpoint.share} holds alone"
+        raise UsageError(wrong, f"its factors are those of the whole model; {checkpoint.known}", "merge it into the whole model, then convert that")
     if convention is not None:
         by_name(convention)
     files = read_files(path, adapter)

@@ -70,8 +70,9 @@ def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
     if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
     rounded = Rounded(plan, by_verb(plan, losses))
-    family, config = plan.source.format.family, plan.source.config
-    side = Matrices("the source, rounded" if rounded.steps else "the source", lambda layer: Expert.of(family, config, layer), rounded.matrix)
+    source, family = plan.source, plan.source.format.family
+    named = "the source, rounded" if rounded.steps else "the source"
+    side = Matrices(named, lambda layer: Expert.of(family, source.config, source.number(layer)), rounded.matrix)
     checks = [
         structure(written),
         rounded.values(written, threads, progress),
@@ -203,14 +204,15 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report, threads: int) -> dict[str, Any]:
     source = plan.source
-    whole = source.share == source.source.share  # else the shards hold experts of other processes, too, which are not read
-    files = [*(source.source.shards if whole else ()), *(p for p in [source.source.folder / "config.json"] if p.exists())]
+    whole = source.share == source.source.share  # else the shards hold what other processes have, too, which is not read
+    files = [*(source.source.shards if whole else ()), *(p for p in [source.source.home / "config.json"] if p.exists())]
+    of_rank = "{0.parent.name}/{0.name}" if source.source.ranks else "{0.name}"
     written = sorted((path for path in folder.iterdir() if path.name != CERTIFICATE), key=lambda path: path.name)
     digests = _digests([*files, *written], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
-        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {path.name: digests[path] for path in files}},
+        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {of_rank.format(path): digests[path] for path in files}},
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),

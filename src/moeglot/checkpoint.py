@@ -19,12 +19,12 @@ from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
 from moeglot.evidence import decide
-from moeglot.family import dig
-from moeglot.format import Dense, Format
+from moeglot.format import Format
+from moeglot.hub_names import HubNames
 from moeglot.identify import Identification, identify
 from moeglot.layout import Stored
 from moeglot.shards import Entry
-from moeglot.share import SHARE, Share, held
+from moeglot.share import SHARE, Share
 from moeglot.source import Source, read_source
 from moeglot.straddled import Straddled
 from moeglot.structure import structure_problems
@@ -41,12 +41,23 @@ class Checkpoint:
     @property
     def evidence(self) -> tuple[str, ...]:
         share = self.source.share
-        return (*self.identification.evidence, *([f"the safetensors header says {SHARE} = {share}"] if share else []))
+        return (*self.identification.evidence, *([f"the safetensors header says {SHARE} = {share.mark}"] if share else []))
 
     @property
     def share(self) -> Share | None:
-        """Whose experts these are, if not all."""
+        """Whose tensors these are, if not all."""
         return self.source.share
+
+    @property
+    def tp(self) -> int:
+        """Among how many processes heads, words and the rows of other layers are divided."""
+        return self.share.tp.size if self.share else 1
+
+    @cached_property
+    def stage(self) -> range:
+        """The numbers that the layers here, counted from 0, have in the whole model."""
+        count = self.format.family.count(self.config)
+        return self.share.stage(count) if self.share else range(count)
 
     @property
     def known(self) -> str:
@@ -58,15 +69,23 @@ class Checkpoint:
         """config.json under the Hub's keys."""
         return hub_config(self.source.config, self.format)
 
+    def number(self, layer: int) -> int:
+        """The number that a layer has in the whole model."""
+        return self.stage[layer] if self.share else layer
+
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Letter -> size: e experts that are here, h hidden, i intermediate, and what else the family needs."""
-        return held(self.format.family.read_sizes(self.config), self.source.share)
+        """Letter -> size: e experts that are here, h hidden, i what of their intermediate size is, and what else the family needs."""
+        return self.format.family.held_sizes(self.config, self.source.share)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The layers that have experts."""
-        return self.format.family.layers(self.config)
+        """The layers here that have experts."""
+        return self.format.family.held_layers(self.config, self.source.share)
+
+    def problems(self) -> Iterator[Exception]:
+        """Every way in which the tensors are not what the format says."""
+        return structure_problems(self.source, self.format, self.sizes, self.layers, self.config, self.known)
 
     def line(self, line: Stored, layer: int) -> Stored:
         """A line of the format as this layer has it: the same roles along the same axes, perhaps not quantized."""
@@ -79,16 +98,20 @@ class Checkpoint:
         found = {part: self.source.entries[key + suffix] for part, suffix in line.names.items() if key + suffix in self.source.entries}
         return line.encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in found.items()}, line.leading)
 
-    def stored(self, line: Stored, layer: int, expert: int) -> Encoded:
-        """One expert's slice of a stored tensor, its axes as they lie on disk."""
+    def stored(self, line: Stored, layer: int, expert: int, only: range | None = None) -> Encoded:
+        """One expert's slice of a stored tensor, its axes as they lie on disk. `only`: of a tensor with one expert's rows along i, no others of these."""
         line, encoding, parts = self.line(line, layer), self.encoding(line, layer), {}
+        sizes = self.sizes if only is None else {**self.sizes, "i": len(only)}
         for part in encoding.parts:
             entry = self.source.entries[line.key_of(part, layer, expert)]
             entry = entry._replace(shape=line.memory_shape(self.sizes)) if line.shaped else entry
-            rows = 0 if line.per_expert or part.shared else entry.shape[0] // self.sizes["e"]
-            stored = entry.read(expert * rows, rows) if rows else entry.read()
-            parts[part.name] = stored.view(line.slice_shape(part, self.sizes))
-        return Encoded(encoding, parts, line.expert_shape(self.sizes))
+            first, rows = 0, None if line.per_expert or part.shared else entry.shape[0] // self.sizes["e"]
+            if rows is not None:
+                first = expert * rows
+            elif only is not None and (block := part.blocks(len(line.expert_groups))[0]):
+                first, rows = only.start // block, -(-only.stop // block) - only.start // block
+            parts[part.name] = entry.read(first, rows).view(line.slice_shape(part, sizes))
+        return Encoded(encoding, parts, line.expert_shape(sizes))
 
     def expert(self, line: Stored, layer: int, expert: int) -> Mapping[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32 when it is asked for."""
@@ -137,8 +160,9 @@ class Checkpoint:
     def dense(self) -> dict[str, HubTensor]:
         """Hub name -> tensor, for every tensor that is no expert; raises `TensorMismatch` for one that the format cannot name."""
         found: dict[str, HubTensor] = {}
+        names = HubNames(self.format, self.sizes, self.config, self.share, self.known)
         for key, entry in self.others.items():
-            for tensor in self._hub_tensors(key, entry):
+            for tensor in names.tensors(key, entry):
                 if tensor.name in found:
                     raise TensorMismatch(f"{tensor.name}: stored twice", f"as {found[tensor.name].entry.name} and as {key}", "remove the stale one")
                 found[tensor.name] = tensor
@@ -150,8 +174,12 @@ class Checkpoint:
         for module, (encoding, parts) in self._quantized.items():
             coded = {part: self.dense[key].entry for part, key in parts.items()}
             found[module + WEIGHT] = DecodedTensor(module + WEIGHT, encoding, coded, dtype)
-        taken = {key for _, parts in self._quantized.values() for key in parts.values()}
-        return found | {name: tensor for name, tensor in self.dense.items() if name not in taken}
+        return found | {name: tensor for name, tensor in self.dense.items() if name not in self.coded}
+
+    @cached_property
+    def coded(self) -> frozenset[str]:
+        """Hub names of the parts of quantized matrices that are no experts."""
+        return frozenset(key for _, parts in self._quantized.values() for key in parts.values())
 
     @cached_property
     def _quantized(self) -> dict[str, tuple[Encoding, dict[str, str]]]:
@@ -194,76 +222,35 @@ class Checkpoint:
         needed = {"scale", coding.encoding.parts[0].name}
         return {module: parts for module, parts in modules.items() if needed <= parts.keys()}
 
-    def _hub_tensors(self, key: str, entry: Entry) -> Iterator[HubTensor]:
-        named = self.format.dense_line(key)
-        if not named and (self.format.config.only or self.format.closed):
-            raise TensorMismatch(
-                f"{key}: {self.format.name} has no such tensor", f"its names are listed by {self.format.source}", "pass --format if the format is another"
-            )
-        if not named:
-            yield HubTensor(key, entry, 0, None)
-            return
-        line, numbers = named
-        yield from self._cut(line, numbers, entry)
-
-    def _cut(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
-        if len(line.hub) == 1:
-            yield HubTensor(line.hub[0].format(**numbers), entry, 0, self._meant(line, entry))
-            return
-        if line.heads:
-            yield from self._cut_in_groups(line, numbers, entry)
-            return
-        counts = line.row_counts(self.sizes, self.config)
-        if entry.shape[:1] != (sum(counts),):
-            raise TensorMismatch(
-                f"{entry.name}: {list(entry.shape)}, its rows should be {' + '.join(map(str, counts))}", self.known, "check config.json against the producer's"
-            )
-        first = 0
-        for name, rows in zip(line.hub, counts, strict=True):
-            yield HubTensor(name.format(**numbers), entry, first, rows)
-            first += rows
-
-    def _meant(self, line: Dense, entry: Entry) -> int | None:
-        """How many rows are not padding; None for all."""
-        rows = dig(self.config, line.padded) if line.padded else None
-        if rows is None or entry.shape[:1] == (rows,):
-            return None
-        if not isinstance(rows, int) or not entry.shape or not 0 < rows < entry.shape[0]:
-            wrong = f"{entry.name}: {list(entry.shape)}, it should have at least {rows} rows"
-            raise TensorMismatch(wrong, f"config.json says {line.padded} = {rows}", "check config.json against the producer's")
-        return rows
-
-    def _cut_in_groups(self, line: Dense, numbers: Mapping[str, str], entry: Entry) -> Iterator[HubTensor]:
-        shares, first = line.shares(self.config, entry.shape[0] if entry.shape else 1), 0
-        if shares is None:
-            said = ", ".join(f"{key} = {dig(self.config, key)}" for key in dict.fromkeys(line.heads))
-            wrong = f"{entry.name}: {list(entry.shape)}, its rows are no whole number of heads"
-            raise TensorMismatch(wrong, f"config.json says {said}", "check config.json against the producer's")
-        for name, rows in zip(line.hub, shares, strict=True):
-            yield HubTensor(name.format(**numbers), entry, first, rows, line.groups(self.config))
-            first += rows
-
 
 def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
     """Every structural problem of a checkpoint."""
-    c = checkpoint
-    return structure_problems(c.source, c.format, c.sizes, c.layers, c.config, c.known)
+    return checkpoint.problems()
 
 
 def open(path: str | Path, format: str | None = None, *, headers_only: bool = False) -> Checkpoint:
-    """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for.
+    """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for. A folder that has one for
+    each process of several is what they hold together.
 
     With `headers_only`, the weights of a Hub id stay where they are: enough to inspect it.
     Where several formats fit all declarations, a few experts' numbers are read, and decide or not.
     Raises `FormatError` where the format cannot be told and `CheckpointError` where the tensors are not what it says.
     """
+    from moeglot.gathered import gather
+
     with _without_collector():
         source = read_source(path, headers_only)
-        identification = identify(source, format)
-        if len(identification.candidates) > 1 and not headers_only:
-            identification = _ask_the_numbers(source, identification)
-        checkpoint = Checkpoint(source, identification.settled(source.name), identification)
-        found = list(islice(problems(checkpoint), 100))
+        if source.ranks:
+            return gather(source, tuple(_opened(rank, format, headers_only) for rank in source.ranks))
+        return _opened(source, format, headers_only)
+
+
+def _opened(source: Source, format: str | None, headers_only: bool) -> Checkpoint:
+    identification = identify(source, format)
+    if len(identification.candidates) > 1 and not headers_only:
+        identification = _ask_the_numbers(source, identification)
+    checkpoint = Checkpoint(source, identification.settled(source.name), identification)
+    found = list(islice(problems(checkpoint), 100))
     if found:
         first = found[0]
         if len(found) > 1 and isinstance(first, TensorMismatch):

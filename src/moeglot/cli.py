@@ -22,14 +22,21 @@ from moeglot.cli_options import (
     EncodeOption,
     EpRankOption,
     EpSizeOption,
+    EtpRankOption,
+    EtpSizeOption,
     FormatOption,
     HtmlOption,
     JsonOption,
     OutArgument,
     PathArgument,
+    PpRankOption,
+    PpSizeOption,
     ResumeOption,
     RoundOption,
     ShardSizeOption,
+    TpRankOption,
+    TpSizeOption,
+    WordsOption,
     WorkersOption,
     check_folder,
     parse_size,
@@ -42,6 +49,7 @@ from moeglot.convert import default_workers
 from moeglot.errors import MoeglotError, UnknownFormat, UsageError
 from moeglot.lint import lint
 from moeglot.outline import outline
+from moeglot.share import Asked
 from moeglot.source import read_source
 
 app = typer.Typer(
@@ -139,14 +147,32 @@ def convert(
     finalize: FinalizeOption = False,
     engine: EngineOption = "local",
     ray_address: RayAddressOption = None,
+    tp_rank: TpRankOption = None,
+    tp_size: TpSizeOption = None,
+    etp_rank: EtpRankOption = None,
+    etp_size: EtpSizeOption = None,
+    pp_rank: PpRankOption = None,
+    pp_size: PpSizeOption = None,
     ep_rank: EpRankOption = None,
     ep_size: EpSizeOption = None,
+    padded_vocab_size: WordsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
     where = Where(part, finalize, engine, ray_address, device)
     checkpoint, size = moeglot.open(src, format), parse_size(shard_size)
-    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=size, ep_rank=ep_rank, ep_size=ep_size)
+    ranks: Asked = {
+        "tp_rank": tp_rank,
+        "tp_size": tp_size,
+        "etp_rank": etp_rank,
+        "etp_size": etp_size,
+        "pp_rank": pp_rank,
+        "pp_size": pp_size,
+        "ep_rank": ep_rank,
+        "ep_size": ep_size,
+        "padded_vocab_size": padded_vocab_size,
+    }
+    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=size, **ranks)
     raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, where=where))
 
 

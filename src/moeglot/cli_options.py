@@ -25,11 +25,16 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run t
 EncodeOption = Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="Such as bfloat16, mxfp4, fp8-block or nf4.")]  # noqa: UP045
 RoundOption = Annotated[str, typer.Option("--round", metavar="HOW", help="With an adapter: nearest, stochastic[:SEED], delta or gptq:FILE.")]
 
-EpRankOption = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option("--ep-rank", metavar="R", help="Write what process R of --ep-size loads under expert parallelism: a state dict of Megatron's, R from 0."),
-]
-EpSizeOption = Annotated[Optional[int], typer.Option("--ep-size", metavar="N", help="How many processes divide the experts of each layer.")]  # noqa: UP045
+Number = Optional[int]  # noqa: UP045
+TpRankOption = Annotated[Number, typer.Option("--tp-rank", metavar="R", help="Write what process R, from 0, of --tp-size loads: a state dict of Megatron's.")]
+TpSizeOption = Annotated[Number, typer.Option("--tp-size", metavar="N", help="How many processes divide attention, words and other layers' rows.")]
+EtpRankOption = Annotated[Number, typer.Option("--etp-rank", metavar="R", help="As --tp-rank, of those that divide each expert's matrices.")]
+EtpSizeOption = Annotated[Number, typer.Option("--etp-size", metavar="N", help="How many processes divide each expert's matrices.")]
+PpRankOption = Annotated[Number, typer.Option("--pp-rank", metavar="R", help="As --tp-rank, of those that divide the layers.")]
+PpSizeOption = Annotated[Number, typer.Option("--pp-size", metavar="N", help="How many processes divide the layers.")]
+EpRankOption = Annotated[Number, typer.Option("--ep-rank", metavar="R", help="As --tp-rank, of those that divide the experts of each layer.")]
+EpSizeOption = Annotated[Number, typer.Option("--ep-size", metavar="N", help="How many processes divide the experts of each layer.")]
+WordsOption = Annotated[Number, typer.Option("--padded-vocab-size", metavar="N", help="Rows of Megatron's whole embedding; those beyond the words are zeros.")]
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -32,7 +32,10 @@ from moeglot.units import estimate
 from moeglot.work import Work
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from moeglot.adapter import Adapter
+    from moeglot.share import Asked
 
 EVERY = 2.0
 """Seconds between two looks at the journals of all parts."""
@@ -55,22 +58,20 @@ def convert(
     progress: Progress | None = None,
     device: str | None = None,
     engine: Engine | None = None,
-    ep_rank: int | None = None,
-    ep_size: int | None = None,
+    **ranks: Unpack[Asked],
 ) -> Certificate:
     """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
 
     `device`: where MXFP4 and FP8 are decoded, a GPU such as "cuda"; what was written is verified on the CPU all the same.
     `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
-    `ep_rank`, `ep_size`: what process `ep_rank` of `ep_size` loads under expert parallelism, where `to` is a state dict of Megatron's: the experts
-    [rank * E / size, (rank + 1) * E / size) numbered from 0, no others being read, and all else whole.
+    `ranks`: `tp_rank`, `tp_size`, `etp_rank`, `etp_size`, `pp_rank`, `pp_size`, `ep_rank`, `ep_size` (int): what that process loads, where `to` is a state dict
+    of Megatron's: of experts, layers, heads, words and rows of other matrices [rank * N / size, (rank + 1) * N / size), experts and layers numbered from 0;
+    no others are read. `padded_vocab_size`: how many rows the whole embedding has there; those beyond the words are zeros.
 
     Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
-    plan = make_plan(
-        checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size, ep_rank=ep_rank, ep_size=ep_size
-    )
+    plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size, **ranks)
     return carry_out(plan, out, allow_loss, workers, resume, progress, device=device, engine=engine)
 
 

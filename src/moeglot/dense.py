@@ -1,9 +1,9 @@
-"""A tensor that is no expert: as it is stored, under its name on the Hub; or a quantized matrix, as what it decodes to."""
+"""A tensor that is no expert: as it is stored, under its name on the Hub; or a quantized matrix, as what it decodes to; or a run of rows or columns of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,7 @@ from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoded, Encoding
 from moeglot.errors import BadNumbers
 from moeglot.shards import Entry, let_go
+from moeglot.views import cut, window
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +82,19 @@ class HubTensor:
         assert self.rows is not None
         return in_groups(self.entry.read(), self.groups)[:, self.first : self.first + self.rows].flatten(0, 1)
 
+    def part(self, name: str, axis: int, run: range) -> HubTensor:
+        """A run of rows (axis 0) or columns (axis 1) under a name of its own; rows beyond the last one are zeros. Where there are groups, none is cut."""
+        if axis:
+            return replace(self, name=name, entry=window(self.entry, axis, run))
+        if self.groups > 1:
+            stored, each = self.entry.shape[0] // self.groups, self.shape[0] // self.groups
+            first, groups = run.start // each, len(run) // each
+            return replace(self, name=name, entry=window(self.entry, 0, range(first * stored, (first + groups) * stored)), groups=groups)
+        if run.stop <= self.shape[0]:
+            return replace(self, name=name, first=self.first + run.start, rows=len(run))
+        own = window(self.entry, 0, range(self.first, self.first + self.shape[0]))
+        return HubTensor(name, window(own, 0, run))
+
     def same(self, other: HubTensor) -> bool:
         """The same bytes under the same dtype and shape; some rows at a time, so that a large tensor is never ours as a whole."""
         from moeglot.kernels.bits import same
@@ -100,31 +114,46 @@ class HubTensor:
 
 @dataclass(frozen=True)
 class DecodedTensor:
-    """A matrix that is no expert and that is quantized as the experts are: what it decodes to."""
+    """A matrix that is no expert and that is quantized as the experts are: what it decodes to, or a run of an axis of that."""
 
     name: str
     encoding: Encoding
     parts: Mapping[str, Entry]
     dtype: str
+    axis: int = 0
+    run: range | None = None
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        return self.encoding.matrix_shape(self._read())
+        whole = self.encoding.matrix_shape(self._read())
+        return whole if self.run is None else tuple(len(self.run) if n == self.axis else size for n, size in enumerate(whole))
 
     @property
     def origin(self) -> str:
         return " + ".join(entry.name for entry in self.parts.values())
 
     def exact(self) -> Encoded:
-        """The matrix [out, in], still encoded."""
+        """The whole matrix [out, in], still encoded."""
         shape = self.encoding.matrix_shape(stored := self._read())
         parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
         if problem := self.encoding.check(parts):
             raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
         return Encoded(self.encoding, parts, shape)
 
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """Its values [out, in]."""
+        found = self.exact().decode(dtype)
+        return found if self.run is None else cut(found, self.axis, self.run)
+
     def read(self) -> torch.Tensor:
-        return self.exact().decode(DTYPES[self.dtype].torch)
+        return self.decode(DTYPES[self.dtype].torch)
+
+    def part(self, name: str, axis: int, run: range) -> DecodedTensor:
+        """As `HubTensor.part`; once cut along one axis, it is not cut along the other."""
+        if self.run is not None:
+            assert axis == self.axis
+            run = range(self.run.start + run.start, self.run.start + run.stop)
+        return replace(self, name=name, axis=axis, run=run)
 
     def _read(self) -> dict[str, torch.Tensor]:
         return {part: entry.read() for part, entry in self.parts.items()}

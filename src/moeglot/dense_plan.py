@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.dense import DenseTensor
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
-from moeglot.format import Dense, Format
+from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.merging import Change
 from moeglot.shards import Slot
+from moeglot.share import Rank, Share
 from moeglot.targets import float_type, keeps
 
 
-def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change: Change | None) -> dict[str, tuple[DenseTensor, ...]]:
-    """Key in the target -> the Hub tensors whose rows it holds."""
+def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change: Change | None, words: int | None = None) -> dict[str, tuple[DenseTensor, ...]]:
+    """Key in the target -> the Hub tensors whose rows it holds. `words`: how many rows the embedding of the whole model is to have, if padding is added."""
     left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
     taken: list[tuple[Dense, dict[str, str]]] = []
-    count = dig(source.config, source.format.family.sparse.count)
     for line, braces in _lines(source, left, target):
-        if target.closed and int(braces.get("layer", 0)) >= count:
+        if target.closed and int(braces.get("layer", 0)) >= len(source.stage):
             continue  # a layer for multi-token prediction, or one that config.json does not know
         names = [name.format(**braces) for name in line.hub]
         found = [left.pop(name) for name in names if name in left]
@@ -35,28 +35,34 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
         _check_heads(source, line, found)
-        made[line.key.format(**braces)] = tuple(found)
+        made[line.key.format(**braces)] = tuple(_padded(source, line, tensor, words) if words and line.padded else tensor for tensor in found)
         taken.append((line, braces))
     if left and (target.config.only or target.closed):
         more = f" ({len(left) - 1} more)" if len(left) > 1 else ""
         raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it{more}", f"its names: {target.source}", "choose another target format")
     if target.closed:
-        _check_layers(source, target, taken, range(count))
+        _check_layers(source, target, taken)
     return made | {name: (tensor,) for name, tensor in left.items()}
 
 
-def _check_layers(source: Checkpoint, target: Format, taken: list[tuple[Dense, dict[str, str]]], layers: range) -> None:
+def _check_layers(source: Checkpoint, target: Format, taken: list[tuple[Dense, dict[str, str]]]) -> None:
     """Raises `TensorMismatch` for a tensor that some layers have, and another of their kind lacks."""
     found: dict[tuple[Dense, str], set[int]] = {}
     for line, braces in taken:
         if "layer" in braces:
             found.setdefault((line, braces.get("rest", "")), set()).add(int(braces["layer"]))
     for (line, rest), there in found.items():
-        kind = [layer for layer in layers if not line.only or (layer in source.layers) == (line.only == "sparse")]
+        kind = [layer for layer in range(len(source.stage)) if not line.only or (layer in source.layers) == (line.only == "sparse")]
         if lacking := [layer for layer in kind if layer not in there]:
-            wrong = f"{line.hub[0].format(layer=lacking[0], rest=rest)}: missing, and layer {min(there)} has it"
+            wrong = f"{line.hub[0].format(layer=source.number(lacking[0]), rest=rest)}: missing, and layer {source.number(min(there))} has it"
             which = {"": "", "sparse": " with experts", "dense": " without experts"}[line.only]
             raise TensorMismatch(wrong, f"{target.name} has it in every layer{which} ({target.source}); {source.known}", "fetch the missing shard")
+
+
+def _padded(source: Checkpoint, line: Dense, tensor: DenseTensor, words: int) -> DenseTensor:
+    """Words, or what predicts them, with as many rows more as this process is to have."""
+    rows = len(Share(source.share.tp if source.share else Rank(), words=words).padded_words(int(dig(source.config, line.padded))))
+    return tensor.part(tensor.name, 0, range(rows)) if rows > tensor.shape[0] and isinstance(tensor, HubTensor | DecodedTensor) else tensor
 
 
 def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) -> None:
@@ -64,10 +70,10 @@ def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) ->
     if not line.heads:
         return
     rows = tuple(tensor.shape[0] for tensor in tensors)
-    shares, groups = line.shares(source.config, sum(rows)), line.groups(source.config)
+    shares, groups = line.shares(source.config, sum(rows), source.tp), line.groups(source.config, source.tp)
     if shares is None or rows != tuple(groups * share for share in shares):
         told = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
-        said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys(line.heads))
+        said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys((*line.heads, HEAD_DIM)))
         raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", "check config.json against the producer's")
 
 

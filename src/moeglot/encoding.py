@@ -57,6 +57,11 @@ class Part:
         """Values for one stored entry, along each of `rank` axes; only the last two are ever blocked."""
         return ((1,) * rank + self.block)[-rank:]
 
+    def cuts(self, rank: int, axis: int, step: int) -> bool:
+        """One of `rank` axes can be cut at each multiple of `step` values: no block lies across, and nothing here says how long the axis is."""
+        block = self.blocks(rank)[axis]
+        return not (self.flat or self.shared or (self.is_single and self.trailing)) and not (block and step % block)
+
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of this part, for values of a shape [..., out, in]; a size that is no whole number of blocks is an error unless `ragged`."""
         if self.shared:
@@ -231,6 +236,15 @@ class Encoded:
             last = min(first + step, self.shape[0])
             parts = {name: tensor[first // block : -(-last // block)] if (block := blocks[name]) else tensor for name, tensor in self.parts.items()}
             yield Encoded(self.encoding, parts, (last - first, *self.shape[1:]))
+
+    def cut(self, axis: int, run: range) -> Encoded:
+        """A run of one axis, as views; every part `cuts` there."""
+        blocks = {part.name: part.blocks(len(self.shape))[axis] for part in self.encoding.parts}
+        parts = {
+            name: tensor.narrow(axis, run.start // block, -(-run.stop // block) - run.start // block) if (block := blocks[name]) else tensor
+            for name, tensor in self.parts.items()
+        }
+        return Encoded(self.encoding, parts, tuple(len(run) if n == axis else size for n, size in enumerate(self.shape)))
 
     def decode(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """Values [..., out, in], in `out` if it is given; raises `TensorMismatch` if the parts themselves declare another shape."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeglot.errors import Contradiction
 from moeglot.layout import SECOND
+from moeglot.share import Share, held_layers, held_sizes
 
 Config = Mapping[str, Any]
 
@@ -144,6 +145,19 @@ class Family:
                 "such a model cannot be told in this format; every release that we know has them in the same layers",
             )
         return found
+
+    def count(self, config: Config) -> int:
+        """How many layers the model has, with and without experts."""
+        return int(dig(config, self.sparse.count))
+
+    def held_layers(self, config: Config, share: Share | None) -> tuple[int, ...]:
+        """Numbers of the layers that have experts in the files of one process, or of all; raises `Contradiction` where share and config cannot both be."""
+        layers = self.layers(config)
+        return held_layers(layers, self.count(config), share) if share else layers
+
+    def held_sizes(self, config: Config, share: Share | None) -> dict[str, int]:
+        """As `read_sizes`, for the files of one process, or of all; raises `Contradiction` where share and config cannot both be."""
+        return held_sizes(self.read_sizes(config), share)
 
     def carried_layers(self, config: Config) -> range:
         """Numbers of the layers after the last one, for multi-token prediction."""

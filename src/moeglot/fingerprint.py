@@ -29,13 +29,15 @@ DIGITS = 9
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`experts`: "layer.expert", by the numbers of the whole model -> [scale of the tokens, 8 numbers]. `first`: which of them is asked for as expert 0."""
+    """`experts`: "layer.expert", by the numbers of the whole model -> [scale of the tokens, 8 numbers]. `first`: which of them is asked for as layer 0,
+    expert 0.
+    """
 
     name: str
     family: str
     sizes: Mapping[str, int]
     experts: Mapping[str, tuple[float, ...]]
-    first: int = 0
+    first: tuple[int, int] = (0, 0)
 
     @classmethod
     def load(cls, path: str | Path) -> Fingerprint:
@@ -57,8 +59,9 @@ class Fingerprint:
 
     def of(self, checkpoint: Checkpoint) -> Fingerprint:
         """What it says of a checkpoint's experts; raises `Contradiction` unless that has this family, these sizes and these experts, or one process's."""
+        refuse_parts(checkpoint)
         sizes, mine = {letter: whole_sizes(checkpoint)[letter] for letter in self.sizes}, numbers(checkpoint)
-        places = {f"{layer}.{expert}" for layer in checkpoint.layers for expert in mine}
+        places = {f"{checkpoint.number(layer)}.{expert}" for layer in checkpoint.layers for expert in mine}
         known = places <= self.experts.keys() if checkpoint.share else places == self.experts.keys()
         if checkpoint.format.family.name != self.family or sizes != self.sizes or not known:
             raise Contradiction(
@@ -66,20 +69,34 @@ class Fingerprint:
                 f"of {self.family} {dict(self.sizes)} with {len(self.experts)} experts; this is {checkpoint.format.family.name} {sizes} with {len(places)}",
                 "pass the fingerprint of this model's source",
             )
-        return replace(self, first=mine[0])
+        return replace(self, first=(checkpoint.number(0), mine[0]))
 
     # --- a side of `verify` ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
-        return probe((layer, self.first + expert), TOKENS, h) * self.experts[f"{layer}.{self.first + expert}"][0]
+        place = self._place(layer, expert)
+        return probe(place, TOKENS, h) * self._row(place)[0]
 
     def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return torch.tensor(self.experts[f"{layer}.{self.first + expert}"][1:], dtype=torch.float64)
+        return torch.tensor(self._row(self._place(layer, expert))[1:], dtype=torch.float64)
 
     def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
-        return project(layer, self.first + expert, response)
+        return project(*self._place(layer, expert), response)
+
+    def _place(self, layer: int, expert: int) -> tuple[int, int]:
+        return self.first[0] + layer, self.first[1] + expert
+
+    def _row(self, place: tuple[int, int]) -> tuple[float, ...]:
+        return self.experts["{}.{}".format(*place)]
+
+
+def refuse_parts(checkpoint: Checkpoint) -> None:
+    """Raises `UsageError` where experts are there in part: what they compute is a part of what the whole ones do."""
+    if checkpoint.share and checkpoint.share.etp.size > 1:
+        known = f"{checkpoint.source.name} has what {checkpoint.share} holds: a part of each expert's matrices, which computes something else"
+        raise UsageError("a fingerprint is of whole experts", known, "verify --against the model itself; or the folder that holds the folders of all ranks")
 
 
 def project(layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
@@ -91,13 +108,15 @@ def project(layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
 def fingerprint(checkpoint: Checkpoint | str | Path) -> Fingerprint:
     """The fingerprint of a checkpoint in any format; reads every expert once."""
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
+    refuse_parts(subject)
     h, found = subject.sizes["h"], {}
     for layer in subject.layers:
-        model = Expert.of(subject.format.family, subject.config, layer)
+        number = subject.number(layer)
+        model = Expert.of(subject.format.family, subject.config, number)
         for here, expert in enumerate(numbers(subject)):
             matrix = right(subject, layer, here)
-            tokens = probe((layer, expert), TOKENS, h)
+            tokens = probe((number, expert), TOKENS, h)
             scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}")
-            seen = project(layer, expert, model.forward(tokens * scale, matrix))
-            found[f"{layer}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in seen.tolist()))
+            seen = project(number, expert, model.forward(tokens * scale, matrix))
+            found[f"{number}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in seen.tolist()))
     return Fingerprint(subject.source.name, subject.format.family.name, {letter: whole_sizes(subject)[letter] for letter in "ehi"}, found)

@@ -16,6 +16,9 @@ from moeglot.errors import Contradiction
 from moeglot.family import Config, Family, dig
 from moeglot.layout import BEHIND, ROLES, Sizes, Stored
 
+HEAD_DIM = "head_dim"
+"""The config key of how many rows a head has, where config.json says it."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -26,6 +29,8 @@ class Dense:
     tensor in turn; there are as many groups as the last one has heads, and all heads have the same number of rows.
     `only`: it is in layers of this kind alone, those with experts or those without.
     `padded`: the config key of how many rows mean something, if the writer may add some that nothing reads.
+    `tp`: what tensor parallelism divides of each Hub tensor, its rows or its columns; `between`: the config key of how many heads these are, which stay
+    whole. `stage`: it is on the first or on the last stage of a pipeline alone.
     """
 
     key: str
@@ -34,35 +39,47 @@ class Dense:
     heads: tuple[str, ...] = ()
     padded: str = ""
     only: Literal["", "dense", "sparse"] = ""
+    tp: Literal["", "rows", "columns"] = ""
+    between: str = ""
+    stage: Literal["", "first", "last"] = ""
 
     def __post_init__(self) -> None:
         if len(self.hub) > 1 and len(self.rows or self.heads) != len(self.hub):
             raise ValueError(f"{self.key}: {len(self.hub)} tensors need as many row counts, not {self.rows or self.heads}")
 
-    def groups(self, config: Config) -> int:
-        """How many times the tensors take turns."""
-        return self._heads(config)[-1] if self.heads else 1
+    def groups(self, config: Config, tp: int = 1) -> int:
+        """How many times the tensors take turns, on one of `tp` processes that divide them."""
+        return self._heads(config, tp)[-1] if self.heads else 1
 
-    def shares(self, config: Config, rows: int) -> tuple[int, ...] | None:
-        """How many of a number of rows each tensor has in one group, None if the rows are no whole number of heads."""
-        heads, groups = self._heads(config), self.groups(config)
-        if rows % sum(heads) or any(n % groups for n in heads):
+    def shares(self, config: Config, rows: int, tp: int = 1) -> tuple[int, ...] | None:
+        """How many of a number of rows each tensor has in one group, None if the rows are no whole number of heads, or others than config.json says."""
+        heads, groups, length = self._heads(config, tp), self.groups(config, tp), dig(config, HEAD_DIM)
+        if rows % sum(heads) or any(n % groups for n in heads) or (isinstance(length, int) and rows != length * sum(heads)):
             return None
         return tuple(n // groups * (rows // sum(heads)) for n in heads)
 
-    def _heads(self, config: Config) -> tuple[int, ...]:
+    def _heads(self, config: Config, tp: int) -> tuple[int, ...]:
         found = {key: dig(config, key) for key in self.heads}
         if wrong := [key for key, n in found.items() if not isinstance(n, int) or n < 1]:
             known = f"{self.key} holds {len(self.hub)} tensors group by group; config.json says {wrong[0]} = {found[wrong[0]]}"
             raise Contradiction("config.json does not say how many heads there are", known, f"add {wrong[0]} from the producer's config.json")
-        return tuple(found[key] for key in self.heads)
+        return tuple(_divided(found[key], tp, key) for key in self.heads)
 
-    def row_counts(self, sizes: Sizes, config: Config) -> tuple[int, ...]:
+    def row_counts(self, sizes: Sizes, config: Config, tp: int = 1) -> tuple[int, ...]:
+        """How many rows each tensor has, on one of `tp` processes that divide them."""
         found = {name: sizes.get(name) or dig(config, name) for names in self.rows for name in names.split()}
         if wrong := [name for name, n in found.items() if not isinstance(n, int) or n < 1]:
             known = f"{self.key} holds {len(self.hub)} tensors in turn; config.json says {wrong[0]} = {found[wrong[0]]}"
             raise Contradiction("config.json does not say how many rows a tensor has", known, f"add {wrong[0]} from the producer's config.json")
-        return tuple(prod(found[name] for name in names.split()) for names in self.rows)
+        return tuple(_divided(prod(found[name] for name in names.split()), tp if self.tp else 1, names) for names in self.rows)
+
+
+def _divided(count: int, tp: int, what: str) -> int:
+    if count % tp:
+        raise Contradiction(
+            f"{count} ({what}) on {tp} processes", "config.json says the one, the mark in the file's header the other", "take both from one run"
+        )
+    return count // tp
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class Format:
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
     `asked`: what its producer did that only shapes tell from another format, if so; it is then read only if --format or our mark says so.
     `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
-    `by_rank`: with expert parallelism, each process has such a file of its own, its experts numbered from 0 and all else whole.
+    `by_rank`: each process of several has such files of its own, its layers and experts numbered from 0; `Dense.tp` says what else is divided.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """

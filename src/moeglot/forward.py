@@ -66,7 +66,7 @@ def loud_tokens(layer: int, expert: int, model: Expert, matrix: Matrix, h: int, 
 def checkpoint_side(other: Checkpoint) -> Matrices:
     return Matrices(
         other.source.name,
-        lambda layer: Expert.of(other.format.family, other.config, layer),
+        lambda layer: Expert.of(other.format.family, other.config, other.number(layer)),
         lambda layer, expert: right(other, layer, expert),
     )
 
@@ -76,7 +76,7 @@ class Probe:
 
     def __init__(self, subject: Checkpoint, side: Side, layer: int, expert: int) -> None:
         self.subject, self.side, self.layer, self.expert = subject, side, layer, expert
-        self.model = Expert.of(subject.format.family, subject.config, layer)
+        self.model = Expert.of(subject.format.family, subject.config, subject.number(layer))
         self.declared = right(subject, layer, expert)
         self.tokens = side.tokens(layer, expert, self.model, self.declared, subject.sizes["h"])
         self.answer = side.answer(layer, expert, self.tokens)

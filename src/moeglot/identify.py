@@ -17,11 +17,11 @@ from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name, of_family, variants
 from moeglot.layout import Sizes, Stored
 from moeglot.shards import Entry
-from moeglot.share import SHARE, Share, held
+from moeglot.share import SHARE, Share
 from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
-"""Key of our mark in a safetensors header; `moeglot.share` has that of files with one process's experts."""
+"""Key of our mark in a safetensors header; `moeglot.share` has that of files that are one process's."""
 First = Mapping[tuple[tuple[str, ...], str], Entry]
 """(roles, part) of a line -> the first tensor that there is of it."""
 NO_CONFIG = "there is no config.json"
@@ -97,6 +97,7 @@ class Identification:
 def identify(path: Source | str | Path, format: str | None = None) -> Identification:
     """Ask the user, our mark, the producer's marks. Raises `Contradiction` where two declarations disagree."""
     source = path if isinstance(path, Source) else read_source(path, headers_only=True)
+    source = source.ranks[0] if source.ranks else source
     if format is not None:
         form = _settled(by_name(format), source)
         return Identification(form, (f"--format {format}",), (form,), {})
@@ -125,7 +126,7 @@ def identify(path: Source | str | Path, format: str | None = None) -> Identifica
 
 def written_marks(form: Format, share: Share | None) -> dict[str, str]:
     """What we say in the header of each safetensors file that we write."""
-    return {MARK: form.name, **({SHARE: str(share)} if share else {})}
+    return {MARK: form.name, **({SHARE: share.mark} if share else {})}
 
 
 def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[str]:
@@ -151,7 +152,7 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     if (form.container.experts if form.container else "") != source.torch_dist:
         return Refutation("container", f"its experts lie {form.container.experts} in a torch_dist folder" if form.container else "it lies in safetensors files")
     if source.share and not form.by_rank:
-        return Refutation("container", f"the safetensors header says {SHARE} = {source.share}, and {form.name} has all experts")
+        return Refutation("container", f"the safetensors header says {SHARE} = {source.share.mark}, and {form.name} is for whole models")
     model_type = source.config.get("model_type")
     if form.config.only:
         if missing := [key for key in form.config.names.values() if key not in source.config]:
@@ -159,9 +160,9 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     elif model_type not in form.family.model_types:
         return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
     config = hub_config(source.config, form)
-    sizes = held(form.family.read_sizes(config), source.share)
+    sizes = form.family.held_sizes(config, source.share)
     form = form.sized(sizes)
-    said, layers = quantization(source.config), form.family.layers(config)
+    said, layers = quantization(source.config), form.family.held_layers(config, source.share)
     first = _first_tensors(form, source, layers, sizes, said)
     for line in form.stored:
         for part in line.encoding.parts:
@@ -225,7 +226,7 @@ def _settled(form: Format, source: Source) -> Format:
     if not form.coding and len(form.family.groups) == 1:
         return form
     config, said = hub_config(source.config, form), quantization(source.config)
-    sizes, layers = held(form.family.read_sizes(config), source.share), form.family.layers(config)
+    sizes, layers = form.family.held_sizes(config, source.share), form.family.held_layers(config, source.share)
     form = form.sized(sizes)
     if not form.coding:
         return form

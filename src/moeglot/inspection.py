@@ -11,6 +11,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.divided import numbers, share_json, whole_sizes
 from moeglot.evidence import Weighed, evidence_json
 from moeglot.family import dig
+from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 from moeglot.lint import Finding
 from moeglot.outline import Row
@@ -28,6 +29,7 @@ def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep:
         "ruled_out": {form: str(refutation) for form, refutation in c.identification.ruled_out.items() if refutation.by != "family"},
         "sizes": dict(c.sizes),
         "share": share_json(c),
+        **({"ranks": [{"folder": rank.source.folder.name, **(share_json(rank) or {})} for rank in c.ranks]} if isinstance(c, Gathered) else {}),
         "layers": list(c.layers),
         "stored": [_stored_json(c, line) for line in c.format.all_lines],
         "not_quantized": sorted(c.format.unlike),
@@ -57,9 +59,10 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
         *(("because" if not n else "", reason) for n, reason in enumerate(c.evidence)),
         *([("unverified", c.format.family.unverified)] if c.format.family.unverified else []),
         *([("as they were", f"the experts of layers {', '.join(map(str, c.format.unlike))}, in whole or in part")] if c.format.unlike else []),
-        *([("share", f"{c.share}: experts {numbers(c)[0]} to {numbers(c)[-1]} of {whole_sizes(c)['e']}, numbered from 0")] if c.share else []),
+        *([("share", _share(c))] if c.share else []),
+        *((("ranks" if not n else "", f"{rank.source.folder.name}: {_share(rank)}") for n, rank in enumerate(c.ranks)) if isinstance(c, Gathered) else ()),
         ("sizes", ", ".join(f"{letter} {n}" for letter, n in c.sizes.items() if letter in "ehi")),
-        ("layers", f"{len(c.layers)} with experts of {dig(c.config, c.format.family.sparse.count)}"),
+        ("layers", f"{len(c.layers)} with experts of {len(c.stage) if c.share else dig(c.config, c.format.family.sparse.count)}"),
         (
             "experts",
             f"{size(told['bytes']['experts'])} in {len(c.source.shards)} file{'s' * (len(c.source.shards) > 1)}; other tensors {size(told['bytes']['other'])}",
@@ -70,6 +73,13 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
     table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
     if found := list(findings):
         table(console, "worth knowing", ("about", ""), [(f.about, safe(console, f.what)) for f in found])
+
+
+def _share(c: Checkpoint) -> str:
+    """Whose this is: which experts and layers, and what else is divided."""
+    mine, stage, all_layers = numbers(c), c.stage, dig(c.config, c.format.family.sparse.count)
+    layers = f", layers {stage[0]} to {stage[-1]} of {all_layers}" if len(stage) < all_layers else ""
+    return f"{c.share}: experts {mine[0]} to {mine[-1]} of {whole_sizes(c)['e']}{layers}, numbered from 0"
 
 
 def show_outline(console: Console, rows: Iterable[Row], most: int = 40) -> None:

@@ -15,6 +15,7 @@ from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
 from moeglot.family import dig
+from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 
 ALIGNMENT = 16
@@ -37,7 +38,9 @@ class Finding:
 
 
 def lint(checkpoint: Checkpoint, *, sample: bool = True) -> tuple[Finding, ...]:
-    """Every finding, from headers and, with `sample`, from a few experts."""
+    """Every finding, from headers and, with `sample`, from a few experts; of what several processes hold together, those of each, told once."""
+    if isinstance(checkpoint, Gathered):
+        return tuple({(finding.about, finding.what): finding for rank in checkpoint.ranks for finding in lint(rank, sample=sample)}.values())
     checks: list[Callable[[Checkpoint], Iterator[Finding]]] = [_unquantized, _orphans, _mixed, _unaligned, _strides, _loaders]
     if sample:
         checks.append(_numbers)

@@ -107,8 +107,11 @@ def _by_shape(checkpoint: Checkpoint, line: Stored) -> Change:
     """The shape that the file declares, taken for how the numbers lie."""
 
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
-        entry = checkpoint.source.entries[line.stem(layer)]
-        found = relaid(entry.read(), parse_axes(line.shaped), line.groups, e=checkpoint.sizes["e"], p=len(line.roles))[expert]
+        import torch
+
+        sizes = checkpoint.sizes
+        stored = torch.stack([checkpoint.stored(line, layer, n).parts["value"] for n in range(sizes["e"])]).view(line.shape(sizes))
+        found = relaid(stored, parse_axes(line.shaped), line.groups, e=sizes["e"], p=len(line.roles))[expert]
         return line.split(values(found)).__getitem__
 
     return change

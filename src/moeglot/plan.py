@@ -20,7 +20,6 @@ from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
-from moeglot.family import dig
 from moeglot.format import Dense, Format, TorchDist
 from moeglot.formats import by_name, of_family
 from moeglot.identify import written_marks
@@ -29,13 +28,15 @@ from moeglot.merging import Change, Merged, MergedPart
 from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
-from moeglot.share import Share
+from moeglot.share import Asked, Share
 from moeglot.survival import Survival
 from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
 from moeglot.torch_dist.keys import Stack
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from moeglot.adapter import Adapter
 
 SHARD_SIZE = 5_000_000_000
@@ -186,17 +187,17 @@ def plan(
     round: str = "nearest",
     keep_touched: str | None = None,
     shard_size: int = SHARD_SIZE,
-    ep_rank: int | None = None,
-    ep_size: int | None = None,
+    **ranks: Unpack[Asked],
 ) -> Plan:
     """The plan of a conversion to the format named `to`, by default the source's own; raises `MoeglotError` for what cannot be done, before a byte is
     written. `adapter`: its change is added, and the sums are rounded as `round` says. `keep_touched`: in each layer, the matrices of a role that it changes
-    for some expert stay in that float type, where the target can say so. `ep_rank`, `ep_size`: the experts of that process alone, see `convert`.
+    for some expert stay in that float type, where the target can say so. `ranks`: what one process of several holds, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
     wanted = encoding_by_name(encode) if encode else None
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
-    share = Share.asked(ep_rank, ep_size)
+    share = Share.asked(**ranks)
+    words = share.words if share else source.share.words if source.share else None
     change = _change(source, adapter, round, share or source.share)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
@@ -215,7 +216,7 @@ def plan(
         for line in target.lines(layer)
     )
     target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
-    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change)
+    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, words)
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
@@ -234,7 +235,7 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
             raise UsageError(f"--round {round} without an adapter", "it says how weights with an adapter's change are rounded", "pass --adapter DIR too")
         return None
     if share:
-        raise UsageError(f"an adapter, and the experts of {share}", "its factors are those of all experts", "merge it into the whole model, then convert that")
+        raise UsageError(f"an adapter, and what {share} holds", "its factors are those of the whole model", "merge it into the whole model, then convert that")
     if isinstance(adapter, str | Path):
         from moeglot.adapter import open_adapter
 
@@ -268,18 +269,14 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
 
 def _stack(source: Checkpoint, container: TorchDist) -> Stack:
     """Of layers that are alike, a torch_dist checkpoint stacks all; of those of which some have no experts, none."""
-    count, experts = _count(source), container.experts == "stacked"
+    count, experts = len(source.stage), container.experts == "stacked"
     return Stack(count, experts and source.layers == tuple(range(count)), experts)
-
-
-def _count(source: Checkpoint) -> int:
-    return int(dig(source.config, source.format.family.sparse.count))
 
 
 def _states(source: Checkpoint, container: TorchDist) -> Iterator[str]:
     """The modules that have an _extra_state."""
     for template, only in container.states.items():
-        for layer in range(_count(source)) if "{layer}" in template else (0,):
+        for layer in range(len(source.stage)) if "{layer}" in template else (0,):
             if only and (layer in source.layers) != (only == "sparse"):
                 continue
             for expert in range(source.sizes["e"]) if "{expert}" in template else (0,):

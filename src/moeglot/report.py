@@ -109,7 +109,7 @@ def _expected(plan: Plan, verb: str) -> dict[str, Any]:
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    rows, whose = [], f", the experts of {plan.source.share} alone" if plan.source.share else ""
+    rows, whose = [], f", what {plan.source.share} holds alone" if plan.source.share else ""
     for verb, count in _verbs(plan).items():
         error = plan.expected_error.get(verb)
         loss = "exact" if error is None else "exact on the sample; every tensor is checked" if not error else f"loses: relative error about {error:.2g}"

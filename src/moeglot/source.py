@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -19,6 +20,8 @@ from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, rea
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
+"""What Megatron-LM calls the folder of one process, in checkpoints of its older form."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class Source:
     single: bool = False
     torch_dist: Literal["", "stacked", "single"] = ""
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
+    ranks: tuple[Source, ...] = ()
+    """What each of its folders holds, if it has one for each process of several, and nothing itself."""
+
+    @property
+    def home(self) -> Location:
+        """Where config.json and what is carried over lie."""
+        return self.ranks[0].folder if self.ranks else self.folder
 
     @cached_property
     def last_names(self) -> frozenset[str]:
@@ -56,11 +66,11 @@ class Source:
 
     def others(self) -> Iterator[Location]:
         """Files that are carried over as they are: tokenizer, templates, licence; no weights, no index, no config.json, nothing of ours."""
-        for path in _listed(self.folder) if not self.single else []:
+        for path in _listed(self.home) if not self.single else []:
             named = path.name == DESCRIPTION or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
             weights = named or path.suffix in (".safetensors", ".distcp", *PICKLES)
             if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
-                yield _inside(path, _root(self.folder))
+                yield _inside(path, _root(self.home))
 
 
 def read_source(path: str | Path, headers_only: bool = False) -> Source:
@@ -81,7 +91,26 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
         local = hub.fetch(str(path))
     if isinstance(local, Path) and is_torch_dist(local):
         return _read_torch_dist(str(path), local)
-    return _read(str(path), local, tuple(_shards(str(path), local, _root(local))), headers_only)
+    shards = tuple(_shards(local, _root(local)))
+    if not shards and (folders := _folders(local)):
+        return _read_ranks(str(path), local, folders, headers_only)
+    return _read(str(path), local, shards or _refuse_none(str(path), local), headers_only)
+
+
+def _folders(folder: Location) -> tuple[Location, ...]:
+    """The folders of a folder, if some hold weights; of what begins with a dot, none."""
+    found = tuple(path for path in _listed(folder) if path.is_dir() and not path.name.startswith("."))
+    return found if any(path.suffix in (".safetensors", *PICKLES) for inner in found for path in inner.iterdir()) else ()
+
+
+def _read_ranks(name: str, folder: Location, folders: tuple[Location, ...], headers_only: bool) -> Source:
+    """What each process of several holds, in a folder of its own."""
+    ranks = []
+    for one in folders:
+        shards = tuple(_shards(one, _root(one)))
+        ranks.append(_read(str(one), one, shards or _refuse_none(str(one), one), headers_only))
+    entries = {f"{rank.folder.name}/{key}": entry for rank in ranks for key, entry in rank.entries.items()}
+    return Source(name, folder, tuple(shard for rank in ranks for shard in rank.shards), entries, ranks[0].config, (), ranks=tuple(ranks))
 
 
 def _read_torch_dist(name: str, folder: Path) -> Source:
@@ -108,22 +137,28 @@ def _root(folder: Location) -> Path:
     return repository if cached else folder.resolve()
 
 
-def _shards(name: str, folder: Location, root: Path) -> Iterator[Location]:
+def _shards(folder: Location, root: Path) -> Iterator[Location]:
     if (index := folder / INDEX).is_file():
         names = sorted(set(_weight_map(_inside(index, root)).values()))
         yield from (_inside(folder / _plain(name), root) for name in names)
         return
     single = folder / "model.safetensors"
     found = [single] if single.exists() or os.path.lexists(str(single)) else [path for path in _listed(folder) if path.suffix == ".safetensors"]
-    if not found:
-        if pickles := [path.name for path in _listed(folder) if path.suffix in PICKLES]:
-            raise PickleRefused(
-                f"{name}: only pickle files are here: {', '.join(pickles[:3])}",
-                "loading a pickle runs the code in it; moeglot never does",
-                "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)",
-            )
-        raise CheckpointError(f"{name}: no safetensors file is here", f"looked for {INDEX} and *.safetensors", "pass the folder that holds them")
     yield from (_inside(path, root) for path in found)
+
+
+def _refuse_none(name: str, folder: Location) -> tuple[Location, ...]:
+    """There is no shard."""
+    if pickles := [path.name for path in _listed(folder) if path.suffix in PICKLES]:
+        megatron = bool(MEGATRON_RANK.fullmatch(folder.name))
+        raise PickleRefused(
+            f"{name}: only pickle files are here: {', '.join(pickles[:3])}",
+            "loading a pickle runs the code in it; moeglot never does",
+            "have Megatron load it and save it with --ckpt-format torch_dist, which moeglot reads"
+            if megatron
+            else "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)",
+        )
+    raise CheckpointError(f"{name}: no safetensors file is here", f"looked for {INDEX} and *.safetensors", "pass the folder that holds them")
 
 
 def _not_safetensors(path: Location) -> CheckpointError:

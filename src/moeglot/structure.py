@@ -64,7 +64,7 @@ def _missing(key: str, line: Stored, part: str, source: Source, form: Format, la
             f"{known}; quantization_config does not name this module in {form.coding.kept}",
             f"if it is meant to be so, add it to {form.coding.kept} in config.json, as its producer should have",
         )
-    share = f"; one process's experts alone are read where the safetensors header says {SHARE}" if form.by_rank and not source.share else ""
+    share = f"; what one process holds is read where the safetensors header says {SHARE}" if form.by_rank and not source.share else ""
     return TensorMismatch(
         f"{key}: missing",
         f"{why}{known}; it has experts in layers {_spread(layers)}",

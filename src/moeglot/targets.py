@@ -52,16 +52,16 @@ def own(form: Format, wanted: Encoding | None) -> Format:
 
 
 def shared(source: Checkpoint, target: Format, share: Share | None) -> Checkpoint:
-    """The source, or the experts there of the share that is asked for; raises `UsageError` where the target is for whole models, or has no such file."""
-    if not share and not source.share:
+    """The source, or what of it the share that is asked for holds; raises `UsageError` where the target is for whole models, or has no such file."""
+    if not (mine := share or source.share):
         return source
     if not target.by_rank:
         names = ", ".join(form.name for form in of_family(target.family) if form.by_rank) or f"none of {target.family.name}'s formats"
-        wrong = f"{target.name} with the experts of {share} alone" if share else f"{source.source.name} has the experts of {source.share} alone"
-        whole = "every process reads its own experts from one torch_dist checkpoint" if target.container else f"readers of {target.name} want all experts"
-        do = "leave --ep-rank and --ep-size out" if share else "convert the whole model that it comes from"
+        wrong = f"{target.name} with what {share} holds alone" if share else f"{source.source.name} has what {source.share} holds alone"
+        whole = "every process reads its own part from one torch_dist checkpoint" if target.container else f"readers of {target.name} want the whole model"
+        do = "leave the ranks and sizes out" if share else "pass the folder that holds the folders of all ranks, or the whole model that it comes from"
         raise UsageError(wrong, f"{whole}; a process has a state dict of its own in: {names}", f"{do}, or pass --to with one of those that are named here")
-    return divided(source, share) if share else source
+    return divided(source, mine, target)
 
 
 def arranged(source: Checkpoint, target: Format) -> Format:

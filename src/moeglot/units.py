@@ -11,9 +11,10 @@ from moeglot import scratch
 from moeglot.checks import one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
-from moeglot.encoding import Encoded, Encoding, Parts
+from moeglot.encoding import WHOLE, Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
 from moeglot.floats import exact_dtype, exactly, row_pairs, values
+from moeglot.layout import Stored
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
@@ -27,7 +28,7 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     """The bytes of a unit: part -> tensor in stored axes (one expert's slice, or a tensor that is no expert), and what was lost."""
     if unit.step is None:
         found = [_dense(part) for part in unit.parts]
-        groups = unit.line.groups(plan.source.config) if unit.line else 1
+        groups = unit.line.groups(plan.source.config, plan.source.tp) if unit.line else 1
         return {"value": taking_turns([tensor for tensor, _ in found], groups)}, sum((loss for _, loss in found), Loss())
     if unit.step.line.per_expert:
         return _made(plan, unit.step, unit)
@@ -90,11 +91,17 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
     if not (step.exact and isinstance(step.target, Plain) and line.turns_into(step.line)):
         return None
     stored = source.checked(line, step.layer, expert)
-    if not line.movable(stored.encoding, source.sizes):
+    if not line.movable(stored.encoding, source.sizes) or _has_scales_by_role(line, stored.encoding):
         return None
     value = scratch.empty(step.line.expert_shape(source.sizes), by_torch_name(step.target.name).torch)
     stored.decode(value.dtype, line.turned(step.line, value))
     return {"value": value}, _same_numbers(stored)
+
+
+def _has_scales_by_role(line: Stored, encoding: Encoding) -> bool:
+    """Some part has one entry for the rows of each role, so that a slice of several is no one matrix."""
+    blocks = [(group, rows) for part in encoding.parts for group, rows in zip(line.expert_groups, part.blocks(len(line.expert_groups)), strict=True)]
+    return any("p" in group and rows == WHOLE for group, rows in blocks)
 
 
 def _same_numbers(encoded: Encoded) -> Loss:
@@ -174,7 +181,7 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
         return part.read(), Loss()
     import torch
 
-    given = part.exact().decode(torch.float32)
+    given = part.decode(torch.float32)
     coded = {"value": given.to(DTYPES[part.dtype].torch)}
     return coded["value"], measure(given, Encoded(Plain(part.dtype), coded, tuple(given.shape)))
 

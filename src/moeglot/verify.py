@@ -16,6 +16,7 @@ from moeglot.errors import Contradiction, MoeglotError
 from moeglot.fingerprint import Fingerprint
 from moeglot.floats import row_pairs
 from moeglot.forward import Side, checkpoint_side, forward
+from moeglot.gathered import Gathered
 from moeglot.misreadings import right
 
 SLAB = 1 << 20
@@ -27,16 +28,18 @@ def verify(
 ) -> Report:
     """Structure and numbers of a checkpoint; with `against`, its values and forward as well.
 
-    `against`: another checkpoint, a fingerprint (.json), a `Side`, or "transformers" for the modules of the installed library.
+    `against`: another checkpoint, a fingerprint (.json), a `Side`, or "transformers" for the modules of the installed library. Of what one process of several
+    holds, or all of them together, the tensors that are no experts are compared with those of the other checkpoint, too: they are divided as well.
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
     if isinstance(other, Fingerprint):
         other = other.of(subject)
-    checks = [structure(subject)]
+    checks = [structure(subject), *([copies(subject)] if isinstance(subject, Gathered) else [])]
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
         checks.append(values(subject, other, workers=workers, progress=progress))
+        checks += [others(subject, other)] if subject.share or isinstance(subject, Gathered) else []
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
     if other is not None:
@@ -73,8 +76,21 @@ def structure(checkpoint: Checkpoint) -> Check:
         wrong = first.wrong if isinstance(first, MoeglotError) else str(first)
         return Check("structure", "does not hold", "keys, dtypes and shapes", f"{wrong} ({len(found)} problems)", {"problems": len(found)})
     experts = len(checkpoint.layers) * checkpoint.sizes["e"]
-    whose = f", those of {checkpoint.share}" if checkpoint.share else ""
+    whose = f", what {checkpoint.share} holds" if checkpoint.share else ""
     return Check("structure", "holds", "keys, dtypes and shapes", f"{tensors} tensors of {experts} experts, each once{whose}", {"experts": experts})
+
+
+def copies(subject: Gathered) -> Check:
+    """What several processes hold whole and is no expert has the same bytes in all; copies of experts are compared wherever one is read."""
+    wrong = []
+    for tensor in subject.dense.values():
+        try:
+            tensor.same(tensor)
+        except Contradiction as error:
+            wrong.append(error.wrong)
+    if wrong:
+        return Check("values", "does not hold", "copies", f"{wrong[0]} ({len(wrong)} tensors)", {"unequal": len(wrong)})
+    return Check("values", "holds", "copies", f"{len(subject.ranks)} folders agree in what they have in common", {"unequal": 0})
 
 
 def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | None = None) -> Check:
@@ -127,7 +143,7 @@ def comparable(a: Checkpoint, b: Checkpoint) -> None:
     """One family, one size; raises `Contradiction`."""
     if a.share != b.share:
         wrong = f"{a.source.name} has {_which(a)}, {b.source.name} {_which(b)}"
-        raise Contradiction(wrong, "moeglot compares the experts that the first one has", f"pass {b.source.name} first")
+        raise Contradiction(wrong, "moeglot compares what the first one has", f"pass {b.source.name} first")
     letters = [letter for letter in ("e", "h", "i", "j") if a.sizes.get(letter) != b.sizes.get(letter)]
     if a.format.family != b.format.family or letters or a.layers != b.layers:
         raise Contradiction(
@@ -138,7 +154,7 @@ def comparable(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def _which(checkpoint: Checkpoint) -> str:
-    return f"the experts of {checkpoint.share}" if checkpoint.share else "all experts"
+    return f"what {checkpoint.share} holds" if checkpoint.share else "the whole model"
 
 
 def difference(mine: Encoded, theirs: Encoded) -> float:

@@ -50,6 +50,16 @@ def differing(a, b):
     ]
 
 
+@pytest.mark.parametrize("coding", [coding for coding in QWEN if coding.stacked], ids=lambda coding: coding.name)
+def test_all_experts_in_one_tensor_decode_as_one_matrix_each(coding, tmp_path):
+    """To float32, which holds every number, so that a slice that has its axes already is decoded at once, unless gate and up have a scale each."""
+    source = coded(tmp_path, LAYOUTS[1], coding, {"e": 2, "h": 128, "i": 128})
+    for n, layout in enumerate(LAYOUTS):
+        moeglot.convert(source, layout, tmp_path / str(n), encode="float32")
+    moeglot.convert(tmp_path / "0", LAYOUTS[1], tmp_path / "stacked")
+    assert differing(tmp_path / "stacked", tmp_path / "1") == []
+
+
 @pytest.mark.parametrize(("layout", "coding"), [(layout, coding) for coding in QWEN for layout in LAYOUTS if layout == LAYOUTS[0] or coding.stacked])
 def test_it_is_identified_and_returns_as_it_is(coding, layout, sizes, tmp_path):
     source = coded(tmp_path, layout, coding, sizes)

@@ -1,6 +1,7 @@
 """A real megatron-core GPTModel on a CPU: what it makes of a checkpoint, as a program, since it needs a process group and stand-ins for CUDA.
 
-Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] ...`, alone or under torchrun, where each process holds its share of experts.
+Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] ...`, alone or under torchrun, where each process holds its share of the model: half of the experts,
+unless --tp, --etp, --pp and --ep say otherwise.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def in_blocks(model: Any, size: int) -> None:
             expert.linear_fc1.register_forward_hook(lambda _, __, given: tuple(one if one is None else in_halves(one) for one in given))
 
 
-def transformer_config(hf: dict[str, Any], ep: int) -> Any:
-    """config.json of a Hub checkpoint -> TransformerConfig."""
+def transformer_config(hf: dict[str, Any], sizes: dict[str, int]) -> Any:
+    """config.json of a Hub checkpoint, and among how many processes each thing is divided -> TransformerConfig."""
     from megatron.core.fusions.fused_bias_geglu import quick_gelu
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -126,7 +127,10 @@ def transformer_config(hf: dict[str, Any], ep: int) -> Any:
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
-        "expert_model_parallel_size": ep,
+        "tensor_model_parallel_size": sizes["tp"],
+        "expert_tensor_parallel_size": sizes["etp"],
+        "pipeline_model_parallel_size": sizes["pp"],
+        "expert_model_parallel_size": sizes["ep"],
         "params_dtype": torch.float32,
         "pipeline_dtype": torch.float32,
     }
@@ -206,10 +210,11 @@ def rope_of(hf: dict[str, Any]) -> dict[str, Any]:
     return dict(hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf["rope_theta"]})
 
 
-def build(hf: dict[str, Any], ep: int, te_names: bool, grouped: bool = False) -> Any:
-    """The model, its experts as SequentialMLP, or `grouped`, as the legacy GroupedMLP. `te_names`: its checkpoint has the names that the layers of
-    transformer-engine give it.
+def build(hf: dict[str, Any], sizes: dict[str, int], te_names: bool, grouped: bool = False, words: int | None = None) -> Any:
+    """What this process has of the model, its experts as SequentialMLP, or `grouped`, as the legacy GroupedMLP. `te_names`: its checkpoint has the names
+    that the layers of transformer-engine give it. `words`: the rows of the embedding, if they are more than words.
     """
+    from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -221,7 +226,7 @@ def build(hf: dict[str, Any], ep: int, te_names: bool, grouped: bool = False) ->
         def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **rest: Any) -> None:
             super().__init__(*args, **rest)
 
-    config = transformer_config(hf, ep)
+    config = transformer_config(hf, sizes)
     config.moe_grouped_gemm = grouped
     if hf["model_type"] == "deepseek_v3":
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
@@ -239,8 +244,11 @@ def build(hf: dict[str, Any], ep: int, te_names: bool, grouped: bool = False) ->
     model = GPTModel(
         config,
         spec,
-        vocab_size=hf["vocab_size"],
+        vocab_size=words or hf["vocab_size"],
         max_sequence_length=64,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=False,
         share_embeddings_and_output_weights=hf.get("tie_word_embeddings", False),
         position_embedding_type="yarn" if hf["model_type"] == "gpt_oss" else "rope",
         rotary_base=int(rope_of(hf)["rope_theta"]),
@@ -249,6 +257,35 @@ def build(hf: dict[str, Any], ep: int, te_names: bool, grouped: bool = False) ->
         if grouped and isinstance(module, GroupedMLP):  # it wants to be told bfloat16, and computes in what it is given
             module.config = replace(config, bf16=True)
     return model
+
+
+def logits_of(model: Any, hf: dict[str, Any]) -> torch.Tensor:
+    """[2, 12, v] on the processes of the last stage of the pipeline; on the others, what they hand on."""
+    from megatron.core import parallel_state
+
+    tokens = torch.arange(24).view(2, 12) * 7 % hf["vocab_size"]
+    if not parallel_state.is_pipeline_first_stage():
+        handed = torch.empty(12, 2, hf["hidden_size"])
+        torch.distributed.recv(handed, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(handed)
+    with torch.no_grad():
+        found = model(tokens, torch.arange(12).expand(2, 12), None)
+    if not parallel_state.is_pipeline_last_stage():
+        torch.distributed.send(found.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return found
+
+
+def load(model: Any, folder: Path) -> bool:
+    """Whether every process could load its state dict, each name and shape being right; where one cannot, none computes."""
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        print(error)
+        loaded = torch.zeros(1)
+    else:
+        loaded = torch.ones(1)
+    torch.distributed.all_reduce(loaded, torch.distributed.ReduceOp.MIN)
+    return bool(loaded)
 
 
 def main() -> None:
@@ -262,6 +299,10 @@ def main() -> None:
     parser.add_argument("--grouped", action="store_true", help="experts as GroupedMLP")
     parser.add_argument("--states", action="store_true", help="the checkpoint is a state dict in safetensors")
     parser.add_argument("--ranks", nargs="*", help="the checkpoint is a folder of state dicts, and process n loads the n-th of these")
+    parser.add_argument("--exchanged", nargs="*", help="as --ranks, once more, which may fail: `exchanged` beside the logits, if all of them could be loaded")
+    parser.add_argument("--words", type=int, help="rows of the embedding, padding among them")
+    for kind in ("tp", "etp", "pp", "ep"):
+        parser.add_argument(f"--{kind}", type=int)
     parser.add_argument("--glu-blocks", type=int, default=0, help="gate and up lie in blocks of so many rows")
     parser.add_argument("--layout", choices=["stacked", "numbered", "single"], help="ask the model for this one, not for the checkpoint's")
     args = parser.parse_args()
@@ -276,21 +317,24 @@ def main() -> None:
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    parallel_state.initialize_model_parallel(1, 1, expert_model_parallel_size=world)
+    sizes = {kind: getattr(args, kind) or 1 for kind in ("tp", "etp", "pp")}
+    sizes["ep"] = args.ep or world // (sizes["etp"] * sizes["pp"])
+    parallel_state.initialize_model_parallel(sizes["tp"], sizes["pp"], expert_model_parallel_size=sizes["ep"], expert_tensor_parallel_size=sizes["etp"])
+    rank, root = torch.distributed.get_rank(), args.checkpoint
     if args.ranks:
-        args.checkpoint /= args.ranks[parallel_state.get_expert_model_parallel_rank()]
+        args.checkpoint /= args.ranks[rank]
     with contextlib.suppress(Exception):
         model_parallel_cuda_manual_seed(0)
     hf = json.loads((args.checkpoint / "config.json").read_text())
     torch.manual_seed(0)
-    model = build(hf, world, args.te_names, args.grouped)
+    model = build(hf, sizes, args.te_names, args.grouped, args.words)
     if args.glu_blocks:
         in_blocks(model, args.glu_blocks)
     metadata = {"singleton_local_shards": args.layout == "single", "non_homogeneous_layers": args.layout != "stacked"} if args.layout else {}
     if not args.layout and (args.checkpoint / "common.pt").is_file():  # a checkpoint says how it is laid out, and trainers ask it, as here
         metadata = dist_checkpointing.load_content_metadata(str(args.checkpoint)) or {}
     if args.states or args.ranks:
-        model.load_state_dict(load_file(args.checkpoint / "model.safetensors"))
+        assert load(model, args.checkpoint)
     elif not args.random:
         wanted = model.sharded_state_dict(metadata=metadata)
         # transformer-engine's layers have objects without content that the local ones lack; a key that is missing in the checkpoint is an error anyway
@@ -300,13 +344,15 @@ def main() -> None:
     with torch.no_grad():
         for parameter in model.parameters() if args.random else ():
             parameter.copy_(torch.randn(parameter.shape) / 8 + (parameter.ndim == 1))
-        tokens = torch.arange(24).view(2, 12) * 7 % hf["vocab_size"]
-        positions = torch.arange(12).expand(2, 12)
-        logits = model(tokens, positions, None)
-    if torch.distributed.get_rank() == 0:
-        save_file({"logits": logits.float().contiguous()}, args.logits)
-    if args.dump and torch.distributed.get_rank() == 0:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}, args.dump)
+    told = {"logits": logits_of(model, hf)}
+    own = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
+    args.logits.with_suffix(f".{rank}.json").write_text(json.dumps({name: list(tensor.shape) for name, tensor in own.items()}))
+    if args.exchanged and load(model, root / args.exchanged[rank]):
+        told["exchanged"] = logits_of(model, hf)
+    if rank == world - world // sizes["pp"]:  # the first of the last stage
+        save_file({name: tensor.float().contiguous() for name, tensor in told.items()}, args.logits)
+    if args.dump and rank == 0:
+        save_file(own, args.dump)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
         dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "iteration": 1}, str(args.save), content_metadata=metadata)

@@ -61,8 +61,8 @@ PROGRAM = Path(__file__).with_name("megatron_cpu.py")
 VOCABULARY = 96
 
 
-def hub_model(folder: Path, family: str, size: str) -> Path:
-    """A random model of that family, as transformers saves it in BF16."""
+def hub_model(folder: Path, family: str, size: str, **more: int) -> Path:
+    """A random model of that family, as transformers saves it in BF16. `more`: of its config."""
     hidden, inner = SIZES[size]
     torch.manual_seed(len(size))
     shared = {
@@ -74,11 +74,13 @@ def hub_model(folder: Path, family: str, size: str) -> Path:
         "vocab_size": VOCABULARY,
         "tie_word_embeddings": False,
         "num_experts_per_tok": 2,
+        **(LATENT if family == "deepseek-v3" else {}),
+        **more,
     }
     if family == "gpt-oss":
         config = GptOssConfig(**shared, intermediate_size=inner, num_local_experts=4, sliding_window=8)
     elif family == "deepseek-v3":
-        config = DeepseekV3Config(**shared | LATENT, moe_intermediate_size=inner, intermediate_size=80)
+        config = DeepseekV3Config(**shared, moe_intermediate_size=inner, intermediate_size=80)
     elif family == "mixtral":
         config = MixtralConfig(**shared, intermediate_size=inner, num_local_experts=4)
     else:
@@ -98,18 +100,23 @@ def hub_logits(folder: Path) -> torch.Tensor:
     """[2, 12, v] in float32, by transformers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        return model(torch.arange(24).view(2, 12) * 7 % VOCABULARY).logits
+        return model(torch.arange(24).view(2, 12) * 7 % model.config.vocab_size).logits
 
 
 def megatron(checkpoint: Path, *options: str | Path, processes: int = 1) -> torch.Tensor:
     """[2, 12, v] in float32, by Megatron's GPTModel."""
+    return told(checkpoint, *options, processes=processes)[0]["logits"]
+
+
+def told(checkpoint: Path, *options: str | Path, processes: int = 1) -> tuple[dict[str, torch.Tensor], list[dict[str, list[int]]]]:
+    """What Megatron's GPTModel computes, [2, 12, v] in float32; and the name and shape of each tensor that a process has, for each process."""
     out = checkpoint.with_name(f"{checkpoint.name}-{processes}.logits")
     start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*start, PROGRAM, checkpoint, out, *options]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out)["logits"]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return load_file(out), [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(processes)]
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

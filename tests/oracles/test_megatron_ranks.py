@@ -1,4 +1,4 @@
-"""Megatron-Core on two processes: each loads the state dict that was written for it, strictly, and together they compute transformers' logits."""
+"""Megatron-Core on several processes: each loads the state dict that was written for it, strictly, and together they compute transformers' logits."""
 
 from __future__ import annotations
 
@@ -8,48 +8,76 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+import torch
+from divisions import processes, ranks
 from safetensors.torch import load_file
-from test_megatron import LIMIT, apart, hub_logits, hub_model, megatron
+from test_megatron import HUB, LIMIT, VOCABULARY, apart, hub_logits, hub_model, told
 
 import moeglot
 
-PROCESSES = 2
+EP, TP, PP = {"ep": 2}, {"tp": 2, "etp": 1, "ep": 1}, {"pp": 2}
+BOTH, INNER = {"tp": 2, "etp": 1, "ep": 2}, {"tp": 2, "etp": 2, "ep": 1}
+ALL = BOTH | PP
 CASES = [
-    ("gpt-oss", "h=i", "megatron"),
-    ("gpt-oss", "neither", "megatron"),
-    ("qwen3-moe", "h=i", "megatron"),
-    ("qwen3-moe", "neither", "megatron"),
-    ("deepseek-v3", "h=2i", "megatron"),
-    ("qwen3-moe", "h=i", "megatron-grouped"),
-    ("mixtral", "neither", "megatron-grouped"),
+    ("gpt-oss", "h=i", "megatron", EP),
+    ("gpt-oss", "h=i", "megatron", TP),
+    ("gpt-oss", "h=i", "megatron", PP),
+    ("gpt-oss", "neither", "megatron", BOTH),
+    ("qwen3-moe", "h=i", "megatron", TP),
+    ("qwen3-moe", "h=i", "megatron-grouped", EP),
+    ("qwen3-moe", "neither", "megatron", INNER),
+    ("qwen3-moe", "neither", "megatron", PP),
+    ("deepseek-v3", "h=2i", "megatron", BOTH),
+    ("deepseek-v3", "h=i", "megatron", INNER),
+    ("deepseek-v3", "neither", "megatron", PP),
+    ("deepseek-v3", "h=i", "megatron", ALL),
+    ("mixtral", "neither", "megatron-grouped", BOTH),
+    ("mixtral", "h=i", "megatron-grouped", INNER),
 ]
-"""Family, sizes and format: SequentialMLP, or the legacy GroupedMLP."""
+"""Family, sizes, format (SequentialMLP, or the legacy GroupedMLP), and among how many processes what is divided."""
 
 
-def states(source: Path, family: str, name: str, out: Path) -> Path:
-    """A folder with the state dict of each process, named by its rank."""
-    for rank in range(PROCESSES):
-        certificate = moeglot.convert(source, f"{family}/{name}", out / str(rank), ep_rank=rank, ep_size=PROCESSES)
+def states(source: Path, name: str, division: dict[str, int], out: Path, **more: int) -> Path:
+    """A folder with the state dict of each process, named by its number."""
+    for process in range(processes(division)):
+        certificate = moeglot.convert(source, name, out / str(process), **ranks(division, process), **more)
         assert certificate.report.verdict == "holds"
     return out
 
 
-@pytest.mark.parametrize(("family", "size", "name"), CASES)
-def test_each_process_loads_its_own(family: str, size: str, name: str, tmp_path: Path) -> None:
-    source = hub_model(tmp_path / "hub", family, size)
-    logits = hub_logits(source)
-    out = states(source, family, name, tmp_path / "out")
-    grouped = ["--grouped"] if name == "megatron-grouped" else []
-    assert apart(megatron(out, *grouped, "--ranks", "0", "1", processes=PROCESSES), logits) <= LIMIT
-    assert apart(megatron(out, *grouped, "--ranks", "0", "0", processes=PROCESSES), logits) > 1000 * LIMIT
+def run(out: Path, name: str, division: dict[str, int], *more: str) -> tuple[dict[str, torch.Tensor], list[dict[str, list[int]]]]:
+    """What the model computes from these files, and from each other's, and what each process has."""
+    count = processes(division)
+    words = [word for kind, size in division.items() for word in (f"--{kind}", str(size))] + (["--grouped"] if name == "megatron-grouped" else [])
+    own, others = ([str(n ^ flip) for n in range(count)] for flip in (0, 1))
+    return told(out, *words, *more, "--ranks", *own, "--exchanged", *others, processes=count)
 
 
-def test_megatron_has_these_tensors_and_no_others(tmp_path: Path) -> None:
-    """The state dict of a process as Megatron-Core itself names it: what one alone asks for, less the experts that it does not hold."""
-    source = hub_model(tmp_path / "hub", "gpt-oss", "neither")
-    megatron(source, "--random", "--dump", tmp_path / "dump.safetensors", processes=PROCESSES)
-    own = {name: tensor.shape for name, tensor in load_file(tmp_path / "dump.safetensors").items()}
-    for rank in range(PROCESSES):
-        moeglot.convert(source, "gpt-oss/megatron", tmp_path / str(rank), ep_rank=rank, ep_size=PROCESSES)
-        written = load_file(tmp_path / str(rank) / "model.safetensors")
-        assert {name: tensor.shape for name, tensor in written.items()} == own
+@pytest.mark.parametrize(("family", "size", "name", "division"), CASES)
+def test_each_process_loads_its_own(family: str, size: str, name: str, division: dict[str, int], tmp_path: Path) -> None:
+    """Strictly: a name or a shape that is not the model's own is an error. Given each other's files, they load none, or compute something else. Put
+    together, their files are the model again.
+    """
+    more = {"num_hidden_layers": 4} if family == "deepseek-v3" and "pp" in division else {}
+    source = hub_model(tmp_path / "hub", family, size, **more)
+    logits, out = hub_logits(source), states(source, f"{family}/{name}", division, tmp_path / "out")
+    found, own = run(out, name, division)
+    assert apart(found["logits"], logits) <= LIMIT
+    assert ("exchanged" in found) == (division != PP)  # a stage has other names
+    assert "exchanged" not in found or apart(found["exchanged"], logits) > 1000 * LIMIT
+    for process, shapes in enumerate(own):
+        written = load_file(out / str(process) / "model.safetensors")
+        assert {key: list(tensor.shape) for key, tensor in written.items()} == shapes
+    moeglot.convert(out, HUB[family], tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert [key for key, tensor in before.items() if not torch.equal(tensor, after[key])] == []
+
+
+def test_a_padded_vocabulary(tmp_path: Path) -> None:
+    source, rows = hub_model(tmp_path / "hub", "qwen3-moe", "h=i", vocab_size=VOCABULARY + 1), VOCABULARY + 8
+    out = states(source, "qwen3-moe/megatron", TP, tmp_path / "out", padded_vocab_size=rows)
+    logits = run(out, "megatron", TP, "--words", str(rows))[0]["logits"]
+    assert apart(logits[..., : VOCABULARY + 1], hub_logits(source)) <= LIMIT
+    assert logits.shape[-1] == rows
+    assert not logits[..., VOCABULARY + 1 :].any()

@@ -242,4 +242,4 @@ def test_processes_that_are_not_there_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [3, 8])
 def test_experts_that_cannot_be_divided_evenly_are_refused(size: int) -> None:
     with pytest.raises(UsageError, match=f"4 experts on {size} processes"):
-        transformers_parallel.Share(0, size).experts(4)
+        transformers_parallel.Rank(0, size).of(4)

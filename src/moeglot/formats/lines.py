@@ -161,29 +161,37 @@ MEGATRON = "decoder.layers.{layer}."
 MEGATRON_SOURCE = "https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core/transformer"
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 ENDS = (
-    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size"),
-    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size"),
-    Dense("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size", tp="rows", stage="first"),
+    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size", tp="rows", stage="last"),
+    Dense("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last"),
 )
 
 
-def in_layer(names: Mapping[str, str], only: Literal["", "dense", "sparse"] = "") -> tuple[Dense, ...]:
-    """Tensors of a layer that Megatron-Core has as they are: its name -> the Hub's."""
-    return tuple(Dense(MEGATRON + here, (LAYER + there,), only=only) for here, there in names.items())
+def in_layer(
+    names: Mapping[str, str], only: Literal["", "dense", "sparse"] = "", tp: Literal["", "rows", "columns"] = "", between: str = ""
+) -> tuple[Dense, ...]:
+    """Tensors of a layer that Megatron-Core has as they are: its name -> the Hub's; the rest as in `Dense`."""
+    return tuple(Dense(MEGATRON + here, (LAYER + there,), only=only, tp=tp, between=between) for here, there in names.items())
+
+
+def by_heads(names: Mapping[str, str]) -> tuple[Dense, ...]:
+    """Tensors of a layer whose rows are those of heads, which tensor parallelism divides."""
+    return in_layer(names, tp="rows", between=HEADS[0])
 
 
 def query_groups(kinds: tuple[str, ...] = ("weight", "bias")) -> tuple[Dense, ...]:
     """Queries, keys and values in one tensor, head group by head group."""
     return tuple(
-        Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS) for kind in kinds
+        Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS, tp="rows")
+        for kind in kinds
     )
 
 
 def gate_before_up(here: str, there: str, rows: str, only: Literal["", "dense", "sparse"] = "") -> tuple[Dense, ...]:
     """An MLP that is no routed expert. `rows`: the config keys whose product is the number of rows of its gate."""
     both = tuple(LAYER + f"{there}.{x}_proj.weight" for x in ("gate", "up"))
-    return Dense(MEGATRON + f"{here}.linear_fc1.weight", both, (rows, rows), only=only), *in_layer(
-        {f"{here}.linear_fc2.weight": f"{there}.down_proj.weight"}, only
+    return Dense(MEGATRON + f"{here}.linear_fc1.weight", both, (rows, rows), only=only, tp="rows"), *in_layer(
+        {f"{here}.linear_fc2.weight": f"{there}.down_proj.weight"}, only, "columns"
     )
 
 

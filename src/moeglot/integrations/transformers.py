@@ -190,7 +190,7 @@ def load(checkpoint: Checkpoint) -> Any:
     options: dict[str, Any] = {"dtype": torch.bfloat16 if quantized else torch.float32, "output_loading_info": True}
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
-    folder = on_disk(checkpoint.source.folder, "transformers")
+    folder = on_disk(checkpoint.source.home, "transformers")
     model, info = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
@@ -206,7 +206,7 @@ def load(checkpoint: Checkpoint) -> Any:
 def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:
     """The prompt and its greedy continuation, by transformers."""
     model = load(checkpoint)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(on_disk(checkpoint.source.folder, "transformers"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(on_disk(checkpoint.source.home, "transformers"))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # 4.57 adds token types, which its own generate refuses
     with torch.no_grad():
         found = model.generate(

@@ -26,7 +26,7 @@ from moeglot.integrations import transformers_native, transformers_parallel, tra
 from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
-from moeglot.share import Share
+from moeglot.share import Rank
 from moeglot.source import read_json
 from moeglot.targets import float_type
 
@@ -53,7 +53,7 @@ def load(
     format: str | None,
     options: Mapping[str, Any],
     native: Native | None = None,
-    share: Share | None = None,
+    share: Rank | None = None,
 ) -> Any:
     """See `moeglot.load`."""
     if taken := sorted(OURS & options.keys()):
@@ -61,7 +61,7 @@ def load(
             f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
         )
     checkpoint = open(path, format)
-    mine = share.experts(checkpoint.sizes["e"]) if share else None
+    mine = share.of(checkpoint.sizes["e"]) if share else None
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
     cls = model_class(config)
@@ -100,7 +100,7 @@ def load(
     return model
 
 
-def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Mapping[str, Any], share: Share | None) -> None:
+def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
     """Raises `UsageError` where encoded experts cannot go."""
     if "device_map" not in places:
         return
@@ -215,7 +215,7 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
     """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
-    model.config.name_or_path = str(checkpoint.source.folder)
-    beside = checkpoint.source.folder / "generation_config.json"
+    model.config.name_or_path = str(checkpoint.source.home)
+    beside = checkpoint.source.home / "generation_config.json"
     if model.can_generate() and not checkpoint.source.single and beside.is_file():
         model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))

@@ -16,7 +16,7 @@ from torch import distributed
 from moeglot.errors import NotVerified, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn.module import Experts
-from moeglot.share import Share
+from moeglot.share import Rank
 
 FIRST = (5, 23)
 MEASURED = {
@@ -26,7 +26,7 @@ MEASURED = {
 """From which release on -> what its own expert parallelism does."""
 
 
-def share_of(rank: int | None, size: int) -> Share:
+def share_of(rank: int | None, size: int) -> Rank:
     """That of this process; raises `UsageError` where the release is wrong, or where the processes are others than those of torch.distributed."""
     if VERSION < FIRST:
         known = next(text for version, text in MEASURED.items() if version <= VERSION)
@@ -44,17 +44,17 @@ def share_of(rank: int | None, size: int) -> Share:
             f"torch.distributed says that this is process {mine} of {all_}",
             f"pass ep_size={all_}, and leave ep_rank out",
         )
-    return Share(mine, size)
+    return Rank(mine, size)
 
 
-def options(share: Share) -> dict[str, Any]:
+def options(share: Rank) -> dict[str, Any]:
     """For `from_pretrained`: all processes have one batch, attention is divided as the model's plan says, and whole experts are."""
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=share.size, tp_plan="auto", ep_size=share.size)}
 
 
-def dispatch(share: Share, module: Experts, device: torch.device) -> None:
+def dispatch(share: Rank, module: Experts, device: torch.device) -> None:
     """Have transformers' strategy bring the tokens of one batch, which all processes have, to this process's experts, and their answers back."""
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
