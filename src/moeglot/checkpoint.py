@@ -236,11 +236,12 @@ def open(path: str | Path, format: str | None = None, *, headers_only: bool = Fa
     Where several formats fit all declarations, a few experts' numbers are read, and decide or not.
     Raises `FormatError` where the format cannot be told and `CheckpointError` where the tensors are not what it says.
     """
-    from moeglot.gathered import gather
+    from moeglot.gathered import gather, require_marks
 
     with _without_collector():
         source = read_source(path, headers_only)
         if source.ranks:
+            require_marks(source)
             return gather(source, tuple(_opened(rank, format, headers_only) for rank in source.ranks))
         return _opened(source, format, headers_only)
 

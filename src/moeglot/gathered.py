@@ -128,16 +128,22 @@ def _side_by_side(line: Stored, pieces: Sequence[Encoded]) -> Encoded:
     return line.join(lambda role: values(torch.cat([each[role].parts["value"] for each in roles], axis)))
 
 
+def require_marks(source: Source) -> None:
+    """Each folder of this one is that of a process; raises `CheckpointError` where one does not say so, or none does."""
+    if not (strange := [rank for rank in source.ranks if not rank.share]):
+        return
+    some = len(strange) < len(source.ranks)
+    raise CheckpointError(
+        f"{strange[0].name}: no header says which process of several this is" if some else f"{source.name}: no safetensors file is here",
+        f"{source.name} has {len(source.ranks)} folders; moeglot writes {SHARE} into each file of a process, and takes nothing from names and shapes",
+        "pass one of its folders, if each is a model; if Megatron wrote them for its processes, have it save a torch_dist checkpoint, which needs no mark",
+    )
+
+
 def gather(source: Source, ranks: tuple[Checkpoint, ...]) -> Checkpoint:
-    """What the folders of a folder hold together; raises `CheckpointError` where a process is missing or a folder is none's, and `Contradiction` where they
-    are not of one model, one format and one division.
+    """What the folders of a folder hold together; raises `CheckpointError` where a process is missing, and `Contradiction` where they are not of one model,
+    one format and one division.
     """
-    if strange := [rank for rank in ranks if not rank.share]:
-        raise CheckpointError(
-            f"{strange[0].source.name}: no header says which process of several this is",
-            f"{source.name} has a folder for each of {len(ranks)}, and moeglot writes {SHARE} into each file; nothing is taken from names and shapes",
-            "pass one of its folders, if each is a model; if Megatron wrote them, have it save a torch_dist checkpoint, which is read without that",
-        )
     _require_one(source, ranks, {rank.source.name: rank.format.name for rank in ranks}, MARK)
     _require_one(source, ranks, {rank.source.name: _division(share_of(rank)) for rank in ranks}, SHARE)
     _require_one(source, ranks, {rank.source.name: rank.source.config for rank in ranks}, "config.json")
