@@ -16,7 +16,7 @@ AXES = ("e (p i) h", "e (i p) h", "e h (p i)", "e h (i p)")
 
 
 @pytest.mark.parametrize("numbers", [1, 200, 1 << 20])
-@pytest.mark.parametrize(("h", "i"), [(40, 40), (40, 20), (20, 40), (9, 7)])
+@pytest.mark.parametrize(("h", "i"), [(40, 40), (40, 20), (20, 40), (9, 7), (9, 1), (1, 9)])
 @pytest.mark.parametrize("axes", AXES)
 def test_a_role_alone_is_the_role_of_the_whole(axes: str, h: int, i: int, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(straddled, "NUMBERS", numbers)

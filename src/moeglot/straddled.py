@@ -33,7 +33,7 @@ class Straddled(Mapping[str, Encoded]):
             return self._line.split(values(self._stored.decode(torch.float32)))[role]
         rows, columns = self._stored.shape
         place = self._line.split(values(torch.empty(rows, columns, device="meta")))[role].parts["value"]
-        upright = place.stride(0) >= columns
+        upright = self._line.upright
         every, beside = (place.stride(0), place.stride(1)) if upright else (place.stride(1), place.stride(0))
         every, (first, left) = every // columns, divmod(int(place.storage_offset()), columns)
         found = torch.empty(place.shape)
