@@ -4,11 +4,12 @@ and `inspect` on a large index.
 Converts a random gpt-oss of real shapes, and one half as large, from MXFP4 to BF16 and back, with one worker and with two, through the command line,
 verification and certificate included. The promise: 4 × the largest stored expert matrix × workers + 200 MB, whatever the model's size. Run on an idle machine:
 
-    python benchmarks/streaming.py [--layers 4] [--experts 32] [--peers] [--folder DIR] [--results FILE]
+    python benchmarks/streaming.py [--layers 4] [--experts 32] [--rounds 3] [--peers] [--folder DIR] [--results FILE]
 
 Three things to compare with, in the same run: `cp` of the output; the floor, which is every byte of the source read and every byte of the output written
 by the same number of threads in the way that we read and write, and nothing else; and with --peers, transformers' from_pretrained(dequantize=True) and
-save_pretrained, which verifies nothing. "writing" is the conversion proper; the phases after it re-read the output and verify it.
+save_pretrained, which verifies nothing. They and the conversions take turns; times are medians over the rounds, peaks the most of any.
+"writing" is the conversion proper; the phases after it re-read the output and verify it.
 Anonymous memory is RssAnon of /proc/PID/status, read every 20 ms; mapped files are not in it, since the kernel drops their pages at will.
 """
 
@@ -25,11 +26,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -87,9 +89,9 @@ class Run:
         return self.output_bytes / self.seconds
 
     @property
-    def writing(self) -> float:
-        """How many times the floor the conversion proper takes, from the start of the process to the last byte written."""
-        return sum(self.phases[phase][1] for phase in ("planning", "writing") if phase in self.phases) / self.floor_seconds
+    def written(self) -> float:
+        """Seconds from the start of the process to the last byte written, before it is verified."""
+        return sum(self.phases[phase][1] for phase in ("planning", "writing"))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -97,7 +99,9 @@ class Run:
             "holds": self.holds,
             "bytes_per_second": round(self.rate),
             "times_cp": round(self.ratio, 2),
-            "writing_times_floor": round(self.writing, 2),
+            "written_times_floor": round(self.written / self.floor_seconds, 2),
+            "writing_times_floor": round(self.phases["writing"][1] / self.floor_seconds, 2),
+            "peer_times_written": self.peer_seconds and round(self.peer_seconds / self.written, 2),
         }
 
 
@@ -280,19 +284,36 @@ def copy(folder: Path, to: Path) -> float:
     return time.monotonic() - began
 
 
-def measure(source: Path, layers: int, folder: Path, peers: bool) -> Iterator[Run]:
-    peer_seconds = peer(source, folder / "peer") if peers else None
-    for workers in (1, 2):
-        out = folder / "out"
-        seconds, most, phases = convert(source, out, workers, "gpt-oss/transformers")
-        back_seconds, _, back_phases = convert(out, folder / "back", workers, "gpt-oss/openai")
-        copy_seconds, floor_seconds = copy(out, folder / "copy"), floor(source, out, folder, workers)
-        limit, (peak, back_peak) = MATRICES * LARGEST * workers + ALLOWANCE, (max(peak for peak, _ in of.values()) for of in (phases, back_phases))
-        sizes, times = (nbytes(source), nbytes(out)), (seconds, copy_seconds, floor_seconds, peer_seconds)
-        yield Run(layers, workers, *sizes, peak, limit, *times, most, phases, back_seconds, back_peak)
-        shutil.rmtree(folder / "back")
-        shutil.rmtree(out)
-        shutil.rmtree(folder / "copy")
+def measure(source: Path, layers: int, folder: Path, peers: bool, rounds: int) -> list[Run]:
+    """One worker, and two: everything once in each round."""
+    takes: dict[int, list[Run]] = {1: [], 2: []}
+    for _ in range(rounds):
+        peer_seconds = peer(source, folder / "peer") if peers else None
+        for workers, runs in takes.items():
+            runs.append(_take(source, layers, folder, workers, peer_seconds))
+    return [middle(runs) for runs in takes.values()]
+
+
+def _take(source: Path, layers: int, folder: Path, workers: int, peer_seconds: float | None) -> Run:
+    out = folder / "out"
+    seconds, most, phases = convert(source, out, workers, "gpt-oss/transformers")
+    back_seconds, _, back_phases = convert(out, folder / "back", workers, "gpt-oss/openai")
+    copy_seconds, floor_seconds = copy(out, folder / "copy"), floor(source, out, folder, workers)
+    limit, (peak, back_peak) = MATRICES * LARGEST * workers + ALLOWANCE, (max(peak for peak, _ in of.values()) for of in (phases, back_phases))
+    sizes, times = (nbytes(source), nbytes(out)), (seconds, copy_seconds, floor_seconds, peer_seconds)
+    for name in ("back", "out", "copy"):
+        shutil.rmtree(folder / name)
+    return Run(layers, workers, *sizes, peak, limit, *times, most, phases, back_seconds, back_peak)
+
+
+def middle(runs: Sequence[Run]) -> Run:
+    """The same run several times: medians of its times, the most of its peaks."""
+    first = runs[0]
+    times = {name: median(getattr(run, name) for run in runs) for name in ("seconds", "copy_seconds", "floor_seconds", "back_seconds")}
+    peaks = {name: max(getattr(run, name) for run in runs) for name in ("peak_bytes", "peak_resident_bytes", "back_peak_bytes")}
+    phases = {phase: (max(run.phases[phase][0] for run in runs), median(run.phases[phase][1] for run in runs)) for phase in first.phases}
+    peer_seconds = None if first.peer_seconds is None else median(run.peer_seconds or 0.0 for run in runs)
+    return replace(first, **times, **peaks, phases=phases, peer_seconds=peer_seconds)
 
 
 def nbytes(folder: Path) -> int:
@@ -339,15 +360,15 @@ def show(runs: list[Run], tensors: int, seconds: float, processor: float) -> Non
         "time",
         "rate",
         "× cp",
-        "writing × floor",
-        "× transformers",
+        "writing × floor (with the start)",
+        "transformers × written (× all)",
         title="gpt-oss MXFP4 to BF16 and back, verified",
     )
     for run in runs:
         phases = "\n".join(f"{phase}: {peak / 1e6:.0f} MB, {time:.1f} s" for phase, (peak, time) in run.phases.items())
         shown = (f"{run.output_bytes / 1e9:.2f} GB", *(f"{n / 1e6:.0f} MB" for n in (run.peak_bytes, run.limit_bytes, run.back_peak_bytes)), phases)
         colour = "green" if run.holds else "red"
-        versus = f"{run.peer_seconds / run.seconds:.1f}" if run.peer_seconds else ""
+        versus = f"{run.peer_seconds / run.written:.1f} ({run.peer_seconds / run.seconds:.1f})" if run.peer_seconds else ""
         table.add_row(
             str(run.layers),
             str(run.workers),
@@ -355,7 +376,7 @@ def show(runs: list[Run], tensors: int, seconds: float, processor: float) -> Non
             f"{run.seconds:.1f} s",
             f"{run.rate / 1e6:.0f} MB/s",
             f"{run.ratio:.1f}",
-            f"{run.writing:.1f}",
+            f"{run.phases['writing'][1] / run.floor_seconds:.2f} ({run.written / run.floor_seconds:.2f})",
             versus,
             style=colour,
         )
@@ -369,6 +390,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Memory and time of a conversion.")
     arguments.add_argument("--layers", type=int, default=4, help="of the larger model: 1.6 GB of output each (default: 4); 0: inspect alone")
     arguments.add_argument("--experts", type=int, default=SIZES["e"], help="of a layer, which is 50 MB of output each (default: 32)")
+    arguments.add_argument("--rounds", type=int, default=3, help="how often each thing is timed (default: 3)")
     arguments.add_argument("--peers", action="store_true", help="also time transformers on the same checkpoint; it needs all of it in memory, twice")
     arguments.add_argument("--folder", type=Path, help="where to work (default: the folder for temporary files)")
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "streaming.json")
@@ -383,7 +405,7 @@ def main() -> None:
             raise SystemExit(f"{folder} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed; pass --folder or fewer --layers")
         for layers in sorted({max(1, given.layers // 2), given.layers}) if given.layers else ():
             source = write_gpt_oss(folder / "source", layers)
-            runs += measure(source, layers, folder, given.peers)
+            runs += measure(source, layers, folder, given.peers, given.rounds)
             shutil.rmtree(source)
         tensors = write_index(folder / "index")
         seconds, processor = inspect(folder / "index")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -129,8 +132,11 @@ def test_mxfp4_multiplies_out_of_its_codes(shape, count):
 
 
 @needs_numba
-def test_rows_shared_out_among_threads_give_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("way", ["torch's OpenMP", "a pool"])
+def test_rows_shared_out_among_threads_give_the_same_bits(way, monkeypatch):
     """Uneven shares too; and what one of them raises is raised."""
+    if way == "a pool":
+        monkeypatch.setattr(threads, "_team", lambda: None)
     random = torch.Generator().manual_seed(3)
     packed = torch.randint(0, 256, (37, 2, 16), generator=random, dtype=torch.uint8)
     scale, x = torch.randint(100, 140, (37, 2), generator=random, dtype=torch.uint8), torch.randn(3, 64, generator=random)
@@ -147,6 +153,36 @@ def test_rows_shared_out_among_threads_give_the_same_bits(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         threads.together([lambda: done.append(1), lambda: 1 / 0])
     assert done == [1]
+    both = threading.Barrier(2, timeout=60)
+    threads.together([both.wait, both.wait])  # neither would come back from a thread that they share
+    assert not both.broken
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="torch has another OpenMP there")
+def test_the_threads_are_those_of_torch():
+    """Work on rows starts no threads beside them, and all of it is done by a team that is smaller than asked for."""
+    seen = subprocess.run([sys.executable, "-c", TEAM], check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    before, after, done, inside = seen.stdout.split()
+    assert before == after
+    assert done == "01234"
+    assert inside == "01234"  # where OpenMP gives one thread
+
+
+TEAM = """
+import os, threading, torch
+from moeglot.kernels import threads
+torch.ones(1 << 22).add_(1)
+assert threads._team()
+print(len(os.listdir("/proc/self/task")))
+done, inside = [], []
+for _ in range(3):
+    threads.together([lambda: None, lambda: None])
+print(len(os.listdir("/proc/self/task")))
+threads.together([lambda n=n: done.append(n) for n in range(5)])
+within = lambda: threads.together([lambda n=n: inside.append(n) for n in range(5)])
+threads.together([within, lambda: None])
+print(*("".join(map(str, sorted(one))) for one in (done, inside)))
+"""
 
 
 @needs_numba

@@ -12,7 +12,7 @@ from moeglot.demo import BUNDLED
 from moeglot.errors import UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.integrations.transformers_placement import _map_of, blocks, place_of
-from moeglot.nn import add_lora, experts_of
+from moeglot.nn import Experts, add_lora, experts_of
 from moeglot.nn.backends import choose
 
 transformers.logging.set_verbosity_error()
@@ -94,11 +94,12 @@ def test_what_is_never_divided_is_what_the_library_never_divides(name):
 def test_a_choice_is_made_for_the_device_of_the_tokens(whole):
     """Other devices are there too, and what is placed on a CPU computes as on a CPU."""
     with two_devices() as (one, _):
-        few, many = torch.zeros(2, 4, dtype=torch.long), torch.zeros(64, 4, dtype=torch.long)
-        for index, there in ((few, "batched"), (many, "grouped")):
+        module = Experts.of(moeglot.open(BUNDLED), 0)
+        few, some = torch.zeros(1, 4, dtype=torch.long), torch.zeros(8, 4, dtype=torch.long)
+        for index, here, there in ((few, "eager", "batched"), (some, "grouped", "batched"), (some.repeat(8, 1), "grouped", "grouped")):
             hidden = torch.zeros(len(index), 192)
-            assert choose("auto", hidden, index, True) == "eager"
-            assert choose("auto", hidden.to(one), index.to(one), True) == there
+            assert choose(module, hidden, index) == here
+            assert choose(module, hidden.to(one), index.to(one)) == there
         assert torch.equal(logits(moeglot.load(BUNDLED, "float32", native=True, device_map="cpu")), logits(whole))
 
 

@@ -169,7 +169,7 @@ def test_grouped_kernels_and_padded_strides(backend, tmp_path, monkeypatch):
     from moeglot.nn import backends, grouped
 
     monkeypatch.setattr(grouped, "is_native", lambda device: True)
-    monkeypatch.setattr(backends, "BUDGET", 1 << 16)
+    monkeypatch.setitem(backends.BUDGET, "cpu", 1 << 16)
     module = module_of("qwen3-moe/transformers-5", tmp_path / "base", backend, sizes={"h": 64, "i": 35})
     with pytest.raises(RuntimeError, match="16 bytes"):
         torch.nn.functional.grouped_mm(torch.randn(8, 35), torch.randn(2, 64, 35).mT, offs=torch.tensor([4, 8], dtype=torch.int32))

@@ -23,8 +23,12 @@ Backend = Callable[["Experts", torch.Tensor, torch.Tensor, torch.Tensor], torch.
 
 FEW = 64
 """Slots (tokens × experts of each) up to which a device that computes in parallel takes one matrix for each slot."""
-BUDGET = 1 << 28
-"""Bytes of decoded experts that a block may take, at least one expert."""
+BUSY = 2
+"""Slots for each expert, on average, from which on a CPU takes experts in blocks: few of them have no token and are decoded in vain."""
+BUDGET = {"cpu": 1 << 24}
+"""Bytes of decoded experts that a block may take on a kind of device, at least one expert; on a CPU, small experts share what a step costs in Python."""
+OTHERS = 1 << 28
+"""As BUDGET, on every other kind of device."""
 
 
 def reference(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -75,9 +79,15 @@ def grouped(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights:
 
 
 def block_size(module: Experts, dtype: torch.dtype) -> int:
-    """How many decoded experts BUDGET holds; never more than half a layer."""
+    """How many decoded experts the budget of the device holds; never more than half a layer.
+
+    One on a CPU, if experts are decoded one by one: they would be copied to lie beside each other.
+    """
+    kind = module.lines[0].device.type
+    if kind == "cpu" and any(line.alone for line in module.lines):
+        return 1
     largest = max(prod(line.shape) for line in module.lines) * dtype.itemsize
-    return max(1, min(module.num_experts // 2, BUDGET // largest))
+    return max(1, min(module.num_experts // 2, BUDGET.get(kind, OTHERS) // largest))
 
 
 def batched(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -129,11 +139,12 @@ def check(name: str) -> str:
     return name
 
 
-def choose(name: str, hidden: torch.Tensor, index: torch.Tensor, encoded: bool) -> str:
-    """The backend that computes these tokens; raises `UsageError` where the one that is asked for cannot. `encoded`: some matrices are quantized.
+def choose(module: Experts, hidden: torch.Tensor, index: torch.Tensor) -> str:
+    """The backend that computes these tokens; raises `UsageError` where the one that is asked for cannot.
 
     A GPU without tensor cores for bfloat16 (sm_75 and before) decodes and multiplies instead of "triton".
     """
+    name = module.backend
     if name == "triton":
         from moeglot.kernels.triton import launch, tiles
 
@@ -144,8 +155,8 @@ def choose(name: str, hidden: torch.Tensor, index: torch.Tensor, encoded: bool) 
     if name != "auto":
         return name
     if hidden.device.type == "cpu":
-        return "eager"
-    if hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16 and encoded and has_triton():
+        return "eager" if index.numel() < BUSY * module.num_experts else "grouped"
+    if hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16 and module.is_encoded and has_triton():
         from moeglot.kernels.triton import tiles
 
         if tiles.table_of(hidden.device) is not None:

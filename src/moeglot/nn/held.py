@@ -142,12 +142,17 @@ class Held(torch.nn.Module):
             return encoded.decode(dtype).to(self.device)
         out = scratch.empty(encoded.shape, dtype)
         shares = threads.shares(out.numel()) if backend.current() == "numba" else 1
-        if shares == 1 or out.shape[0] != 1 or out.dim() != 3:
-            return encoded.decode(dtype, out).to(self.device)
-        at, works = 0, []
-        one = Encoded(encoded.encoding, {name: part[0] for name, part in encoded.parts.items()}, encoded.shape[1:])
-        for some in one.row_blocks(-(-out.numel() // shares)):
-            works.append(partial(some.decode, dtype, out[0, at : (at := at + some.shape[0])]))
+        if shares == 1 or out.dim() != 3:
+            return encoded.decode(dtype, out)
+        into, at, works = out, 0, []
+        if len(out) == 1:
+            into, one = out[0], Encoded(encoded.encoding, {name: part[0] for name, part in encoded.parts.items()}, encoded.shape[1:])
+            pieces = one.row_blocks(-(-out.numel() // shares))
+        else:
+            step = -(-len(out) // shares)
+            pieces = (encoded.cut(0, range(first, min(first + step, len(out)))) for first in range(0, len(out), step))
+        for some in pieces:
+            works.append(partial(some.decode, dtype, into[at : (at := at + some.shape[0])]))
         threads.together(works)
         return out
 

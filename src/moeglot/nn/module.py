@@ -106,7 +106,7 @@ class Experts(torch.nn.Module):
             return hidden
         if self.watched_by is not None:
             self.watched_by(self, hidden, index)
-        name = backends.choose(self.backend, hidden, index, self.is_encoded)
+        name = backends.choose(self, hidden, index)
         trained = [factor for lora in self.lora.values() for factor in lora.parameters()]
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad or any(factor.requires_grad for factor in trained))
         dropped = self.training and any(lora.dropout for lora in self.adapters.values())
