@@ -24,7 +24,10 @@ Backend = Callable[["Experts", torch.Tensor, torch.Tensor, torch.Tensor], torch.
 FEW = 64
 """Slots (tokens × experts of each) up to which a device that computes in parallel takes one matrix for each slot."""
 BUSY = 2
-"""Slots for each expert, on average, from which on a CPU takes experts in blocks: few of them have no token and are decoded in vain."""
+"""Slots for each expert, on average, from which on a CPU decodes experts in blocks: few of them have no token and are decoded in vain.
+
+Experts that need no decoding are computed together up to there, since then it is Python that takes time; above, what tokens become takes memory.
+"""
 BUDGET = {"cpu": 1 << 24}
 """Bytes of decoded experts that a block may take on a kind of device, at least one expert; on a CPU, small experts share what a step costs in Python."""
 OTHERS = 1 << 28
@@ -75,19 +78,25 @@ def eager(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: t
 
 def grouped(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Blocks of experts, each decoded at once and multiplied by one grouped GEMM."""
-    return _in_blocks(module, hidden, index, weights, block_size(module, hidden.dtype))
+    return _in_blocks(module, hidden, index, weights, block_size(module, hidden, index))
 
 
-def block_size(module: Experts, dtype: torch.dtype) -> int:
-    """How many decoded experts the budget of the device holds; never more than half a layer.
+def block_size(module: Experts, hidden: torch.Tensor, index: torch.Tensor) -> int:
+    """How many decoded experts the budget of the device holds; never more than half a layer, or all of it for a few tokens and nothing to decode.
 
     One on a CPU, if experts are decoded one by one: they would be copied to lie beside each other.
     """
-    kind = module.lines[0].device.type
+    kind, dtype = module.lines[0].device.type, hidden.dtype
+    if _is_few(module, index) and module.is_plain(dtype):
+        return module.num_experts
     if kind == "cpu" and any(line.alone for line in module.lines):
         return 1
     largest = max(prod(line.shape) for line in module.lines) * dtype.itemsize
     return max(1, min(module.num_experts // 2, BUDGET.get(kind, OTHERS) // largest))
+
+
+def _is_few(module: Experts, index: torch.Tensor) -> bool:
+    return index.numel() < BUSY * module.num_experts
 
 
 def batched(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -155,7 +164,7 @@ def choose(module: Experts, hidden: torch.Tensor, index: torch.Tensor) -> str:
     if name != "auto":
         return name
     if hidden.device.type == "cpu":
-        return "eager" if index.numel() < BUSY * module.num_experts else "grouped"
+        return "eager" if _is_few(module, index) and not module.is_plain(hidden.dtype) else "grouped"
     if hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16 and module.is_encoded and has_triton():
         from moeglot.kernels.triton import tiles
 

@@ -82,6 +82,10 @@ class Held(torch.nn.Module):
     def experts(self) -> int:
         return self.sizes["e"]
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """It holds numbers of that type, and `dense` is a view of them."""
+        return isinstance(self.encoding, Plain) and self.get_buffer("part_value").dtype == dtype
+
     # --- numbers ---------------------------------------------------------------------------------------------------------------------
 
     def encoded(self, expert: int) -> Encoded:

@@ -91,6 +91,10 @@ class Experts(torch.nn.Module):
         """Some of its tensors are quantized."""
         return any(not isinstance(line.encoding, Plain) for line in self.lines)
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """All of its tensors are numbers of that type, which nothing has to be decoded from."""
+        return all(line.is_plain(dtype) for line in self.lines)
+
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [..., h], top_k_index int [t, k], top_k_weights [t, k] -> [..., h]."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -26,7 +26,7 @@ class Routed(torch.autograd.Function):
     ) -> torch.Tensor:
         routing = Routing.of(index, module.num_experts)
         ctx.module, ctx.seed, ctx.ranks = module, seed, routing.ranks
-        ctx.size = 1 if alone else block_size(module, hidden.dtype)
+        ctx.size = 1 if alone else block_size(module, hidden, index)
         ctx.save_for_backward(hidden, weights, routing.order, routing.ends, *factors)
         first, down = stages(module, seed, hidden.dtype if routing.is_busy else None)
         total, flat = Total(routing, hidden.shape[-1], hidden), weights.reshape(-1)
