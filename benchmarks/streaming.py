@@ -8,7 +8,8 @@ verification and certificate included. The promise: 4 × the largest stored expe
 
 Three things to compare with, in the same run: `cp` of the output; the floor, which is every byte of the source read and every byte of the output written
 by the same number of threads in the way that we read and write, and nothing else; and with --peers, transformers' from_pretrained(dequantize=True) and
-save_pretrained, which verifies nothing. They and the conversions take turns; times are medians over the rounds, peaks the most of any.
+save_pretrained, which verifies nothing. They and the conversions take turns; times are medians over the rounds, peaks the most of any. The way back, in
+which the numbers are coded anew and compared with what they were, is taken once.
 "writing" is the conversion proper; the phases after it re-read the output and verify it.
 Anonymous memory is RssAnon of /proc/PID/status, read every 20 ms; mapped files are not in it, since the kernel drops their pages at will.
 """
@@ -72,7 +73,6 @@ class Run:
     phases: Mapping[str, tuple[int, float]]
     back_seconds: float
     back_peak_bytes: int
-    """Of the way back to MXFP4, whose numbers are coded anew and compared with what they were."""
 
     @property
     def holds(self) -> bool:
@@ -287,30 +287,37 @@ def copy(folder: Path, to: Path) -> float:
 def measure(source: Path, layers: int, folder: Path, peers: bool, rounds: int) -> list[Run]:
     """One worker, and two: everything once in each round."""
     takes: dict[int, list[Run]] = {1: [], 2: []}
-    for _ in range(rounds):
+    for n in range(rounds):
         peer_seconds = peer(source, folder / "peer") if peers else None
         for workers, runs in takes.items():
-            runs.append(_take(source, layers, folder, workers, peer_seconds))
+            runs.append(_take(source, layers, folder, workers, peer_seconds, with_back=n == 0))
     return [middle(runs) for runs in takes.values()]
 
 
-def _take(source: Path, layers: int, folder: Path, workers: int, peer_seconds: float | None) -> Run:
+def _take(source: Path, layers: int, folder: Path, workers: int, peer_seconds: float | None, with_back: bool) -> Run:
     out = folder / "out"
     seconds, most, phases = convert(source, out, workers, "gpt-oss/transformers")
-    back_seconds, _, back_phases = convert(out, folder / "back", workers, "gpt-oss/openai")
+    back_seconds, back_peak = _back(out, folder / "back", workers) if with_back else (0.0, 0)
     copy_seconds, floor_seconds = copy(out, folder / "copy"), floor(source, out, folder, workers)
-    limit, (peak, back_peak) = MATRICES * LARGEST * workers + ALLOWANCE, (max(peak for peak, _ in of.values()) for of in (phases, back_phases))
+    limit, peak = MATRICES * LARGEST * workers + ALLOWANCE, max(peak for peak, _ in phases.values())
     sizes, times = (nbytes(source), nbytes(out)), (seconds, copy_seconds, floor_seconds, peer_seconds)
-    for name in ("back", "out", "copy"):
+    for name in ("out", "copy"):
         shutil.rmtree(folder / name)
     return Run(layers, workers, *sizes, peak, limit, *times, most, phases, back_seconds, back_peak)
+
+
+def _back(source: Path, out: Path, workers: int) -> tuple[float, int]:
+    """Seconds and the peak of anonymous memory."""
+    seconds, _, phases = convert(source, out, workers, "gpt-oss/openai")
+    shutil.rmtree(out)
+    return seconds, max(peak for peak, _ in phases.values())
 
 
 def middle(runs: Sequence[Run]) -> Run:
     """The same run several times: medians of its times, the most of its peaks."""
     first = runs[0]
-    times = {name: median(getattr(run, name) for run in runs) for name in ("seconds", "copy_seconds", "floor_seconds", "back_seconds")}
-    peaks = {name: max(getattr(run, name) for run in runs) for name in ("peak_bytes", "peak_resident_bytes", "back_peak_bytes")}
+    times = {name: median(getattr(run, name) for run in runs) for name in ("seconds", "copy_seconds", "floor_seconds")}
+    peaks = {name: max(getattr(run, name) for run in runs) for name in ("peak_bytes", "peak_resident_bytes")}
     phases = {phase: (max(run.phases[phase][0] for run in runs), median(run.phases[phase][1] for run in runs)) for phase in first.phases}
     peer_seconds = None if first.peer_seconds is None else median(run.peer_seconds or 0.0 for run in runs)
     return replace(first, **times, **peaks, phases=phases, peer_seconds=peer_seconds)
