@@ -1,6 +1,7 @@
 """LoRA on encoded experts against float64 autograd through dense matrices, written down here; every gradient, and each of them broken on purpose."""
 
 import os
+from functools import cached_property
 
 import pytest
 import torch
@@ -161,6 +162,27 @@ def test_a_wrong_step_is_seen_by_a_wide_margin(mutation, tmp_path, monkeypatch):
     monkeypatch.setattr(*MUTATIONS[mutation])
     found, _ = gradients(module, "gpt-oss/openai")
     assert max(worst(found, expected).values()) > POWER
+
+
+@pytest.mark.parametrize("most", [0, compute.TOGETHER], ids=["each by itself", "together"])
+def test_the_factors_of_a_block(most, tmp_path, monkeypatch):
+    """Several experts in one product; a row that is changed by the others' factors too is seen."""
+    monkeypatch.setattr(compute, "TOGETHER", most)
+    module = module_of("gpt-oss/openai", tmp_path / "base", "grouped", sizes={"e": 8})
+    found, expected = gradients(module, "gpt-oss/openai")
+    assert max(worst(found, expected).values()) <= LIMIT
+    right, seen = compute.Part.others.func, []
+
+    def none(self):
+        seen.append(right(self))
+        return None if seen[-1] is None else torch.zeros_like(seen[-1])
+
+    broken = cached_property(none)
+    broken.__set_name__(compute.Part, "others")
+    monkeypatch.setattr(compute.Part, "others", broken)
+    found, _ = gradients(module, "gpt-oss/openai")
+    assert any(mask is not None for mask in seen) == bool(most)
+    assert (max(worst(found, expected).values()) > POWER) == bool(most)
 
 
 @pytest.mark.parametrize("backend", ["eager", "grouped"])

@@ -38,7 +38,7 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     here = torch.arange(len(routing.order), device=hidden_states.device) < routing.ends[-1]
     order = routing.order
     x = torch.where(here.unsqueeze(-1), hidden_states[order // routing.ranks], 0)
-    ids = row_ids(Block(range(module.num_experts), slice(None), routing.ends), x).clamp(max=module.num_experts - 1)
+    ids = row_ids(Block(range(module.num_experts), slice(0, len(order)), routing.ends)).clamp(max=module.num_experts - 1)
     name = "gate_up_proj" if module.has_gate else "up_proj"
     given = _linear(module, x, name, routing.ends, ids)
     inner = module._apply_gate(given) if module.has_gate else module.act_fn(given)

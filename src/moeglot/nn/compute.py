@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moeglot.nn.grouped import outer, rows
+from moeglot.nn.grouped import is_native, outer, product, rows
 from moeglot.nn.held import Held
 from moeglot.nn.routing import Block
 
 if TYPE_CHECKING:
     from moeglot.nn.module import Experts
 
+TOGETHER = 128
+"""Rows of the factors of a block's experts, up to which one product with all of them takes less time than one with each."""
 Roles = dict[str, torch.Tensor]
 Sides = tuple[torch.Tensor, list[torch.Tensor]]
 """Of experts and their factors, a [e, r, in], and for each line its part of b, turned: [e, r, out], whose columns are those of the line. Or their gradients."""
@@ -89,6 +91,7 @@ class Part:
     """A stage's share in a block of experts, computed in `dtype`. What is decoded or made of the factors is kept as long as this is.
 
     `again`: it computes backward too, so that few rows gain nothing from codes.
+    What tokens are between the factors is [n, r], or where the factors of the block are taken together [n, b r], zero in the columns of other experts.
     """
 
     stage: Stage
@@ -123,21 +126,46 @@ class Part:
             if out is None:
                 out = rows(x, self.matrices[n], self.block.ends)
             if low is not None:
-                out += rows(low, self.sides[1][n], self.block.ends)
+                out += self._from_low(low, self.sides[1][n])
             found |= line.line.apart(out)
-        for role, bias in self.biases(x):
+        for role, bias in self.biases():
             found[role] = found[role] + bias
         return found
 
-    def biases(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """(role, [out], or [n, out] where the rows of x have several experts)."""
+    def biases(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(role, [out], or [n, out] where the rows have several experts)."""
         for role, bias in biases_of(self.stage.biases, self.block.experts, self.dtype).items():
-            yield role, bias[0] if bias.shape[0] == 1 else bias[row_ids(self.block, x) - self.block.experts.start]
+            yield role, bias[0] if bias.shape[0] == 1 else bias[row_ids(self.block)]
 
     def low(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x [n, in] -> [n, r] through a, without what is dropped; None where there are no factors."""
+        """x [n, in] through a, without what is dropped; None where there are no factors."""
         factors = self.stage.factors
-        return rows(masked(x, factors.mask(self.block, x)), self.sides[0].mT, self.block.ends) if factors else None
+        return self._to_low(masked(x, factors.mask(self.block, x)), self.sides[0]) if factors else None
+
+    @cached_property
+    def others(self) -> torch.Tensor | None:
+        """bool [n, b r]: the columns of experts that a row does not have, where the factors of the block are taken together."""
+        experts, rank = self.sides[0].shape[:2]
+        if experts == 1 or experts * rank > TOGETHER or is_native(self.sides[0].device):
+            return None
+        ids = row_ids(self.block)
+        return (ids.unsqueeze(-1) != torch.arange(experts, device=ids.device)).repeat_interleave(rank, -1)
+
+    def _to_low(self, x: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+        """x [n, in], side [b, r, in]."""
+        if self.others is None:
+            return rows(x, side.mT, self.block.ends)
+        return product(x, side.flatten(0, 1).mT).masked_fill_(self.others, 0)
+
+    def _from_low(self, low: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+        """side [b, r, out] -> [n, out]."""
+        return rows(low, side, self.block.ends) if self.others is None else product(low, side.flatten(0, 1))
+
+    def _outer(self, low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x [n, out] -> [b, r, out]."""
+        if self.others is None:
+            return outer(low, x, self.block.ends)
+        return outer(low, x, self.block.ends[-1:]).view(len(self.block.experts), -1, x.shape[-1])
 
     def backward(self, given: Roles, x: torch.Tensor, low: torch.Tensor | None, into: Sides | None, weights: torch.Tensor | None = None) -> torch.Tensor:
         """role -> [n, out] of the gradient, to [n, in]. `into` gets the gradients of the factors, for rows that count `weights` [n, 1] times."""
@@ -157,20 +185,20 @@ class Part:
         return _sum([rows(one, matrix.mT, self.block.ends) for one, matrix in zip(lines, self.matrices, strict=True)])
 
     def through_b(self, lines: list[torch.Tensor]) -> torch.Tensor:
-        """[n, out] for each line -> [n, r], scaled."""
-        return _sum([rows(one, side.mT, self.block.ends) for one, side in zip(lines, self.sides[1], strict=True)])
+        """[n, out] for each line, to between the factors, scaled."""
+        return _sum([self._to_low(one, side) for one, side in zip(lines, self.sides[1], strict=True)])
 
     def through_a(self, back: torch.Tensor) -> torch.Tensor:
-        """[n, r] -> [n, in]."""
-        return rows(back, self.sides[0], self.block.ends)
+        """From between the factors -> [n, in]."""
+        return self._from_low(back, self.sides[0])
 
     def grad_factors(self, x: torch.Tensor, lines: list[torch.Tensor], low: torch.Tensor, back: torch.Tensor, into: Sides) -> None:
-        """The gradients of a and b on this block; `low` [n, r] is what `a` made of x [n, in], `back` the gradient of that."""
+        """The gradients of a and b on this block; `low` is what `a` made of x [n, in], `back` the gradient of that."""
         assert self.stage.factors
-        into[0][self.experts] = outer(back, x, self.block.ends)
+        into[0][self.experts] = self._outer(back, x)
         scaled = low * self.stage.factors.scale
         for found, one in zip(into[1], lines, strict=True):
-            found[self.experts] = outer(scaled, one, self.block.ends)
+            found[self.experts] = self._outer(scaled, one)
 
 
 def _sum(given: list[torch.Tensor]) -> torch.Tensor:
@@ -185,12 +213,10 @@ def biases_of(lines: tuple[Held, ...], experts: range, dtype: torch.dtype) -> Ro
     return found
 
 
-def row_ids(block: Block, like: torch.Tensor) -> torch.Tensor:
-    """int64 [n]: each row's expert."""
-    if len(block.experts) == 1:
-        return torch.full((len(like),), block.experts.start, device=like.device)
-    places = torch.arange(len(like), device=like.device, dtype=torch.int32)
-    return torch.searchsorted(block.ends, places, right=True) + block.experts.start
+def row_ids(block: Block) -> torch.Tensor:
+    """int64 [n]: which of the block's experts each row has, from 0."""
+    places = torch.arange(block.count, device=block.ends.device, dtype=torch.int32)
+    return torch.searchsorted(block.ends, places, right=True)
 
 
 def stages(module: Experts, seed: int | None = None, whole: torch.dtype | None = None) -> tuple[Stage, Stage]:

@@ -77,6 +77,6 @@ def _through_down(down: Part, inner: torch.Tensor, grad: torch.Tensor, w: torch.
     """grad [n, h] of the weighted sum -> that of inner [n, i], and of the weights [n]: <grad, out> without computing out again."""
     back = down.backward({"down": grad}, inner, down.low(inner), into, w)
     for_weights = (back * inner).sum(-1)
-    for _, bias in down.biases(grad):
+    for _, bias in down.biases():
         for_weights = for_weights + (grad * bias).sum(-1)
     return back * w, for_weights
