@@ -8,6 +8,9 @@ PEFTS := 0.18.1 0.19.1 0.21.2
 CELLS := 5.23.0+0.18.1 5.23.0+0.19.1 4.57.6+0.19.1 4.57.6+0.21.2 5.5.4+0.18.1 5.5.4+0.21.2
 PYTEST := -m pytest --durations 5
 
+# No test asks the Hub. PEFT would, for what it knows already, and waits half a minute where there is no network.
+export HF_HUB_OFFLINE := 1
+
 .PRECIOUS: .venvs/%/ready
 .PHONY: demo test lint environments matrix matrix-peft bench docs clean
 
