@@ -24,7 +24,7 @@ Work = Callable[[], object]
 
 
 class _Team(NamedTuple):
-    """OpenMP's functions: `run` calls a function on each thread of a team; the others say which thread asks, and of how many."""
+    """OpenMP's functions: `run` calls a function on each thread of a team; the others say which of them asks, and how many there are."""
 
     run: Any
     number: Callable[[], int]
@@ -51,12 +51,12 @@ def _by_openmp(works: Sequence[Work], team: _Team) -> None:
 
     def share(_: object) -> None:
         try:
-            for n in range(team.number(), len(works), team.size()):  # it may give fewer threads than are asked for
+            for n in range(team.number(), len(works), team.size()):  # more threads than works, or fewer: within another team, one
                 works[n]()
         except BaseException as error:  # nothing is raised through C; it is, on the thread that waits
             raised.append(error)
 
-    team.run(SHARE(share), None, len(works), 0)
+    team.run(SHARE(share), None, 0, 0)  # 0: all of torch's, since libgomp ends the threads that a smaller team leaves over
     if raised:
         raise raised[0]
 
