@@ -175,6 +175,8 @@ def test_fingerprint(bf16, turned, tmp_path):
     ("arguments", "words"),
     [
         (("convert", BUNDLED, "out", "--to", "gpt-oss/hub"), ["is not a format", "known: gpt-oss/openai", "moeglot formats"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/transfomers"), ["did you mean gpt-oss/transformers?"]),
+        (("convert", BUNDLED, "out", "--to", "qwn3-moe/hub+fp8-blok"), ["did you mean qwen3-moe/hub+fp8-block?"]),
         (("convert", BUNDLED, "out", "--to", "mixtral/hub"), ["stores mixtral, this is gpt-oss", "--to one of: gpt-oss/openai"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/transformers", "--encode", "mxfp4"), ["cannot hold mxfp4", "--to gpt-oss/openai"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--encode", "fp5"), ["'fp5' is not an encoding", "known: ", "--encode"]),

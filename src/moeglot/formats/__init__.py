@@ -77,10 +77,17 @@ def by_name(name: str) -> Format:
             for variant in variants(form):
                 if variant.name == name:
                     return variant
-    known = [form.name for form in formats()]
-    near = [one for one in known if one.partition("/")[0] == name.partition("/")[0]] or get_close_matches(name, known)
-    told = "known: " + ", ".join(near) if near else f"known are {len(PLAIN)} layouts of {len(FAMILIES)} families, and their quantized variants"
-    raise UsageError(f"{name!r} is not a format", told, "run `moeglot formats` for what each one is")
+    family, _, layout = name.partition("/")
+    near = {form.name.partition("/")[2]: form.name for form in formats() if form.family.name == family}
+    if near:
+        told = "known: " + ", ".join(form.name for form in PLAIN if form.family.name == family)
+        meant = get_close_matches(layout, near, 1)
+    else:
+        told = f"known are {len(PLAIN)} layouts of {len(FAMILIES)} families"
+        near = {form.name: form.name for form in formats()}
+        meant = get_close_matches(name, near, 1)
+    ask = "".join(f"did you mean {near[one]}? " for one in meant)
+    raise UsageError(f"{name!r} is not a format", f"{told}, and what quantizing makes of them", f"{ask}`moeglot formats` says what each one is")
 
 
 def of_family(family: Family) -> tuple[Format, ...]:
