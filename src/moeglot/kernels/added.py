@@ -11,8 +11,8 @@ from moeglot.kernels import backend, e2m1
 from moeglot.kernels.mxfp4 import BIAS, GROUP, LAST_FINITE, exponents, powers
 from moeglot.survival import Survival
 
-ROWS = 32
-"""At a time: their numbers, the change and the sums stay near each other."""
+NUMBERS = 1 << 18
+"""At a time: enough that what torch does for each call is little, and few enough that numbers, the change and the sums stay near each other."""
 Added = tuple[torch.Tensor, torch.Tensor, Survival]
 REACH = 7.0
 """In units of a scale: above, a next level that the codes lack would be nearer."""
@@ -31,7 +31,7 @@ def added(packed: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, right: 
         found = fast.added(packed, scale, left, right, ties, to, to_scale)
         return None if found is None else (to, to_scale, Survival(*found))
     total = Survival()
-    for some in _runs(len(scale)):
+    for some in _runs(*scale.shape):
         block = _block(packed[some].contiguous(), scale[some].contiguous(), left[some] @ right, ties)
         if block is None:
             return None
@@ -40,8 +40,9 @@ def added(packed: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, right: 
     return to, to_scale, total
 
 
-def _runs(rows: int) -> Iterator[slice]:
-    return (slice(first, min(first + ROWS, rows)) for first in range(0, rows, ROWS))
+def _runs(rows: int, groups: int) -> Iterator[slice]:
+    step = max(1, NUMBERS // max(1, groups * GROUP))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def _block(packed: torch.Tensor, scale: torch.Tensor, change: torch.Tensor, ties: str) -> Added | None:
@@ -57,10 +58,9 @@ def _block(packed: torch.Tensor, scale: torch.Tensor, change: torch.Tensor, ties
         clipped = int((total.abs() > REACH * by).sum())
         scale, fresh = torch.where(beyond, exponents(amax, "ceil").add_(BIAS).to(torch.uint8), scale), beyond.unsqueeze(-1)
         by = powers(scale).unsqueeze(-1)
-    codes = e2m1.nearest(total.mul_(powers(2 * BIAS - scale.int()).unsqueeze(-1)), ties)
-    after = e2m1.values(codes).mul_(by)
-    found = _signs_kept(e2m1.packed(codes), packed, fresh)
-    return found, scale, Survival.of(weight, change.view(grouped), after, clipped)
+    found = e2m1.packed(e2m1.nearest(total.mul_(powers(2 * BIAS - scale.int()).unsqueeze(-1)), ties))
+    after = e2m1.unpack(found.view(-1, GROUP // 2), total.view(-1, GROUP)).view(grouped).mul_(by)
+    return _signs_kept(found, packed, fresh), scale, Survival.of(weight, change.view(grouped), after, clipped)
 
 
 def _signs_kept(found: torch.Tensor, before: torch.Tensor, fresh: torch.Tensor | None) -> torch.Tensor:

@@ -82,18 +82,14 @@ def _table(ties: str, device: torch.device) -> torch.Tensor:
 def nearest(values: torch.Tensor, ties: str) -> torch.Tensor:
     """float32 [...] of any size -> u8 codes; the last bit but three is the sign, of zero too."""
     bits = values.contiguous().view(torch.int32)
-    index = (bits >> 15).bitwise_and_(0x1FFFF) | ((bits & 0x7FFF) + 0x7FFF >> 15)
+    more = (bits & 0x7FFF).add_(0x7FFF).bitwise_right_shift_(15)
+    index = (bits >> 15).bitwise_and_(0x1FFFF).bitwise_or_(more)
     return _table(ties, values.device).index_select(0, index.view(-1)).view(values.shape)
 
 
 @cache
 def _levels() -> torch.Tensor:
     return torch.tensor([*E2M1, *(-v for v in E2M1)])
-
-
-def values(codes: torch.Tensor) -> torch.Tensor:
-    """u8 [...], one code a byte -> float32 [...]: what they stand for under a scale of 1."""
-    return _levels().index_select(0, codes.view(-1).int()).view(codes.shape)
 
 
 @cache
