@@ -1,4 +1,4 @@
-"""moeglot: reads, writes, converts and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.
+"""moeglot: reads, writes, converts, runs, fine-tunes, merges and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.
 
 Importing it does not import torch: that waits for the first number that is read. What only adapters need waits until it is asked for.
 """

@@ -53,7 +53,8 @@ from moeglot.share import Asked
 from moeglot.source import read_source
 
 app = typer.Typer(
-    help="Reads, writes, converts and verifies the expert weights of Mixture-of-Experts models in every dialect they are stored in.\n\n"
+    help="Reads, writes, converts, runs, fine-tunes, merges and verifies the expert weights of Mixture-of-Experts models in every dialect they are\n"
+    "stored in.\n\n"
     "Exit status: 0 done and holds, 1 does not hold, 2 cannot tell or wrong use.",
     no_args_is_help=True,
     add_completion=False,

@@ -20,23 +20,42 @@ def run(
     device: Annotated[Optional[str], typer.Option("--device", help="Where the model goes, such as cuda; by default the CPU.")] = None,  # noqa: UP045
     format: Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself.")] = None,  # noqa: UP045
     adapter: Annotated[Optional[str], typer.Option("--adapter", metavar="DIR", help="LoRA of its experts, in any convention.")] = None,  # noqa: UP045
-    native: Annotated[bool, typer.Option("--native", help="Keep the experts encoded in memory; an adapter needs it.")] = False,
+    native: Annotated[bool, typer.Option("--native", help="Keep the experts encoded in memory; an adapter and --encode need it.")] = False,
+    encode: Annotated[Optional[str], typer.Option("--encode", help="Quantize plain experts in memory: mxfp4, fp8-block, nf4, ...")] = None,  # noqa: UP045
+    chat: Annotated[bool, typer.Option("--chat", help="The text is what a user says: it is put into the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="Of the distribution that tokens are drawn from; 0: the likeliest.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the tokens that are drawn.")] = 0,
 ) -> None:
-    """Continue a text with a checkpoint in any format, by transformers; greedy."""
+    """Continue a text, or answer it, with a checkpoint in any format, by transformers."""
     tokenizer = tokenizer_of(path)
-    model = load(path, dtype, device, format, native=native or adapter is not None)
+    ids = _ids(tokenizer, prompt, chat)
+    model = load(path, dtype, device, format, native=native or bool(adapter or encode), encode=encode)
     if adapter is not None:
         from moeglot.nn import load_adapter
 
         model = load_adapter(model, adapter).eval()
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    if not ids.shape[-1]:
-        raise UsageError("the prompt is empty", "the tokenizer makes no token of it", 'pass --prompt "Some words"')
+    import torch
     from transformers import TextStreamer
 
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    options = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, **options)
+    ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    model.generate(
+        input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **options
+    )
+
+
+def _ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """int64 [1, t]; raises `UsageError` where there is no token, or no template."""
+    if chat and not tokenizer.chat_template:
+        raise UsageError("--chat, and the model has no chat template", "its tokenizer's files have none", "leave --chat out: the text is then continued")
+    if chat:
+        said = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.shape[-1]:
+        raise UsageError("the prompt is empty", "the tokenizer makes no token of it", 'pass --prompt "Some words"')
+    return ids
 
 
 def tokenizer_of(path: str) -> Any:

@@ -161,6 +161,9 @@ def test_what_is_no_text_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(BrokenFile, match=words_of_it):
             read(path, words, 8, 0.1)
+    path.write_text('{"messages": [{"role": "user", "content": "And"}]}')
+    with pytest.raises(UsageError, match="no chat template"):
+        read(path, words, 8, 0.1)
     path.write_text(json.dumps({"text": "And God said"}))
     with pytest.raises(UsageError, match="rows of 64"):
         read(path, words, 64, 0.1)

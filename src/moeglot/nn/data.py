@@ -76,6 +76,8 @@ def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
         if not isinstance(row, dict):
             raise BrokenFile(f"{path}, line {n}: {type(row).__name__}", "JSONL has one object in each line", f"give each line {' or '.join(KEYS)}")
         if isinstance(row.get("messages"), list):
+            if not tokenizer.chat_template:
+                raise UsageError(f"{path}, line {n}: messages, and the model has no chat template", "its tokenizer's files have none", 'give each line "text"')
             yield str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         elif isinstance(row.get("text"), str):
             yield row["text"]

@@ -1,0 +1,68 @@
+"""`moeglot run`: the words of transformers' own generate, drawn or likeliest, and what a chat template makes of a prompt."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import moeglot
+from moeglot.cli import app
+from moeglot.demo import BUNDLED
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}, and he said,{% endfor %}{% if add_generation_prompt %} I{% endif %}"
+PROMPT = "And God said unto him"
+
+
+def said(*options: str) -> str:
+    found = CliRunner().invoke(app, ["run", *options, "--prompt", PROMPT, "--tokens", "12", "--dtype", "float32"])
+    assert found.exit_code == 0, (found.output, found.exception)
+    return found.stdout.rstrip("\n")
+
+
+def refused(what: str, *options: str) -> None:
+    found = CliRunner().invoke(app, ["run", str(BUNDLED), "--prompt", PROMPT, *options])
+    assert isinstance(found.exception, moeglot.UsageError)
+    assert what in str(found.exception)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """(prompt, what transformers draws after it with a seed, or the likeliest) -> all of the text, as the library decodes it."""
+    model, tokenizer = moeglot.load(BUNDLED, "float32"), transformers.AutoTokenizer.from_pretrained(BUNDLED)
+
+    def text(prompt: str, **options) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        torch.manual_seed(3)
+        found = model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=12, pad_token_id=tokenizer.eos_token_id, **options)
+        return tokenizer.decode(found[0], skip_special_tokens=True)
+
+    return text
+
+
+def test_the_likeliest_words_and_drawn_ones(expected):
+    assert said(str(BUNDLED)) == expected(PROMPT, do_sample=False)
+    assert said(str(BUNDLED), "--native") == expected(PROMPT, do_sample=False)
+    drawn = expected(PROMPT, do_sample=True, temperature=1.5)
+    assert said(str(BUNDLED), "--temperature", "1.5", "--seed", "3") == drawn != expected(PROMPT, do_sample=False)
+    assert said(str(BUNDLED), "--temperature", "1.5", "--seed", "4") != drawn
+
+
+def test_a_chat_template(expected, tmp_path: Path):
+    """The answer alone is printed; a model without a template is refused before its weights are read."""
+    refused("no chat template", "--chat")
+    shutil.copytree(BUNDLED, folder := tmp_path / "chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    asked = f"{PROMPT}, and he said, I"
+    assert asked + said(str(folder), "--chat") == expected(asked, do_sample=False)
+    assert said(str(folder)) == expected(PROMPT, do_sample=False)
+
+
+def test_experts_that_are_encoded_on_the_way(tmp_path: Path):
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    assert said(str(tmp_path / "bf16"), "--encode", "fp8-block").startswith(PROMPT)
+    refused("quantized already", "--encode", "nf4")
