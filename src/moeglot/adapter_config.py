@@ -89,6 +89,11 @@ class AdapterConfig:
         """modules_to_save: modules that are replaced as a whole."""
         return tuple(map(str, self.raw.get("modules_to_save") or ()))
 
+    @property
+    def biases(self) -> str:
+        """Which biases were trained: "none", "all", or "lora_only", those of the modules that are adapted."""
+        return str(self.raw.get("bias") or "none")
+
     def scale(self, name: str, rank: int) -> float:
         """The scale of a module or parameter, from the rank that its tensors have."""
         alpha = float(self._pattern("alpha_pattern", name, self.alpha))
@@ -100,7 +105,8 @@ class AdapterConfig:
         return r if isinstance(r, int) else None
 
     def _pattern(self, key: str, name: str, default: Any) -> Any:
-        """As PEFT does: the first pattern that matches the end of the name."""
+        """As PEFT does: the first pattern that matches the end of the name, which is the weight's own where target_parameters names that."""
+        name = f"{name}.weight" if self.names_parameter(f"{name}.weight") else name
         for pattern, value in (self.raw.get(key) or {}).items():
             if _compiled(rf"(.*\.)?({pattern})").fullmatch(name):
                 return value
@@ -109,6 +115,11 @@ class AdapterConfig:
     def names_parameter(self, name: str) -> bool:
         """target_parameters has this parameter."""
         return any(name == target or name.endswith(f".{target}") for target in self.parameters)
+
+    def saves(self, name: str) -> bool:
+        """modules_to_save has a module that this tensor is in; PEFT compares how the modules' names end, to the letter."""
+        parts = name.split(".")[:-1]
+        return any(".".join(parts[: n + 1]).endswith(self.saved) for n in range(len(parts))) if self.saved else False
 
     def names_module(self, name: str, leaf_is_output: bool = False) -> bool:
         """target_modules has this module, and neither exclude_modules nor layers_to_transform leave it out; "all-linear" spares the output layer."""
@@ -199,6 +210,8 @@ def read_files(path: str | Path, adapter: str | None = None) -> AdapterFiles:
 def _choose(folder: Path, adapter: str | None) -> Path:
     found = {"default": folder} if (folder / CONFIG).is_file() else {}
     found |= {sub.name: sub for sub in sorted(folder.iterdir()) if sub.is_dir() and (sub / CONFIG).is_file()}
+    if adapter is None and "default" in found:  # those that a trainer left beside its last
+        found = {name: one for name, one in found.items() if not re.fullmatch(r"checkpoint-\d+", name)}
     if adapter is not None and adapter in found:
         return found[adapter]
     if not found:

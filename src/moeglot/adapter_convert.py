@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS
-from moeglot.adapter_parts import Dense, Pair, aliases
-from moeglot.adapter_written import Module, written_config
+from moeglot.adapter_parts import Dense, Pair, Replaced
+from moeglot.adapter_written import Module, reader_name, whole_name, written_config
 from moeglot.conventions import Convention, target
 from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
 from moeglot.errors import AdapterError, NotVerified, OutputExists
-from moeglot.factors import Place, holds, in_out, join, lay, places, shapes
+from moeglot.factors import SAID, Place, holds, in_out, join, lay, places, shapes
 from moeglot.layout import Sizes
 from moeglot.shards import ShardPlan, Slot, tensor_bytes, write_at
 
@@ -50,6 +50,7 @@ class Conversion:
     to: Convention
     places: tuple[Written, ...]
     dense: tuple[tuple[str, Dense, Written], ...]
+    replaced: tuple[tuple[str, Replaced], ...]
     config: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -61,7 +62,7 @@ class Conversion:
 def plan_conversion(adapter: Adapter, to: str) -> Conversion:
     """`to`: a convention, or a reader who needs one. Raises `AdapterError` where it cannot hold this adapter."""
     family, experts = adapter.base.format.family, adapter.base.sizes["e"]
-    convention, patterns = target(to, in_out(family))
+    convention, patterns = target(to, in_out(family), family.name in SAID)
     if not holds(convention, family):
         raise AdapterError(f"{convention.name} cannot hold experts of {family.name}", convention.about, "`moeglot adapter conventions` says which are for all")
     found = [_place(adapter, convention, place) for layer in adapter.layers for place in places(convention, family, layer, experts, adapter.roles(layer))]
@@ -73,10 +74,12 @@ def plan_conversion(adapter: Adapter, to: str) -> Conversion:
     if not patterns:
         found, others = _uniform(found, others, notes)
     modules = [Module(written.place.name, written.rank, written.scale, bool(written.place.roles)) for written in (*found, *others)]
-    config = written_config(adapter.config.raw, adapter.base, convention, modules)
-    return Conversion(
-        adapter, convention, tuple(found), tuple((alias, one, as_) for (alias, one), as_ in zip(dense, others, strict=True)), config, tuple(notes)
-    )
+    replaced = [(whole_name(one, convention, family), one) for one in adapter.replaced.values()]
+    config = written_config(adapter.config.raw, adapter.base, convention, modules, [name for name, _ in replaced])
+    if (dropout := adapter.config.raw.get("lora_dropout")) and not config["lora_dropout"]:
+        notes.append(f"lora_dropout = {dropout} becomes 0, because PEFT has none for parameters")
+    written = tuple((alias, one, as_) for (alias, one), as_ in zip(dense, others, strict=True))
+    return Conversion(adapter, convention, tuple(found), written, tuple(replaced), config, tuple(notes))
 
 
 def convert_adapter(adapter: Adapter, to: str, out: str | Path) -> Conversion:
@@ -177,8 +180,7 @@ def _notes(adapter: Adapter, to: Convention, found: list[Written]) -> Iterator[s
 
 
 def _alias(dense: Dense, to: Convention, adapter: Adapter) -> str:
-    """What the target's reader calls a module: as in the memory of transformers 5 where experts are stacked, else as on the Hub."""
-    return aliases(dense.name + ".weight", adapter.base.format.family)[-1 if to.wraps else 0].removesuffix(".weight")
+    return reader_name(dense.name + ".weight", to, adapter.base.format.family).removesuffix(".weight")
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------------------
@@ -207,8 +209,8 @@ def _slots(plan: Conversion) -> Iterator[Slot]:
         yield Slot(b, one.dtype, (dense.b.shape[0], one.rank))
         if dense.bias_entry:
             yield Slot(f"{PREFIX}{alias}.lora_B.bias", "F32", dense.bias_entry.shape)
-    for replaced in plan.adapter.replaced.values():
-        yield Slot(PREFIX + replaced.alias, replaced.entry.dtype, replaced.entry.shape)
+    for name, replaced in plan.replaced:
+        yield Slot(PREFIX + name, replaced.entry.dtype, replaced.entry.shape)
 
 
 def _dense_keys(alias: str, dense: Dense) -> tuple[str, str]:
@@ -230,8 +232,8 @@ def _tensors(plan: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(_dense_keys(alias, dense), (left.mT, right.mT) if dense.embedding else (right, left), strict=True)
         if dense.bias_entry:
             yield f"{PREFIX}{alias}.lora_B.bias", dense.bias_entry.read().float() * (dense.scale / one.scale)
-    for replaced in plan.adapter.replaced.values():
-        yield PREFIX + replaced.alias, replaced.entry.read()
+    for name, replaced in plan.replaced:
+        yield PREFIX + name, replaced.entry.read()
 
 
 def _sides(one: Written, sizes: Sizes, expert: int, roles: list[tuple[str, Pair | None]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,11 +270,16 @@ def _pad(tensor: torch.Tensor, size: int, axis: int) -> torch.Tensor:
 
 
 def changes(a: Adapter, b: Adapter) -> Iterator[float]:
-    """The relative difference of the changes that two adapters make, for every expert and module; the products are never formed."""
+    """The relative difference of the changes that two adapters make, for every expert, module and replaced tensor; the products are never formed."""
+    import torch
+
     for key in {**a.pairs, **b.pairs}:
         yield difference(a.factors(*key), b.factors(*key))
     for name in {**a.dense, **b.dense}:
         yield difference(a.dense[name].factors(), b.dense[name].factors()) if name in a.dense and name in b.dense else float("inf")
+    for name in {**a.replaced, **b.replaced}:
+        same = name in a.replaced and name in b.replaced and torch.equal(a.replaced[name].entry.read(), b.replaced[name].entry.read())
+        yield 0.0 if same else float("inf")
 
 
 def difference(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:

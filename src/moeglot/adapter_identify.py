@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moeglot.adapter_config import CONFIG, MARK, UNSLOTH_MARK, AdapterConfig
 from moeglot.adapter_evidence import Clustering
 from moeglot.conventions import CONVENTIONS, GROUPED_TURNED, PEFT, Convention, by_name
 from moeglot.errors import AmbiguousConvention, Contradiction, UsageError
-from moeglot.factors import holds, in_out, recognizes
+from moeglot.factors import holds, in_out, recognizes, turns_differ
 from moeglot.family import Family
 
+ALWAYS = ("layer_replication", "loftq_config", "megatron_core")
+"""Keys that PEFT writes into every adapter_config.json, and Megatron-Bridge into none."""
 PACKINGS = {"rank_major": False, "grouped_by_expert": True}
 """unsloth_zoo's mark -> whether the columns are grouped."""
 
@@ -89,22 +92,37 @@ def _words(config: AdapterConfig, family: Family, asked: str | None, left: Mappi
 
 def _traces(config: AdapterConfig, family: Family) -> list[tuple[str, Callable[[Convention], bool]]]:
     """What writers leave in adapter_config.json without meaning to."""
-    version = config.raw.get("peft_version")
-    if version is None and config.parameters and all(re.search(r"\.layers\.\d+\.", f".{target}") for target in config.parameters):
+    version, by_peft = config.raw.get("peft_version"), any(key in config.raw for key in ALWAYS)
+    if version is None and not by_peft and config.parameters and all(re.search(r"\.layers\.\d+\.", f".{target}") for target in config.parameters):
         return [
             (f"{CONFIG} has no peft_version and full names in target_parameters, as Megatron-Bridge writes it", lambda convention: convention == GROUPED_TURNED)
         ]
-    if any(pattern.startswith(".*\\.") and pattern.endswith("gate_up_proj") for pattern in config.raw.get("rank_pattern") or {}):
-        return [(f"{CONFIG} has the rank_pattern that PEFT >= 0.19 makes of an adapter with one module an expert", lambda convention: convention == PEFT)]
     found = re.fullmatch(r"0\.(\d+)\.\d+", str(version))
-    if not found:
+    if not found or turns_differ(family):
         return []
+    if int(found[1]) >= 19 and _is_fused_by_peft(config):
+        return [(f"{CONFIG} has the rank_pattern that PEFT >= 0.19 makes of an adapter with one module an expert", lambda convention: convention == PEFT)]
     on_first = int(found[1]) < 19
     if not on_first and in_out(family):
         return []
     side = "out" if on_first and not in_out(family) else "in"
     order = "[e, in, out]" if in_out(family) else "[e, out, in]"
     return [(f"{CONFIG} says peft_version = {version}, which lays A on the {side} axis of {order}", lambda convention: convention.turned == (side == "out"))]
+
+
+def _is_fused_by_peft(config: AdapterConfig) -> bool:
+    """PEFT made one parameter of two modules, and writes for it twice the rank and twice the alpha of the others; a user's own pattern is another.
+
+    https://github.com/huggingface/peft/blob/v0.19.1/src/peft/utils/transformers_weight_conversion.py
+    """
+    fused = [
+        name for name in config.parameters if "." not in name and (config.raw.get("rank_pattern") or {}).get(rf".*\.{name}") == _twice(config.raw.get("r"))
+    ]
+    return any((config.raw.get("alpha_pattern") or {}).get(rf".*\.{name}") == 2 * config.alpha for name in fused)
+
+
+def _twice(number: Any) -> Any:
+    return 2 * number if isinstance(number, int) else number
 
 
 def _different(fitting: Mapping[Convention, Reading], experts: int) -> list[Convention]:

@@ -23,7 +23,7 @@ KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias", "lor
 """What follows a module's name -> which part of its change it is. https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py"""
 
 TIES = ("tie_word_embeddings", "text_config.tie_word_embeddings")
-EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
+INPUT, OUTPUT = EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +121,12 @@ def read_dense(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], conve
         module, kind = _split(key)
         if kind:
             modules.setdefault(module, {})[kind] = files.entries[key]
-        else:
+        elif ".original_module." not in key:  # the base's own, which PEFT keeps beside the one that was trained
             name = _replaced_name(files, key, hub)
+            if name in replaced and not _same(replaced[name].entry, files.entries[key]):
+                raise _twice(replaced[name].alias, key, name)
             replaced[name] = Replaced(name, key, files.entries[key])
-    dense = {}
+    dense: dict[str, Dense] = {}
     for module, parts in modules.items():
         known = module
         for theirs, ours in convention.modules if convention else ():
@@ -137,8 +139,20 @@ def read_dense(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], conve
             )
         found = _dense(files, module, hub[known + ".weight"].removesuffix(".weight"), parts)
         _check(found, weights[found.name + ".weight"].shape, base)
+        if found.name in dense:
+            raise _twice(dense[found.name].alias, module, found.name)
         dense[found.name] = found
     return dense, replaced
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    import torch
+
+    return one.shape == other.shape and torch.equal(one.read().float(), other.read().float())
+
+
+def _twice(one: str, other: str, name: str) -> HalfAdapter:
+    return HalfAdapter(f"{one} and {other} are two changes of one tensor", f"the base calls it {name}", "fetch the adapter again from its writer")
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -167,10 +181,11 @@ def _check(dense: Dense, shape: tuple[int, ...], base: Checkpoint) -> None:
 
 def _replaced_name(files: AdapterFiles, key: str, hub: Mapping[str, str]) -> str:
     """The Hub name of a tensor that the config says was trained as a whole."""
-    name = key.replace(".modules_to_save", "").replace(".original_module", "").replace(".base_layer", "")
+    name = key.replace(".modules_to_save", "").replace(".base_layer", "")
+    if name.endswith(OUTPUT) and name not in hub:  # of a base that has one tensor for both
+        name = next((of for of in hub if of.endswith(INPUT)), name)
     module, _, leaf = name.rpartition(".")
-    told = any(module == saved or module.endswith(f".{saved}") for saved in files.config.saved)
-    told = told or (leaf == "bias" and files.config.raw.get("bias", "none") != "none") or module.endswith(("embed_tokens", "lm_head"))
+    told = files.config.saves(name) or ("bias" in leaf and files.config.biases != "none") or module.endswith(("embed_tokens", "lm_head"))
     if name not in hub or not told or "lora_" in key:
         raise HalfAdapter(
             f"{key}: no part of the change that {CONFIG} describes",
@@ -196,16 +211,18 @@ def check_ties(dense: Mapping[str, Dense], replaced: Mapping[str, Replaced], bas
     """Raises `UnsupportedAdapter` for a change of an embedding that is the output as well: live it changes one of the two, merged it would change both."""
     import torch
 
-    if not any(dig(base.config, path) for path in TIES):
-        return
     weights = base.decoded("F32")
+    said = next((tied for path in TIES if (tied := dig(base.config, path)) is not None), None)
+    stored = any(name.endswith(OUTPUT) for name in weights)
+    if said is False or (said is None and stored):  # transformers leaves out what is the default of a model: no output of its own is the sign of it
+        return
     changed = [found.alias for name, found in dense.items() if found.embedding or name.endswith("lm_head")]
     for name, found in replaced.items():  # PEFT adds a copy of the base's
-        if name.endswith(EMBEDDINGS) and not torch.equal(found.entry.read(), weights[name].read()):
+        if name.endswith(EMBEDDINGS) and not torch.equal(found.entry.read().float(), weights[name].read().float()):
             changed.append(found.alias)
     if changed:
         raise UnsupportedAdapter(
             f"{changed[0]} is changed, and the base's input and output embeddings are one tensor",
-            "config.json says tie_word_embeddings; the adapter changes one use of it, a merge would change both",
+            f"{'config.json says tie_word_embeddings' if said else f'there is no {OUTPUT}'}; the adapter changes one use of it, a merge would change both",
             "untie the base first: copy the embedding to lm_head.weight and set tie_word_embeddings to false; or train without the embedding",
         )

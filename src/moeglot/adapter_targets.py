@@ -103,13 +103,35 @@ def check_experts_there(files: AdapterFiles, base: Checkpoint) -> None:
 
 def check_dense_there(files: AdapterFiles, base: Checkpoint, dense: Mapping[str, Dense], replaced: Mapping[str, Replaced]) -> None:
     """Raises `HalfAdapter` for a module that the config names and the adapter does not hold. "all-linear" names the leaves that it holds somewhere."""
-    loose = isinstance(files.config.modules, str) and files.config.modules.lower() == "all-linear"
+    config, family = files.config, base.format.family
+    loose = isinstance(config.modules, str) and config.modules.lower() == "all-linear"
     leaves = {name.rpartition(".")[2] for name in dense}
     for key, tensor in base.decoded("F32").items():
-        name = key.removesuffix(".weight")
-        if not key.endswith(".weight") or len(tensor.shape) != 2 or name in dense or key in replaced:
+        name, _, leaf = key.rpartition(".")
+        if key in replaced or _is_carried(key, base):
             continue
-        if loose and name.rpartition(".")[2] not in leaves:
+        if any(config.saves(alias) for alias in aliases(key, family)):
+            raise _missing(key, "trained as a whole", "modules_to_save names it")
+        if leaf == "bias" and (config.biases == "all" or (config.biases == "lora_only" and name in dense)):
+            raise _missing(key, "trained", f"bias = {config.biases!r}")
+        if leaf != "weight" or len(tensor.shape) != 2:
             continue
-        if any(files.config.names_module(alias.removesuffix(".weight"), name == "lm_head") for alias in aliases(key, base.format.family)):
-            raise HalfAdapter(f"{name}: {CONFIG} says that it is adapted, and the adapter has no factors for it", "target_modules names it", FETCH)
+        if name in dense:
+            if config.raw.get("lora_bias") and not dense[name].bias_entry and not dense[name].embedding:
+                raise _missing(f"{name}.lora_B.bias", "trained", "lora_bias is on")
+        elif any(config.names_parameter(alias) for alias in aliases(key, family)):
+            raise _missing(name, "adapted", "target_parameters names it")
+        elif loose and name.rpartition(".")[2] not in leaves:
+            continue
+        elif any(config.names_module(alias.removesuffix(".weight"), name == "lm_head") for alias in aliases(key, family)):
+            raise _missing(name, "adapted", "target_modules names it")
+
+
+def _missing(name: str, what: str, known: str) -> HalfAdapter:
+    return HalfAdapter(f"{name}: {CONFIG} says that it is {what}, and the adapter has no tensor for it", known, FETCH)
+
+
+def _is_carried(key: str, base: Checkpoint) -> bool:
+    """It belongs to a layer for multi-token prediction, which no module of transformers has."""
+    found = re.search(r"\.layers\.(\d+)\.", f".{key}")
+    return found is not None and int(found[1]) in base.format.family.carried_layers(base.config)

@@ -156,7 +156,8 @@ CONVENTIONS = (PEFT, PEFT_TURNED, GROUPED, GROUPED_TURNED, PER_EXPERT, UNSLOTH_B
 
 @dataclass(frozen=True)
 class Reader:
-    """Someone who reads adapters, and which convention he needs: for experts stored [e, out, in] and for those stored [e, in, out].
+    """Someone who reads adapters, and which convention he needs: for experts stored [e, out, in], for those stored [e, in, out], and for these where the
+    module does not say so (`silent`).
 
     `patterns`: he knows rank_pattern and alpha_pattern, where the convention's readers do.
     """
@@ -166,10 +167,11 @@ class Reader:
     in_out: Convention
     about: str
     patterns: bool = True
+    silent: Convention | None = None
 
 
 READERS = (
-    Reader("transformers-5", PEFT, PEFT, "PEFT >= 0.19 on transformers 5"),
+    Reader("transformers-5", PEFT, PEFT, "PEFT >= 0.19 on transformers 5", silent=PEFT_TURNED),
     Reader("transformers-4.57", PER_EXPERT, PEFT_TURNED, "PEFT >= 0.19 on transformers 4.57"),
     Reader("peft-0.18-transformers-5", PEFT_TURNED, PEFT, "PEFT 0.18 on transformers 5"),
     Reader("peft-0.18-transformers-4.57", PER_EXPERT, PEFT, "PEFT 0.18 on transformers 4.57"),
@@ -187,11 +189,14 @@ def by_name(name: str) -> Convention:
     raise UsageError(f"{name!r} is not a convention", f"known: {', '.join(c.name for c in CONVENTIONS)}", "`moeglot adapter conventions` says what each one is")
 
 
-def target(name: str, in_out: bool) -> tuple[Convention, bool]:
-    """The convention of a name, or the one that a reader of this name needs where experts are stored [e, in, out] (or not); whether patterns are read."""
+def target(name: str, in_out: bool, said: bool = True) -> tuple[Convention, bool]:
+    """The convention of a name, or the one that a reader of this name needs where experts are stored [e, in, out] (or not); whether patterns are read.
+
+    `said`: the module of experts that are stored so says it (`is_transposed`).
+    """
     for reader in READERS:
         if reader.name == name:
-            convention = reader.in_out if in_out else reader.out_in
+            convention = (reader.in_out if said else reader.silent or reader.in_out) if in_out else reader.out_in
             return convention, convention.patterns and reader.patterns
     if name in (convention.name for convention in CONVENTIONS):
         return by_name(name), by_name(name).patterns

@@ -76,6 +76,17 @@ def in_out(family: Family) -> bool:
     return form is not None and form.stored[0].expert_groups[0] == ("h",)
 
 
+def turns_differ(family: Family) -> bool:
+    """The stacked parameters of a family lie [e, in, out] in one release of transformers and [e, out, in] in another; an adapter's file does not say which."""
+    forms = [form for form in PLAIN if form.family == family and form.is_plain and "transformers" in form.reads]
+    stacked = [form.stored[0] for form in forms if not any(line.per_expert for line in form.stored)]
+    return len({line.expert_groups[0] == ("h",) for line in stacked}) > 1
+
+
+SAID = ("gpt-oss", "openai-privacy-filter", "aria", "aria-text")
+"""Families whose modules in transformers 5.23 say `is_transposed`: their parameters lie [e, in, out], and PEFT >= 0.19 knows. Llama 4's do not say it."""
+
+
 def holds(convention: Convention, family: Family) -> bool:
     """The family's experts can be adapted in this convention."""
     return (not convention.families or family.name in convention.families) and bool(_experts(family) if convention.leaves else lines_of(convention, family))

@@ -60,6 +60,7 @@ def load(
         raise UsageError(
             f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
         )
+    _check_device(device)
     checkpoint = open(path, format)
     mine = share.of(checkpoint.sizes["e"]) if share else None
     kind = _dtype(checkpoint, dtype)
@@ -163,6 +164,21 @@ def _placement(device: str | torch.device | int | None, options: Mapping[str, An
         return {}
     _one_of(device, options)
     return {} if torch.device(device) == torch.device("cpu") else {"device_map": {"": device}}
+
+
+def _check_device(device: str | torch.device | int | None) -> None:
+    """Raises `UsageError` for a device that is none, or that holds no numbers."""
+    if device is None:
+        return
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is none that torch knows", str(error).split("\n")[0], "pass cpu, cuda or cuda:1, or leave it out") from error
+    count = torch.cuda.device_count()
+    if found.type == "meta":
+        raise UsageError("device 'meta' holds no numbers", "a model without all its tensors is not returned", "name a device that computes")
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UsageError(f"there is no device {device!r}", f"torch {torch.__version__} sees {count or 'no'} CUDA devices", "leave it out: the CPU computes")
 
 
 def _one_of(device: Any, options: Mapping[str, Any]) -> None:

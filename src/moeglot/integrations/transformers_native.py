@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,14 +47,16 @@ class EachItsOwn(Experts):
     def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         index = torch.arange(self.num_experts, device=flat.device).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
-        return super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype)).view(hidden_states.shape)
+        found: torch.Tensor = super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype))
+        return found.view(hidden_states.shape)
 
 
 class ScoresOfAll(Experts):
     """gpt-oss in transformers 4.57 hands the routing weights of all experts, [t, e], and gets its batch axis back."""
 
     def forward(self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states, router_indices, routing_weights.gather(1, router_indices))
+        found: torch.Tensor = super().forward(hidden_states, router_indices, routing_weights.gather(1, router_indices))
+        return found
 
 
 def kind_of(module: torch.nn.Module, name: str) -> type[Experts]:
@@ -171,7 +173,7 @@ def swap(
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
-    model.register_forward_pre_hook(never_dropped)
+    model.register_forward_pre_hook(as_peft_says)
     if encode and not converted:
         raise UsageError(
             f"encode={encode!r} converted nothing",
@@ -180,9 +182,26 @@ def swap(
         )
 
 
-def never_dropped(model: Any, *_: Any) -> None:
-    """Before a native model computes: an adapter that PEFT has in its config for experts, and that is on none, is an error. PEFT itself only warns."""
-    for config in (getattr(model, "peft_config", None) or {}).values():
+def as_peft_says(model: Any, *_: Any) -> None:
+    """Before a native model computes: adapters of experts are left out where PEFT leaves out its own (`disable_adapter`), as a reference model is computed.
+
+    An adapter that PEFT has in its config for experts, and that is on none, is an error: PEFT itself only warns.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return
+    layers = {name: module.disable_adapters for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)}
+    muted = bool(layers) and all(layers.values())
+    for module in model.modules():
+        if isinstance(module, Experts):
+            if module.lora and not muted and any(layers.values()):
+                some = next(name for name, disabled in layers.items() if disabled)
+                raise UsageError(f"{some} has its adapter disabled, and others have not", "adapters of experts follow PEFT's", "use model.disable_adapter()")
+            module.muted = muted
+    model.adapted_by_peft = True
+    if model.training and torch.is_grad_enabled() and not muted:
+        _check_trained(model, layers)
+    for config in configs.values():
         paths = {target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()}
         for name, module in model.named_modules() if paths else ():
             if isinstance(module, Experts) and not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
@@ -191,6 +210,21 @@ def never_dropped(model: Any, *_: Any) -> None:
                     "PEFT knows no parameters of encoded experts, and left its factors out with a warning",
                     "load it with moeglot.nn.load_adapter(model, path)",
                 )
+
+
+def _check_trained(model: torch.nn.Module, layers: Iterable[str]) -> None:
+    """Raises `UsageError` where PEFT's adapter trains and the one of the experts does not, though it was put there to train."""
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Experts) and any(lora.trains and not lora.a.requires_grad for lora in module.adapters.values())
+    ]
+    if frozen and any(parameter.requires_grad for name in layers for parameter in model.get_submodule(name).parameters()):
+        raise UsageError(
+            f"{frozen[0]}: its adapter is frozen, and PEFT's trains",
+            "PEFT freezes what it finds when it wraps a model",
+            "call get_peft_model first and add_lora after it, or requires_grad_(True) on what add_lora returned",
+        )
 
 
 def path_of(chosen: Plan, layer: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.autograd.function import once_differentiable
 
 from moeglot.errors import UsageError
 from moeglot.integrations.transformers import VERSION
@@ -47,7 +48,7 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
         out = module.post_expert_norm(out)
     out = torch.where(here.unsqueeze(-1), out * top_k_weights.reshape(-1)[order].unsqueeze(-1), 0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return out[back].view(routing.tokens, routing.ranks, -1).sum(1).to(hidden_states.dtype)
+    return out[back].view(routing.tokens, routing.ranks, hidden_states.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _linear(module: Any, x: torch.Tensor, name: str, ends: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -66,6 +67,7 @@ class Grouped(torch.autograd.Function):
         return _whole(rows(x, matrices, ends), ends)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, matrices, ends = ctx.saved_tensors
         grad = grads[0].contiguous()

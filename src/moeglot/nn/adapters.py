@@ -16,19 +16,20 @@ from safetensors.torch import save_file
 from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS, AdapterConfig
 from moeglot.adapter_convert import convert_adapter, difference
-from moeglot.adapter_parts import aliases
-from moeglot.adapter_written import Module, written_config
+from moeglot.adapter_written import Module, reader_name, whole_name, written_config
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
-from moeglot.conventions import PEFT
+from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
-from moeglot.factors import Place, holds, join, lay, places
-from moeglot.nn.lora import Lora, experts_of
+from moeglot.factors import SAID, Place, holds, in_out, join, lay, places
+from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, plain
 from moeglot.nn.module import Experts
 
 LIMIT = 1e-6
 """Of the relative difference between a change in memory and the same change re-read."""
 READER = "transformers-5"
+FIRST = (".lora_A.weight", ".lora_embedding_A")
+"""How PEFT's keys of the first factors of other modules end: [r, in] of either."""
 
 
 def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, base: Checkpoint | str | Path | None = None) -> Path:
@@ -45,19 +46,21 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     if not live:
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
     work = out.with_name(out.name + ".peft.partial")  # convert_adapter has a .partial of its own
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     said, tensors = _of_peft(model)
-    modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(".lora_A.weight")]
+    modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(FIRST)]
     for place, lora, pair in _of_experts(live, checkpoint):
         tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
         modules.append(Module(place.name, lora.rank, lora.scale, True))
+    whole = [name.removeprefix(PREFIX) for name in tensors if "lora_" not in name]
+    config = written_config({"task_type": "CAUSAL_LM", "bias": "none", **said}, checkpoint, PEFT, modules, whole)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})
-    config = written_config({"task_type": "CAUSAL_LM", "bias": "none", **said}, checkpoint, PEFT, modules)
-    (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=_plain), encoding="utf-8")
+    (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     adapter = open_adapter(work, checkpoint)
     _prove(adapter, live, work)
-    if to == READER:
+    family = checkpoint.format.family
+    if to == READER and target(to, in_out(family), family.name in SAID)[0] is PEFT:
         work.rename(out)
     else:
         convert_adapter(adapter, to, out)
@@ -76,25 +79,25 @@ def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Check
 
 def _of_peft(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What PEFT would write: adapter_config.json and tensors; nothing where PEFT has nothing on the model."""
-    configs = getattr(model, "peft_config", None)
+    configs = peft_configs(model)
     if not configs:
+        if any(getattr(module, "adapted_by_peft", False) for module in model.modules()):
+            told = "if it was merged, the rest of the model is another base now"
+            raise UsageError("PEFT's adapter is no longer on the model", told, "save the adapter before it is merged, or all of the model by moeglot.save")
         return {}, {}
     from peft import get_peft_model_state_dict
 
     if len(configs) > 1:
         raise UsageError(f"PEFT has {len(configs)} adapters on the model", f"they are {', '.join(configs)}", "delete all but the one to save")
-    said = next(iter(configs.values())).to_dict()
-    AdapterConfig(json.loads(json.dumps(said, default=_plain))).check()
-    return json.loads(json.dumps(said, default=_plain)), dict(get_peft_model_state_dict(model))
-
-
-def _plain(value: Any) -> Any:
-    """What a config holds and JSON does not."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
+    ((name, config),) = configs.items()
+    said = plain(config.to_dict())
+    AdapterConfig(said).check()
+    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    return said, {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
 def _module(key: str, tensor: torch.Tensor, said: Mapping[str, Any]) -> Module:
-    name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+    name = next(key.removeprefix(PREFIX).removesuffix(first) for first in FIRST if key.endswith(first))
     return Module(name, len(tensor), AdapterConfig(said).scale(name, len(tensor)), False)
 
 
@@ -148,6 +151,8 @@ def load_adapter(
     """
     adapter = open_adapter(path, _base(model, base), convention)
     live = {module.layer: module for module in experts_of(model).values()}
+    if (adapter.dense or adapter.replaced) and peft_configs(model):
+        raise UsageError("PEFT has an adapter on the model", f"{path} changes modules that are no experts, too", "load the model anew, then this adapter")
     with tempfile.TemporaryDirectory() as folder:
         if adapter.pairs and adapter.convention is not PEFT:
             convert_adapter(adapter, PEFT.name, Path(folder) / "peft")
@@ -158,9 +163,14 @@ def load_adapter(
             _put(adapter, layer, live[layer], dropout)
         if adapter.dense or adapter.replaced:
             model = _with_peft(adapter, model, Path(folder) / "dense", trainable)
+    mine = [parameter for module in live.values() for parameter in module.lora.parameters()]
     for module in live.values():
-        for parameter in module.lora.parameters():
-            parameter.requires_grad_(trainable)
+        for lora in module.adapters.values():
+            lora.trains = trainable
+    if trainable and not peft_configs(model):
+        freeze(model, mine)
+    for parameter in mine:
+        parameter.requires_grad_(trainable)
     return model
 
 
@@ -181,6 +191,8 @@ def _put(adapter: Adapter, layer: int, module: Experts, dropout: float) -> None:
                 sides = {role: pairs[0].raw(role, expert) for role in wanted}
                 lora.a[expert].copy_(sides[wanted[0]][1])
                 lora.b[expert].copy_(torch.cat([sides[role][0] if role in sides else torch.zeros(out, lora.rank) for role in roles]))
+        parts = dict(zip(roles, lora.b.detach().chunk(len(roles), 1), strict=True))
+        lora.targets = tuple(role for role in roles if role in wanted and bool(parts[role].any())) or tuple(wanted)  # zeros: it was no target
         module.lora[name] = lora.to(module.lines[0].device)
 
 
@@ -194,15 +206,16 @@ def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable
     family, modules = adapter.base.format.family, []
     tensors: dict[str, torch.Tensor] = {}
     for name, dense in adapter.dense.items():
-        alias = aliases(name + ".weight", family)[-1].removesuffix(".weight")
+        alias = reader_name(name + ".weight", PEFT, family).removesuffix(".weight")
         kinds = ("lora_embedding_A", "lora_embedding_B") if dense.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{alias}.{kinds[0]}": dense.a.read().clone(), f"{PREFIX}{alias}.{kinds[1]}": dense.b.read().clone()}
         if dense.bias_entry:
             tensors[f"{PREFIX}{alias}.lora_B.bias"] = dense.bias_entry.read().clone()
         modules.append(Module(alias, dense.rank, dense.scale, False))
-    tensors |= {PREFIX + replaced.alias: replaced.entry.read().clone() for replaced in adapter.replaced.values()}
+    whole = {whole_name(replaced, PEFT, family): replaced.entry.read().clone() for replaced in adapter.replaced.values()}
+    tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     said = {**adapter.config.raw, "target_parameters": None}
-    (folder / CONFIG).write_text(json.dumps(written_config(said, adapter.base, PEFT, modules), default=_plain), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(written_config(said, adapter.base, PEFT, modules, list(whole))), encoding="utf-8")
     wrapped: torch.nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     return wrapped

@@ -53,6 +53,7 @@ def _changed(module: Experts, roles: dict[str, Encoded], expert: int) -> dict[st
         if factors:
             for n, role in enumerate(factors.roles):
                 b = factors.b[expert].float().chunk(len(factors.roles))[n]
+                b = b if role in factors.targets else b.detach()
                 found[role] = values(roles[role].decode(torch.float32) + factors.scale * (b @ factors.a[expert].float()))
     return found
 
@@ -104,8 +105,8 @@ def batched(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights:
     tokens, ranks = index.shape
     first, down = stages(module)
     ids = index.reshape(-1)
-    here = ids < module.num_experts
-    ids = ids.clamp(max=module.num_experts - 1)
+    here = (ids >= 0) & (ids < module.num_experts)
+    ids = ids.clamp(0, module.num_experts - 1)
     x = hidden.repeat_interleave(ranks, 0)
     inner = module.expert.activate(_each(first, x, ids))
     out = module.after(_each(down, inner, ids)["down"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -27,13 +27,14 @@ Sides = tuple[torch.Tensor, list[torch.Tensor]]
 class Factors:
     """LoRA of some roles with one input: a [e, r, in], b [e, p out, r] for the roles in turn; the change of expert e is scale × b a.
 
-    `dropout`: share of the inputs of `a` that are zero in this step; `seed` says which.
+    `dropout`: share of the inputs of `a` that are zero in this step; `seed` says which. `targets`: the roles that train; others have zeros in b.
     """
 
     roles: tuple[str, ...]
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    targets: tuple[str, ...]
     dropout: float = 0.0
     seed: int = 0
 
@@ -49,6 +50,13 @@ class Factors:
         generator = torch.Generator(x.device).manual_seed(self.seed + block.experts.start)
         kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
         return kept.to(x.dtype) / (1 - self.dropout)
+
+    def of_targets(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of b [e, p out, r] with zeros for roles that do not train."""
+        if self.targets == self.roles:
+            return grad
+        parts = zip(self.roles, grad.chunk(len(self.roles), 1), strict=True)
+        return torch.cat([part if role in self.targets else torch.zeros_like(part) for role, part in parts], 1)
 
     def roles_of(self, given: torch.Tensor) -> Roles:
         """[n, p out] -> role -> [n, out]."""
@@ -83,7 +91,7 @@ class Stage:
         roles: Roles = {}
         for line, one in zip(self.lines, found[1], strict=True):
             roles |= line.line.apart(one)
-        return found[0], torch.cat([roles[role] for role in self.factors.roles], -1).mT
+        return found[0], self.factors.of_targets(torch.cat([roles[role] for role in self.factors.roles], -1).mT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,13 +227,15 @@ def row_ids(block: Block) -> torch.Tensor:
     return torch.searchsorted(block.ends, places, right=True)
 
 
-def stages(module: Experts, seed: int | None = None, whole: torch.dtype | None = None) -> tuple[Stage, Stage]:
-    """(gate and up, down) of a module. `seed`: of this step's dropout, None for none. `whole`: the dtype in which the factors of all experts are prepared."""
+def stages(module: Experts, seed: int | None = None, whole: torch.dtype | None = None, given: Sequence[torch.Tensor] | None = None) -> tuple[Stage, Stage]:
+    """(gate and up, down) of a module. `seed`: of this step's dropout, None for none. `whole`: the dtype in which the factors of all experts are prepared.
+    `given`: the factors of this step, as `Experts.trained` has them; by default those that the module has now.
+    """
 
     def stage(roles: tuple[str, ...]) -> Stage:
         lines = tuple(line for line in module.lines if set(line.line.roles) & set(roles))
         biases = tuple(line for line in module.lines if set(line.line.roles) & {f"{role}_bias" for role in roles})
-        factors = module.factors(roles, seed)
+        factors = module.factors(roles, seed, given)
         return Stage(lines, biases, factors, factors.sides(lines, slice(None), whole) if factors and whole else None)
 
     return stage(module.expert.first), stage(("down",))

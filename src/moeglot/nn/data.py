@@ -46,10 +46,10 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text", str(error), "pass a text file in UTF-8, or JSONL") from error
-    documents = list(_documents(path, text, tokenizer)) if path.suffix in (".jsonl", ".json") else [text]
+    documents = list(_documents(path, text, tokenizer)) if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else [text]
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
@@ -66,7 +66,7 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
 
 
 def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand in a JSON string
         if not line.strip():
             continue
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from moeglot.kernels.triton import gemm
 from moeglot.kernels.triton.gemm import Change, Matrices, Rows
@@ -83,16 +85,23 @@ class Step:
         return gemm.product(given, plain(factors.b.to(given.dtype)), self.rows, False, gather=gather) * factors.scale
 
 
-def forward(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, seed: int | None = None) -> torch.Tensor:
+def forward(
+    module: Experts,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    seed: int | None = None,
+    factors: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """hidden [t, h], index int [t, k], weights [t, k] -> [t, h]; nothing waits for the device."""
     step = Step.of(Routing.of(index, module.num_experts))
-    first, down = stages(module, seed)
+    first, down = stages(module, seed, given=factors)
     flat = weights.reshape(-1)
     inner = module.expert.activate(step.forward(first, hidden.contiguous(), gather=True)).contiguous()
     if module.post_expert_norm is None:
         return step.summed(step.forward(down, inner, scatter=True, weights=flat)["down"])
     out = module.after(step.forward(down, inner, scatter=True)["down"])
-    here = (index < module.num_experts).reshape(-1, 1)
+    here = ((index >= 0) & (index < module.num_experts)).reshape(-1, 1)
     return step.summed(torch.where(here, out * flat.unsqueeze(-1).to(out.dtype), 0))
 
 
@@ -103,13 +112,14 @@ class Fused(torch.autograd.Function):
     def forward(ctx: Any, module: Experts, seed: int | None, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, *factors: torch.Tensor) -> Any:
         ctx.module, ctx.seed = module, seed
         ctx.save_for_backward(hidden, index, weights, *factors)
-        return forward(module, hidden, index, weights, seed)
+        return forward(module, hidden, index, weights, seed, factors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         hidden, index, weights, *factors = ctx.saved_tensors
         step = Step.of(Routing.of(index, ctx.module.num_experts))
-        first, down = stages(ctx.module, ctx.seed)
+        first, down = stages(ctx.module, ctx.seed, given=factors)
         hidden, grad = hidden.contiguous(), grads[0].to(hidden.dtype).contiguous()
         given, inner, leaves = _again(ctx.module, step, first, hidden)
         w = weights.reshape(-1)[step.rows.order].unsqueeze(-1).to(hidden.dtype)
@@ -160,7 +170,7 @@ def _through_first(step: Step, first: Stage, hidden: torch.Tensor, given: Roles)
     x = step.gathered(hidden) if factors.dropout else None
     mask = factors.mask(step.block, x) if x is not None else None
     of_a = outer(low, masked(x, mask), step.rows) if x is not None else outer(low, hidden, step.rows, gather=True)
-    of_b = outer(step.low(factors, hidden, True) * factors.scale, together, step.rows).mT
+    of_b = factors.of_targets(outer(step.low(factors, hidden, True) * factors.scale, together, step.rows).mT)
     d_hidden = step.summed(step.backward(first, given, low if mask is None else None, scatter=True))
     if mask is not None:
         change = masked(gemm.product(low, plain(factors.a.to(low.dtype)), step.rows, False), mask)

@@ -11,6 +11,7 @@ from moeglot import scratch
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
+from moeglot.errors import UsageError
 from moeglot.floats import exactly, values
 from moeglot.kernels import backend, mxfp4, threads
 from moeglot.layout import Stored
@@ -32,6 +33,7 @@ class Held(torch.nn.Module):
         super().__init__()
         self.line, self.encoding, self.sizes, self.layer, self.first = line, encoding, dict(sizes), layer, first
         self.shape = line.expert_shape(sizes)
+        self.types: dict[str, torch.dtype] = {}
         for expert in range(sizes["e"]):
             for name, tensor in read(first + expert).parts.items():
                 self._put(self._part(name), expert, tensor)
@@ -58,9 +60,11 @@ class Held(torch.nn.Module):
         if part.shared:
             if name not in self._buffers:
                 self.register_buffer(name, tensor.clone(), persistent=False)
+                self.types[name] = tensor.dtype
             return
         if name not in self._buffers:
             self.register_buffer(name, torch.empty(self.sizes["e"], *tensor.shape, dtype=tensor.dtype), persistent=False)
+            self.types[name] = tensor.dtype
         self.get_buffer(name)[expert].copy_(tensor)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Held:
@@ -69,6 +73,14 @@ class Held(torch.nn.Module):
             if buffer is not None:
                 self._buffers[name] = fn(buffer.reshape(-1).view(torch.uint8)).view(buffer.dtype).view(buffer.shape)
         return self
+
+    def check_types(self) -> None:
+        """Raises `UsageError` where somebody cast codes or scales, as FSDP casts buffers: they would be other numbers."""
+        for name, dtype in self.types.items():
+            found = self._buffers[name]
+            if found is not None and found.dtype != dtype and not isinstance(self.encoding, Plain):
+                wrong = f"layer {self.layer}, {self.line.short}: {name.removeprefix('part_')} was {dtype} and is {found.dtype}"
+                raise UsageError(wrong, f"{self.encoding} is decoded from bytes, which no cast keeps", "leave buffer_dtype out of FSDP's MixedPrecision")
 
     @property
     def nbytes(self) -> int:

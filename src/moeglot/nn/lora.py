@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moeglot.adapter_config import AdapterConfig
 from moeglot.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,13 +28,12 @@ class Lora(torch.nn.Module):
         super().__init__()
         experts, out, inner = shape
         self.roles, self.targets, self.rank, self.alpha, self.dropout = roles, tuple(role for role in roles if role in targets), rank, alpha, dropout
-        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner))
-        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank))
+        self.trains = False
+        """It was put here to train: PEFT freezes it when it wraps the model later."""
+        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner, dtype=torch.float32))
+        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank, dtype=torch.float32))
         bound = 1 / math.sqrt(inner)  # as torch.nn.Linear starts, and PEFT with it
         torch.nn.init.uniform_(self.a, -bound, bound)
-        if self.targets != roles:
-            frozen = torch.cat([torch.full((out, 1), float(role in self.targets)) for role in roles])
-            self.b.register_hook(lambda grad: grad * frozen.to(grad))  # type: ignore[no-untyped-call]  # torch types no hook
 
     @property
     def scale(self) -> float:
@@ -57,17 +58,23 @@ def experts_of(model: torch.nn.Module) -> dict[str, Experts]:
 
 
 def add_lora(
-    model: torch.nn.Module, r: int = 8, alpha: float | None = None, targets: Sequence[str] = TARGETS, dropout: float = 0.0
+    model: torch.nn.Module, r: int = 8, alpha: float | None = None, targets: str | Sequence[str] = TARGETS, dropout: float = 0.0
 ) -> list[torch.nn.Parameter]:
     """Put a LoRA adapter on every native experts module of a model, freeze what is no adapter, and return the new parameters (float32).
 
     `r`: rank; `alpha`: the changes are multiplied by alpha / r, twice the rank by default. `targets`: among gate, up and down. Adapters that PEFT put on
-    other modules stay trainable. Raises `UsageError` for values that mean nothing, or where an adapter is already.
+    other modules stay trainable. Raises `UsageError` for values that mean nothing, or where an adapter is already, and `UnsupportedAdapter` beside one of
+    PEFT's that could not be saved together with this.
     """
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     if unknown := sorted(set(targets) - set(TARGETS)):
         raise UsageError(f"{unknown[0]!r} is no matrix of an expert", f"known: {', '.join(TARGETS)}", "attention is PEFT's business: use get_peft_model for it")
-    if r < 1 or not 0 <= dropout < 1 or not targets:
-        raise UsageError(f"r = {r}, dropout = {dropout}, targets = {tuple(targets)}", "a rank is at least 1, dropout is at least 0 and below 1", "check them")
+    if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1 or not targets or alpha == 0:
+        told = f"r = {r}, alpha = {alpha}, dropout = {dropout}, targets = {targets}"
+        raise UsageError(told, "a rank is a whole number of at least 1, alpha is not 0, dropout is at least 0 and below 1", "check them")
+    configs = peft_configs(model)
+    for config in configs.values():
+        AdapterConfig(plain(config.to_dict())).check()
     found = experts_of(model)
     if busy := [name or "it" for name, module in found.items() if module.lora]:
         raise UsageError(f"{busy[0]} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
@@ -77,14 +84,30 @@ def add_lora(
             raise UsageError(f"{name}: no gradient goes through these experts", "their family has a norm after each expert", "leave the experts frozen")
         for place, lora in make(module, r, alpha if alpha is not None else 2 * r, targets, dropout).items():
             module.lora[place] = lora.to(module.lines[0].device)
+            lora.trains = True
             added += lora.parameters()
     if not added:
         raise UsageError(f"no expert has {' or '.join(targets)}", f"the family is {next(iter(found.values())).family}", "choose other targets")
-    if not any("lora_" in name for name, _ in model.named_parameters()):  # else PEFT has said what trains
-        mine = {id(parameter) for parameter in added}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in mine)
+    if not configs:  # else PEFT has said what trains
+        freeze(model, added)
     return added
+
+
+def freeze(model: torch.nn.Module, but: Iterable[torch.nn.Parameter]) -> None:
+    """Parameters train, and no others do."""
+    mine = {id(parameter) for parameter in but}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in mine)
+
+
+def peft_configs(model: torch.nn.Module) -> dict[str, Any]:
+    """Name -> config of what PEFT has on a model, wrapped or not."""
+    return next((dict(configs) for module in model.modules() if (configs := getattr(module, "peft_config", None))), {})
+
+
+def plain(config: Any) -> Any:
+    """What a config says, as JSON has it."""
+    return json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))))
 
 
 def make(module: Experts, r: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Lora]:

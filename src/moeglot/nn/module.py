@@ -45,6 +45,8 @@ class Experts(torch.nn.Module):
         self.num_experts = lines[0].experts
         self.lora = torch.nn.ModuleDict()
         self.post_expert_norm = None
+        self.muted = False
+        """Its adapter is left out, as PEFT's `disable_adapter` leaves out others."""
         self.watched_by: Callable[[Experts, torch.Tensor, torch.Tensor], None] | None = None
 
     @classmethod
@@ -95,14 +97,19 @@ class Experts(torch.nn.Module):
         """All of its tensors are numbers of that type, which nothing has to be decoded from."""
         return all(line.is_plain(dtype) for line in self.lines)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch types it not; a compiler has nothing to gain in kernels that are compiled
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """hidden_states [..., h], top_k_index int [t, k], top_k_weights [t, k] -> [..., h]."""
+        """hidden_states [..., h], top_k_index int [t, k], top_k_weights [t, k] -> [..., h]; raises `UsageError` for other shapes."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        index, weights = top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2)
+        if index.shape != weights.shape or len(index) != len(flat):
+            told = f"hidden_states {list(hidden_states.shape)}, top_k_index {list(top_k_index.shape)}, top_k_weights {list(top_k_weights.shape)}"
+            raise UsageError(told, "each token has k experts, and a weight for each of these", "weights of all experts: pass weights.gather(1, top_k_index)")
         device = flat.device.type
         if torch.is_autocast_enabled(device):
             flat = flat.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            found = self._compute(flat, top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2))
+            found = self._compute(flat, index, weights)
         return found.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -110,10 +117,13 @@ class Experts(torch.nn.Module):
             return hidden
         if self.watched_by is not None:
             self.watched_by(self, hidden, index)
-        name = backends.choose(self, hidden, index)
-        trained = [factor for lora in self.lora.values() for factor in lora.parameters()]
+        for line in self.lines:
+            line.check_types()
+        name, trained = backends.choose(self, hidden, index), self.trained
         wanted = torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad or any(factor.requires_grad for factor in trained))
-        dropped = self.training and any(lora.dropout for lora in self.adapters.values())
+        dropped = self.training and not self.muted and any(lora.dropout for lora in self.adapters.values())
+        if name == "reference" and dropped:
+            raise UsageError(f"layer {self.layer}: the reference has no dropout", "it is what others are measured against", "train with another backend")
         if name == "reference" or not (wanted or dropped):
             return backends.BACKENDS[name](self, hidden, index, weights)
         if self.post_expert_norm is not None:
@@ -143,14 +153,19 @@ class Experts(torch.nn.Module):
         """ "first" (gate and up) and "down", whichever is adapted."""
         return {name: lora for name, lora in self.lora.items() if isinstance(lora, Lora)}
 
-    def factors(self, roles: tuple[str, ...], seed: int | None = None) -> Factors | None:
-        """The adapter of the matrices with these roles; `seed`: of this step's dropout."""
-        lora = self.adapters.get("down" if roles == ("down",) else "first")
-        if lora is None:
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """a and b of each adapter in turn; none where they are left out."""
+        return [] if self.muted else [factor for lora in self.adapters.values() for factor in (lora.a, lora.b)]
+
+    def factors(self, roles: tuple[str, ...], seed: int | None = None, given: Sequence[torch.Tensor] | None = None) -> Factors | None:
+        """The adapter of the matrices with these roles; `seed`: of this step's dropout. `given`: what `trained` was in this step."""
+        name, sides = "down" if roles == ("down",) else "first", self.trained if given is None else given
+        if name not in self.adapters or not sides:
             return None
-        if seed is None:
-            return Factors(lora.roles, lora.a, lora.b, lora.scale)
-        return Factors(lora.roles, lora.a, lora.b, lora.scale, lora.dropout, seed + (self.num_experts if roles == ("down",) else 0))
+        lora, at = self.adapters[name], 2 * list(self.adapters).index(name)
+        dropout = (lora.dropout, seed + (self.num_experts if name == "down" else 0)) if seed is not None else ()
+        return Factors(lora.roles, sides[at], sides[at + 1], lora.scale, lora.targets, *dropout)
 
     # --- as a file has it ------------------------------------------------------------------------------------------------------------
 

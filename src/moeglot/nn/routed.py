@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from moeglot.nn.backends import block_size
 from moeglot.nn.compute import Part, Roles, Sides, stages
@@ -28,7 +29,7 @@ class Routed(torch.autograd.Function):
         ctx.module, ctx.seed, ctx.ranks = module, seed, routing.ranks
         ctx.size = 1 if alone else block_size(module, hidden, index)
         ctx.save_for_backward(hidden, weights, routing.order, routing.ends, *factors)
-        first, down = stages(module, seed, hidden.dtype if routing.is_busy else None)
+        first, down = stages(module, seed, hidden.dtype if routing.is_busy else None, factors)
         total, flat = Total(routing, hidden.shape[-1], hidden), weights.reshape(-1)
         for block in routing.blocks(ctx.size):
             one, two = (Part(stage, block, hidden.dtype) for stage in (first, down))
@@ -40,10 +41,11 @@ class Routed(torch.autograd.Function):
         return total.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        hidden, weights, order, ends, *_ = ctx.saved_tensors
+        hidden, weights, order, ends, *factors = ctx.saved_tensors
         routing = Routing(order, ends, ctx.ranks, len(hidden))
-        first, down = stages(ctx.module, ctx.seed, hidden.dtype if routing.is_busy else None)
+        first, down = stages(ctx.module, ctx.seed, hidden.dtype if routing.is_busy else None, factors)
         total = Total(routing, hidden.shape[-1], hidden) if ctx.needs_input_grad[3] else None
         d_weights = torch.zeros(weights.numel(), dtype=weights.dtype, device=weights.device)
         of_first, of_down = first.gradients(), down.gradients()

@@ -14,7 +14,7 @@ from moeglot.nn.grouped import SAME
 @dataclass(frozen=True, eq=False)
 class Routing:
     """`order` int64 [t k]: the slots (token × rank) of the tokens' experts, sorted by expert, in the tokens' order within one. `ends` int32 [e]: where each
-    expert's run ends in it. Slots of other ids (`e` and above: experts that live elsewhere) come after the last end and belong to nobody.
+    expert's run ends in it. Slots of other ids (`e` and above, or below 0: experts that live elsewhere) come after the last end and belong to nobody.
     """
 
     order: torch.Tensor
@@ -26,7 +26,8 @@ class Routing:
     def of(cls, index: torch.Tensor, experts: int) -> Routing:
         """index int [t, k], local ids -> Routing."""
         narrow = torch.int16 if experts < 1 << 15 else torch.int32
-        ids, order = torch.sort(index.reshape(-1).clamp(max=experts).to(narrow), stable=True)
+        flat = index.reshape(-1).clamp(-1, experts) if index.dtype.is_signed else index.reshape(-1).clamp(max=experts)
+        ids, order = torch.sort(torch.where(flat < 0, experts, flat).to(narrow), stable=True)
         every = torch.arange(experts, device=index.device, dtype=narrow)
         return cls(order, torch.searchsorted(ids, every, right=True, out_int32=True), index.shape[-1], index.shape[0])
 

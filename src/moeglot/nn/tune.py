@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from moeglot.errors import OutputExists, UsageError
 from moeglot.nn.adapters import save_adapter
 from moeglot.nn.data import Data, read
-from moeglot.nn.lora import TARGETS, add_lora
+from moeglot.nn.lora import TARGETS, add_lora, experts_of
 
 Step = Callable[[int, int, float], None]
 """(steps done, steps in all, loss of the last)."""
@@ -59,6 +59,7 @@ class Record:
     base: str
     data: str
     recipe: dict[str, Any]
+    held: dict[str, Any]
     losses: list[float] = field(default_factory=list)
     before: float = math.nan
     after: float = math.nan
@@ -78,12 +79,12 @@ def tune(
     Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that another recipe, base or text made.
     """
     out, read_ = Path(out), read(data, tokenizer, recipe.length, recipe.held_out)
-    record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))))
+    record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))), _held(model))
     if os.path.lexists(out) and not resume:
         raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or go on with it by --resume")
+    run = _Run(_prepared(model, recipe), read_, recipe, record, out)
     if not resume:
         out.mkdir(parents=True)
-    run = _Run(_prepared(model, recipe), read_, recipe, record, out)
     if resume:
         run.restore()
     else:
@@ -95,6 +96,12 @@ def tune(
         save_adapter(run.model, out / "adapter", base=base)
     record.write(out)
     return record
+
+
+def _held(model: Any) -> dict[str, Any]:
+    """In which types and encodings the base is: a run goes on over the numbers that it began with."""
+    encodings = {str(line.encoding) for module in experts_of(model).values() for line in module.lines}
+    return {"dtype": str(model.dtype).removeprefix("torch."), "experts": sorted(encodings)}
 
 
 def _prepared(model: Any, recipe: Recipe) -> Any:
@@ -177,9 +184,11 @@ class _Run:
         if not (self.out / RECORD).is_file():
             raise UsageError(f"{self.out}: no run to resume", f"it has no {RECORD}", "leave --resume out")
         begun = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
-        for key in ("base", "data", "recipe"):
-            if begun[key] != getattr(self.record, key):
-                raise UsageError(f"{self.out} was begun with another {key}", f"{RECORD} says {begun[key]}", "pass what it was begun with, or another folder")
+        for key in ("base", "data", "recipe", "held"):
+            if begun.get(key) != getattr(self.record, key):
+                raise UsageError(
+                    f"{self.out} was begun with another {key}", f"{RECORD} says {begun.get(key)}", "pass what it was begun with, or another folder"
+                )
         self.record.before = begun["before"]
         found = [path for path in (self.out / "checkpoints").glob("step-*") if (path / RECORD).is_file()]
         if not found:

@@ -1,0 +1,290 @@
+"""What people do to a model with adapters on its experts: disable, copy, cast, wrap, compile, load again; each computes the right thing or is refused."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+import transformers
+from test_transformers import logits, relative
+from transformers import AutoTokenizer
+
+import moeglot
+from moeglot.demo import BUNDLED
+from moeglot.errors import UnsupportedAdapter, UsageError
+from moeglot.integrations.transformers import VERSION
+from moeglot.nn import Experts, add_lora, experts_of, load_adapter, save_adapter
+from moeglot.nn.data import read
+from moeglot.nn.tune import Recipe, tune
+
+peft = pytest.importorskip("peft")
+
+LIMIT, POWER = 1e-5, 1e-3
+ATTENTION = {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj", "o_proj"]}
+TEXT = "And God said, Let there be light: and there was light. " * 40
+
+
+def fill(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def native(**options):
+    return moeglot.load(BUNDLED, "float32", native=True, **options)
+
+
+def both():
+    """PEFT's adapter on attention, ours on the experts."""
+    model = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION))
+    add_lora(model, r=3)
+    return fill(model)
+
+
+def experts(encode=None, layer=0, **options) -> Experts:
+    return next(iter(experts_of(native(encode=encode, **options)).values()))
+
+
+@pytest.fixture(scope="module")
+def base_logits():
+    return logits(native())
+
+
+def routed(tokens=9, ranks=2, h=192, e=8, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(tokens, h), torch.randint(e, (tokens, ranks)), torch.rand(tokens, ranks)
+
+
+# --- what PEFT turns off -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_disabled_adapter_is_disabled_on_experts_too(base_logits):
+    """A reference model, as DPO and GRPO compute it."""
+    model = both()
+    live = logits(model)
+    assert relative(live, base_logits) > POWER
+    with model.disable_adapter():
+        assert relative(logits(model), base_logits) <= LIMIT
+    assert torch.equal(logits(model), live)
+    next(module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)).enable_adapters(False)
+    with pytest.raises(UsageError, match="has its adapter disabled"):
+        logits(model)
+
+
+def test_an_adapter_that_was_merged_is_not_left_out_in_silence(tmp_path):
+    model = both()
+    logits(model)
+    with pytest.raises(UsageError, match="no longer on the model"):
+        save_adapter(model.merge_and_unload(), tmp_path / "adapter", base=BUNDLED)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["another name", "transformers' own add_adapter"])
+def test_ways_to_put_pefts_adapter_on(way, tmp_path):
+    model, config = native(), peft.LoraConfig(**ATTENTION)
+    if way == "another name":
+        model = peft.get_peft_model(model, config, adapter_name="mine")
+    else:
+        model.add_adapter(config)
+    add_lora(model, r=3)
+    live = logits(fill(model))
+    save_adapter(model, tmp_path / "adapter", base=BUNDLED)
+    dense = peft.PeftModel.from_pretrained(moeglot.load(BUNDLED, "float32"), tmp_path / "adapter").eval()
+    assert relative(logits(dense), live) <= LIMIT
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_experts_that_peft_froze_are_not_left_untrained_in_silence(way):
+    model = native()
+    mine = add_lora(model, r=2)
+    if way == "get_peft_model":
+        model = peft.get_peft_model(model, peft.LoraConfig(**ATTENTION))
+    else:
+        model.add_adapter(peft.LoraConfig(**ATTENTION))
+    fill(model).train()
+    for parameter in mine:
+        parameter.requires_grad_(False)  # PEFT before 0.19 leaves them alone in some of its ways
+    with pytest.raises(UsageError, match="is frozen, and PEFT's trains"):
+        logits.__wrapped__(model)
+    logits(model)  # nothing is trained
+    for parameter in mine:
+        parameter.requires_grad_(True)
+    logits.__wrapped__(model).square().sum().backward()
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in mine)
+
+
+def test_other_methods_of_peft_are_refused_before_they_train():
+    model = peft.get_peft_model(native(), peft.LoHaConfig(r=2, alpha=2, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedAdapter, match="LOHA"):
+        add_lora(model)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_adapter_is_refused(tmp_path):
+    save_adapter(both(), tmp_path / "adapter", base=BUNDLED)
+    wrapped = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION))
+    with pytest.raises(UsageError, match="PEFT has an adapter"):
+        load_adapter(wrapped, tmp_path / "adapter", base=BUNDLED)
+    assert not any(module.lora for module in experts_of(wrapped).values())
+
+
+# --- what trains ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_loaded_to_train_is_all_that_trains(tmp_path):
+    model = native()
+    add_lora(model, r=2, targets=("gate",))
+    with torch.no_grad():
+        for module in experts_of(model).values():
+            torch.nn.init.normal_(module.lora["first"].b[:, :192])
+    save_adapter(model, tmp_path / "adapter", base=BUNDLED)
+    again = load_adapter(native(), tmp_path / "adapter", trainable=True)
+    assert {name.rpartition(".")[2] for name, parameter in again.named_parameters() if parameter.requires_grad} == {"a", "b"}
+    assert {lora.targets for module in experts_of(again).values() for lora in module.lora.values()} == {("gate",)}
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("backend", ["eager", "grouped", "reference"])
+def test_targets_are_kept_by_copies(way, backend):
+    model = native(backend=backend)
+    add_lora(model, r=2, targets="gate")
+    if way == "deepcopy":
+        model = copy.deepcopy(model)
+    else:
+        torch.save(model, buffer := io.BytesIO())
+        buffer.seek(0)
+        model = torch.load(buffer, weights_only=False)
+    fill(model).train()
+    logits.__wrapped__(model).square().sum().backward()
+    for module in experts_of(model).values():
+        gate, up = module.lora["first"].b.grad.chunk(2, 1)
+        assert float(gate.abs().max()) > 0
+        assert float(up.abs().max()) == 0
+
+
+def test_factors_are_float32_whatever_is_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        added = add_lora(native(), r=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in added} == {torch.float32}
+
+
+def test_no_gradient_of_a_gradient_and_the_factors_of_the_call():
+    module = experts()
+    add_lora(module, r=2)
+    fill(module).train()
+    hidden, index, weights = routed()
+    hidden.requires_grad_()
+    (grad,) = torch.autograd.grad(module(hidden, index, weights).square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+    other = {name: (2 * parameter.detach()).requires_grad_() for name, parameter in module.named_parameters()}
+    torch.func.functional_call(module, other, (hidden, index, weights)).square().sum().backward()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(other[name])
+    module(hidden, index, weights).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert relative(other[name].grad, parameter.grad) <= LIMIT
+
+
+# --- what is asked of a module ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", "batched", "grouped"])
+def test_ids_below_zero_are_skipped(backend):
+    module = experts(backend=backend)
+    hidden, index, weights = routed()
+    index[::3, 1] = -1
+    expected = module(hidden, index.clamp(min=0), torch.where(index < 0, 0, weights))
+    assert relative(module(hidden, index, weights), expected) <= LIMIT
+    assert relative(module(hidden, index.clamp(min=0), weights), expected) > POWER
+
+
+def test_shapes_that_mean_something_else():
+    module = experts()
+    hidden, index, weights = routed()
+    with pytest.raises(UsageError, match="gather"):
+        module(hidden, index, torch.rand(9, 8))
+    with pytest.raises(UsageError, match="each token has k experts"):
+        module(hidden, index[:5], weights[:5])
+
+
+def test_codes_that_somebody_cast_are_refused(tmp_path):
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    model = moeglot.load(tmp_path / "bf16", "float32", native=True, encode="fp8-block")
+    module = next(iter(experts_of(model).values()))
+    line = module.lines[0]
+    for name, buffer in line.named_buffers():
+        line._buffers[name] = buffer.to(torch.bfloat16)
+    with pytest.raises(UsageError, match="no cast keeps"):
+        module(*routed())
+
+
+def test_the_reference_has_no_dropout():
+    module = experts(backend="reference")
+    add_lora(module, r=2, dropout=0.5)
+    with pytest.raises(UsageError, match="no dropout"):
+        module.train()(*routed())
+    assert module.eval()(*routed()).shape == (9, 192)
+
+
+def test_a_compiled_model_computes_the_same(base_logits):
+    model = native()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert relative(logits(compiled), base_logits) <= LIMIT
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="the registry came with 5.23")
+def test_a_registered_module_without_tokens():
+    from moeglot.integrations.transformers_register import experts_forward
+
+    dense = moeglot.load(BUNDLED, "float32").model.layers[0].mlp.experts
+    hidden, index, weights = routed(tokens=0)
+    assert experts_forward(dense, hidden, index, weights).shape == (0, 192)
+
+
+@pytest.mark.parametrize("device", ["meta", "nope", "cuda:7"])
+def test_devices_that_are_none(device):
+    with pytest.raises(UsageError, match="device"):
+        native(device=device)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_over_the_numbers_that_it_began_with(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
+    words = AutoTokenizer.from_pretrained(BUNDLED)
+
+    def run(recipe=None, out="out", encode=None, **options):
+        model = moeglot.load(tmp_path / "bf16", "float32", native=True, encode=encode)
+        return tune(model, words, tmp_path / "text.txt", tmp_path / out, recipe or Recipe(steps=2, batch=1, length=16, r=2), **options)
+
+    with pytest.raises(UsageError, match="'gates'"):
+        run(Recipe(steps=2, batch=1, length=16, targets=("gates",)))
+    assert not (tmp_path / "out").exists()
+    run()
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["held"] == {"dtype": "float32", "experts": ["bfloat16"]}
+    with pytest.raises(UsageError, match="another held"):
+        run(encode="nf4", resume=True)
+
+
+def test_lines_of_json_whatever_stands_in_their_strings(tmp_path):
+    words, rows = AutoTokenizer.from_pretrained(BUNDLED), [{"text": f"{TEXT}\u2028{TEXT}\x85 end"}] * 2
+    for name, start in (("a.jsonl", ""), ("b.NDJSON", "\ufeff")):
+        (tmp_path / name).write_text(start + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+        found = read(tmp_path / name, words, 16, 0.2)
+        text = words.decode(torch.cat([found.train, found.held_out]).flatten())
+        assert '"text"' not in text
+        assert "light" in text
+
+
+transformers.logging.set_verbosity_error()
