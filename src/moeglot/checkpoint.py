@@ -12,12 +12,12 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
-from moeglot.coding import WEIGHT, Coding, said
+from moeglot.coding import WEIGHT, Coding, brief, said, transformed
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
-from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
+from moeglot.dense import DecodedTensor, DenseTensor, HubTensor, check_codes
 from moeglot.encoding import Encoded, Encoding, LazyEncoded
-from moeglot.errors import BadNumbers, Contradiction, TensorMismatch
+from moeglot.errors import BadNumbers, Contradiction, TensorMismatch, UnknownFormat
 from moeglot.evidence import decide
 from moeglot.format import Format
 from moeglot.hub_names import HubNames
@@ -169,8 +169,12 @@ class Checkpoint:
         return found
 
     def decoded(self, dtype: str) -> dict[str, DenseTensor]:
-        """As `dense`, but quantized matrices decoded to a float type, under the name that they have unquantized; all else as it is."""
+        """As `dense`, but quantized matrices decoded to a float type, under the name that they have unquantized; all else as it is.
+
+        Raises `UnknownFormat` where one is coded in a way that moeglot does not know.
+        """
         found: dict[str, DenseTensor] = {}
+        check_codes(self.dense, self.coded, said(self.source.config))
         for module, (encoding, parts) in self._quantized.items():
             coded = {part: self.dense[key].entry for part, key in parts.items()}
             found[module + WEIGHT] = DecodedTensor(module + WEIGHT, encoding, coded, dtype)
@@ -195,7 +199,9 @@ class Checkpoint:
                     found[module] = encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in entries.items()}), parts
         if undeclared := sorted(scaled - found.keys()):
             raise Contradiction(
-                f"{undeclared[0]} has scales, and config.json does not say that it is quantized", self.known, "take config.json from the checkpoint's producer"
+                f"{undeclared[0]} has scales, and config.json does not say how it is quantized, or in a way that moeglot does not know",
+                f"quantization_config says {brief(declared)}; {self.known}",
+                "take config.json from the checkpoint's producer, or convert to a layout that keeps the encoding as it is",
             )
         return found
 
@@ -247,6 +253,12 @@ def open(path: str | Path, format: str | None = None, *, headers_only: bool = Fa
 
 
 def _opened(source: Source, format: str | None, headers_only: bool) -> Checkpoint:
+    if online := transformed(said(source.config)):
+        raise UnknownFormat(
+            f"{source.name}: its weights are for activations that are transformed as the model computes",
+            f"transform_config in config.json says {online}; no weight holds that",
+            "decode it with compressed-tensors, or take a checkpoint whose transforms lie in the weights (R1 and R2 of SpinQuant)",
+        )
     identification = identify(source, format)
     if len(identification.candidates) > 1 and not headers_only:
         identification = _ask_the_numbers(source, identification)

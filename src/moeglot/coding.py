@@ -74,7 +74,7 @@ def said(config: Mapping[str, Any]) -> Quantization:
     """quantization_config of a config.json, wherever its producer keeps it; empty if nowhere."""
     text = config.get("text_config")
     places = (config.get("quantization_config"), config.get("compression_config"), text.get("quantization_config") if isinstance(text, Mapping) else None)
-    return next((place for place in places if isinstance(place, Mapping)), {})
+    return next((place for place in places if isinstance(place, Mapping) and place), {})
 
 
 def method(quantization: Quantization) -> str:
@@ -82,12 +82,22 @@ def method(quantization: Quantization) -> str:
     return str(quantization.get("quant_method") or "").lower()
 
 
+def brief(quantization: Quantization) -> str:
+    """What it says in a few words."""
+    told = {key: quantization[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if quantization.get(key) is not None}
+    return str(told or "nothing")
+
+
 def leaves_alone(quantization: Quantization, module: str) -> bool:
     """quantization_config says that this module is not quantized: it, or one that it is in, is named or matches a pattern; or others alone are listed."""
     layers = quantization.get("quantized_layers")
     if isinstance(layers, Mapping) and str(quantization.get("quant_algo")).upper() == "MIXED_PRECISION":
         return not any(f"{module}.".startswith(f"{name}.") for name in layers)
-    kept = [*(quantization.get("modules_to_not_convert") or ()), *(quantization.get("llm_int8_skip_modules") or ())]
+    if by_compressed_tensors(quantization) and isinstance(quantization.get("config_groups"), Mapping) and _group(quantization, module) is None:
+        return True
+    if method(quantization) == "modelopt" and not quantization.get("quant_algo") and not quantization.get("config_groups"):
+        return True  # it speaks of the cache of keys and values alone
+    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in quantization.get(key) or ()]
     if any(isinstance(name, str) and (f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module))) for name in kept):
         return True
     listed = [*(quantization.get("ignore") or ()), *(quantization.get("exclude_modules") or ())]
@@ -102,11 +112,42 @@ def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The `weights` arguments of the group that a module belongs to, None if it is ignored or in none."""
     if any(_names(pattern, module) for pattern in quantization.get("ignore") or ()):
         return None
-    found = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    named = [group for group in found if any(_names(target, module) for target in group.get("targets") or ())]
-    chosen = named or [group for group in found if "Linear" in (group.get("targets") or ())]
-    weights = chosen[0].get("weights") if chosen else None
+    chosen = _group(quantization, module)
+    weights = chosen.get("weights") if chosen else None
     return weights if isinstance(weights, Mapping) else None
+
+
+def _group(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
+    """The group that a module belongs to: of targets that name it, whole names come first, then patterns in the order of the alphabet, then its class."""
+    found = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in group.get("targets") or () if isinstance(target, str)]
+    named = [n for _, target, n in sorted(targets) if _names(target, module)] or [n for _, target, n in targets if target == "Linear"]
+    return found[named[0]] if named else None
+
+
+def by_compressed_tensors(quantization: Quantization) -> bool:
+    return method(quantization) in ("compressed-tensors", "compressed_tensors")
+
+
+def of_modules(quantization: Quantization) -> bool:
+    """compressed-tensors, and all that it names is the class of Linear modules."""
+    groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    return by_compressed_tensors(quantization) and all(target == "Linear" for group in groups for target in group.get("targets") or ())
+
+
+def transformed(quantization: Quantization) -> str | None:
+    """What transform_config says is done to activations while the model computes, which no weight holds; None if there is nothing of that kind.
+
+    https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/transform/transform_args.py
+    """
+    declared = quantization.get("transform_config")
+    schemes = declared.get("config_groups") if isinstance(declared, Mapping) else None
+    for name, scheme in (schemes or {}).items():
+        for apply in (scheme.get("apply") or ()) if isinstance(scheme, Mapping) else ():
+            where = apply.get("location") if isinstance(apply, Mapping) else apply
+            if where not in ("weight_input", "weight_output"):
+                return f"{name}: {scheme.get('type', 'a transform')} at {where}"
+    return None
 
 
 def _names(pattern: str, module: str) -> bool:
@@ -120,7 +161,7 @@ def _names(pattern: str, module: str) -> bool:
 
 def compressed(quantization: Quantization, module: str, **expected: Any) -> Mapping[str, Any] | None:
     """The `weights` arguments that compressed-tensors declares for a module, if they are what is expected."""
-    if method(quantization) not in ("compressed-tensors", "compressed_tensors"):
+    if not by_compressed_tensors(quantization):
         return None
     weights = groups(quantization, module)
     return weights if weights and all(weights.get(key) == value for key, value in expected.items()) else None

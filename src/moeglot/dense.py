@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from moeglot.dtypes import DTYPES
+from moeglot.coding import WEIGHT, Quantization, brief
+from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encoding import Encoded, Encoding
-from moeglot.errors import BadNumbers
+from moeglot.errors import BadNumbers, TensorMismatch, UnknownFormat
 from moeglot.shards import Entry, let_go
 from moeglot.views import cut, window
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 
+CODES = (".qweight", ".qzeros", ".SCB")
+"""How names of codes end that no encoding of ours has: GPTQ's and AWQ's, bitsandbytes' of 8 bits."""
 PIECE = 1 << 25
 """Bytes that are compared at a time."""
 
@@ -135,6 +138,11 @@ class DecodedTensor:
     def exact(self) -> Encoded:
         """The whole matrix [out, in], still encoded."""
         shape = self.encoding.matrix_shape(stored := self._read())
+        for part in self.encoding.parts:  # a view of another shape would be other numbers
+            expected, found = part.shape(shape), tuple(stored[part.name].shape)
+            if [size for size in expected if size != 1] != [size for size in found if size != 1]:
+                wrong = f"{self.parts[part.name].name} is {list(found)}, a matrix {list(shape)} has {list(expected)} there"
+                raise TensorMismatch(wrong, f"it is coded as {self.encoding}", "check quantization_config against the producer's")
         parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
         if problem := self.encoding.check(parts):
             raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
@@ -157,3 +165,15 @@ class DecodedTensor:
 
     def _read(self) -> dict[str, torch.Tensor]:
         return {part: entry.read() for part, entry in self.parts.items()}
+
+
+def check_codes(tensors: Mapping[str, HubTensor], known: Collection[str], declared: Quantization) -> None:
+    """Raises `UnknownFormat` where config.json says that there are codes, and one of these tensors looks like some and is none of those that we decode."""
+    for name, tensor in tensors.items() if declared else ():
+        codes = name.endswith(WEIGHT) and tensor.dtype not in WEIGHT_DTYPES and len(tensor.shape) == 2
+        if name not in known and (codes or name.endswith(CODES)):
+            raise UnknownFormat(
+                f"{name} is coded in a way that moeglot does not know",
+                f"quantization_config says {brief(declared)}; the tensor is {tensor.dtype} {list(tensor.shape)}",
+                "convert to a layout that keeps the encoding as it is, or decode it with the library that wrote it",
+            )

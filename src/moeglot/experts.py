@@ -73,11 +73,12 @@ class Expert:
         gate = given["gate"]
         if self.kind == "softcapped-swiglu":
             return _softcap(gate, self.numbers["gate_cap"]) * gate.sigmoid() * _softcap(up, self.numbers["up_cap"])
-        act, limit = _function(self.function), self.numbers.get("limit", float("inf"))
+        limit = self.numbers.get("limit", float("inf"))
         up = up.clamp(-limit, limit)
-        if self.kind == "clamped-swiglu":
+        if self.kind == "clamped-swiglu":  # whatever hidden_act says: MiniMax-M3's calls it "swigluoai"
             gate = gate.clamp(max=limit)
             return gate * (gate * self.numbers["alpha"]).sigmoid() * (up + 1)
+        act = _function(self.function)
         return (act(gate).clamp(max=limit) if self.kind == "capped-swiglu" else act(gate.clamp(max=limit))) * up
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moeglot.coding import leaves_alone
+from moeglot.coding import brief, leaves_alone, of_modules
 from moeglot.coding import said as quantization
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding, agree
@@ -186,14 +186,15 @@ def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tupl
     """What config.json's quantization_config says against this format."""
     if form.coding:
         if any(_declared(form, line, said, first) is None for line in form.stored if not line.is_plain):
-            return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {_brief(said)}")
+            return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {brief(said)}")
         return None
     method = said.get("quant_method")
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
-    if method is None or method == expected or all(any(leaves_alone(said, line.module(layer)) for line in form.stored) for layer in layers):
+    alone = [any(leaves_alone(said, line.module(layer)) for line in form.stored) for layer in layers]
+    if method is None or method == expected or all(alone):
         return None
-    if method == "bitsandbytes" and not any(line.per_expert for line in form.stored):
-        return None  # it quantizes Linear modules, and leaves stacked experts as they are without a word
+    if not any(line.per_expert for line in form.stored) and (method == "bitsandbytes" or (of_modules(said) and not any(alone))):
+        return None  # they quantize Linear modules, and leave stacked experts as they are without a word
     return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
 
 
@@ -214,11 +215,6 @@ def _declared(form: Format, line: Stored, said: Mapping[str, Any], first: First)
     entry = next((entry for (key, _), entry in first.items() if key == line.roles), None)
     found = form.match(entry.name) if entry else None
     return form.coding.declares(said, line.module(found[2]) if found else line.module(0))
-
-
-def _brief(said: Mapping[str, Any]) -> str:
-    told = {key: said[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if said.get(key) is not None}
-    return str(told or "nothing")
 
 
 def _settled(form: Format, source: Source) -> Format:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
@@ -19,6 +19,7 @@ from moeglot.share import Share
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
 
 INDEX = "model.safetensors.index.json"
+NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
 """What Megatron-LM calls the folder of one process, in checkpoints of its older form."""
@@ -144,7 +145,20 @@ def _shards(folder: Location, root: Path) -> Iterator[Location]:
         return
     single = folder / "model.safetensors"
     found = [single] if single.exists() or os.path.lexists(str(single)) else [path for path in _listed(folder) if path.suffix == ".safetensors"]
+    _check_numbers([path.name for path in found])
     yield from (_inside(path, root) for path in found)
+
+
+def _check_numbers(names: Sequence[str]) -> None:
+    """Without an index, the names of shards say how many there are; raises `BrokenFile` where one is missing."""
+    there: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if found := NUMBERED.fullmatch(name):
+            there.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    for (stem, count), numbers in there.items():
+        if missing := sorted(set(range(1, min(count, 100_000) + 1)) - numbers) if 0 not in numbers else []:
+            wrong = f"{stem}: {len(missing)} of {count} files are missing, first number {missing[0]}"
+            raise BrokenFile(wrong, f"the names say how many there are, and there is no {INDEX}", "fetch the missing files, or the index")
 
 
 def _refuse_none(name: str, folder: Location) -> tuple[Location, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import WEIGHT, leaves_alone, said
+from moeglot.coding import WEIGHT, by_compressed_tensors, leaves_alone, method, said
 from moeglot.config import declared_dtype
 from moeglot.dense import DenseTensor
 from moeglot.divided import divided
@@ -107,7 +108,7 @@ def _left_alone(source: Checkpoint, target: Format) -> list[str]:
 def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
     """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
     if not target.coding:
-        return {"quantization_config": dict(said(source.source.config))} if keeps(source, target) else {}
+        return {"quantization_config": _sparing(source, target, dict(said(source.source.config)), dense)} if keeps(source, target) else {}
     experts = _left_alone(source, target)
     if keeps(source, target):
         declared = dict(said(source.source.config))
@@ -119,11 +120,33 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
     return {"quantization_config": target.coding.write(encoding, kept)}
 
 
+def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
+    """quantization_config that leaves the target's plain experts alone where each is a module: of stacked ones it need not speak."""
+    lines = {layer: [line for line in target.lines(layer) if line.per_expert] for layer in source.layers}
+    told = [line.module(layer, 0) for layer, each in lines.items() for line in each]
+    if all(leaves_alone(declared, module) for module in told):
+        return declared
+    stems = sorted({line.key.partition(".{expert}")[0].format(layer=layer) for layer, each in lines.items() for line in each})
+    if by_compressed_tensors(declared):
+        key, names = "ignore", [f"re:{re.escape(stem)}\\..*" for stem in stems]
+    elif method(declared) == "modelopt":
+        key, names = "exclude_modules", [f"{stem}.*" for stem in stems]
+    else:
+        key, names = "llm_int8_skip_modules" if method(declared) == "bitsandbytes" else "modules_to_not_convert", stems
+        if not declared.get(key):  # a list that is there is all that is left alone, the output layer among it
+            names += [
+                name.removesuffix(WEIGHT)
+                for name, (part, *_) in dense.items()
+                if name.endswith(WEIGHT) and part.dtype in WEIGHT_DTYPES and len(part.shape) == 2
+            ]
+    return {**declared, key: [*(declared.get(key) or ()), *names]}
+
+
 def keeps(source: Checkpoint, target: Format) -> bool:
     """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
     mine, theirs = source.format.coding, target.coding
     if not mine and not theirs and source.format.is_plain and target.is_plain:
-        return source.has_quantized_others
+        return bool(said(source.source.config))  # of what is no expert, whether we can read it or not
     declared = bool(said(source.source.config))  # a live model may declare nothing: what is no expert is decoded in it
     return bool(mine and theirs and declared and mine.name == theirs.name and encodings(source.format) == encodings(target))
 

@@ -5,7 +5,7 @@ from moeglot.formats.lines import KINDS, LAYER, family, first_dense, fused, hub,
 
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"
 TURNED = "the release on the Hub, and the experts module in memory: [in, out]"
-LIMITED = Activation("limited-swiglu", numbers={"limit": ("swiglu_limit", float("inf"))})
+LIMITED = Activation("limited-swiglu", numbers={"limit": ("swiglu_limit", 10.0)})
 
 JAMBA = family("jamba", e="num_experts", i="intermediate_size", sparse=SparseLayers(period="expert_layer_period", offset="expert_layer_offset"))
 LLAMA4 = family(

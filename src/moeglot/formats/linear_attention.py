@@ -16,7 +16,7 @@ GLM = family(
     under="text_config",
     e=("n_routed_experts", "num_local_experts"),
     sparse=first_dense(default=3),
-    activation=Activation("limited-swiglu", (None, "silu"), {"limit": ("swiglu_limit", float("inf"))}),
+    activation=Activation("limited-swiglu", (None, "silu"), {"limit": ("swiglu_limit", 10.0)}),
     others=HEADS,
 )
 

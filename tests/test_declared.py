@@ -1,0 +1,167 @@
+"""What config.json declares of codes, as producers write it: what is not understood is refused before a number is read or written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.errors import BrokenFile, TensorMismatch, UnknownFormat
+from moeglot.experts import Expert
+from moeglot.formats import FAMILIES
+
+SIZES = {"e": 3, "h": 128, "i": 128}
+ATTENTION = "model.layers.0.self_attn.q_proj"
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}}
+INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "_load_in_8bit": True, "load_in_4bit": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["lm_head", "mlp.experts"]}
+
+
+def folder(where: Path, layout: str = "qwen3-moe/transformers-5", quantization: dict | None = None, **changes) -> Path:
+    """A checkpoint without our mark. `changes`: name with __ in place of dots -> a tensor, or None to leave it out."""
+    found = write_checkpoint(where / "plain", layout, {**SIZES, "q": 6, "d": 64}, 2)
+    tensors = load_file(found / "model.safetensors")
+    for name, tensor in changes.items():
+        name = name.replace("__", ".")
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, found / "model.safetensors", {"format": "pt"})
+    if quantization:
+        config = json.loads((found / "config.json").read_text())
+        (found / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    return found
+
+
+def int8(where: Path) -> Path:
+    """Stacked experts that bitsandbytes left alone, beside attention in a coding that we do not read."""
+    codes = torch.randint(-127, 128, (384, 128), dtype=torch.int8)
+    scale = torch.rand(384)
+    return folder(where, quantization=INT8, **{f"{ATTENTION}.weight".replace(".", "__"): codes, f"{ATTENTION}.SCB".replace(".", "__"): scale})
+
+
+def awq(where: Path) -> Path:
+    name = ATTENTION.replace(".", "__")
+    packed = {f"{name}__qweight": torch.zeros(128, 48, dtype=torch.int32), f"{name}__qzeros": torch.zeros(1, 48, dtype=torch.int32)}
+    return folder(where, quantization=AWQ, **{f"{name}__weight": None, **packed, f"{name}__scales": torch.ones(1, 384).half()})
+
+
+@pytest.mark.parametrize("make", [int8, awq])
+def test_codes_that_are_not_known_are_moved_with_what_declares_them(make, tmp_path):
+    source = make(tmp_path)
+    before = load_file(source / "model.safetensors")
+    moeglot.convert(source, "qwen3-moe/hub", tmp_path / "moved")
+    after, config = load_file(tmp_path / "moved" / "model.safetensors"), json.loads((tmp_path / "moved" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] in ("bitsandbytes", "awq")
+    others = [name for name in before if ".experts." not in name]
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert moeglot.open(tmp_path / "moved").format.name == "qwen3-moe/hub"  # each expert is a module there, and is named as left alone
+    moeglot.convert(tmp_path / "moved", "qwen3-moe/transformers-5", tmp_path / "back")
+    assert moeglot.compare(source, tmp_path / "back").verdict == "holds"
+    with pytest.raises(UnknownFormat, match="coded in a way that moeglot does not know"):
+        moeglot.open(source).decoded("F32")
+    with pytest.raises(UnknownFormat, match="coded in a way that moeglot does not know"):
+        moeglot.convert(source, "qwen3-moe/hub+fp8-block", tmp_path / "coded", allow_loss=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (6,), (3, 2, 1)])
+def test_scales_of_another_shape_are_no_view_of_these(shape, tmp_path):
+    plain = folder(tmp_path, "qwen3-moe/hub", **{f"{ATTENTION}.weight".replace(".", "__"): torch.randn(384, 256).bfloat16()})
+    for name in ("k_proj", "v_proj", "o_proj"):  # a hidden size of 256 for q_proj alone would be no model; the shape is what is looked at
+        assert f"model.layers.0.self_attn.{name}.weight" in load_file(plain / "model.safetensors")
+    moeglot.convert(plain, "qwen3-moe/hub+fp8-block", tmp_path / "coded", allow_loss=True)
+    tensors = load_file(tmp_path / "coded" / "model.safetensors")
+    tensors[f"{ATTENTION}.weight"] = torch.randn(384, 256).to(torch.float8_e4m3fn)
+    tensors[f"{ATTENTION}.weight_scale_inv"] = torch.rand(3, 2).reshape(shape)
+    save_file(tensors, tmp_path / "coded" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].remove(ATTENTION)
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(config))
+    tensor = moeglot.open(tmp_path / "coded").decoded("F32")[f"{ATTENTION}.weight"]
+    if shape == (3, 2, 1):
+        assert tensor.read().shape == (384, 256)
+    else:
+        with pytest.raises(TensorMismatch, match="has \\[3, 2\\] there"):
+            tensor.read()
+
+
+@pytest.mark.parametrize("location", ["input", "weight_input"])
+def test_transforms_of_activations_are_in_no_weight(location, tmp_path):
+    scheme = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {}, "transform_config": {"config_groups": {"R": scheme}}}
+    source = folder(tmp_path, quantization=quantization)
+    if location == "weight_input":
+        assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
+    else:
+        with pytest.raises(UnknownFormat, match="hadamard at input"):
+            moeglot.open(source)
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3])
+def test_a_shard_that_is_missing_without_an_index(gone, tmp_path):
+    source = folder(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    last = {name: tensors.pop(name) for name in ("lm_head.weight", "model.norm.weight")}
+    names = list(tensors)
+    parts = [{name: tensors[name] for name in names[:5]}, {name: tensors[name] for name in names[5:]}, last]
+    for n, part in enumerate(parts, 1):
+        save_file(part, source / f"model-{n:05}-of-00003.safetensors", {"format": "pt"})
+    assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
+    (source / f"model-{gone:05}-of-00003.safetensors").unlink()
+    with pytest.raises(BrokenFile, match=f"1 of 3 files are missing, first number {gone}"):
+        moeglot.open(source)
+
+
+ALONE = {
+    "of attention alone": {"quant_method": "compressed-tensors", "config_groups": {"a": {**GROUP, "targets": ["re:.*self_attn.*"]}}},
+    "of the cache alone": {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+    "of the cache alone, by ModelOpt": {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+    "vLLM's name": {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]},
+}
+
+
+@pytest.mark.parametrize("declared", ALONE)
+@pytest.mark.parametrize("layout", ["qwen3-moe/hub", "qwen3-moe/transformers-5"])
+def test_experts_that_are_left_alone(declared, layout, tmp_path):
+    assert moeglot.open(folder(tmp_path, layout, ALONE[declared])).format.name == layout
+
+
+def test_stacked_experts_are_no_linear_modules(tmp_path):
+    """No producer lists them among those that are left alone; of modules he does."""
+    declared = {"quant_method": "compressed-tensors", "config_groups": {"a": GROUP}, "ignore": ["lm_head"]}
+    assert moeglot.open(folder(tmp_path / "a", quantization=declared)).format.name == "qwen3-moe/transformers-5"
+    with pytest.raises(moeglot.Contradiction):
+        moeglot.open(folder(tmp_path / "b", "qwen3-moe/hub", declared))
+
+
+def test_the_first_place_that_says_something(tmp_path):
+    source = folder(tmp_path, "qwen3-moe/hub")
+    moeglot.convert(source, "qwen3-moe/hub+fp8-block", tmp_path / "coded", allow_loss=True)
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    config["text_config"] = {"quantization_config": config["quantization_config"]}
+    config["quantization_config"] = {}
+    shutil.copytree(tmp_path / "coded", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assert moeglot.open(tmp_path / "other").format.name == "qwen3-moe/hub+fp8-block"
+
+
+@pytest.mark.parametrize("name", ["hy-v4", "glm5-next"])
+def test_a_limit_that_config_json_leaves_out(name):
+    """As transformers 5.23 has it: configuration_hy_v4.py and configuration_glm5_next.py."""
+    family = next(one for one in FAMILIES if one.name == name)
+    assert Expert.of(family, {}, 0).numbers == {"limit": 10.0}
+
+
+def test_the_name_of_an_activation_that_is_clamped_says_nothing():
+    """MiniMax-M3's config.json has hidden_act = swigluoai, and transformers computes alpha and limit whatever it says."""
+    family = next(one for one in FAMILIES if one.name == "minimax-m3-text" or one.name.startswith("minimax-m3"))
+    expert = Expert.of(family, {"hidden_act": "swigluoai", "text_config": {"hidden_act": "swigluoai"}}, 0)
+    x = {"gate": torch.linspace(-9, 9, 7), "up": torch.linspace(9, -9, 7)}
+    gate, up = x["gate"].clamp(max=7), x["up"].clamp(-7, 7)
+    assert torch.equal(expert.activate(x), gate * (gate * 1.702).sigmoid() * (up + 1))
