@@ -165,3 +165,25 @@ def test_the_name_of_an_activation_that_is_clamped_says_nothing():
     x = {"gate": torch.linspace(-9, 9, 7), "up": torch.linspace(9, -9, 7)}
     gate, up = x["gate"].clamp(max=7), x["up"].clamp(-7, 7)
     assert torch.equal(expert.activate(x), gate * (gate * 1.702).sigmoid() * (up + 1))
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3-vl-moe"])
+@pytest.mark.parametrize("size", [(128, 128), (256, 128)], ids=["square", "h=2i"])
+def test_experts_taken_apart_as_llm_compressor_does(family, size, tmp_path):
+    """Its SequentialLlama4TextExperts and SequentialQwen3VLMoeTextExperts: halves of the last axis, each turned; then quantized, and read back."""
+    h, i = size
+    source = write_checkpoint(tmp_path / "hub", f"{family}/hub", {"e": 3, "h": h, "i": i}, 2)
+    moeglot.convert(source, f"{family}/llm-compressor", tmp_path / "apart")
+    stacked, apart = load_file(source / "model.safetensors"), load_file(tmp_path / "apart" / "model.safetensors")
+    name = next(key for key in stacked if key.endswith("experts.gate_up_proj"))
+    gate, up = stacked[name].chunk(2, dim=-1)
+    down = stacked[name.replace("gate_up_proj", "down_proj")]
+    for expert in range(3):
+        stem = name.replace("gate_up_proj", str(expert))
+        for role, matrix in (("gate", gate), ("up", up), ("down", down)):
+            assert torch.equal(apart[f"{stem}.{role}_proj.weight"], matrix[expert].t())
+    moeglot.convert(tmp_path / "apart", f"{family}/llm-compressor+int4-pack", tmp_path / "coded", allow_loss=True)
+    found = moeglot.open(tmp_path / "coded").experts(1)["gate"][2].decode(torch.float32)
+    second = next(key for key in stacked if key.endswith("experts.gate_up_proj") and key != name)
+    expected = stacked[second].float().chunk(2, dim=-1)[0][2].t()
+    assert float((found - expected).norm() / expected.norm()) < 0.15

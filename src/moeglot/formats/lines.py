@@ -132,6 +132,13 @@ def each(family: Family, lines: tuple[Stored, ...]) -> Format:
     )
 
 
+def linears(family: Family, lines: tuple[Stored, ...], file: str) -> Format:
+    """What llm-compressor makes of stacked experts before it quantizes them, and AutoRound after it: a module of Linear layers for each."""
+    source = f"https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/{file}"
+    about = "one Linear a role and expert, as llm-compressor and AutoRound take the experts apart to quantize them"
+    return Format(f"{family.name}/llm-compressor", family, lines, source, about, reads="vLLM")
+
+
 def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str] | None = None, packed: tuple[Dense, ...] = (), alone: str = "") -> Format:
     """The modules of transformers 5, which are also what `save_pretrained(save_original_format=False)` writes.
 

@@ -2,7 +2,24 @@
 
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Dense
-from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, numbered, release_5_5, separate, turned, usual
+from moeglot.formats.lines import (
+    KINDS,
+    LAYER,
+    NESTED,
+    QWEN,
+    each,
+    family,
+    first_dense,
+    fused,
+    hub,
+    linears,
+    memory,
+    numbered,
+    release_5_5,
+    separate,
+    turned,
+    usual,
+)
 
 INNER = "language_model.model.layers.{layer}."
 TEXT = "text_config"
@@ -51,10 +68,12 @@ FORMATS = (
         ARIA_NAMES,
     ),
     hub(LLAMA4, "meta-llama/Llama-4-Scout-17B-16E", turned(INNER + "feed_forward.experts."), "the release on the Hub: [in, out]"),
+    linears(LLAMA4, separate(INNER + "feed_forward.experts."), "llama4.py"),
     hub(GEMMA4, "google/gemma-4-26B-A4B-it", fused(NESTED + "experts."), BOTH),
     hub(DIFFUSION_GEMMA, "google/diffusiongemma-26B-A4B-it", fused("model.decoder.layers.{layer}.experts."), BOTH),
     hub(QWEN3_VL, "Qwen/Qwen3-VL-30B-A3B-Instruct", turned(NESTED + "mlp.experts."), "the release on the Hub: [in, out]"),
     memory(QWEN3_VL, fused(NESTED + "mlp.experts.")),
+    linears(QWEN3_VL, separate(NESTED + "mlp.experts."), "qwen3_vl_moe.py"),
     hub(QWEN3_5, "Qwen/Qwen3.5-35B-A3B", fused(NESTED + "mlp.experts."), BOTH),
     each(QWEN3_5, separate(NESTED + "mlp.experts.")),
     hub(QWEN4, "Qwen/Qwen4-Exp", fused(NESTED + "mlp.experts."), BOTH),
