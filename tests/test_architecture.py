@@ -24,7 +24,7 @@ LAYERS = (
     {"formats", "conventions"},
     {"factors"},
     {"shards", "config", "hub"},
-    {"direct", "views"},
+    {"direct", "views", "digests"},
     {"torch_dist"},
     {"source", "dense"},
     {"hub_names"},

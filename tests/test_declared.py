@@ -187,3 +187,52 @@ def test_experts_taken_apart_as_llm_compressor_does(family, size, tmp_path):
     second = next(key for key in stacked if key.endswith("experts.gate_up_proj") and key != name)
     expected = stacked[second].float().chunk(2, dim=-1)[0][2].t()
     assert float((found - expected).norm() / expected.norm()) < 0.15
+
+
+def test_two_models_in_one_folder(tmp_path):
+    """transformers reads the single file, others what the index names."""
+    source = folder(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors, source / "model-00001-of-00001.safetensors", {"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}))
+    with pytest.raises(BrokenFile, match="which does not name it"):
+        moeglot.open(source)
+    (source / "model.safetensors").unlink()
+    assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
+
+
+def test_verify_reads_every_weight_and_knows_every_certified_byte(tmp_path):
+    source = folder(tmp_path)
+    moeglot.convert(source, "qwen3-moe/hub", out := tmp_path / "out")
+    assert [check.what for check in moeglot.verify(out).checks if check.verdict == "holds"][-1] == "as certified"
+    path = out / "model.safetensors"
+    data, tensors = path.read_bytes(), load_file(path)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the last byte of some number, whose other bits are as they were
+    assert moeglot.verify(out).checks[-1].verdict == "does not hold"
+    (out / "moeglot.json").unlink()
+    assert moeglot.verify(out).verdict == "holds"
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, path, {"format": "pt"})
+    found = moeglot.verify(out)
+    assert found.verdict == "does not hold"
+    assert "model.norm.weight has NaN" in found.checks[1].detail
+
+
+def test_a_declared_type_that_other_tensors_need(tmp_path):
+    """Who loads the folder as it says would round them."""
+    plain = write_checkpoint(tmp_path / "plain", "qwen3-moe/transformers-5", {**SIZES, "q": 6, "d": 64}, 2, dtype=torch.float32)
+    tensors = {name: tensor.bfloat16() if ".experts." in name else tensor for name, tensor in load_file(plain / "model.safetensors").items()}
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    (plain / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    moeglot.convert(plain, "qwen3-moe/hub", tmp_path / "out", encode="bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())[key] == "float32"
+
+
+def test_chat_templates_in_a_folder_of_their_own(tmp_path):
+    source = folder(tmp_path)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"

@@ -528,6 +528,7 @@ def _forged_header(folder: Path) -> None:
 
 
 def _forged_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": FORGED + ".safetensors"}}))
 
 

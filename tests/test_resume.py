@@ -21,6 +21,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot import OutputExists
+from moeglot.digests import sha256
 
 TO = "gpt-oss/transformers"
 SHARD_SIZE, SMALL_SHARD_SIZE = 250_000, 20_000
@@ -266,9 +267,32 @@ def test_killed_between_rename_and_clean_up(small: Path, calm: Undisturbed, half
     journal = partial(out) / "journal"
     resume(small, out)
     partial(out).mkdir()
-    shutil.copyfile(half_done / "journal", journal)
+    note = json.dumps({"certified": sha256(out / "moeglot.json")}) + "\n"
+    told = (half_done / "journal").read_bytes()
+    journal.write_bytes(told[: told.rfind(b"\n") + 1] + note.encode())
     resume(small, out)
     assert_the_same(out, small, calm)
+
+
+def test_an_output_that_the_journal_does_not_certify_is_somebodys(small: Path, half_done: Path, out: Path, tmp_path: Path) -> None:
+    """The files of a half-done run were removed, and another conversion's output lies at OUT."""
+    shutil.rmtree(partial(out) / "checkpoint")
+    moeglot.convert(small, TO, tmp_path / "other")
+    (tmp_path / "other").rename(out)
+    before, journal = tree(out), (partial(out) / "journal").read_bytes()
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        resume(small, out)
+    assert tree(out) == before
+    assert (partial(out) / "journal").read_bytes() == journal
+
+
+@pytest.mark.parametrize("name", [".", "file/out"])
+def test_a_place_where_nothing_can_be_written(small: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises((OutputExists, moeglot.UsageError)):
+        moeglot.convert(small, TO, name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_finished_output_is_not_resumed(small: Path, calm: Undisturbed, out: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
 from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
@@ -20,15 +20,12 @@ from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
-from moeglot.remote import Location, Remote
+from moeglot.remote import Location
 from moeglot.units import make
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
-CERTIFICATE = "moeglot.json"
-CHUNK, REQUEST = 1 << 20, 1 << 24
-"""Bytes that are hashed at a time: in the nearest caches, or as a store is asked for them."""
 
 
 @dataclass(frozen=True)
@@ -168,24 +165,6 @@ def write_json(path: Location, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sha256(path: Location) -> str:
-    """Hex digest of a file's bytes."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(REQUEST if isinstance(path, Remote) else CHUNK))
-    with path.open("rb") as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
-def _digests(paths: Sequence[Location], threads: int) -> dict[Location, str]:
-    """Of files by the thread each, the largest first, so that the threads end together."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    ordered = sorted(paths, key=lambda path: -path.stat().st_size)
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(ordered, pool.map(sha256, ordered), strict=True))
-
-
 def report_json(report: Report) -> dict[str, Any]:
     """The machine-readable form of a report."""
     checks = [
@@ -207,16 +186,16 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
     whole = source.share == source.source.share  # else the shards hold what other processes have, too, which is not read
     files = [*(source.source.shards if whole else ()), *(p for p in [source.source.home / "config.json"] if p.exists())]
     of_rank = "{0.parent.name}/{0.name}" if source.source.ranks else "{0.name}"
-    written = sorted((path for path in folder.iterdir() if path.name != CERTIFICATE), key=lambda path: path.name)
-    digests = _digests([*files, *written], threads)
+    written = sorted((path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE), key=lambda path: path.name)
+    hashes = digests([*files, *written], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
-        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {of_rank.format(path): digests[path] for path in files}},
+        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {of_rank.format(path): hashes[path] for path in files}},
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),
-            "sha256": {path.name: digests[path] for path in written},
+            "sha256": {path.name: hashes[path] for path in written},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),

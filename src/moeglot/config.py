@@ -46,14 +46,15 @@ def _rename_words(hub: dict[str, Any], family: Family) -> None:
 
 
 def _rename_rope(hub: dict[str, Any]) -> None:
-    """transformers 5 keeps `rope_parameters`; 4 reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`, and 5 reads those too."""
+    """transformers 5 keeps `rope_parameters`; 4 reads `rope_theta`, `partial_rotary_factor` and `rope_scaling`. So does 5, but where these say "default" it
+    takes the default of the model's class, and some classes do not look at them: `rope_parameters` stays, which 4 does not look at.
+    """
     for part in hub.values():
         if isinstance(part, dict):
             _rename_rope(part)
     rope = hub.get("rope_parameters")
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
         return  # one set for each kind of layer: 4 has no names for those
-    del hub["rope_parameters"]
     scaling = dict(rope)
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in scaling:

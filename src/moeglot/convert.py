@@ -24,7 +24,7 @@ from moeglot.parts import Part, parted
 from moeglot.plan import SHARD_SIZE, Plan
 from moeglot.plan import plan as make_plan
 from moeglot.remote import Location, Remote, location
-from moeglot.source import INDEX
+from moeglot.source import INDEX, TEMPLATES
 from moeglot.store import Store
 from moeglot.stream import Engine, stream, threads
 from moeglot.torch_dist.writing import DistFile, finish
@@ -243,7 +243,9 @@ def _write_rest(plan: Plan, folder: Location) -> None:
             folder / INDEX, {"metadata": {"total_size": total, **written_marks(plan.target, plan.source.share)}, "weight_map": dict(sorted(weight_map.items()))}
         )
     for path in plan.others:
-        if isinstance(path, Path) and isinstance(folder, Path):
-            shutil.copyfile(path, folder / path.name)
+        into = folder / TEMPLATES if path.parent.name == TEMPLATES else folder
+        if isinstance(path, Path) and isinstance(into, Path):
+            into.mkdir(exist_ok=True)
+            shutil.copyfile(path, into / path.name)
         else:
-            (folder / path.name).write_bytes(path.read_bytes())
+            (into / path.name).write_bytes(path.read_bytes())

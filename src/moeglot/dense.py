@@ -85,6 +85,19 @@ class HubTensor:
         assert self.rows is not None
         return in_groups(self.entry.read(), self.groups)[:, self.first : self.first + self.rows].flatten(0, 1)
 
+    def is_finite(self) -> bool:
+        """No number of it is NaN or infinite; some rows at a time. Of other types than floats, nothing is."""
+        if self.dtype not in WEIGHT_DTYPES:
+            return True
+        if not self.shape or self.groups != 1:
+            return bool(self.read().isfinite().all())
+        step = max(1, PIECE * self.shape[0] // max(1, self.entry.nbytes))
+        for at in range(0, self.shape[0], step):
+            if not bool(self.entry.read(self.first + at, min(step, self.shape[0] - at)).isfinite().all()):
+                return False
+            let_go()
+        return True
+
     def part(self, name: str, axis: int, run: range) -> HubTensor:
         """A run of rows (axis 0) or columns (axis 1) under a name of its own; rows beyond the last one are zeros. Where there are groups, none is cut."""
         if axis:

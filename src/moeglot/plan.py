@@ -249,6 +249,8 @@ def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
     before = declared_dtype(source.config)
     if len(weights) != 1 or before in weights:
         return {}
+    if before == "float32" and any(tensor.dtype == "F32" and len(tensor.shape) == 2 for tensor in source.dense.values()):
+        return {}  # matrices that are no experts stay float32, and who loads the model would round them
     return {"dtype" if "dtype" in source.config else "torch_dtype": weights.pop()}
 
 

@@ -19,6 +19,8 @@ from moeglot.share import Share
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
 
 INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+"""The one folder below a checkpoint that belongs to its tokenizer."""
 NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
@@ -72,6 +74,8 @@ class Source:
             weights = named or path.suffix in (".safetensors", ".distcp", *PICKLES)
             if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
                 yield _inside(path, _root(self.home))
+            elif path.name == TEMPLATES and path.is_dir():
+                yield from (_inside(one, _root(self.home)) for one in _listed(path) if one.suffix == ".jinja")
 
 
 def read_source(path: str | Path, headers_only: bool = False) -> Source:
@@ -141,6 +145,9 @@ def _root(folder: Location) -> Path:
 def _shards(folder: Location, root: Path) -> Iterator[Location]:
     if (index := folder / INDEX).is_file():
         names = sorted(set(_weight_map(_inside(index, root)).values()))
+        if "model.safetensors" not in names and (folder / "model.safetensors").exists():
+            wrong = f"model.safetensors lies beside {INDEX}, which does not name it"
+            raise BrokenFile(wrong, "transformers reads that file, others what the index names", "remove the one that is stale")
         yield from (_inside(folder / _plain(name), root) for name in names)
         return
     single = folder / "model.safetensors"

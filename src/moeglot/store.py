@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from moeglot.certificate import CERTIFICATE
+from moeglot.digests import CERTIFICATE
 from moeglot.direct import allocate
 from moeglot.errors import OutputExists
 from moeglot.loss import Loss

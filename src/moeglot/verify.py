@@ -9,6 +9,7 @@ from moeglot import scratch
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
+from moeglot.digests import certified, sha256
 from moeglot.divided import alongside
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
@@ -42,6 +43,7 @@ def verify(
         checks += [others(subject, other)] if subject.share or isinstance(subject, Gathered) else []
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
+        checks += as_certified(subject)
     if other is not None:
         side = checkpoint_side(other) if isinstance(other, Checkpoint) else other
         checks += forward(subject, side, workers=workers, progress=progress)
@@ -104,9 +106,25 @@ def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | No
         return None
 
     bad = [found for found in each_expert(checkpoint, work, "reading", workers, progress) if found]
+    others = [name for name, tensor in checkpoint.dense.items() if name.endswith((".weight", ".bias")) and not tensor.is_finite()]
     if bad:
         return Check("values", "does not hold", "finite numbers and scales", f"{bad[0]} ({len(bad)} experts)", {"problems": len(bad)})
-    return Check("values", "holds", "finite numbers and scales", "every expert was read")
+    if others:
+        detail = f"{others[0]} has NaN or infinite numbers ({len(others)} tensors that are no experts)"
+        return Check("values", "does not hold", "finite numbers and scales", detail, {"problems": len(others)})
+    return Check("values", "holds", "finite numbers and scales", "every expert was read, and every other weight")
+
+
+def as_certified(checkpoint: Checkpoint) -> list[Check]:
+    """Every file of weights is the one that moeglot.json beside it certifies, to the byte; nothing where there is none."""
+    said = certified(checkpoint.source.home) if not checkpoint.source.single else {}
+    if not said:
+        return []
+    changed = [path.name for path in checkpoint.source.shards if sha256(path) != said.get(path.name)]
+    if changed:
+        detail = f"{changed[0]} is another file than moeglot.json certifies ({len(changed)} of {len(checkpoint.source.shards)})"
+        return [Check("values", "does not hold", "as certified", detail, {"changed": len(changed)})]
+    return [Check("values", "holds", "as certified", f"{len(checkpoint.source.shards)} files of weights, to the byte", {"changed": 0})]
 
 
 # --- values --------------------------------------------------------------------------------------------------------------------------

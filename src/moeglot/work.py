@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import allocate, no_space
-from moeglot.errors import OutputExists
+from moeglot.errors import OutputExists, UsageError
 from moeglot.loss import Loss
 from moeglot.parts import Part
 from moeglot.plan import Plan, Unit
@@ -33,6 +34,8 @@ class Work:
 
     def __init__(self, out: str | Path) -> None:
         self.out = out = local_only(out, "OUT")
+        if out.name in ("", ".."):
+            raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "name a folder that is not there yet")
         self.folder = out.with_name(out.name + ".partial")
         self.files = self.folder / "checkpoint"
         self.journal = self.folder / "journal"
@@ -43,7 +46,11 @@ class Work:
         """An earlier run of this plan gave the output its name and was killed before it had cleaned up."""
         if self.files.exists() or not (self.folder.is_dir() and os.path.lexists(self.out)):
             return False
-        return self.journal.is_file() or all(_begins(self.out / shard.file, shard.header) for shard in plan.shards)
+        told = _lines(self.journal) if self.journal.is_file() else []
+        if not told:
+            return all(_begins(self.out / shard.file, shard.header) for shard in plan.shards)
+        noted, certificate = [line["certified"] for line in told if "certified" in line], self.out / CERTIFICATE
+        return bool(noted) and certificate.is_file() and sha256(certificate) == noted[-1]
 
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
@@ -140,7 +147,10 @@ class Work:
             raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
 
     def _make_folder(self, plan: Plan) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.out.parent} cannot be made", str(error), "choose another OUT") from error
         free = shutil.disk_usage(self.out.parent).free
         if free < plan.nbytes and not self.folder.exists():
             raise no_space(self.folder, plan.nbytes, started=False)
@@ -177,6 +187,7 @@ class Work:
                     f"it appeared meanwhile; the verified output waits in {self.files}",
                     "remove it and pass --resume, or choose another OUT",
                 )
+            self._note({"certified": sha256(self.files / CERTIFICATE)})
             os.rename(self.files, self.out)
         for path in sorted(self.folder.iterdir(), key=lambda path: path == self.journal):  # it goes last: it says whose the folder is
             path.unlink()
