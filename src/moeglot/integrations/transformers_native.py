@@ -23,6 +23,7 @@ from moeglot.formats import of_family
 from moeglot.integrations.transformers import VERSION
 from moeglot.integrations.transformers_state import Lazy, expert_names
 from moeglot.layout import Stored
+from moeglot.nn.lora import peft_layers
 from moeglot.nn.module import Experts
 from moeglot.plan import Plan
 
@@ -190,7 +191,7 @@ def as_peft_says(model: Any, *_: Any) -> None:
     configs = getattr(model, "peft_config", None)
     if not configs:
         return
-    layers = {name: module.disable_adapters for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)}
+    layers = peft_layers(model)
     muted = bool(layers) and all(layers.values())
     for module in model.modules():
         if isinstance(module, Experts):

@@ -22,7 +22,7 @@ from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
 from moeglot.factors import SAID, Place, holds, in_out, join, lay, places
-from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, plain
+from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
 
 LIMIT = 1e-6
@@ -79,9 +79,9 @@ def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Check
 
 def _of_peft(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What PEFT would write: adapter_config.json and tensors; nothing where PEFT has nothing on the model."""
-    configs = peft_configs(model)
-    if not configs:
-        if any(getattr(module, "adapted_by_peft", False) for module in model.modules()):
+    configs, layers = peft_configs(model), peft_layers(model)
+    if not configs or not layers:
+        if configs or any(getattr(module, "adapted_by_peft", False) for module in model.modules()):
             told = "if it was merged, the rest of the model is another base now"
             raise UsageError("PEFT's adapter is no longer on the model", told, "save the adapter before it is merged, or all of the model by moeglot.save")
         return {}, {}

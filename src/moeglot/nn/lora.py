@@ -105,6 +105,11 @@ def peft_configs(model: torch.nn.Module) -> dict[str, Any]:
     return next((dict(configs) for module in model.modules() if (configs := getattr(module, "peft_config", None))), {})
 
 
+def peft_layers(model: torch.nn.Module) -> dict[str, bool]:
+    """Name of a module that PEFT adapted -> whether its adapter is left out now."""
+    return {name: module.disable_adapters for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)}
+
+
 def plain(config: Any) -> Any:
     """What a config says, as JSON has it."""
     return json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))))
