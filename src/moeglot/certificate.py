@@ -14,7 +14,7 @@ from moeglot.divided import share_json
 from moeglot.encoding import Encoded
 from moeglot.errors import NotVerified
 from moeglot.experts import Expert, Matrix
-from moeglot.floats import row_pairs
+from moeglot.floats import row_pairs, squares
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
@@ -153,8 +153,7 @@ class Rounded:
         found = Loss()
         for before, after in row_pairs(source.expert(source.format.line_of(role), layer, expert)[role], written):
             given = before.decode(torch.float32)
-            apart = (after.decode(torch.float32) - given).square().sum(dtype=torch.float64)
-            found += Loss(error=float(apart), size=float(given.square().sum(dtype=torch.float64)))
+            found += Loss(error=squares(after.decode(torch.float32) - given), size=squares(given))
         return found
 
 

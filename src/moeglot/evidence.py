@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeglot.axes import letters
@@ -41,7 +42,9 @@ Verdict = Literal["as declared", "another reading", "cannot tell"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one test says of `what`. `fits`: the other reading that it names. `figures`: its statistic for every reading, and its power."""
+    """What one test says of `what`. `fits`: the other reading that it names; `turns`: the lines that lie the other way in it. `figures`: its statistic for
+    every reading, and its power.
+    """
 
     test: Literal["grid", "channel", "residual stream"]
     what: str
@@ -49,6 +52,7 @@ class Evidence:
     detail: str
     fits: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Weighed:
     experts: tuple[int, ...]
 
     def _with(self, verdict: Verdict) -> tuple[Evidence, ...]:
-        return tuple(e for e in self.evidence if e.verdict == verdict and e.test != "residual stream")
+        """What names a line's other orientation counts for nothing where the residual stream shows the declared one: two tests, two answers."""
+        sure = {e.what for e in self.evidence if e.test == "residual stream" and e.verdict == "as declared"}
+        return tuple(e for e in self.evidence if e.verdict == verdict and e.test != "residual stream" and not sure & set(e.turns))
 
     @property
     def against(self) -> tuple[Evidence, ...]:
@@ -157,7 +163,10 @@ def _judge(scores: Scores) -> tuple[Verdict, str]:
     return ("as declared" if best == DECLARED else "another reading"), best
 
 
-def _evidence(test: Literal["channel", "residual stream"], what: str, scores: Scores, **figures: Any) -> Evidence:
+def _evidence(
+    test: Literal["channel", "residual stream"], what: str, scores: Scores, turned: Mapping[str, tuple[str, ...]] = MappingProxyType({}), **figures: Any
+) -> Evidence:
+    """`turned`: reading -> the lines that lie the other way in it."""
     verdict, best = _judge(scores)
     shown = sorted(scores, key=lambda name: (name != DECLARED, -scores[name][0]))[:3]
     detail = "correlation " + ", ".join(f"{scores[name][0]:.2f} {'' if name == DECLARED else 'if '}{name}" for name in shown)
@@ -167,7 +176,8 @@ def _evidence(test: Literal["channel", "residual stream"], what: str, scores: Sc
         "z": {name: z for name, (_, z) in scores.items()},
         "needed": {"z": Z, "margin": MARGIN},
     }
-    return Evidence(test, what, verdict, detail, best if verdict == "another reading" else None, told | figures)
+    other = best if verdict == "another reading" else None
+    return Evidence(test, what, verdict, detail, other, told | figures, turned.get(best, ()) if other else ())
 
 
 def _name(readings: Iterable[Stored], lines: Iterable[Stored]) -> str:
@@ -183,10 +193,12 @@ def _channel(lines: Sequence[Stored], seen: Mapping[tuple[str, ...], list[Profil
     import torch
 
     found: dict[str, torch.Tensor] = {}
+    turned: dict[str, tuple[str, ...]] = {}
     for combination in product(*(seen[line.roles] for line in lines)):
         norms = {role: directions(along - along.mean(1, keepdim=True)) for one in combination for role, along in one.along_i.items()}
         down = norms.pop(next(role for role in norms if role.endswith("down")))
         name = _name((one.reading for one in combination), lines)
+        turned[name] = tuple(line.short for line, one in zip(lines, combination, strict=True) if _order(one) != _order(seen[line.roles][0]))
         found[name] = torch.stack([(rows * down).sum(-1) for rows in norms.values()])  # [role, layer, expert]
     size, what = down.shape[-1], " and ".join(line.short for line in lines)
 
@@ -195,8 +207,8 @@ def _channel(lines: Sequence[Stored], seen: Mapping[tuple[str, ...], list[Profil
         return {name: _score(r[:, chosen].mean((1, 2)).min(), (size - KINDS) * r[:, chosen].shape[1] * (r.shape[2] - 1)) for name, r in found.items()}
 
     by_layer = {name: dict(zip(layers, r.mean(2).amin(0).tolist(), strict=True)) for name, r in found.items()}
-    together = _evidence("channel", what, scores(slice(None)), by_layer=by_layer)
-    alone = (_evidence("channel", f"{what} of layer {layer}", scores(slice(n, n + 1))) for n, layer in enumerate(layers))
+    together = _evidence("channel", what, scores(slice(None)), turned, by_layer=by_layer)
+    alone = (_evidence("channel", f"{what} of layer {layer}", scores(slice(n, n + 1)), turned) for n, layer in enumerate(layers))
     return together if together.fits else next((one for one in alone if one.fits), together)
 
 
@@ -258,7 +270,9 @@ def _grid(line: Stored, seen: Sequence[Profile]) -> Evidence:
     if min(shares.values()) > 1 - MISSES or fits == ACROSS:
         verdict = "cannot tell"
     figures = {"grid": grid.name, "share": shares, "needed": {"share": 1.0, "other": 1 - MISSES}, "lossless": lossless}
-    return Evidence("grid", line.short, verdict, detail, fits if verdict == "another reading" else None, figures)
+    if verdict == "another reading":
+        return Evidence("grid", line.short, verdict, detail, fits, figures, (line.short,))
+    return Evidence("grid", line.short, verdict, detail, None, figures)
 
 
 def _shares(grid: Grid, rows: Mapping[str, torch.Tensor]) -> dict[str, float]:

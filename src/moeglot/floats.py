@@ -41,3 +41,10 @@ def row_pairs(a: Encoded, b: Encoded, numbers: int = 1 << 18) -> Iterator[tuple[
     """The same runs of rows of two matrices [out, in], as views, of about so many numbers each; one that is flat is decoded as a whole first."""
     a, b = (exactly(one) if one.is_flat else one for one in (a, b))
     return zip(a.row_blocks(numbers, b.row_unit), b.row_blocks(numbers, a.row_unit), strict=True)
+
+
+def squares(numbers: torch.Tensor) -> float:
+    """The sum of their squares in float64, whose range no square of a float32 leaves."""
+    import torch
+
+    return float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2

@@ -73,7 +73,7 @@ def fold(
             parts = encoding.rescaled(parts, total, beyond)
             grid = encoding.grid(parts, shape)
             assert isinstance(grid, Lattice)
-            kept = grid.same(before)
+            kept = grid.same(before) & (grid.codes == before.codes)  # nested scales are coded anew, and all codes with them
     elif isinstance(grid, Lattice):
         parts = encoding.encode_like(parts, total)
         grid, kept = encoding.grid(parts, shape), ~kept

@@ -26,12 +26,14 @@ class Grid:
     exact: bool = False
 
     def fitting(self, rows: torch.Tensor) -> tuple[int, int]:
-        """rows [n, in] of any float type -> how many of their groups lie on the grid, of how many that are not all zero."""
+        """rows [n, in] of any float type -> how many of their groups lie on the grid, of how many that could miss it: with one or two magnitudes, any fits."""
         import torch
 
         whole = rows.shape[1] // self.group * self.group
         groups = rows[:, :whole].abs().to(torch.float64).reshape(-1, self.group)
-        groups = groups[groups.amax(1) > 0]
+        ordered = groups.sort(1).values
+        magnitudes = (ordered.diff(dim=1) != 0).sum(1) + (ordered[:, 0] > 0)
+        groups = groups[magnitudes >= WITNESS]
         if self.exact:
             scale = torch.exp2(torch.frexp(groups.amax(1, keepdim=True)).exponent - 3.0)  # the largest becomes 4 or 6
             return int(self._on_levels(groups / scale, 0.0).sum()), len(groups)
@@ -50,6 +52,8 @@ class Grid:
         return ((ratios - nearest).abs() <= tolerance * nearest).all(1)
 
 
+WITNESS = 3
+"""Magnitudes, zero apart, that a group must have to say something: a scale can be chosen for one, and often for two."""
 E2M1 = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3 = tuple(m * 2.0**k for k in range(-18, 1) for m in range(8, 16))  # the largest of 128 numbers is anywhere on a block's grid
 

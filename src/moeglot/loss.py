@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moeglot.encoding import Encoded
-from moeglot.floats import row_pairs, values
+from moeglot.floats import row_pairs, squares, values
 from moeglot.survival import Survival, added
 
 if TYPE_CHECKING:
@@ -74,6 +74,6 @@ def measure(stored: torch.Tensor, coded: Encoded) -> Loss:
         read = after.decode(given.dtype)
         integer = torch.int64 if given.dtype == torch.float64 else torch.int32
         changed += int((read.view(integer) != given.contiguous().view(integer)).sum())
-        error += float((read - given).square().sum(dtype=torch.float64))
-        size += float(given.square().sum(dtype=torch.float64))
+        error += squares(read - given)
+        size += squares(given)
     return Loss(stored.numel(), changed, error, size, blocks_of(coded), coded.encoding.undetermined(coded.parts))

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 RUN = 1 << 17
 """Numbers that are summed at a time."""
+SAFE = (1e-25, 1e30)
+"""Sums of squares in float32 that lost nothing to its range."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Survival:
             w, d, q = (tensor[first : first + rows].flatten() for tensor in (weight, change, stored))
             a = q - w
             along, size, applied, of = (float(x.dot(y)) for x, y in ((a, d), (d, d), (a, a), (w, w)))
+            if not all(SAFE[0] < one < SAFE[1] for one in (size, applied, of)):
+                a, d, w = q.double() - w, d.double(), w.double()
+                along, size, applied, of = (float(x.dot(y)) for x, y in ((a, d), (d, d), (a, a), (w, w)))
             found += cls(along, size, applied, of, len(w), int(a.ne_(0).sum()))
         return found
 

@@ -15,7 +15,7 @@ from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError
 from moeglot.fingerprint import Fingerprint
-from moeglot.floats import row_pairs
+from moeglot.floats import row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
 from moeglot.misreadings import right
@@ -188,8 +188,8 @@ def difference(mine: Encoded, theirs: Encoded) -> float:
     for a, b in row_pairs(mine, theirs):
         x, y = a.decode(torch.float32), b.decode(torch.float32)
         equal = equal and same(x, y)
-        error += float((x - y).square().sum(dtype=torch.float64))
-        size += float(y.square().sum(dtype=torch.float64))
+        error += squares(x - y)
+        size += squares(y)
     if equal:
         return 0.0
     ratio = (error / size) ** 0.5 if size else float("inf")

@@ -142,10 +142,16 @@ class BNB4(Encoding):
     def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor) -> str | None:
         if not bool(scale.isfinite().all()):
             return "has absmax that are NaN or infinite"
-        zero = 0x77 if self.kind == "nf4" else 0
-        if bool((scale == 0).all()) and bool((packed != zero).any()):
+        if bool((scale == 0).all()) and not self._all_zeros(packed):
             return "has absmax that are all zero beside codes that are not, as in a file that was never filled"
         return None
+
+    def _all_zeros(self, packed: torch.Tensor) -> bool:
+        """Codes that an encoder writes for zeros of either sign; bytes of zeros are -0 in NF4, and what a file that was never filled has."""
+        low, high = packed & 15, packed >> 4
+        if self.kind == "fp4":
+            return bool(((low & 7) == 0).all() and ((high & 7) == 0).all())
+        return bool((((low == 7) | (low == 0)) & ((high == 7) | (high == 0))).all()) and (not packed.numel() or bool(packed.any()))
 
     def fits_in(self, other: Encoding) -> bool:
         """Whatever dtype a quant_state says, float32 holds its numbers."""

@@ -149,8 +149,10 @@ class MXFP4(Encoding):
         return mxfp4.undetermined(parts["packed"].view(torch.uint8).reshape(-1, GROUP // 2))
 
     def inverted(self, parts: Parts) -> Parts:
+        from moeglot.kernels import mxfp4
+
         packed, scale = _blocks(parts)
-        return self._contained(packed, 254 - scale)
+        return self._contained(packed, (254 - scale).clamp(max=mxfp4.LAST_FINITE))
 
     def __str__(self) -> str:
         return f"mxfp4:{next(name for name, rule in RULES.items() if rule == (self.scale_rule, self.ties))}"

@@ -200,7 +200,11 @@ def load(checkpoint: Checkpoint) -> Any:
             checkpoint.known,
             "the folder is not what its config.json says, or this version does not read the format",
         )
-    return model.float().eval()
+    try:
+        return model.float().eval()
+    except ValueError as error:
+        told = f"transformers {transformers.__version__} keeps {checkpoint.format.name} quantized, and does not compute it in float32"
+        raise UsageError(told, str(error).split("\n")[0], "pass --against SRC, the checkpoint that it was made from") from error
 
 
 def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:

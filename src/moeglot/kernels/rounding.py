@@ -91,7 +91,7 @@ def rounded(rounding: Rounding, values: torch.Tensor, grid: Grid, right: torch.T
     """values float32 [out, in] on the grid, by the rounding that was asked for. `right` [r, in]: the change's right factor."""
     if rounding.kind == "stochastic":
         return stochastic(values, grid, rounding.seed, place)
-    if rounding.kind == "delta" and right.shape[0]:
+    if rounding.kind == "delta" and bool(right.any()):
         return delta(values, grid, right)
     if rounding.kind == "gptq" and (measured := moments()) is not None:
         return gptq(values, grid, measured)
