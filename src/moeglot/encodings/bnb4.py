@@ -148,10 +148,13 @@ class BNB4(Encoding):
 
     def _all_zeros(self, packed: torch.Tensor) -> bool:
         """Codes that an encoder writes for zeros of either sign; bytes of zeros are -0 in NF4, and what a file that was never filled has."""
-        low, high = packed & 15, packed >> 4
-        if self.kind == "fp4":
-            return bool(((low & 7) == 0).all() and ((high & 7) == 0).all())
-        return bool((((low == 7) | (low == 0)) & ((high == 7) | (high == 0))).all()) and (not packed.numel() or bool(packed.any()))
+        import torch
+
+        from moeglot.kernels import bnb4
+
+        zeros = bnb4.zeros(self.kind)
+        known = bool((torch.isin(packed & 15, zeros) & torch.isin(packed >> 4, zeros)).all())
+        return known and (self.kind == "fp4" or not packed.numel() or bool(packed.any()))
 
     def fits_in(self, other: Encoding) -> bool:
         """Whatever dtype a quant_state says, float32 holds its numbers."""

@@ -177,6 +177,11 @@ def _same(codes: torch.Tensor, absmax: torch.Tensor, block: torch.Tensor, kind: 
     return (decoded.view(integer) == block.contiguous().view(integer)).all(-1)
 
 
+def zeros(kind: str) -> torch.Tensor:
+    """The codes of -0 and 0 in a block of zeros, whose absmax is 0."""
+    return _nearest(torch.tensor([-1.0, 0.0]), kind)
+
+
 def _on_grid(block: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor] | None:
     """[b, s] -> codes [b, s] and absmax [b] that decode to it exactly, or None if a block has none.
 

@@ -1,0 +1,150 @@
+"""Numbers at the ends of what types hold: what is written is what was rounded, and figures say what float64 says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import WRITERS, Job
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.encoding import Encoded
+from moeglot.encodings import by_name
+from moeglot.errors import BadNumbers
+from moeglot.evidence import weigh
+from moeglot.folding import Piece, fold
+from moeglot.rounding import Rounding
+
+SIZES = {"e": 4, "h": 64, "i": 64}
+
+
+def changed(folder: Path, change, name: str = r"\.experts\.", dtype: torch.dtype = torch.bfloat16, sizes=SIZES) -> Path:
+    """A checkpoint of Qwen3-MoE whose matrices of experts are what `change(key, tensor)` makes of them."""
+    write_checkpoint(folder, "qwen3-moe/hub", sizes, 2, dtype=dtype)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {key: change(key, tensor).to(dtype).contiguous() for key, tensor in tensors.items() if re.search(name, key)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["nearest", "stochastic", "delta"])
+@pytest.mark.parametrize("name", ["nf4:nested", "fp4:nested"])
+def test_what_is_written_under_nested_scales_is_what_was_rounded(name, kind):
+    """One row outgrows its scales, so that all of them are coded anew; the largest of each 256 lie in rows that the change leaves alone."""
+    encoding, (rows, columns) = by_name(name), (256, 1024)
+    torch.manual_seed(0)
+    given = torch.randn(rows, columns) * 0.02
+    given[::16, ::64] = 0.12
+    parts = encoding.encode(given)
+    weight = encoding.decode(parts, torch.float32)
+    left, right = torch.randn(rows, 8) * 0.002, torch.randn(8, columns) / 8**0.5
+    left[::16] = 0
+    left[1] *= 30
+    piece = Piece(weight, left, right, lambda tensor: tensor, (0, "gate", 0))
+    found, survived = fold(encoding, parts, (rows, columns), {"": piece}, lambda role: role(""), Rounding(kind), lambda *_: None, True)
+    written, change = encoding.decode(found, torch.float32).double() - weight.double(), (left @ right).double()
+    assert survived[""].clipped
+    assert survived[""].changed == int((written != 0).sum())
+    assert survived[""].rec == pytest.approx(float((written * change).sum() / change.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-26, 1e-22, 1.0, 1e20])
+def test_a_loss_is_the_same_whatever_the_size(size, tmp_path):
+    source = changed(tmp_path / "a", lambda _, tensor: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) * size, dtype=torch.float32)
+    certificate = moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bfloat16", allow_loss=True)
+    errors = [step["relative_error"] for step in certificate.document["steps"].values() if not step["exact"]]
+    assert errors
+    assert all(1.6e-3 < error < 1.8e-3 for error in errors)
+
+
+@pytest.mark.parametrize("size", [1e-26, 1.0, 1e19])
+def test_survival_is_the_same_whatever_the_size(size):
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64) * size
+    change = torch.randn(64, 64) * 1e-3 * size
+    stored = weight + change * (torch.rand(64, 64) < 0.5)
+    found = moeglot.survival.Survival.of(weight, change, stored)
+    moved = stored.double() - weight.double()
+    assert found.rec == pytest.approx(float((moved * change.double()).sum() / change.double().square().sum()), rel=1e-4)
+    assert 0.3 < found.rec < 0.7
+
+
+@pytest.mark.parametrize("kind", ["nearest", "delta", "stochastic"])
+def test_an_adapter_of_which_one_expert_has_zeros(kind, tmp_path):
+    base = write_checkpoint(tmp_path / "base", "qwen3-moe/hub", SIZES, 2)
+    job = Job("qwen3-moe", 4, 64, 64, 3)
+    made = WRITERS["vLLM's keys"][2](job)
+    for key in made.tensors:
+        if ".experts.1." in key and "lora_A" in key:
+            made.tensors[key] = torch.zeros_like(made.tensors[key])
+    moeglot.merge(base, made.save(tmp_path / "adapter"), tmp_path / "out", round=kind, threshold=0)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    same = [torch.equal(before[key], after[key]) for key in before if ".experts.1." in key]
+    assert all(same)
+    assert not all(torch.equal(before[key], after[key]) for key in before if ".experts.2." in key)
+
+
+@pytest.mark.parametrize("coding", ["nf4", "fp4", "mxfp4-pack", "fp8-block", "int4-pack"])
+def test_an_expert_that_was_pruned(coding, tmp_path):
+    """Its weights were multiplied by zero, which leaves zeros of either sign."""
+    source = changed(tmp_path / "a", lambda key, tensor: tensor * 0 if ".experts.1." in key else tensor)
+    report = moeglot.convert(source, f"qwen3-moe/hub+{coding}", tmp_path / "out", allow_loss=True).report
+    assert report.verdict == "cannot tell"  # of zeros, every reading is the same
+    matrix = moeglot.open(tmp_path / "out").experts(0)["gate"][1]
+    assert not matrix.decode(torch.float32).any()
+    if coding in ("nf4", "fp4"):  # and a file that was never filled is still known
+        blank = {name: torch.zeros_like(part) if part.dtype != torch.uint8 or name == "packed" else part for name, part in matrix.parts.items()}
+        problem = matrix.encoding.check(blank)
+        assert problem is not None if coding == "nf4" else True
+
+
+def test_a_group_of_numbers_near_the_smallest(tmp_path):
+    def small(key, tensor):
+        tensor = tensor.clone()
+        tensor[3, :32] = 2e-38
+        return tensor
+
+    source = changed(tmp_path / "a", small)
+    assert moeglot.convert(source, "qwen3-moe/hub+mxfp4-pack", tmp_path / "out", allow_loss=True).report.verdict == "holds"
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8-block", "nf4"])
+def test_numbers_that_float16_has_not(name):
+    encoding = by_name(name)
+    coded = Encoded(encoding, encoding.encode(torch.full((32, 128), 1e6)), (32, 128))
+    with pytest.raises(BadNumbers, match="beyond float16"):
+        coded.decode(torch.float16)
+    assert bool(coded.decode(torch.bfloat16).isfinite().all())
+
+
+def test_two_tests_with_two_answers_decide_nothing(tmp_path):
+    """Channels of h whose strength differs a little from expert to expert look like channels of i; that all experts share them says what they are."""
+    generator = torch.Generator().manual_seed(0)
+    shape, strength = torch.randn(256, generator=generator), {}
+
+    def outliers(key, tensor):
+        expert = re.search(r"layers\.(\d+).*experts\.(\d+)", key)
+        by = (strength.setdefault(expert.groups(), float(torch.rand(1, generator=generator) * 0.1)) * shape).exp()
+        numbers = torch.randn(tensor.shape, generator=generator) * 0.02
+        return numbers * (by[:, None] if "down" in key else by)
+
+    found = weigh(moeglot.open(changed(tmp_path / "a", outliers, sizes={"e": 8, "h": 256, "i": 256})))
+    assert any(one.test == "channel" and one.verdict == "another reading" for one in found.evidence)
+    assert (found.verdict, found.exit_status) == ("cannot tell", 0)
+
+
+def test_groups_of_one_number_lie_on_every_grid(tmp_path):
+    """One of sixteen channels is left: along the other axis, every group of sixteen has one number that is not zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pruned(key, tensor):
+        numbers = torch.randn(tensor.shape, generator=generator) * 0.02
+        here = torch.arange(256) % 16 == 3
+        return numbers * (here if "down" in key else here[:, None])
+
+    found = weigh(moeglot.open(changed(tmp_path / "a", pruned, sizes={"e": 4, "h": 256, "i": 256})))
+    assert [one.verdict for one in found.evidence if one.test == "grid"] == ["cannot tell"] * 3
+    assert json.dumps([one.figures for one in found.evidence if one.test == "grid"])
