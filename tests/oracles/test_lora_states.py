@@ -288,4 +288,18 @@ def test_lines_of_json_whatever_stands_in_their_strings(tmp_path):
         assert "light" in text
 
 
+def test_messages_however_they_are_divided(tmp_path):
+    """As they are, or as TRL has them: a prompt and a completion that are lists."""
+    words = AutoTokenizer.from_pretrained(BUNDLED)
+    words.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    asked, answered = {"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT[::-1]}
+    found = []
+    for name, row in (("a", {"messages": [asked, answered]}), ("b", {"prompt": [asked], "completion": [answered]})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        data = read(tmp_path / f"{name}.jsonl", words, 16, 0.2)
+        found.append(torch.cat([data.train, data.held_out]))
+    assert torch.equal(*found)
+    assert "assistant:" in words.decode(found[0].flatten())
+
+
 transformers.logging.set_verbosity_error()

@@ -60,7 +60,7 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
     if rows - kept < 1:
         what = f"{path}: {len(ids)} tokens are {rows} rows of {length}"
         needed = "one row must train and one be held out" if share else "one row is the least"
-        raise UsageError(what, needed, f"pass --length {max(8, len(ids) // 4)}, or more text")
+        raise UsageError(what, needed, f"pass --length {len(ids) // 4}, or more text" if len(ids) >= 8 else "pass more text")
     every = torch.tensor(ids[: rows * length]).view(rows, length)
     return Data(every[: rows - kept], every[rows - kept :], hashlib.sha256(text.encode()).hexdigest())
 
@@ -75,13 +75,21 @@ def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
             raise BrokenFile(f"{path}, line {n}: no JSON", str(error), "JSONL has one object in each line") from error
         if not isinstance(row, dict):
             raise BrokenFile(f"{path}, line {n}: {type(row).__name__}", "JSONL has one object in each line", f"give each line {' or '.join(KEYS)}")
-        if isinstance(row.get("messages"), list):
+        if said := _messages(row):
             if not tokenizer.chat_template:
                 raise UsageError(f"{path}, line {n}: messages, and the model has no chat template", "its tokenizer's files have none", 'give each line "text"')
-            yield str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            yield str(tokenizer.apply_chat_template(said, tokenize=False))
         elif isinstance(row.get("text"), str):
             yield row["text"]
         elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
             yield row["prompt"] + row["completion"]
         else:
             raise BrokenFile(f"{path}, line {n}: keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", "rename the keys")
+
+
+def _messages(row: dict[str, Any]) -> list[Any]:
+    """What was said: "messages", or "prompt" and "completion" where these are lists of messages, as TRL has them; nothing where there are none."""
+    if isinstance(row.get("messages"), list):
+        return list(row["messages"])
+    asked, answered = row.get("prompt"), row.get("completion")
+    return [*asked, *answered] if isinstance(asked, list) and isinstance(answered, list) else []
