@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import lcm, prod
 from typing import TYPE_CHECKING
 
-from moeglot.errors import BadNumbers, TensorMismatch
+from moeglot.errors import TensorMismatch
 from moeglot.survival import Survival
 
 if TYPE_CHECKING:
@@ -249,7 +249,6 @@ class Encoded:
     def decode(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """Values [..., out, in], in `out` if it is given; raises `TensorMismatch` if the parts themselves declare another shape."""
         values = self.encoding.decode(self.parts, dtype, out)
-        _refuse_overflow(values, self.encoding)
         if tuple(values.shape) != self.shape:
             raise TensorMismatch(
                 f"parts of {self.encoding} declare a tensor of shape {list(values.shape)}, not {list(self.shape)}",
@@ -257,14 +256,6 @@ class Encoded:
                 "check config.json against the producer's, or pass --format if the format is another",
             )
         return values
-
-
-def _refuse_overflow(values: torch.Tensor, encoding: Encoding) -> None:
-    """float16 has no numbers beyond 65 504, and every other type that is decoded to has the range of float32, or more."""
-    import torch
-
-    if values.dtype == torch.float16 and not bool(values.isfinite().all()):
-        raise BadNumbers(f"a number of {encoding} is beyond float16", "the largest that it has is 65504", "decode it to bfloat16 or float32")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from moeglot import scratch
 from moeglot.encoding import Encoded, Encoding, Part
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
-from moeglot.errors import UsageError
+from moeglot.errors import BadNumbers, UsageError
 from moeglot.floats import exactly, values
 from moeglot.kernels import backend, mxfp4, threads
 from moeglot.layout import Stored
@@ -114,7 +114,17 @@ class Held(torch.nn.Module):
         return self.line.split(slice_ if self.line.movable(self.encoding, self.sizes) else values(slice_.decode(torch.float32)))
 
     def dense(self, experts: range, dtype: torch.dtype) -> torch.Tensor:
-        """The slices of some experts that follow each other, decoded: [b, ...] in stored axes; of plain numbers, a view where it can be."""
+        """The slices of some experts that follow each other, decoded: [b, ...] in stored axes; of plain numbers, a view where it can be.
+
+        Raises `BadNumbers` for a number beyond float16, where nobody waits for a device by it.
+        """
+        found = self._dense(experts, dtype)
+        if dtype == torch.float16 and found.device.type == "cpu" and not bool(found.isfinite().all()):
+            wrong = f"layer {self.layer}, {self.line.short}, experts {experts.start} to {experts.stop - 1}: a number is beyond float16"
+            raise BadNumbers(wrong, f"the largest that it has is 65504; the numbers are held as {self.encoding}", "load the model in bfloat16 or float32")
+        return found
+
+    def _dense(self, experts: range, dtype: torch.dtype) -> torch.Tensor:
         if isinstance(self.encoding, Plain):
             return self.get_buffer("part_value")[experts.start : experts.stop].to(dtype)
         if self.alone:
