@@ -133,7 +133,7 @@ def as_certified(checkpoint: Checkpoint) -> list[Check]:
     if changed:
         detail = f"{changed[0]} is another file than moeglot.json certifies ({len(changed)} of {len(said)})"
         return [Check("values", "does not hold", "as certified", detail, {"changed": len(changed)})]
-    return [Check("values", "holds", "as certified", f"{len(said)} files of weights, to the byte", {"changed": 0})]
+    return [Check("values", "holds", "as certified", f"{len(said)} file{'s' * (len(said) > 1)} of weights, to the byte", {"changed": 0})]
 
 
 # --- values --------------------------------------------------------------------------------------------------------------------------
