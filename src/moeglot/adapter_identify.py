@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from moeglot.adapter_config import CONFIG, MARK, UNSLOTH_MARK, AdapterConfig
 from moeglot.adapter_evidence import Clustering
@@ -115,14 +114,9 @@ def _is_fused_by_peft(config: AdapterConfig) -> bool:
 
     https://github.com/huggingface/peft/blob/v0.19.1/src/peft/utils/transformers_weight_conversion.py
     """
-    fused = [
-        name for name in config.parameters if "." not in name and (config.raw.get("rank_pattern") or {}).get(rf".*\.{name}") == _twice(config.raw.get("r"))
-    ]
-    return any((config.raw.get("alpha_pattern") or {}).get(rf".*\.{name}") == 2 * config.alpha for name in fused)
-
-
-def _twice(number: Any) -> Any:
-    return 2 * number if isinstance(number, int) else number
+    r, ranks, alphas = config.raw.get("r"), config.raw.get("rank_pattern") or {}, config.raw.get("alpha_pattern") or {}
+    fused = [rf".*\.{name}" for name in config.parameters if "." not in name]
+    return isinstance(r, int) and any(ranks.get(pattern) == 2 * r and alphas.get(pattern) == 2 * config.alpha for pattern in fused)
 
 
 def _different(fitting: Mapping[Convention, Reading], experts: int) -> list[Convention]:

@@ -22,7 +22,7 @@ TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 https://github.com/huggingface/peft/blob/v0.19.1/src/peft/utils/transformers_weight_conversion.py"""
 DROPPED = ("layers_to_transform", "layers_pattern", "exclude_modules", "peft_version", "auto_mapping", UNSLOTH_MARK, MARK)
 """Keys that speak of the source's names or of its writer."""
-NONE = "dummy-target-modules"
+NO_TARGET = "dummy-target-modules"
 """What PEFT wants in target_modules where nothing is adapted: it takes an empty list for an error.
 https://github.com/huggingface/peft/blob/v0.19.1/src/peft/utils/constants.py"""
 
@@ -59,7 +59,7 @@ def written_config(said: Mapping[str, Any], base: Checkpoint, to: Convention, mo
         "use_rslora": False,
         "rank_pattern": _pattern({module.name: module.rank for module in modules}, rank),
         "alpha_pattern": _pattern({module.name: _number(module.scale * module.rank) for module in modules}, _number(scale * rank)),
-        "target_modules": _brief([m.name for m in modules if m.name not in parameters], _every_module(base, to), 1) or (NONE if not parameters else []),
+        "target_modules": _brief([m.name for m in modules if m.name not in parameters], _every_module(base, to), 1) or (NO_TARGET if not parameters else []),
         "target_parameters": [*_brief(experts, _every_place(base, to), 3), *sorted(others)] if parameters else None,
         "modules_to_save": _saved(said, replaced),
         MARK: to.name,

@@ -73,17 +73,20 @@ def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:
 def in_out(family: Family) -> bool:
     """A family's stacked parameters lie [e, in, out]."""
     form = stacked_form(family)
-    return form is not None and form.stored[0].expert_groups[0] == ("h",)
+    return form is not None and _is_in_out(form)
+
+
+def _is_in_out(form: Format) -> bool:
+    return form.stored[0].expert_groups[0] == ("h",)
 
 
 def turns_differ(family: Family) -> bool:
     """The stacked parameters of a family lie [e, in, out] in one release of transformers and [e, out, in] in another; an adapter's file does not say which."""
     forms = [form for form in PLAIN if form.family == family and form.is_plain and "transformers" in form.reads]
-    stacked = [form.stored[0] for form in forms if not any(line.per_expert for line in form.stored)]
-    return len({line.expert_groups[0] == ("h",) for line in stacked}) > 1
+    return len({_is_in_out(form) for form in forms if not any(line.per_expert for line in form.stored)}) > 1
 
 
-SAID = ("gpt-oss", "openai-privacy-filter", "aria", "aria-text")
+SAY_TRANSPOSED = ("gpt-oss", "openai-privacy-filter", "aria", "aria-text")
 """Families whose modules in transformers 5.23 say `is_transposed`: their parameters lie [e, in, out], and PEFT >= 0.19 knows. Llama 4's do not say it."""
 
 

@@ -21,6 +21,8 @@ from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, rea
 INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
 """The one folder below a checkpoint that belongs to its tokenizer."""
+MOST = 100_000
+"""Shards that are counted: a name may claim any number, and costs no memory by it."""
 NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
@@ -163,7 +165,9 @@ def _check_numbers(names: Sequence[str]) -> None:
         if found := NUMBERED.fullmatch(name):
             there.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
     for (stem, count), numbers in there.items():
-        if missing := sorted(set(range(1, min(count, 100_000) + 1)) - numbers) if 0 not in numbers else []:
+        if 0 in numbers:
+            continue  # whoever counts from 0 may mean the last number by the second
+        if missing := sorted(set(range(1, min(count, MOST) + 1)) - numbers):
             wrong = f"{stem}: {len(missing)} of {count} files are missing, first number {missing[0]}"
             raise BrokenFile(wrong, f"the names say how many there are, and there is no {INDEX}", "fetch the missing files, or the index")
 

@@ -21,7 +21,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
-from moeglot.factors import SAID, Place, holds, in_out, join, lay, places
+from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places
 from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
 
@@ -60,7 +60,7 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     adapter = open_adapter(work, checkpoint)
     _prove(adapter, live, work)
     family = checkpoint.format.family
-    if to == READER and target(to, in_out(family), family.name in SAID)[0] is PEFT:
+    if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
         work.rename(out)
     else:
         convert_adapter(adapter, to, out)
