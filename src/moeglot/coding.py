@@ -16,6 +16,8 @@ WEIGHT = ".weight"
 
 Quantization = Mapping[str, Any]
 """config.json's quantization_config."""
+MODELOPT_FILE = "hf_quant_config.json"
+"""Says again what config.json says of the quantization, or, in older releases, says it alone."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ def said(config: Mapping[str, Any]) -> Quantization:
     text = config.get("text_config")
     places = (config.get("quantization_config"), config.get("compression_config"), text.get("quantization_config") if isinstance(text, Mapping) else None)
     return next((place for place in places if isinstance(place, Mapping) and place), {})
+
+
+def told_beside(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, and where it says nothing of a quantization, what ModelOpt says in MODELOPT_FILE: its releases before .31 said it nowhere else.
+
+    https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/convert_hf_config.py
+    """
+    quantization = beside.get("quantization")
+    if said(config) or not isinstance(quantization, Mapping):
+        return dict(config)
+    return {**config, "quantization_config": {"quant_method": "modelopt", **quantization}}
 
 
 def method(quantization: Quantization) -> str:

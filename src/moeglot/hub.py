@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeglot.coding import MODELOPT_FILE, told_beside
 from moeglot.errors import CheckpointError, UsageError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,18 +32,26 @@ def fetch_headers(name: str) -> tuple[dict[str, Any], dict[str, Header]]:
     """owner/name -> (config.json, file -> its header), by range requests; no weights travel."""
     with _refusals(name):
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
 
-        try:
-            config: dict[str, Any] = json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
-        except EntryNotFoundError:
-            config = {}
+        config, beside = _json(name, "config.json"), _json(name, MODELOPT_FILE)
         files = huggingface_hub.get_safetensors_metadata(name).files_metadata
         headers: dict[str, Header] = {
             file: ({key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for key, t in found.tensors.items()}, found.metadata)
             for file, found in files.items()
         }
-        return config, headers
+        return told_beside(config, beside), headers
+
+
+def _json(name: str, file: str) -> dict[str, Any]:
+    """A file of a repository, {} if it has none of this name."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        found: dict[str, Any] = json.loads(Path(huggingface_hub.hf_hub_download(name, file)).read_text(encoding="utf-8"))
+    except EntryNotFoundError:
+        return {}
+    return found
 
 
 @contextmanager

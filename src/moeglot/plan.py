@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
+from moeglot.coding import MODELOPT_FILE
 from moeglot.config import declared_dtype, write_config
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dense_plan import dense_slot, dense_tensors
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from moeglot.adapter import Adapter
 
 SHARD_SIZE = 5_000_000_000
-MODELOPT_CONFIG = "hf_quant_config.json"
-"""Says again what config.json says of the quantization; it goes with it."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def plan(
     else:
         shards = plan_shards(slots, shard_size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
-    others = tuple(path for path in source.source.others() if path.name != MODELOPT_CONFIG or keeps(source, target))
+    others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or keeps(source, target))
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeglot import hub
+from moeglot.coding import MODELOPT_FILE, told_beside
 from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
@@ -254,7 +255,8 @@ def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_onl
 
 
 def _config(folder: Location) -> dict[str, Any]:
-    return read_json(_inside(folder / "config.json", _root(folder))) if (folder / "config.json").exists() else {}
+    config, beside = (read_json(_inside(folder / name, _root(folder))) if (folder / name).exists() else {} for name in ("config.json", MODELOPT_FILE))
+    return told_beside(config, beside)
 
 
 def _check_index(folder: Location, files: Mapping[str, Mapping[str, Entry]]) -> None:

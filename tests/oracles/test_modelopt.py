@@ -1,12 +1,18 @@
 """NVFP4, FP8 and MXFP8 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+import moeglot
 from moeglot.encoding import WHOLE
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.errors import UnknownFormat
 
 pytest.importorskip("modelopt.torch", reason="installed in an environment of its own")
 
@@ -108,3 +114,52 @@ def test_the_other_convention_and_mxfp4():
     values = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
     mxfp4 = MXFP4().encode(values)
     assert torch.equal(dequantized(MXFP4().recode(mxfp4, ours)), MXFP4().decode(mxfp4, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(The folder that `export_hf_checkpoint` writes of a model in FP8, the same matrices as its own quantizers round them.)"""
+    from modelopt.torch import quantization
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, architectures=["Qwen3MoeForCausalLM"]), dtype=torch.float32).eval()
+    tokens = torch.randint(0, 128, (8, 64))
+    quantization.quantize(model, quantization.FP8_DEFAULT_CFG, lambda model: model(tokens))
+    coded = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quantizer") and module.weight_quantizer.is_enabled}
+    before = {name: module.weight.detach().clone() for name, module in coded.items()}
+    folder = tmp_path_factory.mktemp("modelopt") / "fp8"
+    export_hf_checkpoint(model, dtype=torch.float32, export_dir=folder)  # which gives gate and up one scale
+    return folder, {f"{name}.weight": module.weight_quantizer(before[name]).detach() for name, module in coded.items()}
+
+
+@pytest.mark.parametrize("told", ["in config.json", "in hf_quant_config.json alone, as older releases", "nowhere"])
+def test_a_folder_that_it_exports(exported, told, tmp_path):
+    folder, rounded = exported
+    shutil.copytree(folder, tmp_path / "fp8")
+    if told != "in config.json":
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"]
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    if told == "nowhere":
+        (tmp_path / "fp8" / "hf_quant_config.json").unlink()
+        with pytest.raises(UnknownFormat):
+            moeglot.open(tmp_path / "fp8")
+        return
+    moeglot.convert(tmp_path / "fp8", "qwen3-moe/hub", tmp_path / "out", encode="float32")
+    written = tensors(tmp_path / "out")
+    assert len(rounded) == 2 * (4 + 4 * 3)
+    for name, values in rounded.items():
+        assert (written[name] - values).norm() / values.norm() < 1e-6, name
+        assert (written[name] - values.roll(1, 0)).norm() / values.norm() > 1
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
