@@ -286,6 +286,22 @@ def test_a_wrong_dtype(tmp_path: Path, name: str, line: str, dtype: torch.dtype,
         moeglot.open(tmp_path / "m")
 
 
+@pytest.mark.parametrize("expert", [0, 3])
+def test_an_expert_of_another_type(tmp_path: Path, expert: int) -> None:
+    """Moved with the type of the layer's first expert, it would lose what its own type holds."""
+    key = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+    write_checkpoint(tmp_path / "m", "qwen3-moe/hub")
+    with edited(tmp_path / "m") as found:
+        found[key] = found[key].to(torch.float32)
+    other, types = ("1", ("BF16", "F32")) if expert == 0 else ("3", ("F32", "BF16"))
+    named = f"model.layers.1.mlp.experts.{other}.up_proj.weight: {types[0]}, and experts before it in this layer are {types[1]}"
+    with refused(TensorMismatch, named, "the format is qwen3-moe/hub", "store them alike"):
+        moeglot.open(tmp_path / "m")
+    with edited(tmp_path / "m") as found:
+        found.update({name: values.to(torch.float32) for name, values in found.items() if ".1.mlp.experts." in name and "up_proj" in name})
+    moeglot.open(tmp_path / "m")  # a layer of another type is none
+
+
 @pytest.mark.parametrize(
     ("name", "line", "axes", "needs", "has"),
     [

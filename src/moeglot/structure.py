@@ -32,10 +32,14 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
         dtypes, shape = part.dtypes, line.part_shape(part, sizes)
         while some := [*islice(keys, AT_ONCE)]:
             there = [*map(left.pop, some, repeat(None))]
+            if there[0] and there[0].dtype in dtypes:
+                dtypes = (there[0].dtype,)  # a layer has one type for all of its experts
             if None not in there and all(dtype in dtypes and agree(shape, stored) for dtype, stored in {*map(_declared, there)}):
                 continue
             for key, entry in zip(some, there, strict=True):
-                if entry:
+                if entry and entry.dtype in part.dtypes and entry.dtype not in dtypes:
+                    yield _mixed(entry, dtypes[0], known)
+                elif entry:
                     yield from _tensor_problems(entry, line, part.name, sizes, form, known)
                 else:
                     yield _missing(key, line, part.name, source, form, layers, known)
@@ -51,6 +55,14 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
                 f"{known}; it has layers {_spread(layers)} and {sizes['e']} experts",
                 "if config.json is wrong, take the producer's; if the format is another, pass --format",
             )
+
+
+def _mixed(entry: Entry, other: str, known: str) -> TensorMismatch:
+    return TensorMismatch(
+        f"{entry.name}: {entry.dtype}, and experts before it in this layer are {other}",
+        f"each layer is moved with one type for all of its experts; {known}",
+        "store them alike: the wider type loses nothing",
+    )
 
 
 def _missing(key: str, line: Stored, part: str, source: Source, form: Format, layers: tuple[int, ...], known: str) -> TensorMismatch:
