@@ -245,6 +245,49 @@ def test_what_is_touched_can_stay_in_bfloat16(tmp_path):
         moeglot.merge(made.base, made.adapter, tmp_path / "refused", keep_touched="bf16")
 
 
+@pytest.mark.parametrize("base", ["fp8-block", "nf4", "mxfp4"])
+def test_all_that_is_touched_can_stay_in_bfloat16(tmp_path, base):
+    """Every layer is: then nothing is left to quantize, and config.json says so."""
+    made = case(tmp_path, "qwen3-moe", base, "neither")
+    certificate = moeglot.merge(made.base, made.adapter, tmp_path / "out", keep_touched="bf16", allow_loss=True)
+    assert min(one["rec"] for one in certificate.document["merge"]["survived"].values()) > 0.99
+    merged = moeglot.open(tmp_path / "out")
+    assert merged.format.name == "qwen3-moe/hub"
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    for (layer, role, expert), change in made.changes.items():
+        wanted = matrix(made.base, role, layer, expert) + change
+        assert float((matrix(merged, role, layer, expert) - wanted).norm() / wanted.norm()) < 3e-3
+
+
+def test_quantized_attention_that_becomes_bfloat16(tmp_path):
+    """Its change is added before the sum is rounded; judged by float64 on the bytes of the base."""
+    folder = base_of(tmp_path, "qwen3-moe", "fp8-block", "neither")
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    factors, wanted = {}, {}
+    for layer in range(2):
+        key = f"model.layers.{layer}.self_attn.q_proj.weight"
+        rows, columns = tensors[key].shape
+        scale = torch.full((-(-rows // 128), -(-columns // 128)), 1 / 300)
+        tensors[key], tensors[key + "_scale_inv"] = (tensors[key].float() * 300).to(torch.float8_e4m3fn), scale
+        a, b = torch.randn(RANK, columns) * 0.2, torch.randn(rows, RANK) * 0.2
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
+        factors |= {f"{name}A.weight": a, f"{name}B.weight": b}
+        wanted[key] = tensors[key].double() / 300 + 2 * b.double() @ a.double()
+    kept = config["quantization_config"]["modules_to_not_convert"]
+    config["quantization_config"]["modules_to_not_convert"] = [module for module in kept if "q_proj" not in module]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "moeglot.json").unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "of-attention").mkdir()
+    save_file(factors, tmp_path / "of-attention" / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj"]}
+    (tmp_path / "of-attention" / "adapter_config.json").write_text(json.dumps(told))
+    moeglot.merge(folder, tmp_path / "of-attention", tmp_path / "out", encode="bf16", allow_loss=True)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(float((after[key].double() - sums).norm() / sums.norm()) < 3e-3 for key, sums in wanted.items())
+    assert all(float((after[key].double() - sums.roll(1, 0)).norm() / sums.norm()) > 1 for key, sums in wanted.items())
+
+
 def test_an_embedding_that_is_the_output_as_well_is_not_changed(tmp_path):
     """Live, PEFT changes one of the two uses; attention in the same base is merged."""
     made = case(tmp_path, "qwen3-moe", "bf16", "square")

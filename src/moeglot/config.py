@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moeglot.errors import Contradiction
 from moeglot.family import Config, Family, dig
 from moeglot.format import ConfigForm, Format
+
+BOOKKEEPING = frozenset(
+    {"_name_or_path", "architectures", "auto_map", "dtype", "initializer_range", "quantization_config", "torch_dtype", "transformers_version", "use_cache"}
+)
+"""Keys of config.json that say who wrote a checkpoint, how and for whom; the computation is the same without them."""
 
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:
@@ -117,6 +122,16 @@ def _put(target: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         target = target.setdefault(parent, {})
     target[last] = value
+
+
+def differing(mine: Config, theirs: Config, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value here, value there) of two configs in the Hub's form, where both say something and not the same; what no model computes with is left out."""
+    for key in [key for key in mine if key in theirs and key not in BOOKKEEPING]:
+        here, there = mine[key], theirs[key]
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from differing(here, there, f"{path}{key}.")
+        elif None not in (here, there) and here != there:
+            yield f"{path}{key}", here, there
 
 
 def declared_dtype(config: Config) -> str | None:

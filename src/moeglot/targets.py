@@ -80,7 +80,9 @@ def arranged(source: Checkpoint, target: Format) -> Format:
 
 
 def keeping(source: Checkpoint, target: Format, touched: Callable[[Stored, int], bool]) -> Format:
-    """The target with the lines of experts that are `touched` in a layer left in floats; raises `UsageError` if its config cannot say so."""
+    """The target with the lines of experts that are `touched` in a layer left in floats, the plain layout if that is all of them; raises `UsageError` if
+    its config cannot say so.
+    """
     if not (target.coding and target.coding.kept):
         able = [form.name for form in of_family(target.family) if form.coding and form.coding.kept]
         do = f"pass --to {able[0]}, for example" if able else "leave --keep-touched out, or pass --encode bf16"
@@ -91,6 +93,8 @@ def keeping(source: Checkpoint, target: Format, touched: Callable[[Stored, int],
         lines = tuple(other if touched(line, layer) else line for line, other in zip(target.lines(layer), plain, strict=True))
         if lines != target.stored:
             unlike[layer] = lines
+    if all(line.is_plain for layer in source.layers for line in unlike.get(layer, target.stored)):
+        return by_name(target.name.partition("+")[0]).sized(source.sizes)
     return replace(target, unlike=unlike)
 
 

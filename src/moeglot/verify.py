@@ -8,6 +8,7 @@ from pathlib import Path
 from moeglot import scratch
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.digests import certified, sha256
 from moeglot.divided import alongside
@@ -29,8 +30,8 @@ def verify(
 ) -> Report:
     """Structure and numbers of a checkpoint; with `against`, its values and forward as well.
 
-    `against`: another checkpoint, a fingerprint (.json), a `Side`, or "transformers" for the modules of the installed library. Of what one process of several
-    holds, or all of them together, the tensors that are no experts are compared with those of the other checkpoint, too: they are divided as well.
+    `against`: another checkpoint, of which the tensors that are no experts and config.json are compared, too; a fingerprint (.json), a `Side`, or
+    "transformers" for the modules of the installed library.
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
@@ -40,7 +41,7 @@ def verify(
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
         checks.append(values(subject, other, workers=workers, progress=progress))
-        checks += [others(subject, other)] if subject.share or isinstance(subject, Gathered) else []
+        checks += [others(subject, other), settings(subject, other)]
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
         checks += as_certified(subject)
@@ -234,6 +235,8 @@ def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[st
     mine, theirs = dict[str, DenseTensor](subject.dense), dict[str, DenseTensor](other.dense)
     if mine.keys() != theirs.keys():  # one is quantized, the other is not
         mine, theirs = subject.decoded("F32"), other.decoded("F32")
+        floats = {mine[name].dtype for name, tensor in theirs.items() if isinstance(tensor, DecodedTensor) and isinstance(mine.get(name), HubTensor)}
+        theirs = other.decoded(floats.pop()) if len(floats) == 1 else theirs  # what is added to them is rounded to that type, too
     theirs = dict(changed(theirs))
     if mine.keys() != theirs.keys():
         names = sorted(mine.keys() ^ theirs.keys())
@@ -258,9 +261,17 @@ def _same(a: DenseTensor, b: DenseTensor) -> bool:
     return same(x, y)
 
 
+def settings(subject: Checkpoint, other: Checkpoint) -> Check:
+    """What both config.json say, under the Hub's keys, is the same; a key that only one of them has is taken for the other's default."""
+    found = [f"{key} is {here!r}, there {there!r}" for key, here, there in differing(subject.config, other.config)]
+    if found:
+        return Check("structure", "does not hold", "config.json", f"{found[0]} ({len(found)} key{'s' * (len(found) > 1)})", {"unequal": len(found)})
+    return Check("structure", "holds", "config.json", "what both say is the same", {"unequal": 0})
+
+
 def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:
-    """Canonical values of two checkpoints, in whichever formats, and their other tensors."""
+    """Canonical values of two checkpoints, in whichever formats, their other tensors, and what both config.json say."""
     mine, theirs = (x if isinstance(x, Checkpoint) else open(x) for x in (a, b))
     theirs = alongside(mine, theirs)
-    checks = (values(mine, theirs, workers=workers, progress=progress), others(mine, theirs))
+    checks = (values(mine, theirs, workers=workers, progress=progress), others(mine, theirs), settings(mine, theirs))
     return Report(mine.source.name, theirs.source.name, checks)

@@ -3,6 +3,7 @@
 The corruptions are written here with plain tensor operations, so that no code of ours is on both sides.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,6 +153,31 @@ def test_gpt_oss_trained_and_square(wrong, tmp_path, fingerprint):
     caught(moeglot.verify(subject, BUNDLED), wrong.fits)
     caught(moeglot.verify(subject, fingerprint), wrong.fits)
     assert moeglot.compare(subject, BUNDLED).exit_status == 1
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.router.weight", "model.norm.weight"])
+def test_a_tensor_that_is_no_expert(tmp_path, name):
+    """The experts are the source's, and the model is not."""
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "out")
+    assert [report(tmp_path / "out", BUNDLED).exit_status for report in (moeglot.verify, moeglot.compare)] == [0, 0]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    save_file({**tensors, name: tensors[name].roll(1, 0)}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    for report in (moeglot.verify, moeglot.compare):
+        wrong = [check for check in report(tmp_path / "out", BUNDLED).checks if check.verdict == "does not hold"]
+        assert [(check.what, name in check.detail) for check in wrong] == [("other tensors", True)]
+
+
+@pytest.mark.parametrize(("key", "value"), [("swiglu_limit", 3.0), ("num_experts_per_tok", 1), ("rope_theta", 1.0), ("rope_scaling", {"factor": 2.0})])
+def test_a_config_that_computes_something_else(tmp_path, key, value):
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    changed = {**config[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, key: changed, "transformers_version": "9.9"}))
+    for report in (moeglot.verify, moeglot.compare):
+        wrong = next(check for check in report(tmp_path / "out", BUNDLED).checks if check.what == "config.json")
+        assert wrong.verdict == "does not hold"
+        assert wrong.detail.startswith(f"{key}{'.factor' * isinstance(value, dict)} is ")
+        assert wrong.detail.endswith("(1 key)")
 
 
 def saturating_rule(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
