@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moeglot.coding import WEIGHT, Quantization, brief
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
-from moeglot.encoding import Encoded, Encoding
+from moeglot.encoding import Encoded, Encoding, agree
 from moeglot.errors import BadNumbers, TensorMismatch, UnknownFormat
 from moeglot.shards import Entry, let_go
 from moeglot.views import cut, window
@@ -153,7 +153,7 @@ class DecodedTensor:
         shape = self.encoding.matrix_shape(stored := self._read())
         for part in self.encoding.parts:  # a view of another shape would be other numbers
             expected, found = part.shape(shape), tuple(stored[part.name].shape)
-            if [size for size in expected if size != 1] != [size for size in found if size != 1]:
+            if not agree(tuple(size for size in expected if size != 1), tuple(size for size in found if size != 1)):
                 wrong = f"{self.parts[part.name].name} is {list(found)}, a matrix {list(shape)} has {list(expected)} there"
                 raise TensorMismatch(wrong, f"it is coded as {self.encoding}", "check quantization_config against the producer's")
         parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}

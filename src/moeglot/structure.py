@@ -106,7 +106,8 @@ def _other_format(form: Format, entry: Entry) -> str:
 
 def _stem(line: Stored) -> str:
     """What all keys of the experts begin with, up to the last dot before the name."""
-    return line.key.split("{expert}")[0] if line.per_expert else line.key[: line.key.rindex(".") + 1]
+    key = line.key + next(iter(line.names.values()))
+    return key.split("{expert}")[0] if line.per_expert else key[: key.rindex(".") + 1]
 
 
 def _layer_under(key: str, stem: str) -> int | None:

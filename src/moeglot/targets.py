@@ -152,11 +152,13 @@ def keeps(source: Checkpoint, target: Format) -> bool:
     if not mine and not theirs and source.format.is_plain and target.is_plain:
         return bool(said(source.source.config))  # of what is no expert, whether we can read it or not
     declared = bool(said(source.source.config))  # a live model may declare nothing: what is no expert is decoded in it
-    return bool(mine and theirs and declared and mine.name == theirs.name and encodings(source.format) == encodings(target))
+    return bool(mine and theirs and declared and mine.name == theirs.name and _kinds(source.format) == _kinds(target))
 
 
-def encodings(form: Format) -> set[Encoding]:
-    return {line.encoding for line in form.stored if not isinstance(line.encoding, Plain)}
+def _kinds(form: Format) -> set[tuple[object, ...]]:
+    """How its quantized lines are coded: their encoding, and the types of its parts; not how long a text among them is."""
+    coded = [line.encoding for line in form.stored if not isinstance(line.encoding, Plain)]
+    return {(encoding.name, *((part.name, part.dtypes) for part in encoding.parts)) for encoding in coded}
 
 
 def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:

@@ -95,6 +95,18 @@ def test_decoded_to_float32_it_returns(coding, sizes, tmp_path):
     assert moeglot.compare(source, tmp_path / "back").verdict == "holds"
 
 
+@pytest.mark.parametrize(("layout", "router"), [("granitemoe/hub", "block_sparse_moe.router.layer.weight"), ("jetmoe/hub", "mlp.router.layer.weight")])
+@pytest.mark.parametrize("coding", ["fp8-block", "nf4"])
+def test_a_router_beside_stacked_linears(layout, router, coding, tmp_path):
+    """All experts of a role in one Linear, and the router in another beside it: coded, too, it is none of their tensors."""
+    plain = write_checkpoint(tmp_path / "plain", layout, {"e": 4, "h": 128, "i": 128}, 1)
+    given = load_file(plain / "model.safetensors")
+    save_file({**given, f"model.layers.0.{router}": torch.randn(4, 128)}, plain / "model.safetensors", {"format": "pt"})
+    moeglot.convert(plain, f"{layout}+{coding}", tmp_path / "coded", allow_loss=True)
+    moeglot.convert(tmp_path / "coded", layout, tmp_path / "float32", encode="float32")
+    assert moeglot.compare(tmp_path / "coded", tmp_path / "float32").verdict == "holds"
+
+
 def test_a_loss_is_stated_before_and_after(tmp_path):
     write_checkpoint(tmp_path / "plain", LAYOUTS[0], {"e": 4, "h": 128, "i": 128}, 1)
     plan = estimate(moeglot.plan(tmp_path / "plain", LAYOUTS[0], encode="fp8-block"))

@@ -191,13 +191,27 @@ def turn_otherwise(config: Any) -> None:
             turn_otherwise(part)
 
 
-def model_of(family: Family, size: str, otherwise: bool = False) -> torch.nn.Module:
-    """A random model in float32 whose activations stay near 1. `otherwise`: with rotary embeddings that no release has by default."""
+def activate_otherwise(config: Any) -> None:
+    """Every activation that some part of a config names becomes another."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {})):
+        for key in ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn"):
+            if isinstance(getattr(part, key, None), str):
+                setattr(part, key, "gelu_pytorch_tanh")
+        if part is not config and part is not None:
+            activate_otherwise(part)
+
+
+def model_of(family: Family, size: str, otherwise: bool = False, activated: bool = False) -> torch.nn.Module:
+    """A random model in float32 whose activations stay near 1. `otherwise`: with rotary embeddings that no release has by default;
+    `activated`: with activations that no release has.
+    """
     e, h, i = SIZES[size]
     torch.manual_seed(e + h + i)
     config = config_of(family, {"e": e, "h": h, "i": i, "j": 32 if i == h else h})  # a second group of experts: square where the first is not
     if otherwise:
         turn_otherwise(config)
+    if activated:
+        activate_otherwise(config)
     model = model_class(config)(config).float().eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)

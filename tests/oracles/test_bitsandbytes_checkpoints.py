@@ -24,12 +24,12 @@ SIZES = {"e": 3, "h": 128, "i": 128}
 LAYOUTS = ["qwen3-moe/hub", "qwen3-moe/transformers-5"]
 
 
-def made(tmp_path: Path, layout: str, kind: str, nested: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint whose experts bitsandbytes quantized, and its tensors as bitsandbytes decodes them."""
+def made(tmp_path: Path, layout: str, kind: str, nested: bool, also: str = ".experts.") -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint whose experts bitsandbytes quantized, and matrices that are named `also`; and its tensors as bitsandbytes decodes them."""
     plain = write_checkpoint(tmp_path / "plain", layout, SIZES, dtype=torch.bfloat16)
     decoded, stored = load_file(plain / "model.safetensors"), {}
     for name, tensor in decoded.items():
-        if ".experts." not in name:
+        if ".experts." not in name and (also not in name or tensor.dim() < 2):
             stored[name] = tensor
             continue
         parts, decoded[name] = stacked(tensor, kind, nested) if tensor.dim() == 3 else linear(tensor, kind, nested)
@@ -70,6 +70,20 @@ def test_what_it_wrote_is_read(tmp_path, layout, nested, kind):
     ours = load_file(tmp_path / layout.replace("/", "-") / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_attention_that_it_wrote_is_read(tmp_path, kind, nested):
+    """load_in_4bit quantizes every Linear, not the experts' alone."""
+    source, theirs = made(tmp_path, "qwen3-moe/hub", kind, nested, also="self_attn")
+    moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bfloat16", allow_loss=True)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    moeglot.convert(source, f"qwen3-moe/hub+{kind}", tmp_path / "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name]) and not (".experts." in name and "quant_state" in name)] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -38,6 +38,19 @@ def test_every_family_with_experts_is_known_or_its_absence_explained():
     assert folders() - ours == MISSING.keys(), "write a spec, or say in MISSING why not"
 
 
+@pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.name)
+def test_every_name_that_the_class_has_for_a_size_is_known(family):
+    """What its config class takes for another name of the same fact, in the part of config.json that holds it."""
+    part = CONFIG_MAPPING[family.model_types[0]]
+    for name in family.sizes["e"][0].split(".")[:-1]:
+        part = part.sub_configs[name] if isinstance(part.sub_configs[name], type) and part.sub_configs[name].__name__ != "AutoConfig" else None
+        if part is None:
+            pytest.skip("which class reads that part, the config decides")
+    for keys in [keys for letter, keys in family.sizes.items() if letter in "ehi"]:
+        names = [key.rpartition(".")[2] for key in keys]
+        assert {alias for alias, name in part.attribute_map.items() if name == names[0]} <= {*names}
+
+
 def formats_of(family):
     """Those of the Hub and of transformers itself."""
     return [form for form in PLAIN if form.family == family and not form.closed and not form.asked]

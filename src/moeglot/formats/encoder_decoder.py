@@ -11,7 +11,7 @@ SWITCH = replace(
     family(
         "switch-transformers",
         e="num_experts",
-        h="d_model",
+        h=("d_model", "hidden_size"),
         i="d_ff",
         others={"j": "d_ff"},
         sparse=SparseLayers(count="num_layers", period="encoder_sparse_step", offset=1),
@@ -26,7 +26,7 @@ NLLB = replace(
         model_type="nllb-moe",
         folder="nllb_moe",
         e="num_experts",
-        h="d_model",
+        h=("d_model", "hidden_size"),
         i="encoder_ffn_dim",
         others={"j": "decoder_ffn_dim"},
         sparse=SparseLayers(count="encoder_layers", every="encoder_sparse_step"),

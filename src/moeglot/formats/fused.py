@@ -1,13 +1,15 @@
 """The families whose releases hold all experts in one tensor as gate_up_proj and down_proj, in whichever orientation, and Jamba."""
 
 from moeglot.family import Activation, SparseLayers
-from moeglot.formats.lines import KINDS, LAYER, family, first_dense, fused, hub, memory, separate, turned
+from moeglot.formats.lines import KINDS, LAYER, ROUTED, SILU, family, first_dense, fused, hub, memory, separate, turned
 
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"
 TURNED = "the release on the Hub, and the experts module in memory: [in, out]"
-LIMITED = Activation("limited-swiglu", numbers={"limit": ("swiglu_limit", 10.0)})
+LIMITED = Activation("limited-swiglu", (None, "silu"), {"limit": ("swiglu_limit", 10.0)})
 
-JAMBA = family("jamba", e="num_experts", i="intermediate_size", sparse=SparseLayers(period="expert_layer_period", offset="expert_layer_offset"))
+JAMBA = family(
+    "jamba", e=("num_experts", "num_local_experts"), i="intermediate_size", sparse=SparseLayers(period="expert_layer_period", offset="expert_layer_offset")
+)
 LLAMA4 = family(
     "llama4-text",
     folder="llama4",
@@ -15,11 +17,11 @@ LLAMA4 = family(
     i="intermediate_size",
     sparse=SparseLayers(listed="moe_layers", every="interleave_moe_layer_step"),
 )
-ARIA = family("aria-text", folder="aria", e="moe_num_experts", i="intermediate_size")
+ARIA = family("aria-text", folder="aria", e="moe_num_experts", i="intermediate_size", activation=SILU)
 GEMMA4 = family("gemma4-text", folder="gemma4", e="num_experts", activation=Activation("swiglu", ("hidden_activation", "gelu_pytorch_tanh")))
-MISTRAL4 = family("mistral4", e="n_routed_experts", sparse=first_dense())
+MISTRAL4 = family("mistral4", e=ROUTED, sparse=first_dense())
 ZAYA = family("zaya", e="num_experts", sparse=SparseLayers(kinds=KINDS))
-HY_V4 = family("hy-v4", e="n_routed_experts", sparse=first_dense(default=1), activation=LIMITED)
+HY_V4 = family("hy-v4", e=ROUTED, sparse=first_dense(default=1), activation=LIMITED)
 
 FORMATS = (
     hub(JAMBA, "ai21labs/Jamba-v0.1", separate(LAYER + "feed_forward.experts.")),

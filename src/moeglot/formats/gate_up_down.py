@@ -1,10 +1,7 @@
 """The families whose releases hold one matrix each, as model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight; they differ in config keys alone."""
 
 from moeglot.family import SparseLayers
-from moeglot.formats.lines import KINDS, QWEN, family, first_dense, usual
-
-ROUTED = ("n_routed_experts", "num_local_experts")
-EXPERTS = ("num_experts", "num_local_experts")
+from moeglot.formats.lines import EXPERTS, KINDS, QWEN, ROUTED, family, first_dense, usual
 
 DEEPSEEK_V3 = family("deepseek-v3", e=ROUTED, sparse=first_dense(default=3))
 QWEN3_MOE = family("qwen3-moe", e=EXPERTS, sparse=QWEN)
@@ -25,7 +22,7 @@ FORMATS = (
     ),
     *usual(family("beam", e=EXPERTS, sparse=first_dense(default=3)), "reflection/Beam-1.0-501B-A23B"),
     *usual(family("cohere2-moe", e=EXPERTS, i="intermediate_size", sparse=first_dense()), "CohereLabs/command-a-plus-05-2026"),
-    *usual(family("deepseek-v2", e=ROUTED, sparse=first_dense()), "deepseek-ai/DeepSeek-V2-Lite"),
+    *usual(family("deepseek-v2", e=(*ROUTED, "num_experts"), sparse=first_dense()), "deepseek-ai/DeepSeek-V2-Lite"),
     *usual(DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3"),
     *usual(family("deepseek-v32", e=ROUTED, sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3.2-Exp"),
     *usual(family("dots1", e=ROUTED, sparse=first_dense()), "rednote-hilab/dots.llm1.base"),

@@ -14,7 +14,11 @@ LAYER = "model.layers.{layer}."
 NESTED = "model.language_model.layers.{layer}."
 GATED = ("gate", "up", "down")
 SWIGLU = Activation("swiglu")
+SILU = Activation("swiglu", (None, "silu"))
+"""Of experts that are gated so whatever `hidden_act` says, which is then for other MLPs."""
 KINDS = ("mlp_layer_types",)
+ROUTED = ("n_routed_experts", "num_local_experts")
+EXPERTS = ("num_experts", "num_local_experts")
 MODELS = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/"
 
 
@@ -99,6 +103,7 @@ def nested(plain: Family, under: str) -> Family:
             offset=_below(sparse.offset, under) if isinstance(sparse.offset, str) else sparse.offset,
             dense=_below(sparse.dense, under),
         ),
+        carried=(*_all_below(plain.carried, under), *plain.carried),
         activation=replace(
             activation,
             function=(activation.function[0] and f"{under}.{activation.function[0]}", activation.function[1]),

@@ -3,10 +3,13 @@
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Dense
 from moeglot.formats.lines import (
+    EXPERTS,
     KINDS,
     LAYER,
     NESTED,
     QWEN,
+    ROUTED,
+    SILU,
     each,
     family,
     first_dense,
@@ -23,14 +26,12 @@ from moeglot.formats.lines import (
 
 INNER = "language_model.model.layers.{layer}."
 TEXT = "text_config"
-ROUTED = ("n_routed_experts", "num_local_experts")
-EXPERTS = ("num_experts", "num_local_experts")
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"
 VISION = "its vision tower joins, cuts or turns matrices that the Hub stores otherwise"
 GELU = Activation("swiglu", ("hidden_activation", "gelu_pytorch_tanh"))
 CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
 
-ARIA = family("aria", under=TEXT, e="moe_num_experts", i="intermediate_size")
+ARIA = family("aria", under=TEXT, e="moe_num_experts", i="intermediate_size", activation=SILU)
 LLAMA4 = family("llama4", under=TEXT, e="num_local_experts", i="intermediate_size", sparse=SparseLayers(listed="moe_layers", every="interleave_moe_layer_step"))
 GEMMA4 = family("gemma4", under=TEXT, e="num_experts", activation=GELU)
 DIFFUSION_GEMMA = family("diffusion-gemma", under=TEXT, e="num_experts", activation=GELU)
@@ -38,19 +39,19 @@ QWEN3_VL = family("qwen3-vl-moe", under=TEXT, e=EXPERTS, sparse=QWEN)
 QWEN3_5 = family("qwen3.5-moe", model_type="qwen3_5_moe", under=TEXT, e=EXPERTS)
 QWEN4 = family("qwen4-exp", under=TEXT, e=EXPERTS)
 GLM4V = family("glm4v-moe", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
-UNLIMITED_OCR = family("unlimited-ocr", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
-DEEPSEEK_OCR2 = family("deepseek-ocr2", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
+UNLIMITED_OCR = family("unlimited-ocr", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
+DEEPSEEK_OCR2 = family("deepseek-ocr2", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
 KIMI = family("kimi-k25", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
 MINIMAX_M3 = family(
     "minimax-m3-vl",
     under=TEXT,
-    e="num_local_experts",
+    e=("num_local_experts", "num_experts"),
     i="intermediate_size",
     sparse=SparseLayers(kinds=(*KINDS, "moe_layer_freq")),
     activation=CLAMPED,
     others={"s": "shared_intermediate_size", "f": "dense_intermediate_size"},
 )
-MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=ROUTED, sparse=first_dense(default=3))
+MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=ROUTED, sparse=first_dense())
 
 LANGUAGE = {"model.language_model.{rest}": "language_model.model.{rest}", "lm_head.{rest}": "language_model.lm_head.{rest}"}
 PROJECTOR = {"model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}"}

@@ -5,11 +5,9 @@ from dataclasses import replace
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Format
 from moeglot.formats import nemotron_h
-from moeglot.formats.lines import KINDS, LAYER, NESTED, QWEN, each, family, first_dense, fused, hub, memory, nested, release_5_5, separate
+from moeglot.formats.lines import EXPERTS, KINDS, LAYER, NESTED, QWEN, ROUTED, each, family, first_dense, fused, hub, memory, nested, release_5_5, separate
 from moeglot.layout import Stored
 
-ROUTED = ("n_routed_experts", "num_local_experts")
-EXPERTS = ("num_experts", "num_local_experts")
 INTERLEAVED = "the release on the Hub: gate and up interleaved"
 VISION = "its vision tower joins, cuts or turns matrices that the Hub stores otherwise"
 SHARED = "its shared experts, too, are interleaved on the Hub and not in memory"
@@ -21,21 +19,21 @@ STEP = family(
     under="text_config",
     e=(*ROUTED, "moe_num_experts"),
     sparse=SparseLayers(kinds=KINDS, listed="moe_layers_enum", first=("first_k_dense_replace", 3)),
-    activation=Activation("capped-swiglu", numbers={"limit": ("swiglu_limits", float("inf"))}),
+    activation=Activation("capped-swiglu", (None, "silu"), {"limit": ("swiglu_limits", float("inf"))}),
 )
 SOFTCAPPED = Activation("softcapped-swiglu", numbers={"gate_cap": ("mlp_gate_softcap", 4.0), "up_cap": ("mlp_up_softcap", 25.0)})
 INKLING = replace(
     family("inkling", model_type="inkling_mm_model", folder="inkling", under="text_config", e=ROUTED, sparse=SparseLayers(kinds=KINDS)),
     unverified="no tiny model of it could be built; its text model, inkling-text, is verified",
 )
-INKLING2 = family("inkling2", under="text_config", e=ROUTED, activation=SOFTCAPPED)
-INKLING2_TEXT = family("inkling2-text", folder="inkling2", e=ROUTED, activation=SOFTCAPPED)
+INKLING2 = family("inkling2", under="text_config", e=ROUTED, i=("moe_intermediate_size", "intermediate_size"), activation=SOFTCAPPED)
+INKLING2_TEXT = family("inkling2-text", folder="inkling2", e=ROUTED, i=("moe_intermediate_size", "intermediate_size"), activation=SOFTCAPPED)
 MUSE = family("muse-spark", under="text_config", e="num_local_experts", h="moe_hidden_size", sparse=SparseLayers(kinds=KINDS))
 DOTS3 = family("dots3-note", under="text_config", e=ROUTED, sparse=first_dense(default=1))
 DOTS3_TEXT = family("dots3-note-text", folder="dots3_note", e=ROUTED, sparse=first_dense(default=1))
 OMNI = family("qwen3-omni-moe", under="thinker_config.text_config", e=EXPERTS, sparse=QWEN)
 THINKER = family("qwen3-omni-moe-thinker", folder="qwen3_omni_moe", under="text_config", e=EXPERTS, sparse=QWEN)
-LONGCAT = family("longcat-flash", e="n_routed_experts", i="expert_ffn_hidden_size", sparse=SparseLayers(count="num_layers"))
+LONGCAT = family("longcat-flash", e=ROUTED, i=("expert_ffn_hidden_size", "moe_intermediate_size"), sparse=SparseLayers(count="num_layers"))
 SPEECH = nested(replace(nemotron_h.FAMILY, name="nemo-speechlm", model_types=("nemo_speechlm",)), "text_config")
 
 SPEECH_HUB, SPEECH_MEMORY = "llm.model.layers.{layer}.mixer.experts.", NESTED + "mixer.experts."

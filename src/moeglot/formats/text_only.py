@@ -1,17 +1,15 @@
 """Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
 
 from moeglot.family import Activation, SparseLayers
-from moeglot.formats.lines import KINDS, LAYER, NESTED, family, fused, hub, memory, release_5_5, separate
+from moeglot.formats.lines import EXPERTS, KINDS, LAYER, NESTED, ROUTED, family, fused, hub, memory, release_5_5, separate
 
-EXPERTS = ("num_experts", "num_local_experts")
-ROUTED = ("n_routed_experts", "num_local_experts")
 BOTH = "what save_pretrained writes, and the experts module in memory: all experts in one tensor"
 CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
 
 MINIMAX_M3 = family(
     "minimax-m3-vl-text",
     folder="minimax_m3_vl",
-    e="num_local_experts",
+    e=("num_local_experts", "num_experts"),
     i="intermediate_size",
     sparse=SparseLayers(kinds=(*KINDS, "moe_layer_freq")),
     activation=CLAMPED,

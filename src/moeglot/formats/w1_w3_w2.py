@@ -1,6 +1,6 @@
 """The families whose releases name an expert's matrices as Mixtral does: w1 is gate, w3 is up, w2 is down; transformers 5 moves most of them to `mlp`."""
 
-from moeglot.formats.lines import LAYER, family, first_dense, fused, hub, memory, numbered
+from moeglot.formats.lines import LAYER, SILU, family, first_dense, fused, hub, memory, numbered
 
 SPARSE = LAYER + "block_sparse_moe."
 MLP = LAYER + "mlp."
@@ -9,7 +9,7 @@ MIXTRAL = family("mixtral", e=("num_local_experts", "num_experts"), i="intermedi
 PHIMOE = family("phimoe", e=("num_local_experts", "num_experts"), i="intermediate_size")
 MINIMAX = family("minimax", e=("num_local_experts", "num_experts"), i="intermediate_size")
 MINIMAX_M2 = family("minimax-m2", e=("num_local_experts", "num_experts"), i="intermediate_size")
-LFM2 = family("lfm2-moe", e="num_experts", sparse=first_dense("num_dense_layers", 2))
+LFM2 = family("lfm2-moe", e="num_experts", sparse=first_dense("num_dense_layers", 2), activation=SILU)
 
 FORMATS = (
     hub(MIXTRAL, "mistralai/Mixtral-8x7B-v0.1", numbered(SPARSE + "experts.")),
