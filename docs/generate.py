@@ -282,7 +282,8 @@ What the tests compare, both ways and bit for bit unless said otherwise:
 - INT4, with zero points and without: compressed-tensors writes the same bytes.
 - NF4 and FP4: bitsandbytes {versions("bitsandbytes")[-1]} writes the same bytes, plain and nested.
 - Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the
-  numbers that moeglot decodes.
+  numbers that moeglot decodes, where each expert has matrices of its own. On a CPU it decodes no stacked experts (bitsandbytes' apart): it warns of unexpected
+  tensors and computes with codes, or with random experts. `inspect` says so, and `moeglot.load` loads them.
 """
 
 

@@ -11,8 +11,8 @@ from moeglot.adapter_config import CONFIG, AdapterFiles
 from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import Convention
 from moeglot.errors import BadNumbers, HalfAdapter, TensorMismatch, UnsupportedAdapter
-from moeglot.factors import Place, stacked_form, take
-from moeglot.family import Family, dig
+from moeglot.factors import Place, aliases, take
+from moeglot.family import dig
 from moeglot.shards import Entry
 
 if TYPE_CHECKING:
@@ -97,15 +97,6 @@ class Replaced:
     name: str
     alias: str
     entry: Entry
-
-
-def aliases(name: str, family: Family) -> tuple[str, ...]:
-    """Hub name of a tensor -> that, and its name in the memory of transformers 5."""
-    found = [name]
-    form = stacked_form(family)
-    if form and (line := form.from_hub(name)):
-        found.append(line[0].key.format(**line[1]))
-    return tuple(found)
 
 
 def read_dense(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], convention: Convention | None) -> tuple[dict[str, Dense], dict[str, Replaced]]:

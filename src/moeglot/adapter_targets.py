@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from moeglot.adapter_config import CONFIG, AdapterConfig, AdapterFiles
-from moeglot.adapter_parts import Dense, Replaced, aliases
+from moeglot.adapter_parts import Dense, Replaced
 from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import PEFT, PER_EXPERT, Convention
 from moeglot.errors import HalfAdapter, UnsupportedAdapter
-from moeglot.factors import WRAP, Place, holds, lines_of, places, stacked_form
+from moeglot.factors import WRAP, Place, aliases, holds, lines_of, places, stacked_form
 from moeglot.family import Family
 from moeglot.formats import of_family
 from moeglot.layout import Stored

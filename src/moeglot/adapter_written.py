@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moeglot.adapter_config import MARK, UNSLOTH_MARK, AdapterConfig
-from moeglot.adapter_parts import EMBEDDINGS, Replaced, aliases
+from moeglot.adapter_parts import EMBEDDINGS, Replaced
 from moeglot.conventions import Convention
 from moeglot.errors import UnsupportedAdapter
-from moeglot.factors import WRAP, places
+from moeglot.factors import WRAP, aliases, places
 from moeglot.family import Family
 
 if TYPE_CHECKING:

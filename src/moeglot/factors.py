@@ -58,6 +58,15 @@ def stacked_form(family: Family) -> Format | None:
     return next((form for form in found if form.name.partition("/")[2].startswith("transformers")), found[0] if found else None)
 
 
+def aliases(name: str, family: Family) -> tuple[str, ...]:
+    """Hub name of a tensor -> that, and its name in the memory of transformers 5."""
+    found = [name]
+    form = stacked_form(family)
+    if form and (line := form.from_hub(name)):
+        found.append(line[0].key.format(**line[1]))
+    return tuple(found)
+
+
 def per_expert_form(family: Family) -> Format | None:
     """The format in which each expert of a family is a module of its own."""
     found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and all(line.per_expert for line in form.stored)]

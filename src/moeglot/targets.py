@@ -16,6 +16,7 @@ from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, UsageError
+from moeglot.factors import aliases
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
@@ -119,7 +120,9 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
         if unsaid := [module for module in experts if not leaves_alone(declared, module)]:
             declared[target.coding.kept] = [*(declared.get(target.coding.kept) or ()), *unsaid]
         return {"quantization_config": declared}
-    kept = experts + [key.removesuffix(WEIGHT) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
+    matrices = [(key, parts[0].name) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
+    named = {name: None for key, hub in matrices for name in (key, *aliases(hub, target.family)[1:])}  # readers look for modules, some by disk names
+    kept = experts + [name.removesuffix(WEIGHT) for name in named]
     encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
     return {"quantization_config": target.coding.write(encoding, kept)}
 

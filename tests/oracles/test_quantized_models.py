@@ -2,12 +2,14 @@
 
 import json
 
+import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import moeglot
+from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
 
 pytest.importorskip("compressed_tensors", reason="installed beside transformers 5.23 only")
@@ -52,6 +54,36 @@ def test_it_holds_the_numbers_that_we_decode(plain, coding, tmp_path):
     assert torch.equal(theirs.down_proj.data, down.bfloat16())
     given, _ = experts_of(plain)
     assert float((gate_up - given).norm() / given.norm()) > 1e-3  # the power of it: quantized numbers are not the given ones
+
+
+@pytest.mark.parametrize("coding", ["fp8-block", "fp8-channel", "fp8-modelopt", "mxfp8", "mxfp4-pack", "int4-pack"])
+def test_stacked_experts_are_not_decoded(plain, coding, tmp_path):
+    """`inspect` says it of them, and of no others."""
+    words = "decodes no stacked experts"
+    moeglot.convert(plain, f"qwen3-moe/transformers-5+{coding}", tmp_path / "stacked", allow_loss=True)
+    assert any(words in finding.what for finding in moeglot.lint(moeglot.open(tmp_path / "stacked"), sample=False))
+    moeglot.convert(plain, f"{HUB}+{coding}", tmp_path / "one-each", allow_loss=True)
+    assert not any(words in finding.what for finding in moeglot.lint(moeglot.open(tmp_path / "one-each"), sample=False))
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "stacked", dtype=torch.bfloat16, output_loading_info=True)
+    assert {key for key in info["unexpected_keys"] if key.endswith(("scale", "scale_inv"))}
+    gate_up, _ = experts_of(tmp_path / "stacked")
+    assert float((model.model.layers[1].mlp.experts.gate_up_proj.data.float() - gate_up).norm() / gate_up.norm()) > 0.5
+
+
+@pytest.mark.parametrize("name", ["laguna", "hy-v3"])
+def test_modules_of_another_name_in_memory(name, tmp_path):
+    """What is left in floats is left alone under the names that its readers look for, wherever the disk has others."""
+    family = next(family for family in FAMILIES if family.name == name)
+    settings = dict.fromkeys(("intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 64)
+    config = families.config_of(family, {"e": 4, "h": 64, "i": 64})
+    for key in settings.keys() & config.to_dict().keys():
+        setattr(config, key, settings[key])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "plain")
+    moeglot.convert(tmp_path / "plain", f"{name}/hub+int4-pack", tmp_path / "coded", allow_loss=True)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "coded", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert families.logits(model.eval()).isfinite().all()
 
 
 @pytest.mark.parametrize("coding", ["fp8-block", "fp8-channel", "mxfp4-pack", "int4-pack"])
