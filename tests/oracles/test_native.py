@@ -4,6 +4,7 @@ Each cell quantizes a random model, decodes the file by the producers' rules (`t
 model and compares float32 logits: of `moeglot.load`, and of `moeglot.load(native=True)` in every backend. What cannot be is refused, and that is the cell.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.errors import UsageError
 from moeglot.formats import FAMILIES
-from moeglot.integrations.transformers import VERSION
+from moeglot.integrations.transformers import VERSION, model_class
 from moeglot.kernels import backend as kernels
 
 transformers.logging.set_verbosity_error()
@@ -320,12 +321,36 @@ def test_refusals(tmp_path):
         ({"native": True, "backend": "fast"}, "not a backend"),
         ({"native": True, "encode": "bfloat16"}, "no quantization"),
         ({"native": True, "encode": "mxfp4", "modules_to_not_convert": ["experts"]}, "converted nothing"),
+        ({"native": True, "encode": "mxfp4", "modules_to_not_convert": ["layers.0.mpl"]}, "names layers.0.mpl, and the model has no such module"),
         ({"encode": "mxfp4"}, "native=True"),
+        ({"dtype": "float64"}, "no model computes in it"),
+        ({"device_map": {"": "cuda:77"}}, "there is no device 'cuda:77'"),
     ):
         with pytest.raises(UsageError, match=words):
             moeglot.load(folder, **wrong)
     with pytest.raises(UsageError, match="quantized already"):
         moeglot.load(coded, native=True, encode="mxfp4")
+    for some in (range(2, 9), range(0), [0, 1], range(0, 2, 2)):
+        with pytest.raises(UsageError, match="experts that follow each other"):
+            moeglot.nn.Experts.of(moeglot.open(folder), 0, experts=some)
+
+
+@pytest.mark.parametrize("encode", ["mxfp4", "nvfp4", "int4:32"])
+def test_sizes_that_are_no_whole_number_of_blocks(encode, tmp_path):
+    config = families.config_of(next(family for family in FAMILIES if family.name == "gpt-oss"), {"e": 3, "h": 72, "i": 40})
+    families.saved(model_class(config)(config), tmp_path, True)
+    with pytest.raises(moeglot.MoeglotError, match="blocks"):
+        moeglot.load(tmp_path, native=True, encode=encode)
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
+    """Nor is anybody asked whether to run it."""
+    families.saved(model_of("deepseek-v3", "square"), tmp_path, True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2", "auto_map": own}))
+    with pytest.raises(UsageError, match="moeglot runs none"):
+        moeglot.load(tmp_path)
 
 
 def test_modules_to_not_convert(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import transformers
 
 from moeglot.certificate import write_json
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.dtypes import WEIGHT_DTYPES, DType, by_torch_name
+from moeglot.dtypes import DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
@@ -34,6 +34,8 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
 OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"}
 """Arguments of `from_pretrained` that `load` settles itself."""
+LOADED = ("float32", "bfloat16", "float16")
+"""The float types that a model computes in."""
 INSTALLED = f"transformers {transformers.__version__}"
 
 
@@ -60,7 +62,8 @@ def load(
         raise UsageError(
             f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
         )
-    _check_device(device)
+    for place in (device, *_devices(options.get("device_map"))):
+        _check_device(place)
     checkpoint = open(path, format)
     mine = share.of(checkpoint.sizes["e"]) if share else None
     kind = _dtype(checkpoint, dtype)
@@ -73,7 +76,7 @@ def load(
     state = state_dict(chosen, kind)
     places = {name: options[name] for name in transformers_placement.PLACING if native and name in options}
     if native:
-        transformers_native.check(chosen, modules, empty)
+        transformers_native.check(chosen, modules, empty, native.encode, native.kept)
         _check_native(checkpoint, chosen, device, places, share)
         transformers_native.hollow(chosen, state)
     placement = {} if native else transformers_parallel.options(share) if share else _placement(device, options)
@@ -114,8 +117,9 @@ def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Map
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
     """The float type to load in; without a word, the one that config.json declares."""
     found = by_torch_name(str(dtype).removeprefix("torch.") if dtype not in (None, "auto") else float_type(checkpoint))
-    if found.name not in WEIGHT_DTYPES:
-        raise UsageError(f"dtype {found.torch_name} holds no weights without scales", "a model is loaded in a float type", "pass dtype='bfloat16' or 'float32'")
+    if found.torch_name not in LOADED:
+        known = f"a model is loaded in {', '.join(LOADED)}"
+        raise UsageError(f"dtype {found.torch_name}: no model computes in it", known, "pass dtype='bfloat16' or 'float32'")
     return found
 
 
@@ -124,11 +128,11 @@ def config_of(checkpoint: Checkpoint) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", checkpoint.config)
         try:
-            config = transformers.AutoConfig.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, KeyError) as error:
-            raise UsageError(
-                f"{INSTALLED} knows no model_type {checkpoint.config.get('model_type')}", checkpoint.known, "install a version that has the family"
-            ) from error
+            own = "; its config.json names code that comes with it (auto_map), and moeglot runs none" if "auto_map" in checkpoint.config else ""
+            wrong = f"{INSTALLED} knows no model_type {checkpoint.config.get('model_type')}{own}"
+            raise UsageError(wrong, checkpoint.known, "install a version that has the family; inspect, convert and verify need none") from error
     return config
 
 
@@ -164,6 +168,12 @@ def _placement(device: str | torch.device | int | None, options: Mapping[str, An
         return {}
     _one_of(device, options)
     return {} if torch.device(device) == torch.device("cpu") else {"device_map": {"": device}}
+
+
+def _devices(device_map: Any) -> Sequence[Any]:
+    """The devices that a device_map names; none where it names a way to choose them."""
+    places = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
+    return [place for place in places if place not in (None, "disk", "auto", "balanced", "balanced_low_0", "sequential")]
 
 
 def _check_device(device: str | torch.device | int | None) -> None:

@@ -236,8 +236,15 @@ def path_of(chosen: Plan, layer: int) -> str:
     return paths.pop()
 
 
-def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module) -> None:
-    """Before anything is read: every layer has a module whose place can be taken."""
+def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module, encode: str | None, kept: Sequence[str]) -> None:
+    """Before anything is read: every layer has a module whose place can be taken, what is to be encoded has whole blocks, what is kept is there."""
+    lines = held_lines(chosen.source, held_format(chosen.source, encode)) if encode else ()
+    for line, part in [(line, part) for line, encoding in lines for part in encoding.parts]:
+        line.part_shape(part, chosen.source.sizes)
+    for name in kept:
+        if not any(leaves_alone({"modules_to_not_convert": [name]}, module) for module, _ in empty.named_modules()):
+            known = f"one of its modules is {path_of(chosen, chosen.source.layers[0])}; a name, a part of one between dots, or a pattern with * is meant"
+            raise UsageError(f"modules_to_not_convert names {name}, and the model has no such module", known, "check the spelling")
     if any(modules.get(name) != shape for name, shape in expert_names(chosen).items()) and VERSION >= (5, 0):
         raise _refused(f"{INSTALLED} has no module in a layout of {chosen.source.format.family.name} that moeglot knows", chosen.source.known)
     for layer in chosen.source.layers[:1]:

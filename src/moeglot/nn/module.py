@@ -63,7 +63,10 @@ class Experts(torch.nn.Module):
 
         Raises `TensorMismatch` for a layer without experts and `BadNumbers` for parts that are impossible.
         """
-        some = experts if experts is not None else range(checkpoint.sizes["e"])
+        there = range(checkpoint.sizes["e"])
+        some = experts if experts is not None else there
+        if not isinstance(some, range) or not some or some.step != 1 or some[0] not in there or some[-1] not in there:
+            raise UsageError(f"experts={experts}", f"experts that follow each other are held; the layer has {len(there)}", f"pass a part of {there}")
         sizes = {**checkpoint.sizes, "e": len(some)}
         checkpoint.experts(layer)
         found = []
