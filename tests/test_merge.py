@@ -326,6 +326,16 @@ def test_experts_that_fall_back_to_the_nearest_are_named(tmp_path):
     assert torch.equal(matrix(gptq, "down", 1, 2), matrix(nearest, "down", 1, 2))
 
 
+@pytest.mark.parametrize(("moments", "error"), [(torch.eye(64), moeglot.TensorMismatch), (torch.full((128, 128), float("nan")), moeglot.BadNumbers)])
+def test_moments_of_another_model(moments, error, tmp_path):
+    made, file = case(tmp_path, "qwen3-moe", "mxfp4", "square"), tmp_path / "moments.safetensors"
+    names = [f"layers.{layer}.experts.{expert}.{name}" for layer in range(2) for expert in range(EXPERTS) for name in ("hidden", "intermediate")]
+    save_file({name: moments.clone() for name in names}, file)
+    with pytest.raises(error, match="gather them again"):
+        moeglot.merge(made.base, made.adapter, tmp_path / "out", round=f"gptq:{file}", threshold=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_names_another_base_is_told(tmp_path):
     made = case(tmp_path, "qwen3-moe", "bf16", "square")
     for named, told in (("somebody/another-model", True), (f"somebody/{made.base.source.folder.name}", False), (None, False)):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
     "target_modules": (list, str),
     "exclude_modules": (list, str),
     "layers_to_transform": (list, int),
+    "layers_pattern": (list, str),
 }
 """What we read, where it is not null."""
 
@@ -135,11 +136,15 @@ class AdapterConfig:
         return any(name == target or name.endswith(f".{target}") for target in targets)
 
     def _in_layers(self, name: str) -> bool:
-        only = self.raw.get("layers_to_transform")
-        if only is None:
+        """As PEFT has it: the number behind a name of layers_pattern, or behind any; before 0.20 the last such number, which may be an expert's."""
+        only, patterns = self.raw.get("layers_to_transform"), self.raw.get("layers_pattern") or [r"[^.]*"]
+        if only is None or only == []:
             return True
-        found = re.search(r"\.layers\.(\d+)\.", f".{name}")
-        return found is not None and int(found[1]) in (only if isinstance(only, list) else [only])
+        release = re.match(r"0\.(\d+)\.", str(self.raw.get("peft_version")))
+        before = ".*" if release is None or int(release[1]) < 20 else ".*?"
+        found = [_compiled(rf"{before}\.{pattern}\.(\d+)\.").match(f".{name}") for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+        number = next((match[1] for match in found if match), None)
+        return number is not None and int(number) in (only if isinstance(only, list) else [only])
 
     def check(self) -> None:
         """Raises `UnsupportedAdapter` for what is more than LoRA, and `BrokenFile` for values that are none of that key."""
@@ -148,6 +153,12 @@ class AdapterConfig:
             numbers = value.values() if isinstance(value, dict) and key.endswith("_pattern") else ()
             if (value is not None and not isinstance(value, kinds)) or not all(isinstance(number, (int, float)) for number in numbers):
                 raise BrokenFile(f"{CONFIG}: {key} = {str(value)[:80]}", "PEFT's LoraConfig writes another type there", "fetch it again from its writer")
+            if not all(map(isfinite, numbers)):
+                raise BrokenFile(
+                    f"{CONFIG}: {key} has a number that is not finite", "it is a rank, or what scales the factors", "fetch it again from its writer"
+                )
+        if isinstance(alpha := self.raw.get("lora_alpha"), float) and not isfinite(alpha):
+            raise BrokenFile(f"{CONFIG}: lora_alpha = {alpha}", "the scale is lora_alpha / rank", "fetch it again from its writer")
         if (kind := self.raw.get("peft_type", "LORA")) != "LORA":
             raise _unsupported(f"peft_type is {kind}", "moeglot reads LoRA")
         for key, why in REFUSED.items():

@@ -123,7 +123,7 @@ def _place(adapter: Adapter, to: Convention, place: Place) -> Written:
     dtype = _common(*(entry.dtype for pair in used for entry in (pair.a, pair.b))) if used else "F32"
     if len({pair.scale for pair in used}) > 1:
         dtype = "F32"
-    return Written(place, rank, used[0].scale if used else 1.0, beside, shared, dtype)
+    return Written(place, rank, max((pair.scale for pair in used), key=abs, default=1.0), beside, shared, dtype)
 
 
 def _one_right(roles: list[tuple[str, Pair | None]], expert: int) -> bool:
@@ -150,7 +150,7 @@ def _common(*dtypes: str) -> str:
 def _uniform(places: list[Written], others: list[Written], notes: list[str]) -> tuple[list[Written], list[Written]]:
     """One rank and one scale for all, because the reader knows no others."""
     every = [*places, *others]
-    rank, scale = max(one.rank for one in every), every[0].scale
+    rank, scale = max(one.rank for one in every), max((one.scale for one in every), key=abs)
     if len({one.rank for one in every}) > 1:
         notes.append(f"ranks {sorted({one.rank for one in every})} become {rank} with zeros, because the reader knows one rank")
     if len({one.scale for one in every}) > 1:
@@ -227,11 +227,11 @@ def _tensors(plan: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
         stored = lay(plan.to, [left.to(dtype) for left in (lefts[:1] if of_y else lefts)], [right.to(dtype) for right in (rights[:1] if of_x else rights)])
         yield from zip((PREFIX + one.place.a, PREFIX + one.place.b), stored, strict=True)
     for alias, dense, one in plan.dense:
-        left, right = _scaled(*dense.raw(), dense.scale / one.scale)
+        left, right = _scaled(*dense.raw(), _ratio(dense.scale, one.scale))
         left, right = (side.to(DTYPES[one.dtype].torch) for side in (_pad(left, one.rank, 1), _pad(right, one.rank, 0)))
         yield from zip(_dense_keys(alias, dense), (left.mT, right.mT) if dense.embedding else (right, left), strict=True)
         if dense.bias_entry:
-            yield f"{PREFIX}{alias}.lora_B.bias", dense.bias_entry.read().float() * (dense.scale / one.scale)
+            yield f"{PREFIX}{alias}.lora_B.bias", dense.bias_entry.read().float() * _ratio(dense.scale, one.scale)
     for name, replaced in plan.replaced:
         yield PREFIX + name, replaced.entry.read()
 
@@ -240,7 +240,7 @@ def _sides(one: Written, sizes: Sizes, expert: int, roles: list[tuple[str, Pair 
     """[y, r] and [r, x] of one expert of a place, padded with zeros to its rank."""
     import torch
 
-    factors = {role: _scaled(*pair.raw(role, expert), pair.scale / one.scale) for role, pair in roles if pair}
+    factors = {role: _scaled(*pair.raw(role, expert), _ratio(pair.scale, one.scale)) for role, pair in roles if pair}
     if not factors:
         sizes = one.place.sizes(sizes)
         return torch.zeros(sizes["y"], one.rank), torch.zeros(one.rank, sizes["x"])
@@ -252,6 +252,11 @@ def _sides(one: Written, sizes: Sizes, expert: int, roles: list[tuple[str, Pair 
         lefts.append(join(one.place, parts))
         rights.append(factors[among[0]][1])
     return _pad(torch.cat(lefts, 1), one.rank, 1), _pad(torch.cat(rights), one.rank, 0)
+
+
+def _ratio(scale: float, written: float) -> float:
+    """What factors are multiplied by, so that the written scale stands for theirs."""
+    return 1.0 if scale == written else scale / written
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:

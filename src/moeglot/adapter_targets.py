@@ -55,7 +55,7 @@ def _depth(stem: str, key: str) -> int | None:
 
 def _check_layers(base: Checkpoint, keys: Sequence[str]) -> None:
     for key in keys:
-        found = re.search(r"\.layers\.(\d+)\.", f".{key}")
+        found = re.search(r"\.(?:layers|blocks?)\.(\d+)\.", f".{key}")
         if not found or int(found[1]) not in base.layers:
             raise HalfAdapter(
                 f"{key}: the base has no experts there", f"they are in layers {base.layers}", "check that the base is the one that it was trained on"

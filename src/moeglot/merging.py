@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.encoding import Encoded, Encoding, Parts
 from moeglot.encodings.plain import Plain
-from moeglot.errors import UnsupportedAdapter, UsageError
+from moeglot.errors import BadNumbers, TensorMismatch, UnsupportedAdapter, UsageError
 from moeglot.floats import values
 from moeglot.folding import Move, Piece, fold
 from moeglot.layout import Stored
@@ -83,8 +83,15 @@ class Change:
 
     def _moments(self, layer: int, role: str, expert: int) -> torch.Tensor | None:
         """float32 [in, in] of the inputs of one matrix; None for an expert that no token reached. Raises `UsageError` for a layer that was not measured."""
-        if found := self._measured.get(moments_key(layer, expert, role)):
-            return found.read()
+        if found := self._measured.get(key := moments_key(layer, expert, role)):
+            base = self.adapter.base
+            width = base.sizes[base.format.line_of(role).role_axes.split()[-1]]
+            if found.shape != (width, width):
+                wrong = f"{self.rounding.moments}: {key} is {list(found.shape)}, the matrix has {width} inputs"
+                raise TensorMismatch(wrong, f"it was gathered on another model than {base.source.name}", "gather them again on this base")
+            if not bool((moments := found.read()).isfinite().all()):
+                raise BadNumbers(f"{self.rounding.moments}: {key} has numbers that are not finite", "no text has such inputs", "gather them again on this base")
+            return moments
         if not any(key.startswith(f"layers.{layer}.") for key in self._measured):
             raise UsageError(
                 f"{self.rounding.moments} has no layers.{layer}",

@@ -252,6 +252,17 @@ def test_patterns_and_rslora(family, tmp_path):
         assert relative(logits(load(trained, tmp_path / f"{n}-same")), trained.live) <= LIMIT
 
 
+@pytest.mark.parametrize(
+    "only", [{"layers_to_transform": [0, 2]}, {"layers_to_transform": 1}, {"layers_to_transform": [1], "layers_pattern": "layers"}], ids=str
+)
+def test_some_layers(only, tmp_path):
+    """Where each expert is a module, PEFT before 0.20 takes the experts' numbers for the layers', if no pattern says which number is meant."""
+    trained = train(tmp_path, "qwen3-moe", SIZES["neither"], **only)
+    assert relative(logits(trained.plain()), trained.live) > 100 * LIMIT
+    adapter = moeglot.open_adapter(trained.adapter, trained.base, written_by_this_cell("qwen3-moe"))
+    assert relative(logits(apply(adapter, trained.plain(), "qwen3-moe")), trained.live) <= LIMIT
+
+
 @pytest.mark.skipif(not FUSED or not SWAPS or BROKEN, reason="only PEFT >= 0.19 on transformers 5 joins the modules of an adapter from transformers 4")
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
 def test_an_adapter_of_transformers_4_that_it_joins(family, tmp_path):

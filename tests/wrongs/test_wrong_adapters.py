@@ -200,6 +200,8 @@ HALVES = {
         moeglot.HalfAdapter,
     ),
     "only one parameter is named": ("PEFT", lambda t: None, {"target_parameters": ["experts.down_proj"]}, moeglot.HalfAdapter),
+    "a scale without end": ("PEFT", lambda t: None, {"lora_alpha": float("inf")}, moeglot.BrokenFile),
+    "a scale that is none": ("PEFT", lambda t: None, {"alpha_pattern": {"down_proj": float("nan")}}, moeglot.BrokenFile),
     "no scale": ("PEFT", lambda t: None, {"lora_alpha": None}, moeglot.AdapterError),
     "DoRA": ("PEFT", lambda t: None, {"use_dora": True}, moeglot.UnsupportedAdapter),
     "DoRA without a word": ("PEFT", add("model.layers.0.self_attn.q_proj.lora_magnitude_vector"), {}, moeglot.UnsupportedAdapter),
@@ -253,6 +255,20 @@ def test_a_rank_that_the_tensors_do_not_have_is_told(said, tmp_path):
     adapter = moeglot.open_adapter(path, base, "peft")
     assert worst(adapter, made) <= LIMIT
     assert any(f"adapter_config.json says {said or 'no rank'}; tensors decide" in reason for reason in adapter.evidence)
+
+
+@pytest.mark.parametrize("to", ["per-expert", "tinker", "peft"])
+@pytest.mark.parametrize(("config", "none"), [({"lora_alpha": 0}, ("gate", "up", "down")), ({"alpha_pattern": {"gate_proj": 0}}, ("gate",))])
+def test_a_scale_of_zero_is_no_change(config, none, to, tmp_path):
+    """Of all or of one role; whichever scale the target then has, the others change what they did."""
+    path, made, base = make(tmp_path, "vLLM's keys", "qwen3-moe", "neither")
+    change_config(path, **config)
+    moeglot.convert_adapter(moeglot.open_adapter(path, base), to, tmp_path / "out")
+    found = moeglot.open_adapter(tmp_path / "out", base, to)
+    for (layer, role, expert), change in made.changes.items():
+        left, right = found.factors(layer, role, expert)
+        expected = torch.zeros_like(change) if role in none else change
+        assert float((left.double() @ right.double() - expected).norm() / change.norm()) <= LIMIT
 
 
 def test_factors_that_are_not_finite(tmp_path):
