@@ -1,6 +1,7 @@
 """What config.json declares of codes, as producers write it: what is not understood is refused before a number is read or written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import BrokenFile, TensorMismatch, UnknownFormat
+from moeglot.encodings.fp8 import FP8
+from moeglot.errors import BadNumbers, BrokenFile, TensorMismatch, UnknownFormat
 from moeglot.experts import Expert
 from moeglot.formats import FAMILIES
 
@@ -216,6 +218,47 @@ def test_verify_reads_every_weight_and_knows_every_certified_byte(tmp_path):
     found = moeglot.verify(out)
     assert found.verdict == "does not hold"
     assert "model.norm.weight has NaN" in found.checks[1].detail
+
+
+PROJECTION = "model.layers.0.self_attn.o_proj.weight"
+FAULTS = {
+    "scales that are NaN": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(torch.nan),
+    "scales that are NaN or infinite": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(torch.inf),
+    "under which codes are infinite": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(3e38),
+    "scales of 0 beside codes": lambda tensors: tensors[PROJECTION + "_scale_inv"].zero_(),
+    "which are NaN in E4M3": lambda tensors: tensors[PROJECTION].view(torch.uint8)[0, 0].fill_(0x7F),
+    f"{PROJECTION}_scale_inv: missing": lambda tensors: tensors.pop(PROJECTION + "_scale_inv"),
+    "e_score_correction_bias has NaN": lambda tensors: tensors["model.layers.0.mlp.gate.e_score_correction_bias"][1].fill_(torch.inf),
+}
+
+
+@pytest.fixture(scope="module")
+def with_fp8_attention(tmp_path_factory):
+    """DeepSeek-V3 in FP8 blocks, a matrix that is no expert among them, as its producer writes it."""
+    where = tmp_path_factory.mktemp("fp8")
+    moeglot.convert(write_checkpoint(where / "plain", "deepseek-v3/hub", {**SIZES, "q": 6}, 1), "deepseek-v3/hub+fp8-block", where / "out", allow_loss=True)
+    (where / "out" / "moeglot.json").unlink()
+    tensors, config = load_file(where / "out" / "model.safetensors"), json.loads((where / "out" / "config.json").read_text())
+    coded = FP8(scale="F32").encode(torch.randn(tensors[PROJECTION].shape))
+    tensors |= {PROJECTION: coded["weight"], PROJECTION + "_scale_inv": coded["scale"]}
+    save_file(tensors, where / "out" / "model.safetensors", {"format": "pt"})
+    del config["quantization_config"]["modules_to_not_convert"]
+    (where / "out" / "config.json").write_text(json.dumps(config))
+    assert moeglot.verify(where / "out").verdict == "holds"
+    return where / "out"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_numbers_of_what_is_no_expert(fault, with_fp8_attention, tmp_path):
+    source = Path(shutil.copytree(with_fp8_attention, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    FAULTS[fault](tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    found = moeglot.verify(source)
+    assert [check.what for check in found.checks if check.verdict == "does not hold"] == ["finite numbers and scales"]
+    assert fault in found.checks[1].detail
+    with pytest.raises(BadNumbers, match=re.escape(fault)):
+        moeglot.convert(source, "deepseek-v3/hub+fp8-block", tmp_path / "out")
 
 
 def test_a_declared_type_that_other_tensors_need(tmp_path):

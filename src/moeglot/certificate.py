@@ -12,7 +12,7 @@ from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
 from moeglot.encoding import Encoded
-from moeglot.errors import NotVerified
+from moeglot.errors import BadNumbers, NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.floats import row_pairs, squares
 from moeglot.forward import Matrices, forward
@@ -22,6 +22,7 @@ from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
 from moeglot.remote import Location
 from moeglot.units import make
+from moeglot.unsound import unsound
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
 
@@ -40,7 +41,8 @@ class Certificate:
 
 
 def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
-    """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`. `losses`: by unit."""
+    """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`, or `BadNumbers`
+    for what was broken before. `losses`: by unit."""
     report = _verify(plan, folder, losses, threads, progress)
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
@@ -79,6 +81,9 @@ def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
     if plan.change and plan.change.adapter.layers:
         found = survived(plan, losses)
         checks += [applied(written, plan, sums(found), threads, progress), live(written, plan, found, threads, progress)]
+    if fault := next(unsound(written), None):
+        known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
+        raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")
     return Report(folder.name, plan.source.source.name, tuple(checks))
 
 

@@ -20,6 +20,7 @@ from moeglot.floats import row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
 from moeglot.misreadings import right
+from moeglot.unsound import unsound
 
 SLAB = 1 << 20
 """Numbers of a matrix that are compared at a time."""
@@ -107,21 +108,16 @@ def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | No
         return None
 
     bad = [found for found in each_expert(checkpoint, work, "reading", workers, progress) if found]
-    others = _not_finite(checkpoint)
+    try:
+        others = list(unsound(checkpoint))
+    except (TensorMismatch, Contradiction):  # where the format cannot name a tensor, or copies differ, other checks say so
+        others = []
     if bad:
         return Check("values", "does not hold", "finite numbers and scales", f"{bad[0]} ({len(bad)} experts)", {"problems": len(bad)})
     if others:
-        detail = f"{others[0]} has NaN or infinite numbers ({len(others)} tensors that are no experts)"
+        detail = f"{others[0]} ({len(others)} tensors that are no experts)"
         return Check("values", "does not hold", "finite numbers and scales", detail, {"problems": len(others)})
     return Check("values", "holds", "finite numbers and scales", "every expert was read, and every other weight")
-
-
-def _not_finite(checkpoint: Checkpoint) -> list[str]:
-    """The weights that are no experts and have NaN or infinite numbers. Where the format cannot name them, or copies differ, other checks say so."""
-    try:
-        return [name for name, tensor in checkpoint.dense.items() if name.endswith((".weight", ".bias")) and not tensor.is_finite()]
-    except (TensorMismatch, Contradiction):
-        return []
 
 
 def as_certified(checkpoint: Checkpoint) -> list[Check]:
