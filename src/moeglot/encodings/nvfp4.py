@@ -103,7 +103,8 @@ class NVFP4(Encoding):
         # A single scale of zero beside codes is what some exports of small groups hold: its values are zeros.
         if empty and bool((packed & 0x77).any()):
             return f"has scales of zero or a global of {whole.min().item():g} beside codes that are not zero, as in a file that was never filled"
-        if not bool((self._rules.factor(scale.to(torch.float32), whole) * nvfp4.LARGEST_CODE).isfinite().all()):
+        most = scale.to(torch.float32).amax() if scale.numel() else torch.ones(())
+        if not bool((self._rules.factor(most, whole) * nvfp4.LARGEST_CODE).isfinite().all()):
             return f"has a global scale of {whole.min().item():g}, under which numbers are not finite"
         return carried_problem(parts, self.carried)
 
