@@ -38,6 +38,7 @@ LAYERS = (
     {"adapter_written"},
     {"adapter_convert", "merging"},
     {"checks", "experts", "loss", "unsound"},
+    {"certified"},
     {"misreadings", "targets", "lint"},
     {"dense_plan"},
     {"plan"},

@@ -1,6 +1,7 @@
 """What config.json declares of codes, as producers write it: what is not understood is refused before a number is read or written."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ from moeglot.encodings.fp8 import FP8
 from moeglot.errors import BadNumbers, BrokenFile, TensorMismatch, UnknownFormat
 from moeglot.experts import Expert
 from moeglot.formats import FAMILIES
+from moeglot.inspection import inspect_json
+from moeglot.report import dump
 
 SIZES = {"e": 3, "h": 128, "i": 128}
 ATTENTION = "model.layers.0.self_attn.q_proj"
@@ -279,3 +282,74 @@ def test_chat_templates_in_a_folder_of_their_own(tmp_path):
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert "additional_chat_templates/tool_use.jinja" in json.loads((tmp_path / "out" / "moeglot.json").read_text())["output"]["sha256"]
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory):
+    """The output of a conversion in several shards, with what lies beside weights."""
+    where = tmp_path_factory.mktemp("certified")
+    source = folder(where)
+    (source / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "README.md", "additional_chat_templates/rag.jinja", os.fsdecode(b"not\xff.txt")):
+        (source / name).write_text("{}")
+    moeglot.convert(source, "qwen3-moe/hub", where / "out", shard_size=100_000)
+    return where / "out"
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def without_a_shard(folder: Path) -> None:
+    """The last one, which the index no longer names."""
+    index = folder / "model.safetensors.index.json"
+    told = json.loads(index.read_text())["weight_map"]
+    gone = next(file for file in set(told.values()) if not any(".experts." in name for name in told if told[name] == file))
+    (folder / gone).unlink()
+    rewrite(index, weight_map={name: file for name, file in told.items() if file != gone})
+
+
+CHANGES = {
+    "config.json is not as": lambda folder: rewrite(folder / "config.json", num_experts_per_tok=1),
+    "tokenizer.json is not as": lambda folder: rewrite(folder / "tokenizer.json", a=1),
+    "chat_template.jinja is missing": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "additional_chat_templates/rag.jinja is missing": lambda folder: (folder / "additional_chat_templates" / "rag.jinja").unlink(),
+    "not\\udcff.txt is missing": lambda folder: (folder / os.fsdecode(b"not\xff.txt")).unlink(),
+    "-of-00013.safetensors is missing, model.safetensors.index.json is not as": without_a_shard,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_certified_file_is_there_as_it_was(change, certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    assert moeglot.verify(out).verdict == "holds"
+    CHANGES[change](out)
+    found = moeglot.verify(out)
+    assert [(check.what, check.verdict) for check in found.checks if check.verdict != "holds"] == [("as certified", "does not hold")]
+    assert change in found.checks[-1].detail
+
+
+def test_a_model_card_may_be_edited_after_a_conversion(certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    (out / "README.md").write_text("ours")
+    (out / "added.txt").write_text("ours, too")
+    check = moeglot.verify(out).checks[-1]
+    assert (check.what, check.verdict) == ("as certified", "holds")
+    assert "README.md is not as moeglot.json certifies it, which no program reads" in check.detail
+
+
+@pytest.mark.parametrize("text", ['{"schema": "moeg', "[]", '{"output": {"sha256": {"../config.json": "0"}}}', '{"output": {"sha256": {}}}', "\udcff"])
+def test_a_certificate_that_cannot_be_read(text, certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    (out / "moeglot.json").write_text(text, errors="surrogateescape")
+    check = moeglot.verify(out).checks[-1]
+    assert (check.what, check.verdict) == ("as certified", "cannot tell")
+    assert check.detail.startswith("moeglot.json ")
+
+
+def test_json_of_a_name_that_is_no_utf8(tmp_path):
+    """A name on Linux is any bytes; what is printed is JSON in UTF-8 all the same, and says the name."""
+    name = os.fsdecode(b"not\xff")
+    text = dump(inspect_json(moeglot.open(folder(tmp_path).rename(tmp_path / name)))).encode("utf-8")
+    assert os.fsencode(json.loads(text)["path"]).endswith(b"/not\xff")

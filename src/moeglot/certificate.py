@@ -21,6 +21,7 @@ from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
 from moeglot.remote import Location
+from moeglot.source import TEMPLATES
 from moeglot.units import make
 from moeglot.unsound import unsound
 from moeglot.verify import difference, others, structure, values
@@ -166,7 +167,9 @@ class Rounded:
 
 
 def write_json(path: Location, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """What UTF-8 does not hold, as a byte of a file's name or half a pair of surrogates, is an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -190,8 +193,10 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
     whole = source.share == source.source.share  # else the shards hold what other processes have, too, which is not read
     files = [*(source.source.shards if whole else ()), *(p for p in [source.source.home / "config.json"] if p.exists())]
     of_rank = "{0.parent.name}/{0.name}" if source.source.ranks else "{0.name}"
-    written = sorted((path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE), key=lambda path: path.name)
-    hashes = digests([*files, *written], threads)
+    templates = folder / TEMPLATES
+    written = {path.name: path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE}
+    written |= {f"{TEMPLATES}/{path.name}": path for path in (templates.iterdir() if templates.is_dir() else ())}
+    hashes = digests([*files, *written.values()], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
@@ -199,7 +204,7 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),
-            "sha256": {path.name: hashes[path] for path in written},
+            "sha256": {name: hashes[path] for name, path in sorted(written.items())},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),

@@ -188,18 +188,14 @@ class Checkpoint:
     @cached_property
     def _quantized(self) -> dict[str, tuple[Encoding, dict[str, str]]]:
         """As `matrices`; raises `Contradiction` for scales that nothing declares."""
-        if undeclared := sorted(self._scaled - self.matrices.keys()):
+        scaled = {module for coding in self.codings for module in self._modules(coding)}
+        if undeclared := sorted(scaled - self.matrices.keys()):
             raise Contradiction(
                 f"{undeclared[0]} has scales, and config.json does not say how it is quantized, or in a way that moeglot does not know",
                 f"quantization_config says {brief(said(self.source.config))}; {self.known}",
                 "take config.json from the checkpoint's producer, or convert to a layout that keeps the encoding as it is",
             )
         return self.matrices
-
-    @cached_property
-    def _scaled(self) -> set[str]:
-        """Modules that are no experts and have scales under names that we know."""
-        return {module for coding in self.codings for module in self._modules(coding)}
 
     @cached_property
     def matrices(self) -> dict[str, tuple[Encoding, dict[str, str]]]:

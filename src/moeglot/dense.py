@@ -158,7 +158,7 @@ class DecodedTensor:
         try:
             shape = self.encoding.matrix_shape(stored)
         except (ValueError, IndexError) as error:
-            known = f"it is coded as {self.encoding}, and its parts are {({name: list(part.shape) for name, part in stored.items()})}"
+            known = f"it is coded as {self.encoding}, and its parts are { ({name: list(part.shape) for name, part in stored.items()}) }"
             raise TensorMismatch(f"{self.origin}: no matrix", known, "check quantization_config against the producer's") from error
         for part in self.encoding.parts:  # a view of another shape would be other numbers
             expected, found = part.shape(shape), tuple(stored[part.name].shape)

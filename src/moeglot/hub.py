@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICE
 
 Header = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]
 """(tensor -> its description, metadata) as in a safetensors header."""
+
+
+def is_fetched(file: str) -> bool:
+    """A file of a repository is one that `fetch` asks for."""
+    return "/" not in file and any(fnmatchcase(file, pattern) for pattern in FILES)
 
 
 def fetch(name: str) -> Path:

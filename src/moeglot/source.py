@@ -140,9 +140,15 @@ def _root(folder: Location) -> Path:
     """The folder that files may not leave (a store has no links); in huggingface_hub's cache, snapshots link to the blobs of their own repository."""
     if isinstance(folder, Remote):
         return Path()
+    return folder.resolve().parent.parent if in_cache(folder) else folder.resolve()
+
+
+def in_cache(folder: Location) -> bool:
+    """It is a snapshot of a repository in huggingface_hub's cache."""
+    if isinstance(folder, Remote):
+        return False
     repository = folder.resolve().parent.parent
-    cached = folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--") and (repository / "blobs").is_dir()
-    return repository if cached else folder.resolve()
+    return folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--") and (repository / "blobs").is_dir()
 
 
 def _shards(folder: Location, root: Path) -> Iterator[Location]:

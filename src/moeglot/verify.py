@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from moeglot import scratch
+from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
-from moeglot.digests import certified, sha256
 from moeglot.divided import alongside
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
@@ -118,19 +118,6 @@ def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | No
         detail = f"{others[0]} ({len(others)} tensors that are no experts)"
         return Check("values", "does not hold", "finite numbers and scales", detail, {"problems": len(others)})
     return Check("values", "holds", "finite numbers and scales", "every expert was read, and every other weight")
-
-
-def as_certified(checkpoint: Checkpoint) -> list[Check]:
-    """Every file of weights is the one that moeglot.json beside it certifies, to the byte; nothing where there is none."""
-    sources = checkpoint.source.ranks or (checkpoint.source,)
-    said = {path: digests.get(path.name) for source in sources if not source.single and (digests := certified(source.home)) for path in source.shards}
-    if not said:
-        return []
-    changed = [path.name for path, digest in said.items() if sha256(path) != digest]
-    if changed:
-        detail = f"{changed[0]} is another file than moeglot.json certifies ({len(changed)} of {len(said)})"
-        return [Check("values", "does not hold", "as certified", detail, {"changed": len(changed)})]
-    return [Check("values", "holds", "as certified", f"{len(said)} file{'s' * (len(said) > 1)} of weights, to the byte", {"changed": 0})]
 
 
 # --- values --------------------------------------------------------------------------------------------------------------------------

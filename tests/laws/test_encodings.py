@@ -315,7 +315,9 @@ def test_fp8_check_knows_what_decode_refuses(encoding):
         assert (encoding.check({**parts, "scale": scale}) is None) == (448 * 2.0**power < 2.0**128)
 
 
-@pytest.mark.parametrize("encoding", [FP8(scale="F32", carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),)), NVFP4(carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),))])
+@pytest.mark.parametrize(
+    "encoding", [FP8(scale="F32", carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),)), NVFP4(carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),))]
+)
 def test_a_scale_of_activations_is_a_number(encoding):
     parts = {**make_parts(replace(encoding, carried=()), (32, 64), 1).parts, "input_scale": torch.ones(1, 1)}
     assert encoding.check(parts) is None
