@@ -48,6 +48,18 @@ def fetch_headers(name: str) -> tuple[dict[str, Any], dict[str, Header]]:
         return told_beside(config, beside), headers
 
 
+def cached(name: str) -> Path | None:
+    """owner/name -> the folder of its files in huggingface_hub's cache, if weights are among them; nothing is asked of the network."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*/*"], local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
 def _json(name: str, file: str) -> dict[str, Any]:
     """A file of a repository, {} if it has none of this name."""
     import huggingface_hub

@@ -94,7 +94,12 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     if isinstance(local, Remote) and not local.is_dir():
         raise CheckpointError(f"{path}: nothing is there", "the store has no such file or folder", "check the URL")
     if not local.is_dir() and headers_only:
-        return _remote(str(path))
+        try:
+            return _remote(str(path))
+        except CheckpointError:
+            if (cached := hub.cached(str(path))) is None:
+                raise
+            local = cached  # as without `headers_only`: what was fetched before is enough where nobody answers
     if not local.is_dir():
         local = hub.fetch(str(path))
     if isinstance(local, Path) and is_torch_dist(local):
