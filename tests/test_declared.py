@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.encodings.fp8 import FP8
-from moeglot.errors import BadNumbers, BrokenFile, TensorMismatch, UnknownFormat
+from moeglot.errors import BadNumbers, BrokenFile, Contradiction, MoeglotError, TensorMismatch, UnknownFormat, UsageError
 from moeglot.experts import Expert
 from moeglot.formats import FAMILIES
 from moeglot.inspection import inspect_json
@@ -339,6 +340,12 @@ def test_a_model_card_may_be_edited_after_a_conversion(certified, tmp_path):
     assert "README.md is not as moeglot.json certifies it, which no program reads" in check.detail
 
 
+def test_a_certificate_is_no_fingerprint(certified):
+    with pytest.raises(UsageError, match="a certificate, not a fingerprint") as found:
+        moeglot.verify(certified, certified / "moeglot.json")
+    assert f"run `moeglot verify {certified}`" in str(found.value)
+
+
 @pytest.mark.parametrize("text", ['{"schema": "moeg', "[]", '{"output": {"sha256": {"../config.json": "0"}}}', '{"output": {"sha256": {}}}', "\udcff"])
 def test_a_certificate_that_cannot_be_read(text, certified, tmp_path):
     out = Path(shutil.copytree(certified, tmp_path / "out"))
@@ -353,3 +360,24 @@ def test_json_of_a_name_that_is_no_utf8(tmp_path):
     name = os.fsdecode(b"not\xff")
     text = dump(inspect_json(moeglot.open(folder(tmp_path).rename(tmp_path / name)))).encode("utf-8")
     assert os.fsencode(json.loads(text)["path"]).endswith(b"/not\xff")
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "llm_int8_skip_modules"])
+@pytest.mark.parametrize("value", [True, 4, "lm_head", {"lm_head": 1}])
+def test_modules_that_are_named_by_no_list(key, value, with_fp8_attention, tmp_path):
+    config = json.loads((with_fp8_attention / "config.json").read_text())
+    shutil.copytree(with_fp8_attention, tmp_path / "a")
+    rewrite(tmp_path / "a" / "config.json", quantization_config={**config["quantization_config"], key: value})
+    with pytest.raises(Contradiction, match=f"{key} = "):
+        moeglot.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layout", ["gpt-oss/openai", "gpt-oss/unsloth"])
+def test_a_claim_of_many_experts_is_not_believed(layout, tmp_path):
+    """What is looked for is bounded by what is in the file, whatever config.json says."""
+    source = write_checkpoint(tmp_path / "a", layout)
+    rewrite(source / "config.json", num_local_experts=10**9)
+    start = time.monotonic()
+    with pytest.raises(MoeglotError):
+        moeglot.open(source)
+    assert time.monotonic() - start < 5
