@@ -1,7 +1,10 @@
 """What config.json declares of codes, as producers write it: what is not understood is refused before a number is read or written."""
 
 import json
+import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import BrokenFile, TensorMismatch, UnknownFormat
+from moeglot.encodings.fp8 import FP8
+from moeglot.errors import BadNumbers, BrokenFile, Contradiction, MoeglotError, TensorMismatch, UnknownFormat, UsageError
 from moeglot.experts import Expert
 from moeglot.formats import FAMILIES
+from moeglot.inspection import inspect_json
+from moeglot.report import dump
 
 SIZES = {"e": 3, "h": 128, "i": 128}
 ATTENTION = "model.layers.0.self_attn.q_proj"
@@ -218,6 +224,47 @@ def test_verify_reads_every_weight_and_knows_every_certified_byte(tmp_path):
     assert "model.norm.weight has NaN" in found.checks[1].detail
 
 
+PROJECTION = "model.layers.0.self_attn.o_proj.weight"
+FAULTS = {
+    "scales that are NaN": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(torch.nan),
+    "scales that are NaN or infinite": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(torch.inf),
+    "under which codes are infinite": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(3e38),
+    "scales of 0 beside codes": lambda tensors: tensors[PROJECTION + "_scale_inv"].zero_(),
+    "which are NaN in E4M3": lambda tensors: tensors[PROJECTION].view(torch.uint8)[0, 0].fill_(0x7F),
+    f"{PROJECTION}_scale_inv: missing": lambda tensors: tensors.pop(PROJECTION + "_scale_inv"),
+    "e_score_correction_bias has NaN": lambda tensors: tensors["model.layers.0.mlp.gate.e_score_correction_bias"][1].fill_(torch.inf),
+}
+
+
+@pytest.fixture(scope="module")
+def with_fp8_attention(tmp_path_factory):
+    """DeepSeek-V3 in FP8 blocks, a matrix that is no expert among them, as its producer writes it."""
+    where = tmp_path_factory.mktemp("fp8")
+    moeglot.convert(write_checkpoint(where / "plain", "deepseek-v3/hub", {**SIZES, "q": 6}, 1), "deepseek-v3/hub+fp8-block", where / "out", allow_loss=True)
+    (where / "out" / "moeglot.json").unlink()
+    tensors, config = load_file(where / "out" / "model.safetensors"), json.loads((where / "out" / "config.json").read_text())
+    coded = FP8(scale="F32").encode(torch.randn(tensors[PROJECTION].shape))
+    tensors |= {PROJECTION: coded["weight"], PROJECTION + "_scale_inv": coded["scale"]}
+    save_file(tensors, where / "out" / "model.safetensors", {"format": "pt"})
+    del config["quantization_config"]["modules_to_not_convert"]
+    (where / "out" / "config.json").write_text(json.dumps(config))
+    assert moeglot.verify(where / "out").verdict == "holds"
+    return where / "out"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_numbers_of_what_is_no_expert(fault, with_fp8_attention, tmp_path):
+    source = Path(shutil.copytree(with_fp8_attention, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    FAULTS[fault](tensors)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    found = moeglot.verify(source)
+    assert [check.what for check in found.checks if check.verdict == "does not hold"] == ["finite numbers and scales"]
+    assert fault in found.checks[1].detail
+    with pytest.raises(BadNumbers, match=re.escape(fault)):
+        moeglot.convert(source, "deepseek-v3/hub+fp8-block", tmp_path / "out")
+
+
 def test_a_declared_type_that_other_tensors_need(tmp_path):
     """Who loads the folder as it says would round them."""
     plain = write_checkpoint(tmp_path / "plain", "qwen3-moe/transformers-5", {**SIZES, "q": 6, "d": 64}, 2, dtype=torch.float32)
@@ -236,3 +283,101 @@ def test_chat_templates_in_a_folder_of_their_own(tmp_path):
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert "additional_chat_templates/tool_use.jinja" in json.loads((tmp_path / "out" / "moeglot.json").read_text())["output"]["sha256"]
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory):
+    """The output of a conversion in several shards, with what lies beside weights."""
+    where = tmp_path_factory.mktemp("certified")
+    source = folder(where)
+    (source / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "README.md", "additional_chat_templates/rag.jinja", os.fsdecode(b"not\xff.txt")):
+        (source / name).write_text("{}")
+    moeglot.convert(source, "qwen3-moe/hub", where / "out", shard_size=100_000)
+    return where / "out"
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def without_a_shard(folder: Path) -> None:
+    """The last one, which the index no longer names."""
+    index = folder / "model.safetensors.index.json"
+    told = json.loads(index.read_text())["weight_map"]
+    gone = next(file for file in set(told.values()) if not any(".experts." in name for name in told if told[name] == file))
+    (folder / gone).unlink()
+    rewrite(index, weight_map={name: file for name, file in told.items() if file != gone})
+
+
+CHANGES = {
+    "config.json is not as": lambda folder: rewrite(folder / "config.json", num_experts_per_tok=1),
+    "tokenizer.json is not as": lambda folder: rewrite(folder / "tokenizer.json", a=1),
+    "chat_template.jinja is missing": lambda folder: (folder / "chat_template.jinja").unlink(),
+    "additional_chat_templates/rag.jinja is missing": lambda folder: (folder / "additional_chat_templates" / "rag.jinja").unlink(),
+    "not\\udcff.txt is missing": lambda folder: (folder / os.fsdecode(b"not\xff.txt")).unlink(),
+    "-of-00013.safetensors is missing, model.safetensors.index.json is not as": without_a_shard,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_certified_file_is_there_as_it_was(change, certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    assert moeglot.verify(out).verdict == "holds"
+    CHANGES[change](out)
+    found = moeglot.verify(out)
+    assert [(check.what, check.verdict) for check in found.checks if check.verdict != "holds"] == [("as certified", "does not hold")]
+    assert change in found.checks[-1].detail
+
+
+def test_a_model_card_may_be_edited_after_a_conversion(certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    (out / "README.md").write_text("ours")
+    (out / "added.txt").write_text("ours, too")
+    check = moeglot.verify(out).checks[-1]
+    assert (check.what, check.verdict) == ("as certified", "holds")
+    assert "README.md is not as moeglot.json certifies it, which no program reads" in check.detail
+
+
+def test_a_certificate_is_no_fingerprint(certified):
+    with pytest.raises(UsageError, match="a certificate, not a fingerprint") as found:
+        moeglot.verify(certified, certified / "moeglot.json")
+    assert f"run `moeglot verify {certified}`" in str(found.value)
+
+
+@pytest.mark.parametrize("text", ['{"schema": "moeg', "[]", '{"output": {"sha256": {"../config.json": "0"}}}', '{"output": {"sha256": {}}}', "\udcff"])
+def test_a_certificate_that_cannot_be_read(text, certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    (out / "moeglot.json").write_text(text, errors="surrogateescape")
+    check = moeglot.verify(out).checks[-1]
+    assert (check.what, check.verdict) == ("as certified", "cannot tell")
+    assert check.detail.startswith("moeglot.json ")
+
+
+def test_json_of_a_name_that_is_no_utf8(tmp_path):
+    """A name on Linux is any bytes; what is printed is JSON in UTF-8 all the same, and says the name."""
+    name = os.fsdecode(b"not\xff")
+    text = dump(inspect_json(moeglot.open(folder(tmp_path).rename(tmp_path / name)))).encode("utf-8")
+    assert os.fsencode(json.loads(text)["path"]).endswith(b"/not\xff")
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "llm_int8_skip_modules"])
+@pytest.mark.parametrize("value", [True, 4, "lm_head", {"lm_head": 1}])
+def test_modules_that_are_named_by_no_list(key, value, with_fp8_attention, tmp_path):
+    config = json.loads((with_fp8_attention / "config.json").read_text())
+    shutil.copytree(with_fp8_attention, tmp_path / "a")
+    rewrite(tmp_path / "a" / "config.json", quantization_config={**config["quantization_config"], key: value})
+    with pytest.raises(Contradiction, match=f"{key} = "):
+        moeglot.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layout", ["gpt-oss/openai", "gpt-oss/unsloth"])
+def test_a_claim_of_many_experts_is_not_believed(layout, tmp_path):
+    """What is looked for is bounded by what is in the file, whatever config.json says."""
+    source = write_checkpoint(tmp_path / "a", layout)
+    rewrite(source / "config.json", num_local_experts=10**9)
+    start = time.monotonic()
+    with pytest.raises(MoeglotError):
+        moeglot.open(source)
+    assert time.monotonic() - start < 5

@@ -112,21 +112,22 @@ def hub() -> Iterator[Hub]:
 OPEN = """
 import json, sys, moeglot
 try:
-    c = moeglot.open(sys.argv[1])
+    c = moeglot.open(sys.argv[1], headers_only=len(sys.argv) > 2)
 except moeglot.MoeglotError as error:
     print(json.dumps({"error": type(error).__name__, "text": str(error)}))
 else:
-    others = [path.name for path in c.source.others()]
+    others = [path.name for path in c.source.others()] if len(sys.argv) == 2 else []
     told = {"name": c.source.name, "format": c.format.name, "sizes": c.sizes, "folder": str(c.source.folder), "others": others}
     print(json.dumps({**told, "evidence": c.evidence, "tensors": {entry.name: (entry.dtype, entry.shape) for entry in c.source.entries.values()}}))
 """
 
 
-def _open(name: str, home: Path, url: str, **more: str) -> dict[str, object]:
+def _open(name: str, home: Path, url: str, headers_only: bool = False, **more: str) -> dict[str, object]:
     """What `moeglot.open(name)` finds in a process of its own: huggingface_hub reads its environment once, when it is imported."""
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGINGFACE_")) and not key.upper().endswith("_PROXY")}
     told = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **more}
-    done = subprocess.run([sys.executable, "-c", OPEN, name], env={**kept, **told}, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", OPEN, name, *["headers"] * headers_only]
+    done = subprocess.run(command, env={**kept, **told}, cwd=home, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
@@ -171,6 +172,19 @@ def test_a_second_open_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     assert _open(NAME, tmp_path, hub.url) == first
     assert not hub.fetched()
     assert _open(NAME, tmp_path, hub.url, HF_HUB_OFFLINE="1") == first
+
+
+def test_inspect_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    """What an earlier command fetched is enough; a snapshot without weights, which `inspect` leaves behind, is not."""
+    _refused(_inspected(tmp_path, hub.url, HF_HUB_OFFLINE="1"), NAME, "")
+    first = _inspected(tmp_path, hub.url)
+    _refused(_inspected(tmp_path, hub.url, HF_HUB_OFFLINE="1"), NAME, "")
+    _open(NAME, tmp_path, hub.url)
+    assert _inspected(tmp_path, hub.url, HF_HUB_OFFLINE="1") == first
+
+
+def _inspected(home: Path, url: str, **more: str) -> dict[str, object]:
+    return _open(NAME, home, url, headers_only=True, **more) | {"folder": ""}
 
 
 def test_a_folder_of_that_name_comes_first(hub: Hub, tmp_path: Path) -> None:

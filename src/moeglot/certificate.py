@@ -12,7 +12,7 @@ from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
 from moeglot.encoding import Encoded
-from moeglot.errors import NotVerified
+from moeglot.errors import BadNumbers, NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.floats import row_pairs, squares
 from moeglot.forward import Matrices, forward
@@ -21,7 +21,9 @@ from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
 from moeglot.remote import Location
+from moeglot.source import TEMPLATES
 from moeglot.units import make
+from moeglot.unsound import unsound
 from moeglot.verify import difference, others, structure, values
 from moeglot.version import __version__
 
@@ -40,7 +42,8 @@ class Certificate:
 
 
 def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
-    """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`. `losses`: by unit."""
+    """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`, or `BadNumbers`
+    for what was broken before. `losses`: by unit."""
     report = _verify(plan, folder, losses, threads, progress)
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
@@ -79,6 +82,9 @@ def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
     if plan.change and plan.change.adapter.layers:
         found = survived(plan, losses)
         checks += [applied(written, plan, sums(found), threads, progress), live(written, plan, found, threads, progress)]
+    if fault := next(unsound(written), None):
+        known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
+        raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")
     return Report(folder.name, plan.source.source.name, tuple(checks))
 
 
@@ -161,7 +167,9 @@ class Rounded:
 
 
 def write_json(path: Location, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """What UTF-8 does not hold, as a byte of a file's name or half a pair of surrogates, is an escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -185,8 +193,10 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
     whole = source.share == source.source.share  # else the shards hold what other processes have, too, which is not read
     files = [*(source.source.shards if whole else ()), *(p for p in [source.source.home / "config.json"] if p.exists())]
     of_rank = "{0.parent.name}/{0.name}" if source.source.ranks else "{0.name}"
-    written = sorted((path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE), key=lambda path: path.name)
-    hashes = digests([*files, *written], threads)
+    templates = folder / TEMPLATES
+    written = {path.name: path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE}
+    written |= {f"{TEMPLATES}/{path.name}": path for path in (templates.iterdir() if templates.is_dir() else ())}
+    hashes = digests([*files, *written.values()], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
@@ -194,7 +204,7 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),
-            "sha256": {path.name: hashes[path] for path in written},
+            "sha256": {name: hashes[path] for name, path in sorted(written.items())},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),

@@ -187,22 +187,26 @@ class Checkpoint:
 
     @cached_property
     def _quantized(self) -> dict[str, tuple[Encoding, dict[str, str]]]:
-        """Module that is no expert -> its encoding, and part -> Hub name; for the quantized ones. Raises `Contradiction` for scales that nothing declares."""
+        """As `matrices`; raises `Contradiction` for scales that nothing declares."""
+        scaled = {module for coding in self.codings for module in self._modules(coding)}
+        if undeclared := sorted(scaled - self.matrices.keys()):
+            raise Contradiction(
+                f"{undeclared[0]} has scales, and config.json does not say how it is quantized, or in a way that moeglot does not know",
+                f"quantization_config says {brief(said(self.source.config))}; {self.known}",
+                "take config.json from the checkpoint's producer, or convert to a layout that keeps the encoding as it is",
+            )
+        return self.matrices
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[Encoding, dict[str, str]]]:
+        """Module that is no expert -> its encoding, and part -> Hub name; for the quantized ones that config.json declares and that have all of their parts."""
         declared, found = said(self.source.config), dict[str, tuple[Encoding, dict[str, str]]]()
-        scaled: set[str] = set()
-        for coding in self._codings:
+        for coding in self.codings:
             for module, parts in self._modules(coding).items():
-                scaled.add(module)
                 encoding = None if module in found else coding.declares(declared, module)
                 if encoding and parts.keys() >= {part.name for part in encoding.parts}:
                     entries = {part: self.dense[key].entry for part, key in parts.items()}
                     found[module] = encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in entries.items()}), parts
-        if undeclared := sorted(scaled - found.keys()):
-            raise Contradiction(
-                f"{undeclared[0]} has scales, and config.json does not say how it is quantized, or in a way that moeglot does not know",
-                f"quantization_config says {brief(declared)}; {self.known}",
-                "take config.json from the checkpoint's producer, or convert to a layout that keeps the encoding as it is",
-            )
         return found
 
     @property
@@ -211,7 +215,7 @@ class Checkpoint:
         return bool(self._quantized)
 
     @property
-    def _codings(self) -> tuple[Coding, ...]:
+    def codings(self) -> tuple[Coding, ...]:
         """How matrices that are no experts may be quantized: as the experts are, as their producer has it, or in any way that config.json declares."""
         if not said(self.source.config):
             return ()

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
+from moeglot.errors import Contradiction
 from moeglot.layout import Stored
 
 WEIGHT = ".weight"
@@ -110,11 +111,20 @@ def leaves_alone(quantization: Quantization, module: str) -> bool:
         return True
     if method(quantization) == "modelopt" and not quantization.get("quant_algo") and not quantization.get("config_groups"):
         return True  # it speaks of the cache of keys and values alone
-    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in quantization.get(key) or ()]
-    if any(isinstance(name, str) and (f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module))) for name in kept):
+    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in _names_in(quantization, key)]
+    if any(f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module)) for name in kept):
         return True
-    listed = [*(quantization.get("ignore") or ()), *(quantization.get("exclude_modules") or ())]
-    return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed if isinstance(pattern, str))
+    listed = [*_names_in(quantization, "ignore"), *_names_in(quantization, "exclude_modules")]
+    return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed)
+
+
+def _names_in(said: Mapping[str, Any], key: str) -> list[str]:
+    """The names and patterns under a key; raises `Contradiction` where it is no list."""
+    found = said.get(key) or []
+    if not isinstance(found, list | tuple):
+        wrong = f"quantization_config says {key} = {str(found)[:80]}"
+        raise Contradiction(wrong, "it is a list of names of modules, or null", "take config.json from the checkpoint's producer")
+    return [name for name in found if isinstance(name, str)]
 
 
 # --- compressed-tensors ----------------------------------------------------------------------------------------------------------------
@@ -123,7 +133,7 @@ def leaves_alone(quantization: Quantization, module: str) -> bool:
 
 def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The `weights` arguments of the group that a module belongs to, None if it is ignored or in none."""
-    if any(_names(pattern, module) for pattern in quantization.get("ignore") or ()):
+    if any(_names(pattern, module) for pattern in _names_in(quantization, "ignore")):
         return None
     chosen = _group(quantization, module)
     weights = chosen.get("weights") if chosen else None
@@ -132,8 +142,8 @@ def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
 
 def _group(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The group that a module belongs to: of targets that name it, whole names come first, then patterns in the order of the alphabet, then its class."""
-    found = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in group.get("targets") or () if isinstance(target, str)]
+    found = _groups(quantization)
+    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in _names_in(group, "targets")]
     named = [n for _, target, n in sorted(targets) if _names(target, module)] or [n for _, target, n in targets if target == "Linear"]
     return found[named[0]] if named else None
 
@@ -144,8 +154,12 @@ def by_compressed_tensors(quantization: Quantization) -> bool:
 
 def of_modules(quantization: Quantization) -> bool:
     """compressed-tensors, and all that it names is the class of Linear modules."""
-    groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    return by_compressed_tensors(quantization) and all(target == "Linear" for group in groups for target in group.get("targets") or ())
+    return by_compressed_tensors(quantization) and all(target == "Linear" for group in _groups(quantization) for target in _names_in(group, "targets"))
+
+
+def _groups(quantization: Quantization) -> list[Mapping[str, Any]]:
+    groups = quantization.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
 
 
 def transformed(quantization: Quantization) -> str | None:

@@ -38,6 +38,10 @@ def taking_turns(tensors: list[torch.Tensor], groups: int) -> torch.Tensor:
     return torch.cat([in_groups(tensor, groups) for tensor in tensors], 1).flatten(0, 1)
 
 
+def _all_finite(numbers: torch.Tensor) -> bool:
+    return bool((numbers.float() if numbers.element_size() == 1 else numbers).isfinite().all())
+
+
 class DenseTensor(Protocol):
     """What can be read under a name of the Hub. `origin`: the stored tensors that it comes from."""
 
@@ -87,13 +91,13 @@ class HubTensor:
 
     def is_finite(self) -> bool:
         """No number of it is NaN or infinite; some rows at a time. Of other types than floats, nothing is."""
-        if self.dtype not in WEIGHT_DTYPES:
+        if not DTYPES[self.dtype].is_float:
             return True
         if not self.shape or self.groups != 1:
-            return bool(self.read().isfinite().all())
+            return _all_finite(self.read())
         step = max(1, PIECE * self.shape[0] // max(1, self.entry.nbytes))
         for at in range(0, self.shape[0], step):
-            if not bool(self.entry.read(self.first + at, min(step, self.shape[0] - at)).isfinite().all()):
+            if not _all_finite(self.entry.read(self.first + at, min(step, self.shape[0] - at))):
                 return False
             let_go()
         return True
@@ -150,7 +154,12 @@ class DecodedTensor:
 
     def exact(self) -> Encoded:
         """The whole matrix [out, in], still encoded."""
-        shape = self.encoding.matrix_shape(stored := self._read())
+        stored = self._read()
+        try:
+            shape = self.encoding.matrix_shape(stored)
+        except (ValueError, IndexError) as error:
+            known = f"it is coded as {self.encoding}, and its parts are { ({name: list(part.shape) for name, part in stored.items()}) }"
+            raise TensorMismatch(f"{self.origin}: no matrix", known, "check quantization_config against the producer's") from error
         for part in self.encoding.parts:  # a view of another shape would be other numbers
             expected, found = part.shape(shape), tuple(stored[part.name].shape)
             if not agree(tuple(size for size in expected if size != 1), tuple(size for size in found if size != 1)):

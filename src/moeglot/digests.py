@@ -1,10 +1,9 @@
-"""Digests: the sha256 of files, and those that a certificate beside them states."""
+"""Digests: the sha256 of files, as a certificate states them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from moeglot.remote import Location, Remote
 
@@ -29,12 +28,3 @@ def digests(paths: Sequence[Location], threads: int) -> dict[Location, str]:
     ordered = sorted(paths, key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(ordered, pool.map(sha256, ordered), strict=True))
-
-
-def certified(folder: Location) -> Mapping[str, str]:
-    """File -> the sha256 that the certificate in a folder states; nothing where there is no certificate, or one that says none."""
-    try:
-        said = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["output"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return said if isinstance(said, Mapping) else {}

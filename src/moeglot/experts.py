@@ -54,6 +54,11 @@ class Expert:
         return self.linear(inner, matrix, f"{group}down")
 
     @property
+    def is_off_below_zero(self) -> bool:
+        """A channel whose pre-activation is negative gives nothing, or next to nothing."""
+        return self.function in ("relu", "relu2")
+
+    @property
     def first(self) -> tuple[str, ...]:
         """The roles whose matrices multiply the tokens, as they are called in the first group."""
         return ("gate", "up") if f"{self.groups[0]}gate" in self.roles else ("up",)
@@ -132,6 +137,14 @@ def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:
 
     numbers = numpy.random.Generator(numpy.random.PCG64(seed)).standard_normal((rows, columns))
     return torch.from_numpy(numbers).to(torch.float32)
+
+
+def probe_tokens(model: Expert, place: tuple[int, int], count: int, h: int) -> torch.Tensor:
+    """[t, h]: `count` pseudo-random tokens for one expert; where the activation is zero below zero, their negatives too, or some channels are off for all."""
+    import torch
+
+    tokens = probe(place, count, h)
+    return torch.cat([tokens, -tokens]) if model.is_off_below_zero else tokens
 
 
 def loudness(expert: Expert, tokens: torch.Tensor, matrix: Matrix) -> float:

@@ -1,7 +1,7 @@
 """Fingerprint: the forward level frozen in a small JSON file, so that a checkpoint can be verified where its source is not.
 
-For each layer and expert: the scale of the probe tokens and the response to them, projected to eight numbers. Neither layout nor
-encoding shows in it; only what the experts compute does.
+For each layer and expert: the scale of the probe tokens and the response to them, projected to two numbers each. There are four tokens, and with ReLU
+their negatives. Neither layout nor encoding shows in it; only what the experts compute does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.divided import numbers, whole_sizes
 from moeglot.errors import Contradiction, UsageError
-from moeglot.experts import Expert, Matrix, loudness, probe
+from moeglot.experts import Expert, Matrix, loudness, probe, probe_tokens
 from moeglot.misreadings import right
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ DIGITS = 9
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`experts`: "layer.expert", by the numbers of the whole model -> [scale of the tokens, 8 numbers]. `first`: which of them is asked for as layer 0,
+    """`experts`: "layer.expert", by the numbers of the whole model -> [scale of the tokens, 8 numbers; or 16]. `first`: which of them is asked for as layer 0,
     expert 0.
     """
 
@@ -44,6 +44,9 @@ class Fingerprint:
         """Read a file that `moeglot fingerprint` wrote; raises `UsageError` for any other."""
         try:
             told = json.loads(Path(path).read_text(encoding="utf-8"))
+            if str(told["schema"]).startswith("moeglot/certificate/"):
+                known = "it says what the files of its folder were when they were written"
+                raise UsageError(f"{path}: a certificate, not a fingerprint", known, f"run `moeglot verify {Path(path).parent}`, which reads it")
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}")
             experts = {place: tuple(map(float, row)) for place, row in told["experts"].items()}
@@ -69,13 +72,20 @@ class Fingerprint:
                 f"of {self.family} {dict(self.sizes)} with {len(self.experts)} experts; this is {checkpoint.format.family.name} {sizes} with {len(places)}",
                 "pass the fingerprint of this model's source",
             )
+        needed = 1 + NUMBERS * TOKENS * (1 + Expert.of(checkpoint.format.family, checkpoint.config).is_off_below_zero)
+        if other := next((len(row) for row in self.experts.values() if len(row) != needed), None):
+            raise UsageError(
+                f"{self.name} has {other} numbers for an expert, and {needed} are compared",
+                "where the activation is ReLU, each token is asked with its negative, too; files of an older moeglot have it once",
+                "write it again with `moeglot fingerprint PATH -o FILE`",
+            )
         return replace(self, first=(checkpoint.number(0), mine[0]))
 
     # --- a side of `verify` ----------------------------------------------------------------------------------------------------------
 
     def tokens(self, layer: int, expert: int, model: Expert, matrix: Matrix, h: int) -> torch.Tensor:
         place = self._place(layer, expert)
-        return probe(place, TOKENS, h) * self._row(place)[0]
+        return probe_tokens(model, place, TOKENS, h) * self._row(place)[0]
 
     def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         import torch
@@ -115,7 +125,7 @@ def fingerprint(checkpoint: Checkpoint | str | Path) -> Fingerprint:
         model = Expert.of(subject.format.family, subject.config, number)
         for here, expert in enumerate(numbers(subject)):
             matrix = right(subject, layer, here)
-            tokens = probe((number, expert), TOKENS, h)
+            tokens = probe_tokens(model, (number, expert), TOKENS, h)
             scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}")
             seen = project(number, expert, model.forward(tokens * scale, matrix))
             found[f"{number}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in seen.tolist()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
-from moeglot.experts import Expert, Matrix, loudness, probe, relative_error
+from moeglot.experts import Expert, Matrix, loudness, probe_tokens, relative_error
 from moeglot.misreadings import Misreading, combined, misreadings, right
 from moeglot.shards import let_go
 
@@ -59,7 +59,7 @@ class Matrices:
 
 def loud_tokens(layer: int, expert: int, model: Expert, matrix: Matrix, h: int, count: int = TOKENS) -> torch.Tensor:
     """[t, h]: pseudo-random tokens, scaled so that the gate's pre-activations spread by about 3."""
-    tokens = probe((layer, expert), count, h)
+    tokens = probe_tokens(model, (layer, expert), count, h)
     return tokens * loudness(model, tokens, matrix)
 
 

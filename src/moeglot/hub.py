@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICE
 
 Header = tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]
 """(tensor -> its description, metadata) as in a safetensors header."""
+
+
+def is_fetched(file: str) -> bool:
+    """A file of a repository is one that `fetch` asks for."""
+    return "/" not in file and any(fnmatchcase(file, pattern) for pattern in FILES)
 
 
 def fetch(name: str) -> Path:
@@ -40,6 +46,18 @@ def fetch_headers(name: str) -> tuple[dict[str, Any], dict[str, Header]]:
             for file, found in files.items()
         }
         return told_beside(config, beside), headers
+
+
+def cached(name: str) -> Path | None:
+    """owner/name -> the folder of its files in huggingface_hub's cache, if weights are among them; nothing is asked of the network."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES, ignore_patterns=["*/*"], local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def _json(name: str, file: str) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes:
         for layer in layers if suffixes else ():
             if form.coding and not line.is_plain and leaves_alone(said, line.module(layer)):
                 continue
-            for expert in range(sizes["e"] if line.per_expert else 1):
+            for expert in range(min(sizes["e"], len(source.entries)) if line.per_expert else 1):  # of more, none has all of its tensors
                 stem = line.stem(layer, expert)
                 for part, suffix in suffixes.items():
                     if stem + suffix in source.entries:

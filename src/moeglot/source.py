@@ -94,7 +94,12 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     if isinstance(local, Remote) and not local.is_dir():
         raise CheckpointError(f"{path}: nothing is there", "the store has no such file or folder", "check the URL")
     if not local.is_dir() and headers_only:
-        return _remote(str(path))
+        try:
+            return _remote(str(path))
+        except CheckpointError:
+            if (cached := hub.cached(str(path))) is None:
+                raise
+            local = cached  # as without `headers_only`: what was fetched before is enough where nobody answers
     if not local.is_dir():
         local = hub.fetch(str(path))
     if isinstance(local, Path) and is_torch_dist(local):
@@ -140,9 +145,15 @@ def _root(folder: Location) -> Path:
     """The folder that files may not leave (a store has no links); in huggingface_hub's cache, snapshots link to the blobs of their own repository."""
     if isinstance(folder, Remote):
         return Path()
+    return folder.resolve().parent.parent if in_cache(folder) else folder.resolve()
+
+
+def in_cache(folder: Location) -> bool:
+    """It is a snapshot of a repository in huggingface_hub's cache."""
+    if isinstance(folder, Remote):
+        return False
     repository = folder.resolve().parent.parent
-    cached = folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--") and (repository / "blobs").is_dir()
-    return repository if cached else folder.resolve()
+    return folder.resolve().parent.name == "snapshots" and repository.name.startswith("models--") and (repository / "blobs").is_dir()
 
 
 def _shards(folder: Location, root: Path) -> Iterator[Location]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from moeglot import scratch
+from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open, problems
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
-from moeglot.digests import certified, sha256
 from moeglot.divided import alongside
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
@@ -20,6 +20,7 @@ from moeglot.floats import row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
 from moeglot.misreadings import right
+from moeglot.unsound import unsound
 
 SLAB = 1 << 20
 """Numbers of a matrix that are compared at a time."""
@@ -107,34 +108,16 @@ def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | No
         return None
 
     bad = [found for found in each_expert(checkpoint, work, "reading", workers, progress) if found]
-    others = _not_finite(checkpoint)
+    try:
+        others = list(unsound(checkpoint))
+    except (TensorMismatch, Contradiction):  # where the format cannot name a tensor, or copies differ, other checks say so
+        others = []
     if bad:
         return Check("values", "does not hold", "finite numbers and scales", f"{bad[0]} ({len(bad)} experts)", {"problems": len(bad)})
     if others:
-        detail = f"{others[0]} has NaN or infinite numbers ({len(others)} tensors that are no experts)"
+        detail = f"{others[0]} ({len(others)} tensors that are no experts)"
         return Check("values", "does not hold", "finite numbers and scales", detail, {"problems": len(others)})
     return Check("values", "holds", "finite numbers and scales", "every expert was read, and every other weight")
-
-
-def _not_finite(checkpoint: Checkpoint) -> list[str]:
-    """The weights that are no experts and have NaN or infinite numbers. Where the format cannot name them, or copies differ, other checks say so."""
-    try:
-        return [name for name, tensor in checkpoint.dense.items() if name.endswith((".weight", ".bias")) and not tensor.is_finite()]
-    except (TensorMismatch, Contradiction):
-        return []
-
-
-def as_certified(checkpoint: Checkpoint) -> list[Check]:
-    """Every file of weights is the one that moeglot.json beside it certifies, to the byte; nothing where there is none."""
-    sources = checkpoint.source.ranks or (checkpoint.source,)
-    said = {path: digests.get(path.name) for source in sources if not source.single and (digests := certified(source.home)) for path in source.shards}
-    if not said:
-        return []
-    changed = [path.name for path, digest in said.items() if sha256(path) != digest]
-    if changed:
-        detail = f"{changed[0]} is another file than moeglot.json certifies ({len(changed)} of {len(said)})"
-        return [Check("values", "does not hold", "as certified", detail, {"changed": len(changed)})]
-    return [Check("values", "holds", "as certified", f"{len(said)} file{'s' * (len(said) > 1)} of weights, to the byte", {"changed": 0})]
 
 
 # --- values --------------------------------------------------------------------------------------------------------------------------

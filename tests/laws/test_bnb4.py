@@ -254,6 +254,16 @@ def test_impossible_parts_are_refused(change, message):
     assert re.search(message, BNB4().check(parts | change(parts)))
 
 
+def test_numbers_that_the_dtype_of_the_state_cannot_hold_are_refused():
+    """float16 ends at 65504; under an absmax of 70 000 the codes up to 0.72 are finite."""
+    parts = make_parts(BNB4(), (4, 64), 1, torch.float16)
+    parts = {**parts, "scale": parts["scale"].clone().index_fill_(0, torch.tensor([2]), 7e4)}
+    assert "infinite in the F16" in BNB4().check(parts)
+    packed = parts["packed"].clone()
+    packed.view(4, 32)[2] = 0x88
+    assert BNB4().check({**parts, "packed": packed}) is None
+
+
 def test_not_finite_is_refused():
     for bad in (float("nan"), float("inf")):
         values = torch.ones(2, 64)

@@ -2,7 +2,9 @@
 
 import math
 from bisect import bisect_left
+from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 
 import numpy
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import make_parts
 
-from moeglot.encoding import WHOLE, Encoded
+from moeglot.encoding import WHOLE, Encoded, Part
 from moeglot.encodings import ENCODINGS
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.int4 import INT4
@@ -300,6 +302,29 @@ def test_fp8_check_refuses_what_no_producer_writes():
     assert FP8(scale="F32").check({"weight": weight, "scale": torch.tensor([[1.0, 1.0], [1.0, 0.0]])}) is None  # zeros need no scale
 
 
+@pytest.mark.parametrize("encoding", [FP8(scale="F32"), FP8((1, WHOLE), "BF16"), FP8((WHOLE, WHOLE), "F32"), FP8((1, 32), "U8"), FP8(scale="F8_E8M0")], ids=str)
+def test_fp8_check_knows_what_decode_refuses(encoding):
+    """Scales up to the largest whose product with 448 is a float32, and beyond."""
+    parts = make_parts(encoding, (128, 128), 1).parts
+    for power in (119, 120, 127):
+        scale = parts["scale"].clone()
+        if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            scale.view(torch.uint8).view(-1)[0] = 127 + power
+        else:
+            scale.view(-1)[0] = 2.0**power
+        assert (encoding.check({**parts, "scale": scale}) is None) == (448 * 2.0**power < 2.0**128)
+
+
+@pytest.mark.parametrize(
+    "encoding", [FP8(scale="F32", carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),)), NVFP4(carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),))]
+)
+def test_a_scale_of_activations_is_a_number(encoding):
+    parts = {**make_parts(replace(encoding, carried=()), (32, 64), 1).parts, "input_scale": torch.ones(1, 1)}
+    assert encoding.check(parts) is None
+    for bad in (float("nan"), float("inf"), -1.0):
+        assert f"input_scale of {bad:g}" in encoding.check({**parts, "input_scale": torch.full((1, 1), bad)})
+
+
 # --- NVFP4 -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -406,8 +431,10 @@ def test_nvfp4_check_refuses_what_no_producer_writes():
     }
     for message, parts in bad.items():
         assert message in ours.check(parts)
+    theirs, tiny = NVFP4("compressed-tensors"), {**good, "packed": torch.zeros(32, 32, dtype=torch.uint8), "global": torch.full((1, 1), 1e-38)}
     with pytest.raises(BadNumbers, match="not finite"):
-        NVFP4("compressed-tensors").decode({**good, "global": torch.full((1, 1), 1e-38)}, torch.float32)
+        theirs.decode(tiny, torch.float32)
+    assert "not finite" in theirs.check(tiny)  # zeros times infinity
 
 
 # --- INT4 --------------------------------------------------------------------------------------------------------------------------------
@@ -460,6 +487,17 @@ def test_int4_encode_is_the_definition(values, rule):
     assert parts["shape"].tolist() == [[[1, 32]]]
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_int4_check_knows_which_codes_are_infinite(zero):
+    """Each nibble of a group alone, with a zero point of -7 or none, under scales near what float32 has for it."""
+    for nibble, factor in product(range(16), (2.0**124, 2.0**125, 1.5 * 2.0**126)):
+        values, packed = nibble - (1 if zero else 8), INT4(32, scale="F32", zero=zero)
+        word = sum(nibble << (4 * k) for k in range(8))
+        parts = {"packed": torch.full((8, 4), word - (word >> 31 << 32), dtype=torch.int32), "scale": torch.full((8, 1), factor)}
+        parts |= {"shape": torch.tensor([[[8, 32]]])} | ({"zero_point": torch.tensor([[0x11111111]], dtype=torch.int32)} if zero else {})
+        assert (packed.check(parts) is None) == (abs(values) * Fraction(factor) < 2**128), (nibble, factor)
+
+
 def test_int4_refuses_what_it_cannot_read():
     ours = INT4(32, scale="BF16")
     good = make_parts(ours, (16, 64), 1).parts
@@ -471,6 +509,7 @@ def test_int4_refuses_what_it_cannot_read():
         "placeholder": {**good, "packed": good["packed"].to("meta")},
     }.items():
         assert message in ours.check(parts)
+    assert "infinite" in INT4(32, scale="F32").check({**good, "scale": torch.full((16, 2), 3e38)})
     with pytest.raises(TensorMismatch, match="group_size"):
         INT4(64, scale="BF16").decode(good, torch.float32)
     found = {"packed": ("I32", (16, 8)), "scale": ("BF16", (16, 2)), "shape": ("I64", (2,))}

@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import numpy
 import pytest
-import strategies  # noqa: F401
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import make_parts
 
 from moeglot.encodings.mxfp4 import MXFP4, RULES, mxfp4
 from moeglot.errors import BadNumbers
@@ -40,6 +40,18 @@ def test_scale_255_and_infinite_codes_are_refused():
             kernel.decode(blocks, torch.tensor([[scale]], dtype=torch.uint8), torch.bfloat16)
     small = torch.full((1, 1, 16), 0x11, dtype=torch.uint8)  # .5 under the same scale is finite
     assert kernel.decode(small, torch.tensor([[254]], dtype=torch.uint8), torch.bfloat16).isfinite().all()
+
+
+@pytest.mark.parametrize("container", ["blocks", "packed", "int8"])
+def test_check_knows_which_codes_are_infinite(container):
+    encoding = mxfp4("openai", container)
+    for scale, code in ((s, c) for s in (252, 253, 254) for c in range(16)):
+        parts = make_parts(encoding, (2, 64), 1).parts
+        power, packed = parts["scale"].clone(), parts["packed"].clone()
+        power.view(torch.uint8).fill_(120)[1, 1] = scale
+        packed.view(torch.uint8).view(2, 2, 16)[1, 1] = code  # and zeros
+        found = encoding.check({"packed": packed, "scale": power})
+        assert (found is None) == (abs(slow_decode(code, scale)[0]) < 2.0**128), (scale, code)
 
 
 def slow_encode(values: list[float], scale_rule: str, ties: str) -> tuple[int, list[int]]:

@@ -16,6 +16,10 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.demo import BUNDLED
+from moeglot.errors import UsageError
+from moeglot.experts import Expert, relative_error
+from moeglot.floats import values
+from moeglot.misreadings import right
 
 Tensors = dict[str, torch.Tensor]
 LIMIT = 1e-5
@@ -280,6 +284,32 @@ def test_a_dequantized_file_that_was_not_turned_is_refused_by_its_sibling(h, i, 
     assert "pass --format gpt-oss/dequantized if its producer decoded MXFP4 and turned no matrix" in error.value.do
     right = write_checkpoint(tmp_path / "b", "gpt-oss/transformers", {"h": h, "i": i})
     assert moeglot.verify(moeglot.open(source, "gpt-oss/dequantized"), right).verdict == "holds"
+
+
+@pytest.mark.parametrize("function", ["relu", "relu2"])
+def test_each_channel_of_relu_shows_in_a_fingerprint(function, tmp_path):
+    """A channel that is off for a token is off for no token's negative."""
+    source = write_checkpoint(tmp_path / "a", "nemotron-h/hub", {"e": 2, "h": 32, "i": 32}, 1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "mlp_hidden_act": function}))
+    moeglot.fingerprint(source).save(tmp_path / "print.json")
+    frozen = moeglot.fingerprint(source)
+    model, told = moeglot.open(source), json.loads((tmp_path / "print.json").read_text())
+    assert {len(row) for row in told["experts"].values()} == {17}
+    layer = model.layers[0]
+    up, down = (model.experts(layer)[role][1].decode(torch.float32) for role in ("up", "down"))
+    expert = Expert.of(model.format.family, model.config, layer)
+    tokens = frozen.tokens(layer, 1, expert, right(model, layer, 1), 32)
+    for channel in range(32):
+        without = down.clone()
+        without[:, channel] = 0
+        response = expert.forward(tokens, {"up": values(up), "down": values(without)}.__getitem__)
+        assert relative_error(frozen.seen(layer, 1, response), frozen.answer(layer, 1, tokens)) > 100 * LIMIT
+    told["experts"] = {place: row[:9] for place, row in told["experts"].items()}
+    (tmp_path / "old.json").write_text(json.dumps(told))
+    assert moeglot.verify(source, tmp_path / "print.json").verdict == "holds"
+    with pytest.raises(UsageError, match="has 9 numbers for an expert, and 17 are compared"):
+        moeglot.verify(source, tmp_path / "old.json")
 
 
 def test_what_cannot_be_seen_is_said(tmp_path):

@@ -137,7 +137,12 @@ class BNB4(Encoding):
             return f"has a quant_state of {list(state.shape)} in blocks of {state.blocksize}, which its codes and absmax are not"
         if not bool(parts["map"].sub(bnb4.codebook(self.kind)).abs().max() < 1e-6):
             return f"has a quant_map that is not the codebook of {self.kind}, which bitsandbytes uses whatever is stored"
-        return self._check_scales(absmax(parts), parts["packed"])
+        if problem := self._check_scales(scale := absmax(parts), parts["packed"]):
+            return problem
+        rounded = DTYPES[state.dtype].torch
+        if not bool(scale.to(rounded).isfinite().all()) and not bool(self.decode(parts, rounded).isfinite().all()):
+            return f"has absmax of {scale.max().item():g}, under which codes are infinite in the {state.dtype} that its quant_state says"
+        return None
 
     def _check_scales(self, scale: torch.Tensor, packed: torch.Tensor) -> str | None:
         if not bool(scale.isfinite().all()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moeglot.encoding import WHOLE, Encoding, Part, Stored
+from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
 from moeglot.errors import UsageError
 
 
@@ -17,6 +17,17 @@ def single_of(shape: tuple[int, ...], leading: int) -> tuple[int, ...]:
 def carried_parts(found: Mapping[str, Stored], names: tuple[str, ...], leading: int) -> tuple[Part, ...]:
     """The parts of these names that a file has, each one number for a matrix."""
     return tuple(Part(name, (found[name][0],), (WHOLE, WHOLE), single=single_of(found[name][1], leading)) for name in names if name in found)
+
+
+def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:
+    """What makes a carried part impossible, or None. A zero is what some producers write for an expert that no token reached."""
+    for name in (part.name for part in carried):
+        number = parts[name]
+        if number.is_meta:
+            return "is a placeholder without numbers (meta device)"
+        if not bool(number.isfinite().all()) or bool((number < 0).any()):
+            return f"has an {name} of {number.min().item():g}"
+    return None
 
 
 def without_carried(encoding: Encoding, carried: tuple[Part, ...]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
-from moeglot.encodings.carried import carried_parts, single_of, without_carried
+from moeglot.encodings.carried import carried_parts, carried_problem, single_of, without_carried
 from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:
@@ -100,13 +101,15 @@ class FP8(Encoding):
             return "has scales that are NaN or infinite"
         if bool((scale < 0).any()):
             return f"has negative scales, {scale.min().item():g} for example"
+        if scale.numel() and not isfinite((largest := scale.max()).mul(fp8.LARGEST).item()):
+            return f"has scales of {largest.item():g}, under which codes are infinite: they go to {fp8.LARGEST:g}"
         small = scale == 0 if stored.dtype in (torch.uint8, torch.float8_e8m0fnu) else scale < fp8.LEAST
         if bool(small.any()):
             whole = tuple(scale.shape) != self.parts[1].shape(tuple(weight.shape))  # two projections, each with its own
             codes = fp8.largest_codes(weight, (WHOLE, WHOLE) if whole else self.block)
             if bool((small & (codes > 0)).any()):
                 return f"has scales of {scale[small].max().item():g} beside codes that are not zero, as in a file that was never filled"
-        return None
+        return carried_problem(parts, self.carried)
 
     def fits_in(self, other: Encoding) -> bool:
         if isinstance(other, Plain):

@@ -115,9 +115,15 @@ class INT4(Encoding):
             return "has scales that are NaN or infinite"
         if bool((scale < 0).any()):
             return f"has negative scales, {scale.min().item():g} for example"
-        small = scale.float() < int4.LEAST
-        if bool(small.any()) and bool((small & (int4.largest_codes(packed, columns, self.block, parts.get("zero_point")) > 0)).any()):
+        wide, zero = scale.float(), parts.get("zero_point")
+        small, large = wide < int4.LEAST, not bool((wide * int4.WIDEST).isfinite().all())
+        if not large and not bool(small.any()):
+            return None
+        codes = int4.largest_codes(packed, columns, self.block, zero)
+        if bool((small & (codes > 0)).any()):
             return f"has scales of {scale[small].max().item():g} beside codes that are not zero, as in a file that was never filled"
+        if not bool((wide * codes).isfinite().all()):
+            return f"has scales of {scale.max().item():g}, under which codes are infinite"
         return None
 
     def fits_in(self, other: Encoding) -> bool:

@@ -91,6 +91,8 @@ class MXFP4(Encoding):
         return {"packed": packed, "scale": scale.view(torch.float8_e8m0fnu) if self.parts[1].dtypes[0] == "F8_E8M0" else scale}
 
     def check(self, parts: Parts) -> str | None:
+        from moeglot.kernels import mxfp4
+
         if parts["scale"].is_meta or parts["packed"].is_meta:
             return "is a placeholder without numbers (meta device)"
         packed, scale = _blocks(parts)
@@ -98,6 +100,8 @@ class MXFP4(Encoding):
             return "has scales of 255, which is NaN in E8M0"
         if bool((scale == 0).all()) and bool((packed & 0x77).any()):
             return "has scales that are all zero beside codes that are not, as in a file that was never filled"
+        if (bad := mxfp4.infinite(packed, scale)) is not None:
+            return f"has scales of {bad}, under which codes are infinite"
         return None
 
     def fits_in(self, other: Encoding) -> bool:

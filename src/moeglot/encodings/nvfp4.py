@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
-from moeglot.encodings.carried import carried_parts, single_of, without_carried
+from moeglot.encodings.carried import carried_parts, carried_problem, single_of, without_carried
 from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ class NVFP4(Encoding):
         # A single scale of zero beside codes is what some exports of small groups hold: its values are zeros.
         if empty and bool((packed & 0x77).any()):
             return f"has scales of zero or a global of {whole.min().item():g} beside codes that are not zero, as in a file that was never filled"
-        return None
+        most = scale.to(torch.float32).amax() if scale.numel() else torch.ones(())
+        if not bool((self._rules.factor(most, whole) * nvfp4.LARGEST_CODE).isfinite().all()):
+            return f"has a global scale of {whole.min().item():g}, under which numbers are not finite"
+        return carried_problem(parts, self.carried)
 
     def fits_in(self, other: Encoding) -> bool:
         if isinstance(other, Plain):

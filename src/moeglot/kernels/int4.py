@@ -14,6 +14,8 @@ from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
 OFFSET = 8
+WIDEST = 15
+"""The largest magnitude of a code less its zero point."""
 LEAST = 2.0**-126
 """The smallest scale whose products are normal float32; float16 has none below it."""
 

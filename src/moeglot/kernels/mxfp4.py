@@ -173,6 +173,16 @@ def _groups(values: torch.Tensor) -> Iterator[torch.Tensor]:
         yield rows[at : at + step].reshape(-1, GROUP)
 
 
+def infinite(packed: torch.Tensor, scale: torch.Tensor) -> int | None:
+    """packed u8 [..., n, 16], scale u8 [..., n] below 255 -> a scale under which some code of its group is infinite; None if there is none."""
+    if not bool((large := scale > LAST_FINITE).any()):
+        return None
+    some, factors = packed[large], scale[large]
+    largest = torch.tensor(e2m1.E2M1, device=packed.device)[torch.maximum(some & 7, (some >> 4) & 7).amax(-1).int()]
+    bad = (largest * powers(factors)).isinf()
+    return int(factors[bad].max()) if bool(bad.any()) else None
+
+
 def undetermined(packed: torch.Tensor) -> int:
     """How many groups have no code above 3 (index 5), so that their scale cannot be known from their values."""
     if fast := backend.compiled("mxfp4", packed):
