@@ -39,7 +39,7 @@ LAYERS = (
     {"adapter_convert", "merging"},
     {"checks", "experts", "loss"},
     {"misreadings", "targets", "lint"},
-    {"dense_plan"},
+    {"dense_plan", "dist_plan"},
     {"plan"},
     {"forward", "units", "parts"},
     {"work"},

@@ -86,11 +86,11 @@ def _divided(count: int, tp: int, what: str) -> int:
 class TorchDist:
     """A folder that torch.distributed.checkpoint reads, as Megatron-Core keeps it: layers and experts are axes of larger tensors.
 
-    `states`: what has an `_extra_state` there, an object without numbers, and in which layers, as `Dense.only` says; `{layer}` and `{expert}` as in a key.
+    `states`: the modules that have an `_extra_state` there, an object without numbers, if a model has them; `{layer}` and `{expert}` as in a key.
     `experts`: "single" where layers and experts keep their numbers, and the gate and up of every MLP are two tensors.
     """
 
-    states: Mapping[str, str] = field(default_factory=dict)
+    states: tuple[str, ...] = ()
     experts: Literal["stacked", "single"] = "stacked"
 
 

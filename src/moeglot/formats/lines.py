@@ -229,19 +229,19 @@ HALVES = {BLOCKS: None, "moe_shared_expert_glu_interleave_size": None}
 def megatron(
     family: Family,
     names: Mapping[str, tuple[Dense, ...]],
-    linear: Mapping[str, str],
-    beside: Mapping[str, str],
+    linear: tuple[str, ...],
+    beside: tuple[str, ...],
     biased: bool = False,
 ) -> tuple[Format, ...]:
     """Megatron-Core's formats of a family: its state dicts with SequentialMLP, TEGroupedMLP and GroupedMLP, and its torch_dist checkpoints.
 
     `names`: of what is no expert, in the layers of transformer-engine ("engine"), in a state dict of the local layers ("local") and in their torch_dist
-    checkpoint ("stored"). `linear`: the modules of a layer that have an _extra_state in both, and in which layers (see `Dense.only`); `beside`: those that
-    have one with transformer-engine. The experts' are added. `biased`: experts have biases, so that GroupedMLP cannot hold them.
+    checkpoint ("stored"). `linear`: the modules of a layer that have an _extra_state in both, where a model has them; `beside`: those that have one with
+    transformer-engine. The experts' are added. `biased`: experts have biases, so that GroupedMLP cannot hold them.
     """
-    experts = {MEGATRON + "mlp.experts.experts.{expert}." + name: "sparse" for name in ("linear_fc1", "linear_fc2")}
-    plain = experts | {MEGATRON + name: only for name, only in linear.items()}
-    states = plain | {MEGATRON + name: only for name, only in beside.items()} | {"decoder.final_layernorm": ""}
+    experts = tuple(MEGATRON + "mlp.experts.experts.{expert}." + name for name in ("linear_fc1", "linear_fc2"))
+    plain = (*experts, *(MEGATRON + name for name in linear))
+    states = (*plain, *(MEGATRON + name for name in beside), "decoder.final_layernorm")
     single, grouped, stacked = (
         megatron_experts(template, biased)
         for template in ("mlp.experts.local_experts.{{expert}}.{}.*", "mlp.experts.{}.*{{expert}}", "mlp.experts.experts.{{expert}}.{}.*")
