@@ -122,6 +122,17 @@ def test_one_that_was_interrupted_ends_in_the_same_bytes(target: str, hub: Path,
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
 
 
+def test_another_shard_size_is_another_plan(hub: Path, tmp_path: Path) -> None:
+    """A run that goes on with a folder, or is another part of it, may not have tensors lie elsewhere."""
+    plans = {size: moeglot.plan(hub, TARGET, shard_size=size) for size in range(40_000, 260_000, 10_000)}
+    layouts = {size: json.dumps([(file.file, file.nbytes, file.pieces, file.states) for file in plan.shards]) for size, plan in plans.items()}
+    assert 2 < len(set(layouts.values())) == len({plan.digest for plan in plans.values()}) < len(plans)
+    first, second = next((a, b) for a in plans for b in plans if a < b and layouts[a] != layouts[b] and len(plans[a].shards) == len(plans[b].shards))
+    moeglot.write_part(plans[first], tmp_path / "out", "1/2")
+    with pytest.raises(moeglot.OutputExists, match="another conversion"):
+        moeglot.write_part(plans[second], tmp_path / "out", "2/2")
+
+
 # --- accounting ----------------------------------------------------------------------------------------------------------------------
 
 

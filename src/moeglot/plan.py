@@ -171,7 +171,7 @@ class Plan:
             [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.source.source.shards],
             [self.source.format.name, self.target.name, self.config],
             [(str(step.target), step.line.key, step.layer) for step in self.steps],
-            [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
+            [(shard.file, shard.nbytes, hashlib.sha256(shard.header).hexdigest(), shard.pieces) for shard in self.shards],
             self.change.identity if self.change else None,
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
