@@ -7,7 +7,11 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
+from random import Random
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -15,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
 from torch.distributed.checkpoint import FileSystemReader, load, save
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import moeglot
 from moeglot.errors import MoeglotError
 from moeglot.shards import tensor_bytes
 from moeglot.torch_dist import writing
 from moeglot.torch_dist.blobs import frame
+from moeglot.torch_dist.boxes import Box, overlapping
 from moeglot.torch_dist.reading import ChunkedEntry
 
 TARGET = "qwen3-moe/megatron-torch-dist"
@@ -268,6 +273,28 @@ def _twice(said: Metadata) -> None:
     said.state_dict_metadata["output_layer.weight"].chunks *= 2
 
 
+def _moved(said: Metadata) -> None:
+    """The second of two chunks begins before the first one ends; as many rows are in neither."""
+    one = said.state_dict_metadata["output_layer.weight"]
+    place = said.storage_data.pop(next(index for index in said.storage_data if index.fqn == "output_layer.weight"))
+    one.chunks = [ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([16, 64])) for first in (0, 8)]
+    said.storage_data |= {MetadataIndex("output_layer.weight", chunk.offsets): place for chunk in one.chunks}
+
+
+def _endless(said: Metadata) -> None:
+    """Numbers that no file could hold: those of so many layers are not looked for."""
+    shape = torch.Size([1 << 40, 32, 64])
+    said.state_dict_metadata["decoder.layers.odd.weight"] = replace(
+        said.state_dict_metadata["output_layer.weight"], size=shape, chunks=[ChunkStorageMetadata(torch.Size([0, 0, 0]), shape)]
+    )
+    place = next(place for index, place in said.storage_data.items() if index.fqn == "output_layer.weight")
+    said.storage_data[MetadataIndex("decoder.layers.odd.weight", torch.Size([0, 0, 0]))] = place
+
+
+def _numberless(said: Metadata) -> None:
+    said.state_dict_metadata["decoder.layers.odd.weight"] = replace(said.state_dict_metadata["output_layer.weight"], size=torch.Size([1 << 40, 0]), chunks=[])
+
+
 BROKEN = {
     _chunk_gone: "output_layer.weight: its chunks do not make up",
     _place_gone: "is in no file",
@@ -275,6 +302,9 @@ BROKEN = {
     _compressed: "compressed or encrypted",
     _elsewhere: "has no place in a file of this folder",
     _twice: "do not make up",
+    _moved: "do not make up",
+    _endless: "the chunk at [0, 0, 0] is too short",
+    _numberless: "no numbers",
     _shapeless: "not what torch.distributed.checkpoint writes",
 }
 
@@ -285,6 +315,36 @@ def test_metadata_that_is_not_so(change: Callable[[Metadata], None], dist: Path)
     with pytest.raises(moeglot.BrokenFile) as error:
         moeglot.open(dist).dense["lm_head.weight"].read()
     assert BROKEN[change] in error.value.wrong
+
+
+def places(box: Box) -> set[tuple[int, ...]]:
+    return set(product(*map(range, box.starts, box.stops)))
+
+
+@pytest.mark.parametrize("size", [(6,), (4, 4), (3, 3, 3)])
+def test_boxes_overlap_where_brute_force_says_so(size: tuple[int, ...]) -> None:
+    random = Random(0)
+    for _ in range(400):
+        corners = [[sorted(random.choices(range(n + 1), k=2)) for n in size] for _ in range(random.choice((2, 3, 5)))]
+        boxes = [Box(*map(tuple, zip(*corner, strict=True))) for corner in corners]
+        meeting = [pair for pair in combinations(boxes, 2) if places(pair[0]) & places(pair[1])]
+        found = overlapping(boxes)
+        assert found in meeting or found[::-1] in meeting if found else not meeting
+
+
+def test_boxes_that_no_cut_divides() -> None:
+    """Four around a fifth."""
+    wheel = [Box((0, 0), (1, 2)), Box((0, 2), (2, 3)), Box((2, 1), (3, 3)), Box((1, 0), (3, 1)), Box((1, 1), (2, 2))]
+    assert overlapping(wheel) is None
+    assert set(overlapping([*wheel[:4], wide := Box((1, 1), (2, 3))]) or ()) == {wheel[1], wide}
+
+
+def test_fifty_thousand_chunks_are_looked_at_at_once() -> None:
+    boxes = [Box((layer, expert, half, 0), (layer + 1, expert + 1, half + 8, 16)) for half in (0, 8) for layer in range(25) for expert in range(1000)]
+    began = perf_counter()
+    assert overlapping(boxes) is None
+    assert overlapping([*boxes, Box((24, 999, 4, 3), (25, 1000, 12, 4))]) is not None
+    assert perf_counter() - began < 5
 
 
 def test_a_file_that_is_cut_short(dist: Path) -> None:
