@@ -25,8 +25,9 @@ import moeglot
 from moeglot.errors import MoeglotError
 from moeglot.shards import tensor_bytes
 from moeglot.torch_dist import writing
-from moeglot.torch_dist.blobs import frame
+from moeglot.torch_dist.blobs import find_numbers, frame
 from moeglot.torch_dist.boxes import Box, overlapping
+from moeglot.torch_dist.inert import look_at
 from moeglot.torch_dist.reading import ChunkedEntry
 
 TARGET = "qwen3-moe/megatron-torch-dist"
@@ -351,6 +352,52 @@ def test_a_file_that_is_cut_short(dist: Path) -> None:
     data = (dist / "__0_0.distcp").read_bytes()
     (dist / "__0_0.distcp").write_bytes(data[: len(data) // 2])
     with pytest.raises(moeglot.BrokenFile, match="missing or too short"):
+        moeglot.open(dist)
+
+
+@pytest.mark.parametrize("bit", [0x01, 0x41, 0x80])
+def test_no_byte_around_the_numbers_of_a_chunk_moves_them(bit: int, tmp_path: Path) -> None:
+    """A damaged disk, or somebody: the numbers are where they were, or the chunk is refused."""
+    before, after, _ = frame(moeglot.dtypes.dtype_of(torch.zeros(0)), (3, 5), 0)
+    whole, found = before + bytes(60) + after, set()
+    for at in (*range(len(before)), *range(len(before) + 60, len(whole))):
+        path = tmp_path / str(at)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        try:
+            found.add(find_numbers(path, 0, len(whole), "F32", (3, 5)))
+        except moeglot.BrokenFile:
+            found.add(-1)
+    assert found == {-1, len(before)}
+
+
+PICKLES = {
+    "a tuple in a million others": b"})" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "the same, kept in the memo": b"})\x94" + b"".join(b"j" + n.to_bytes(4, "little") + b"\x85\x940" for n in range(200_000)) + b"j\x40\x0d\x03\0K\x01s.",
+    "the same, and nothing is built of each": b"})" + b"\x85Nb" * 400_000 + b"K\x01s.",
+    "the same, and each is appended nothing": b"})" + b"\x85(e" * 400_000 + b"K\x01s.",
+    "a place in the memo that costs 16 GB": b"}r\xff\xff\xff\x7f.",
+    "a text of 2^62 bytes": b"\x8d" + (1 << 62).to_bytes(8, "little") + b".",
+    "a number of 2 GB": b"\x8b\xff\xff\xff\x7fa.",
+    "an extension": b"\x82\x01.",
+    "a buffer": b"\x97.",
+    "a mark that is not there": b"t.",
+    "nothing on the stack": b"R.",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_that_costs_more_than_its_bytes(case: str) -> None:
+    with pytest.raises(moeglot.BrokenFile, match="no pickle that can be read"):
+        look_at(b"\x80\x04" + PICKLES[case], ".metadata")
+
+
+def test_lists_in_lists_are_no_name_of_a_file(dist: Path) -> None:
+    said = described(dist)
+    next(iter(said.storage_data.values())).relative_path = "deep"
+    data = pickle.dumps(said, 3)
+    (dist / ".metadata").write_bytes(data.replace(b"X\4\0\0\0deep", b"]" * 100_000 + b"a" * 99_999))
+    with pytest.raises(moeglot.BrokenFile, match="not what torch"):
         moeglot.open(dist)
 
 

@@ -95,7 +95,7 @@ def read_entries(folder: Path) -> Found:
     """(name -> tensor, the files that hold them, how experts lie there); training state is left aside. Raises `BrokenFile`."""
     try:
         return _read(folder, look_at((folder / METADATA).read_bytes(), METADATA))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _refuse(METADATA, "it is not what torch.distributed.checkpoint writes", str(error).split("\n")[0]) from error
 
 
@@ -142,13 +142,15 @@ def _described(key: str, described: Record, stored: Mapping[tuple[str, Shape], t
     dtype = next((one.name for one in DTYPES.values() if one.torch_name == named), None)
     if shape is None or dtype is None:
         raise _refuse(key, "it has no shape or no dtype that we know", f"its properties are {named}")
-    chunks = []
+    chunks, ends = [], dict[Path, int]()
     for one in described.chunks:
         offsets, sizes = numbers(one.offsets), numbers(one.sizes)
         if offsets is None or sizes is None or (key, offsets) not in stored:
             raise _refuse(key, f"the chunk at {offsets} is in no file", f"{METADATA} has {len(stored)} places")
         path, at, length = stored[key, offsets]
-        if not path.is_file() or path.stat().st_size < at + length:
+        if path not in ends:
+            ends[path] = path.stat().st_size if path.is_file() else -1
+        if ends[path] < at + length:
             raise _refuse(path.name, "missing or too short", f"{key} has {length} bytes at {at} in it")
         if length < prod(sizes) * DTYPES[dtype].size:
             raise _refuse(key, f"the chunk at {list(offsets)} is too short", f"{METADATA} says {list(sizes)} of {dtype}, and {length} bytes")
