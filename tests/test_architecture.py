@@ -26,6 +26,7 @@ LAYERS = (
     {"shards", "config", "hub"},
     {"direct", "views", "digests"},
     {"torch_dist"},
+    {"foreign"},
     {"source", "dense"},
     {"hub_names"},
     {"identify", "structure", "profiles", "outline"},

@@ -237,6 +237,37 @@ def test_config_json_alone_says_that_rows_lie_in_blocks(hub: Path, tmp_path: Pat
             assert moeglot.verify(out, hub).exit_status == 1
 
 
+def written_by_torch(dist: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The same checkpoint, its tensors changed, as torch writes it."""
+    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described(dist).state_dict_metadata.items() if hasattr(one, "size")}
+    load(found, checkpoint_id=dist, no_dist=True)
+    change(found)
+    save(found, checkpoint_id=out, no_dist=True)
+    shutil.copy(dist / "config.json", out)
+    return out
+
+
+ENDS = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+
+
+@pytest.mark.parametrize("key", ENDS)
+def test_a_model_without_one_of_its_ends(key: str, dist: Path, tmp_path: Path) -> None:
+    """The output alone may be the embedding, where config.json says so."""
+    lacking = written_by_torch(dist, tmp_path / "lacking", lambda found: found.pop(key))
+    for tied in (False, True):
+        config = json.loads((dist / "config.json").read_text()) | {"tie_word_embeddings": tied}
+        (lacking / "config.json").write_text(json.dumps(config))
+        if tied and key == "output_layer.weight":
+            moeglot.convert(lacking, HUB, tmp_path / "tied")
+        else:
+            with pytest.raises(moeglot.TensorMismatch, match=f"{ENDS[key]}: missing"):
+                moeglot.convert(lacking, HUB, tmp_path / "out")
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +429,45 @@ def test_lists_in_lists_are_no_name_of_a_file(dist: Path) -> None:
     data = pickle.dumps(said, 3)
     (dist / ".metadata").write_bytes(data.replace(b"X\4\0\0\0deep", b"]" * 100_000 + b"a" * 99_999))
     with pytest.raises(moeglot.BrokenFile, match="not what torch"):
+        moeglot.open(dist)
+
+
+def test_safetensors_beside_it(dist: Path, hub: Path) -> None:
+    shutil.copy(hub / "model.safetensors", dist)
+    with pytest.raises(moeglot.AmbiguousFormat, match=r"\.metadata and model\.safetensors"):
+        moeglot.open(dist)
+    shutil.copy(hub / "config.json", dist)
+    assert moeglot.open(dist / "model.safetensors").format.name == HUB
+
+
+def test_the_model_of_the_hub_as_torch_saves_it(hub: Path, tmp_path: Path) -> None:
+    """Nothing in it says whose names these are, so that the user does."""
+    save(load_file(hub / "model.safetensors"), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    shutil.copy(hub / "config.json", tmp_path / "dcp")
+    with pytest.raises(moeglot.UnknownFormat, match=r"those of qwen3-moe/hub(.|\n)*torch\.distributed\.checkpoint(.|\n)*pass --format qwen3-moe/hub"):
+        moeglot.open(tmp_path / "dcp")
+    moeglot.convert(tmp_path / "dcp", "qwen3-moe/transformers-5", tmp_path / "out", format=HUB)
+    assert moeglot.compare(tmp_path / "out", hub).verdict == "holds"
+
+
+def test_the_folder_of_all_iterations(dist: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for number in (5, 15):
+        shutil.copytree(dist, root / f"iter_{number:07}")
+    with pytest.raises(moeglot.CheckpointError, match=r"iter_0000005, iter_0000015(.|\n)*pass .*root/iter_0000015, with the model's config\.json"):
+        moeglot.open(root)
+    for said, named in (("5\n", "iter_0000005"), ("release", "release")):
+        (root / "latest_checkpointed_iteration.txt").write_text(said)
+        with pytest.raises(moeglot.CheckpointError, match=rf"says {said.strip()}(.|\n)*pass .*root/{named}, with"):
+            moeglot.open(root)
+
+
+def test_what_lacks_its_metadata_and_what_never_had_any(dist: Path) -> None:
+    (dist / ".metadata").unlink()
+    with pytest.raises(moeglot.BrokenFile, match=r"\.metadata is missing(.|\n)*hidden files"):
+        moeglot.open(dist)
+    (dist / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    with pytest.raises(moeglot.CheckpointError, match=r"an older form(.|\n)*zarr(.|\n)*--ckpt-format torch_dist"):
         moeglot.open(dist)
 
 

@@ -168,9 +168,9 @@ MEGATRON = "decoder.layers.{layer}."
 MEGATRON_SOURCE = "https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core/transformer"
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 ENDS = (
-    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size", tp="rows", stage="first"),
-    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size", tp="rows", stage="last"),
-    Dense("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last"),
+    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size", tp="rows", stage="first", needed=True),
+    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size", tp="rows", stage="last", needed=True, unless="tie_word_embeddings"),
+    Dense("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last", needed=True),
 )
 
 
