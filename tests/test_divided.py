@@ -124,8 +124,9 @@ def test_a_whole_model_with_a_padded_vocabulary(source: Path, tmp_path: Path) ->
     assert moeglot.compare(tmp_path / "again", source).verdict == "holds"
     with refused(UsageError, "30 rows of padded vocabulary", "vocab_size = 32", "--padded-vocab-size 32 or more"):
         moeglot.plan(source, "qwen3-moe/megatron", padded_vocab_size=30)
-    with refused(UsageError, "qwen3-moe/hub with what", "want the whole model", "leave the ranks and sizes out"):
-        moeglot.plan(source, "qwen3-moe/hub", padded_vocab_size=40)
+    for to in ("qwen3-moe/hub", "qwen3-moe/megatron-torch-dist"):
+        with refused(UsageError, f"{to} with --padded-vocab-size 40", "as many rows as config.json says", "leave --padded-vocab-size out"):
+            moeglot.plan(source, to, padded_vocab_size=40)
 
 
 def test_numbers_that_are_none_are_named_as_in_the_model(source: Path, tmp_path: Path) -> None:
@@ -258,6 +259,10 @@ def test_a_tied_output_on_another_stage(tmp_path: Path) -> None:
     found = load_file(source / "model.safetensors")
     del found["lm_head.weight"]
     save_file(found, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    with refused(TensorMismatch, "lm_head.weight: missing", "tie_word_embeddings = False"):
+        moeglot.plan(source, "qwen3-moe/megatron")
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     for rank in (0, 1):
         with refused(UsageError, "lm_head.weight is not there", "a copy of it", "leave --pp-rank and --pp-size out"):
             moeglot.plan(source, "qwen3-moe/megatron", pp_rank=rank, pp_size=2)

@@ -98,6 +98,10 @@ def test_which_part_a_process_is(text: str, environment: dict[str, str], found: 
         ("auto", {}, "no launcher says which part"),
         ("auto", {"RANK": "1"}, "no launcher says which part"),
         ("auto", {**ARRAY, "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MAX": "9"}, "has gaps"),
+        ("auto", {"RANK": "3", "WORLD_SIZE": "2"}, "4/2 is no part"),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "0"}, "1/0 is no part"),
+        ("auto", {**ARRAY, "SLURM_ARRAY_TASK_ID": "9"}, "is no part"),
+        ("auto", {**ARRAY, "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_MAX": "5"}, "-1/4 is no part"),
     ],
 )
 def test_what_is_no_part(text: str, environment: dict[str, str], match: str) -> None:

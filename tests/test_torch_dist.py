@@ -7,7 +7,11 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
+from random import Random
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -15,13 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
 from torch.distributed.checkpoint import FileSystemReader, load, save
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import moeglot
 from moeglot.errors import MoeglotError
 from moeglot.shards import tensor_bytes
 from moeglot.torch_dist import writing
-from moeglot.torch_dist.blobs import frame
+from moeglot.torch_dist.blobs import find_numbers, frame
+from moeglot.torch_dist.boxes import Box, overlapping
+from moeglot.torch_dist.inert import look_at
 from moeglot.torch_dist.reading import ChunkedEntry
 
 TARGET = "qwen3-moe/megatron-torch-dist"
@@ -122,6 +128,17 @@ def test_one_that_was_interrupted_ends_in_the_same_bytes(target: str, hub: Path,
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
 
 
+def test_another_shard_size_is_another_plan(hub: Path, tmp_path: Path) -> None:
+    """A run that goes on with a folder, or is another part of it, may not have tensors lie elsewhere."""
+    plans = {size: moeglot.plan(hub, TARGET, shard_size=size) for size in range(40_000, 260_000, 10_000)}
+    layouts = {size: json.dumps([(file.file, file.nbytes, file.pieces, file.states) for file in plan.shards]) for size, plan in plans.items()}
+    assert 2 < len(set(layouts.values())) == len({plan.digest for plan in plans.values()}) < len(plans)
+    first, second = next((a, b) for a in plans for b in plans if a < b and layouts[a] != layouts[b] and len(plans[a].shards) == len(plans[b].shards))
+    moeglot.write_part(plans[first], tmp_path / "out", "1/2")
+    with pytest.raises(moeglot.OutputExists, match="another conversion"):
+        moeglot.write_part(plans[second], tmp_path / "out", "2/2")
+
+
 # --- accounting ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +237,37 @@ def test_config_json_alone_says_that_rows_lie_in_blocks(hub: Path, tmp_path: Pat
             assert moeglot.verify(out, hub).exit_status == 1
 
 
+def written_by_torch(dist: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The same checkpoint, its tensors changed, as torch writes it."""
+    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described(dist).state_dict_metadata.items() if hasattr(one, "size")}
+    load(found, checkpoint_id=dist, no_dist=True)
+    change(found)
+    save(found, checkpoint_id=out, no_dist=True)
+    shutil.copy(dist / "config.json", out)
+    return out
+
+
+ENDS = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+
+
+@pytest.mark.parametrize("key", ENDS)
+def test_a_model_without_one_of_its_ends(key: str, dist: Path, tmp_path: Path) -> None:
+    """The output alone may be the embedding, where config.json says so."""
+    lacking = written_by_torch(dist, tmp_path / "lacking", lambda found: found.pop(key))
+    for tied in (False, True):
+        config = json.loads((dist / "config.json").read_text()) | {"tie_word_embeddings": tied}
+        (lacking / "config.json").write_text(json.dumps(config))
+        if tied and key == "output_layer.weight":
+            moeglot.convert(lacking, HUB, tmp_path / "tied")
+        else:
+            with pytest.raises(moeglot.TensorMismatch, match=f"{ENDS[key]}: missing"):
+                moeglot.convert(lacking, HUB, tmp_path / "out")
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +305,28 @@ def _twice(said: Metadata) -> None:
     said.state_dict_metadata["output_layer.weight"].chunks *= 2
 
 
+def _moved(said: Metadata) -> None:
+    """The second of two chunks begins before the first one ends; as many rows are in neither."""
+    one = said.state_dict_metadata["output_layer.weight"]
+    place = said.storage_data.pop(next(index for index in said.storage_data if index.fqn == "output_layer.weight"))
+    one.chunks = [ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([16, 64])) for first in (0, 8)]
+    said.storage_data |= {MetadataIndex("output_layer.weight", chunk.offsets): place for chunk in one.chunks}
+
+
+def _endless(said: Metadata) -> None:
+    """Numbers that no file could hold: those of so many layers are not looked for."""
+    shape = torch.Size([1 << 40, 32, 64])
+    said.state_dict_metadata["decoder.layers.odd.weight"] = replace(
+        said.state_dict_metadata["output_layer.weight"], size=shape, chunks=[ChunkStorageMetadata(torch.Size([0, 0, 0]), shape)]
+    )
+    place = next(place for index, place in said.storage_data.items() if index.fqn == "output_layer.weight")
+    said.storage_data[MetadataIndex("decoder.layers.odd.weight", torch.Size([0, 0, 0]))] = place
+
+
+def _numberless(said: Metadata) -> None:
+    said.state_dict_metadata["decoder.layers.odd.weight"] = replace(said.state_dict_metadata["output_layer.weight"], size=torch.Size([1 << 40, 0]), chunks=[])
+
+
 BROKEN = {
     _chunk_gone: "output_layer.weight: its chunks do not make up",
     _place_gone: "is in no file",
@@ -264,6 +334,9 @@ BROKEN = {
     _compressed: "compressed or encrypted",
     _elsewhere: "has no place in a file of this folder",
     _twice: "do not make up",
+    _moved: "do not make up",
+    _endless: "the chunk at [0, 0, 0] is too short",
+    _numberless: "no numbers",
     _shapeless: "not what torch.distributed.checkpoint writes",
 }
 
@@ -276,10 +349,125 @@ def test_metadata_that_is_not_so(change: Callable[[Metadata], None], dist: Path)
     assert BROKEN[change] in error.value.wrong
 
 
+def places(box: Box) -> set[tuple[int, ...]]:
+    return set(product(*map(range, box.starts, box.stops)))
+
+
+@pytest.mark.parametrize("size", [(6,), (4, 4), (3, 3, 3)])
+def test_boxes_overlap_where_brute_force_says_so(size: tuple[int, ...]) -> None:
+    random = Random(0)
+    for _ in range(400):
+        corners = [[sorted(random.choices(range(n + 1), k=2)) for n in size] for _ in range(random.choice((2, 3, 5)))]
+        boxes = [Box(*map(tuple, zip(*corner, strict=True))) for corner in corners]
+        meeting = [pair for pair in combinations(boxes, 2) if places(pair[0]) & places(pair[1])]
+        found = overlapping(boxes)
+        assert found in meeting or found[::-1] in meeting if found else not meeting
+
+
+def test_boxes_that_no_cut_divides() -> None:
+    """Four around a fifth."""
+    wheel = [Box((0, 0), (1, 2)), Box((0, 2), (2, 3)), Box((2, 1), (3, 3)), Box((1, 0), (3, 1)), Box((1, 1), (2, 2))]
+    assert overlapping(wheel) is None
+    assert set(overlapping([*wheel[:4], wide := Box((1, 1), (2, 3))]) or ()) == {wheel[1], wide}
+
+
+def test_fifty_thousand_chunks_are_looked_at_at_once() -> None:
+    boxes = [Box((layer, expert, half, 0), (layer + 1, expert + 1, half + 8, 16)) for half in (0, 8) for layer in range(25) for expert in range(1000)]
+    began = perf_counter()
+    assert overlapping(boxes) is None
+    assert overlapping([*boxes, Box((24, 999, 4, 3), (25, 1000, 12, 4))]) is not None
+    assert perf_counter() - began < 5
+
+
 def test_a_file_that_is_cut_short(dist: Path) -> None:
     data = (dist / "__0_0.distcp").read_bytes()
     (dist / "__0_0.distcp").write_bytes(data[: len(data) // 2])
     with pytest.raises(moeglot.BrokenFile, match="missing or too short"):
+        moeglot.open(dist)
+
+
+@pytest.mark.parametrize("bit", [0x01, 0x41, 0x80])
+def test_no_byte_around_the_numbers_of_a_chunk_moves_them(bit: int, tmp_path: Path) -> None:
+    """A damaged disk, or somebody: the numbers are where they were, or the chunk is refused."""
+    before, after, _ = frame(moeglot.dtypes.dtype_of(torch.zeros(0)), (3, 5), 0)
+    whole, found = before + bytes(60) + after, set()
+    for at in (*range(len(before)), *range(len(before) + 60, len(whole))):
+        path = tmp_path / str(at)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+        try:
+            found.add(find_numbers(path, 0, len(whole), "F32", (3, 5)))
+        except moeglot.BrokenFile:
+            found.add(-1)
+    assert found == {-1, len(before)}
+
+
+PICKLES = {
+    "a tuple in a million others": b"})" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "the same, kept in the memo": b"})\x94" + b"".join(b"j" + n.to_bytes(4, "little") + b"\x85\x940" for n in range(200_000)) + b"j\x40\x0d\x03\0K\x01s.",
+    "the same, and nothing is built of each": b"})" + b"\x85Nb" * 400_000 + b"K\x01s.",
+    "the same, and each is appended nothing": b"})" + b"\x85(e" * 400_000 + b"K\x01s.",
+    "a place in the memo that costs 16 GB": b"}r\xff\xff\xff\x7f.",
+    "a text of 2^62 bytes": b"\x8d" + (1 << 62).to_bytes(8, "little") + b".",
+    "a number of 2 GB": b"\x8b\xff\xff\xff\x7fa.",
+    "an extension": b"\x82\x01.",
+    "a buffer": b"\x97.",
+    "a mark that is not there": b"t.",
+    "nothing on the stack": b"R.",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_a_pickle_that_costs_more_than_its_bytes(case: str) -> None:
+    with pytest.raises(moeglot.BrokenFile, match="no pickle that can be read"):
+        look_at(b"\x80\x04" + PICKLES[case], ".metadata")
+
+
+def test_lists_in_lists_are_no_name_of_a_file(dist: Path) -> None:
+    said = described(dist)
+    next(iter(said.storage_data.values())).relative_path = "deep"
+    data = pickle.dumps(said, 3)
+    (dist / ".metadata").write_bytes(data.replace(b"X\4\0\0\0deep", b"]" * 100_000 + b"a" * 99_999))
+    with pytest.raises(moeglot.BrokenFile, match="not what torch"):
+        moeglot.open(dist)
+
+
+def test_safetensors_beside_it(dist: Path, hub: Path) -> None:
+    shutil.copy(hub / "model.safetensors", dist)
+    with pytest.raises(moeglot.AmbiguousFormat, match=r"\.metadata and model\.safetensors"):
+        moeglot.open(dist)
+    shutil.copy(hub / "config.json", dist)
+    assert moeglot.open(dist / "model.safetensors").format.name == HUB
+
+
+def test_the_model_of_the_hub_as_torch_saves_it(hub: Path, tmp_path: Path) -> None:
+    """Nothing in it says whose names these are, so that the user does."""
+    save(load_file(hub / "model.safetensors"), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    shutil.copy(hub / "config.json", tmp_path / "dcp")
+    with pytest.raises(moeglot.UnknownFormat, match=r"those of qwen3-moe/hub(.|\n)*torch\.distributed\.checkpoint(.|\n)*pass --format qwen3-moe/hub"):
+        moeglot.open(tmp_path / "dcp")
+    moeglot.convert(tmp_path / "dcp", "qwen3-moe/transformers-5", tmp_path / "out", format=HUB)
+    assert moeglot.compare(tmp_path / "out", hub).verdict == "holds"
+
+
+def test_the_folder_of_all_iterations(dist: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for number in (5, 15):
+        shutil.copytree(dist, root / f"iter_{number:07}")
+    with pytest.raises(moeglot.CheckpointError, match=r"iter_0000005, iter_0000015(.|\n)*pass .*root/iter_0000015, with the model's config\.json"):
+        moeglot.open(root)
+    for said, named in (("5\n", "iter_0000005"), ("release", "release")):
+        (root / "latest_checkpointed_iteration.txt").write_text(said)
+        with pytest.raises(moeglot.CheckpointError, match=rf"says {said.strip()}(.|\n)*pass .*root/{named}, with"):
+            moeglot.open(root)
+
+
+def test_what_lacks_its_metadata_and_what_never_had_any(dist: Path) -> None:
+    (dist / ".metadata").unlink()
+    with pytest.raises(moeglot.BrokenFile, match=r"\.metadata is missing(.|\n)*hidden files"):
+        moeglot.open(dist)
+    (dist / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    with pytest.raises(moeglot.CheckpointError, match=r"an older form(.|\n)*zarr(.|\n)*--ckpt-format torch_dist"):
         moeglot.open(dist)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
@@ -42,6 +42,8 @@ def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change:
         raise TensorMismatch(f"{next(iter(left))}: {target.name} has no place for it{more}", f"its names: {target.source}", "choose another target format")
     if target.closed:
         _check_layers(source, target, taken)
+    for form in (source.format, target):
+        _check_ends(source, form, {part.name for parts in made.values() for part in parts} | left.keys())
     return made | {name: (tensor,) for name, tensor in left.items()}
 
 
@@ -57,6 +59,17 @@ def _check_layers(source: Checkpoint, target: Format, taken: list[tuple[Dense, d
             wrong = f"{line.hub[0].format(layer=source.number(lacking[0]), rest=rest)}: missing, and layer {source.number(min(there))} has it"
             which = {"": "", "sparse": " with experts", "dense": " without experts"}[line.only]
             raise TensorMismatch(wrong, f"{target.name} has it in every layer{which} ({target.source}); {source.known}", "fetch the missing shard")
+
+
+def _check_ends(source: Checkpoint, form: Format, there: Collection[str]) -> None:
+    """Raises `TensorMismatch` for the embedding, the last norm or the output, where a format knows their names and they are not there."""
+    pp = source.share.pp if source.share else Rank()
+    for line in form.dense:
+        here = not line.stage or pp.rank == (0 if line.stage == "first" else pp.size - 1)
+        if line.needed and here and line.hub[0] not in there and not (line.unless and dig(source.config, line.unless) is True):
+            said = f"; config.json says {line.unless} = {dig(source.config, line.unless)}" if line.unless else ""
+            known = f"{form.name} has it as {line.key}{said}; {source.known}"
+            raise TensorMismatch(f"{line.hub[0]}: missing", known, "fetch the missing shard, or the producer's config.json if that is wrong")
 
 
 def _padded(source: Checkpoint, line: Dense, tensor: DenseTensor, words: int) -> DenseTensor:

@@ -31,6 +31,7 @@ class Dense:
     `padded`: the config key of how many rows mean something, if the writer may add some that nothing reads.
     `tp`: what tensor parallelism divides of each Hub tensor, its rows or its columns; `between`: the config key of how many heads these are, which stay
     whole. `stage`: it is on the first or on the last stage of a pipeline alone.
+    `needed`: no model is without it, but for those whose config.json says `unless`.
     """
 
     key: str
@@ -42,6 +43,8 @@ class Dense:
     tp: Literal["", "rows", "columns"] = ""
     between: str = ""
     stage: Literal["", "first", "last"] = ""
+    needed: bool = False
+    unless: str = ""
 
     def __post_init__(self) -> None:
         if len(self.hub) > 1 and len(self.rows or self.heads) != len(self.hub):
@@ -86,11 +89,11 @@ def _divided(count: int, tp: int, what: str) -> int:
 class TorchDist:
     """A folder that torch.distributed.checkpoint reads, as Megatron-Core keeps it: layers and experts are axes of larger tensors.
 
-    `states`: what has an `_extra_state` there, an object without numbers, and in which layers, as `Dense.only` says; `{layer}` and `{expert}` as in a key.
+    `states`: the modules that have an `_extra_state` there, an object without numbers, if a model has them; `{layer}` and `{expert}` as in a key.
     `experts`: "single" where layers and experts keep their numbers, and the gate and up of every MLP are two tensors.
     """
 
-    states: Mapping[str, str] = field(default_factory=dict)
+    states: tuple[str, ...] = ()
     experts: Literal["stacked", "single"] = "stacked"
 
 

@@ -80,6 +80,9 @@ class Identification:
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if len(known) > LISTED:  # those with the right names are the nearest
             known = {form: refutation for form, refutation in known.items() if refutation.by != "names"} or dict(list(known.items())[:LISTED])
+        if fitting := next((form for form, refutation in known.items() if refutation.by == "asked"), None):
+            wrong = f"{name}: names and shapes are those of {fitting}, and nothing says that it is that"
+            raise UnknownFormat(wrong, "; ".join(self.evidence), f"pass --format {fitting} if its producer {known[fitting]}")
         if known:
             raise UnknownFormat(
                 f"{name}: the experts are stored in no format that moeglot knows",
@@ -138,8 +141,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield "config.json has no model_type"
     if method := dig(source.config, "quantization_config.quant_method"):
         yield f"config.json says quantization_config.quant_method = {method}"
-    if source.torch_dist == "single":
-        yield ".metadata has a key for each expert"
+    if source.torch_dist:
+        yield ".metadata has a key for each expert" if source.torch_dist == "single" else ".metadata is that of torch.distributed.checkpoint"
     for form in candidates[:1]:
         yield from (f"config.json says {key} = {value}" for key, value in form.config.told.items() if value is not None)
         line = form.stored[0]
@@ -150,6 +153,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
 def _refutation(form: Format, source: Source) -> Refutation | None:
     """Why this cannot be the format, or None."""
     if (form.container.experts if form.container else "") != source.torch_dist:
+        if source.torch_dist and not form.container and not _refutation(form, replace(source, torch_dist="")):
+            return Refutation("asked", "had torch.distributed.checkpoint save the model")
         return Refutation("container", f"its experts lie {form.container.experts} in a torch_dist folder" if form.container else "it lies in safetensors files")
     if source.share and not form.by_rank:
         return Refutation("container", f"the safetensors header says {SHARE} = {source.share.mark}, and {form.name} is for whole models")

@@ -15,10 +15,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number`, counted from 1, of `count`."""
+    """Part `number`, counted from 1, of `count`; raises `UsageError` for one that is not among them."""
 
     number: int
     count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise _no_part(str(self), "; with --part auto RANK and WORLD_SIZE, or the numbers of a SLURM array, say which one this process is")
 
     @classmethod
     def of(cls, text: str, environment: Mapping[str, str] = os.environ) -> Part:
@@ -26,10 +30,8 @@ class Part:
         if text == AUTO:
             return _launched(environment)
         found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise UsageError(
-                f"{text!r} is no part", "a part is i/N, i from 1 to N", "for example --part 1/8; or --part auto under torchrun or in a SLURM array"
-            )
+        if not found:
+            raise _no_part(text)
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -38,6 +40,11 @@ class Part:
     def units(self, plan: Plan) -> tuple[Unit, ...]:
         """Its units: one run of the output's bytes, so that two parts meet in one place of one file and nowhere else."""
         return parted(plan, self.count)[self.number - 1]
+
+
+def _no_part(text: str, known: str = "") -> UsageError:
+    do = "for example --part 1/8; or --part auto under torchrun or in a SLURM array"
+    return UsageError(f"{text} is no part", f"a part is i/N, i from 1 to N{known}", do)
 
 
 def parted(plan: Plan, count: int) -> tuple[tuple[Unit, ...], ...]:

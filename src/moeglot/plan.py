@@ -16,12 +16,13 @@ from moeglot.coding import MODELOPT_FILE
 from moeglot.config import declared_dtype, write_config
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dense_plan import dense_slot, dense_tensors
+from moeglot.dist_plan import stack, states
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
-from moeglot.format import Dense, Format, TorchDist
+from moeglot.format import Dense, Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import written_marks
 from moeglot.layout import Sizes, Stored
@@ -32,7 +33,6 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
 from moeglot.survival import Survival
 from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
-from moeglot.torch_dist.keys import Stack
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Plan:
             [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.source.source.shards],
             [self.source.format.name, self.target.name, self.config],
             [(str(step.target), step.line.key, step.layer) for step in self.steps],
-            [(shard.file, hashlib.sha256(shard.header).hexdigest()) for shard in self.shards],
+            [(shard.file, shard.nbytes, hashlib.sha256(shard.header).hexdigest(), shard.pieces) for shard in self.shards],
             self.change.identity if self.change else None,
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
@@ -219,7 +219,7 @@ def plan(
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
-        shards = plan_files(slots, shard_size, _stack(source, target.container), _states(source, target.container))
+        shards = plan_files(slots, shard_size, stack(source, target), states(source, target, dense))
     else:
         shards = plan_shards(slots, shard_size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
@@ -266,22 +266,6 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
         and all(source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True))
     )
     return Step(line, layer, sources, encoding, movable, twin(source, line, layer, encoding))
-
-
-def _stack(source: Checkpoint, container: TorchDist) -> Stack:
-    """Of layers that are alike, a torch_dist checkpoint stacks all; of those of which some have no experts, none."""
-    count, experts = len(source.stage), container.experts == "stacked"
-    return Stack(count, experts and source.layers == tuple(range(count)), experts)
-
-
-def _states(source: Checkpoint, container: TorchDist) -> Iterator[str]:
-    """The modules that have an _extra_state."""
-    for template, only in container.states.items():
-        for layer in range(len(source.stage)) if "{layer}" in template else (0,):
-            if only and (layer in source.layers) != (only == "sparse"):
-                continue
-            for expert in range(source.sizes["e"]) if "{expert}" in template else (0,):
-                yield template.format(layer=layer, expert=expert)
 
 
 def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from moeglot import hub
 from moeglot.coding import MODELOPT_FILE, told_beside
-from moeglot.errors import BrokenFile, CheckpointError, PickleRefused
+from moeglot.errors import BrokenFile, CheckpointError
+from moeglot.foreign import PICKLES, check_root, refuse_file, refuse_none, refuse_two
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.share import Share
@@ -25,9 +26,6 @@ TEMPLATES = "additional_chat_templates"
 MOST = 100_000
 """Shards that are counted: a name may claim any number, and costs no memory by it."""
 NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
-"""What Megatron-LM calls the folder of one process, in checkpoints of its older form."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     local = location(path)
     if local.is_file():
         if local.suffix != ".safetensors":
-            raise _not_safetensors(local)
+            raise refuse_file(local)
         return replace(_read(str(path), local.parent, (local,), headers_only), single=True)
     if isinstance(local, Remote) and not local.is_dir():
         raise CheckpointError(f"{path}: nothing is there", "the store has no such file or folder", "check the URL")
@@ -103,11 +101,15 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     if not local.is_dir():
         local = hub.fetch(str(path))
     if isinstance(local, Path) and is_torch_dist(local):
+        if beside := next((one.name for one in _listed(local) if one.suffix == ".safetensors"), None):
+            raise refuse_two(str(path), beside)
         return _read_torch_dist(str(path), local)
-    shards = tuple(_shards(local, _root(local)))
-    if not shards and (folders := _folders(local)):
+    if shards := tuple(_shards(local, _root(local))):
+        return _read(str(path), local, shards, headers_only)
+    check_root(str(path), local)
+    if folders := _folders(local):
         return _read_ranks(str(path), local, folders, headers_only)
-    return _read(str(path), local, shards or _refuse_none(str(path), local), headers_only)
+    raise refuse_none(str(path), local, INDEX)
 
 
 def _folders(folder: Location) -> tuple[Location, ...]:
@@ -120,8 +122,9 @@ def _read_ranks(name: str, folder: Location, folders: tuple[Location, ...], head
     """What each process of several holds, in a folder of its own."""
     ranks = []
     for one in folders:
-        shards = tuple(_shards(one, _root(one)))
-        ranks.append(_read(str(one), one, shards or _refuse_none(str(one), one), headers_only))
+        if not (shards := tuple(_shards(one, _root(one)))):
+            raise refuse_none(str(one), one, INDEX)
+        ranks.append(_read(str(one), one, shards, headers_only))
     entries = {f"{rank.folder.name}/{key}": entry for rank in ranks for key, entry in rank.entries.items()}
     return Source(name, folder, tuple(shard for rank in ranks for shard in rank.shards), entries, ranks[0].config, (), ranks=tuple(ranks))
 
@@ -182,27 +185,6 @@ def _check_numbers(names: Sequence[str]) -> None:
         if missing := sorted(set(range(1, min(count, MOST) + 1)) - numbers):
             wrong = f"{stem}: {len(missing)} of {count} files are missing, first number {missing[0]}"
             raise BrokenFile(wrong, f"the names say how many there are, and there is no {INDEX}", "fetch the missing files, or the index")
-
-
-def _refuse_none(name: str, folder: Location) -> tuple[Location, ...]:
-    """There is no shard."""
-    if pickles := [path.name for path in _listed(folder) if path.suffix in PICKLES]:
-        megatron = bool(MEGATRON_RANK.fullmatch(folder.name))
-        raise PickleRefused(
-            f"{name}: only pickle files are here: {', '.join(pickles[:3])}",
-            "loading a pickle runs the code in it; moeglot never does",
-            "have Megatron load it and save it with --ckpt-format torch_dist, which moeglot reads"
-            if megatron
-            else "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)",
-        )
-    raise CheckpointError(f"{name}: no safetensors file is here", f"looked for {INDEX} and *.safetensors", "pass the folder that holds them")
-
-
-def _not_safetensors(path: Location) -> CheckpointError:
-    if path.suffix in PICKLES:
-        known = "it is a pickle, and loading one runs the code in it; moeglot never does"
-        return PickleRefused(f"{path.name}: never loaded", known, "save it as safetensors first, with the framework that wrote it")
-    return CheckpointError(f"{path.name}: not a safetensors file", f"its name ends in {path.suffix or 'nothing'}", "pass a .safetensors file or its folder")
 
 
 def _weight_map(index: Location) -> dict[str, str]:

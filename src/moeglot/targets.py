@@ -57,6 +57,10 @@ def shared(source: Checkpoint, target: Format, share: Share | None) -> Checkpoin
     """The source, or what of it the share that is asked for holds; raises `UsageError` where the target is for whole models, or has no such file."""
     if not (mine := share or source.share):
         return source
+    if not target.by_rank and share and share.words and share.is_whole:
+        fills = "; Megatron-Core fills up what its own model has more" if target.container else ""
+        known = f"it has as many rows as config.json says{fills}; the state dict of a process is padded"
+        raise UsageError(f"{target.name} with --padded-vocab-size {share.words}", known, "leave --padded-vocab-size out")
     if not target.by_rank:
         names = ", ".join(form.name for form in of_family(target.family) if form.by_rank) or f"none of {target.family.name}'s formats"
         wrong = f"{target.name} with what {share} holds alone" if share else f"{source.source.name} has what {source.share} holds alone"

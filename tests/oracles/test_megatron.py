@@ -57,11 +57,13 @@ LATENT = {
     "num_nextn_predict_layers": 0,
 }
 """A first layer without experts, shared experts, groups of experts, and latent attention."""
+WHOLE_QUERIES = {"q_lora_rank": None}
+"""Latent attention that compresses keys and values alone, as Moonlight's does."""
 PROGRAM = Path(__file__).with_name("megatron_cpu.py")
 VOCABULARY = 96
 
 
-def hub_model(folder: Path, family: str, size: str, **more: int) -> Path:
+def hub_model(folder: Path, family: str, size: str, **more: int | None) -> Path:
     """A random model of that family, as transformers saves it in BF16. `more`: of its config."""
     hidden, inner = SIZES[size]
     torch.manual_seed(len(size))
@@ -134,6 +136,13 @@ def written(source: Path, family: str, out: Path, name: str = "megatron-torch-di
 def test_megatron_computes_what_transformers_does(family: str, size: str, processes: int, tmp_path: Path) -> None:
     source = hub_model(tmp_path / "hub", family, size)
     out = written(source, family, tmp_path / "out")
+    assert apart(megatron(out, "--te-names", processes=processes), hub_logits(source)) <= LIMIT
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_queries_that_are_not_compressed(processes: int, tmp_path: Path) -> None:
+    source = hub_model(tmp_path / "hub", "deepseek-v3", "neither", **WHOLE_QUERIES)
+    out = written(source, "deepseek-v3", tmp_path / "out")
     assert apart(megatron(out, "--te-names", processes=processes), hub_logits(source)) <= LIMIT
 
 

@@ -15,23 +15,24 @@ pytest.importorskip("megatron.core")
 
 import torch
 from safetensors.torch import load_file, save_file
-from test_megatron import HUB, LIMIT, apart, hub_logits, hub_model, megatron, written
+from test_megatron import HUB, LIMIT, WHOLE_QUERIES, apart, hub_logits, hub_model, megatron, written
 from torch.distributed.checkpoint import FileSystemReader
 
 import moeglot
 from moeglot.shards import tensor_bytes
 
 CASES = [
-    ("gpt-oss", "h=i", 1),
-    ("gpt-oss", "h=2i", 2),
-    ("gpt-oss", "neither", 1),
-    ("qwen3-moe", "h=i", 2),
-    ("qwen3-moe", "h=2i", 1),
-    ("qwen3-moe", "neither", 1),
-    ("mixtral", "h=2i", 1),
-    ("deepseek-v3", "neither", 2),
+    ("gpt-oss", "h=i", 1, {}),
+    ("gpt-oss", "h=2i", 2, {}),
+    ("gpt-oss", "neither", 1, {}),
+    ("qwen3-moe", "h=i", 2, {}),
+    ("qwen3-moe", "h=2i", 1, {}),
+    ("qwen3-moe", "neither", 1, {}),
+    ("mixtral", "h=2i", 1, {}),
+    ("deepseek-v3", "neither", 2, {}),
+    ("deepseek-v3", "h=2i", 1, WHOLE_QUERIES),
 ]
-"""Family, sizes, and on how many processes the experts lie."""
+"""Family, sizes, on how many processes the experts lie, and what else its config says."""
 LOCAL, ENGINE = "megatron-torch-dist-singleton-local", "megatron-torch-dist-singleton"
 
 
@@ -54,9 +55,9 @@ def of_mxfp4(folder: Path, out: Path) -> tuple[Path, Path]:
     return out / "mxfp4", out / "bf16"
 
 
-@pytest.mark.parametrize(("family", "size", "processes"), CASES)
-def test_megatron_loads_it_strictly_and_saves_the_same_keys(family: str, size: str, processes: int, tmp_path: Path) -> None:
-    hub = hub_model(tmp_path / "hub", family, size)
+@pytest.mark.parametrize(("family", "size", "processes", "more"), CASES)
+def test_megatron_loads_it_strictly_and_saves_the_same_keys(family: str, size: str, processes: int, more: dict[str, None], tmp_path: Path) -> None:
+    hub = hub_model(tmp_path / "hub", family, size, **more)
     given, source = of_mxfp4(hub, tmp_path) if family == "gpt-oss" else (in_float32(hub), hub)
     out = written(given, family, tmp_path / "out", LOCAL)
     if given != source:

@@ -173,9 +173,9 @@ MEGATRON = "decoder.layers.{layer}."
 MEGATRON_SOURCE = "https://github.com/NVIDIA/Megatron-LM/tree/core_v0.16.1/megatron/core/transformer"
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 ENDS = (
-    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size", tp="rows", stage="first"),
-    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size", tp="rows", stage="last"),
-    Dense("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last"),
+    Dense("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), padded="vocab_size", tp="rows", stage="first", needed=True),
+    Dense("output_layer.weight", ("lm_head.weight",), padded="vocab_size", tp="rows", stage="last", needed=True, unless="tie_word_embeddings"),
+    Dense("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last", needed=True),
 )
 
 
@@ -234,19 +234,19 @@ HALVES = {BLOCKS: None, "moe_shared_expert_glu_interleave_size": None}
 def megatron(
     family: Family,
     names: Mapping[str, tuple[Dense, ...]],
-    linear: Mapping[str, str],
-    beside: Mapping[str, str],
+    linear: tuple[str, ...],
+    beside: tuple[str, ...],
     biased: bool = False,
 ) -> tuple[Format, ...]:
     """Megatron-Core's formats of a family: its state dicts with SequentialMLP, TEGroupedMLP and GroupedMLP, and its torch_dist checkpoints.
 
     `names`: of what is no expert, in the layers of transformer-engine ("engine"), in a state dict of the local layers ("local") and in their torch_dist
-    checkpoint ("stored"). `linear`: the modules of a layer that have an _extra_state in both, and in which layers (see `Dense.only`); `beside`: those that
-    have one with transformer-engine. The experts' are added. `biased`: experts have biases, so that GroupedMLP cannot hold them.
+    checkpoint ("stored"). `linear`: the modules of a layer that have an _extra_state in both, where a model has them; `beside`: those that have one with
+    transformer-engine. The experts' are added. `biased`: experts have biases, so that GroupedMLP cannot hold them.
     """
-    experts = {MEGATRON + "mlp.experts.experts.{expert}." + name: "sparse" for name in ("linear_fc1", "linear_fc2")}
-    plain = experts | {MEGATRON + name: only for name, only in linear.items()}
-    states = plain | {MEGATRON + name: only for name, only in beside.items()} | {"decoder.final_layernorm": ""}
+    experts = tuple(MEGATRON + "mlp.experts.experts.{expert}." + name for name in ("linear_fc1", "linear_fc2"))
+    plain = (*experts, *(MEGATRON + name for name in linear))
+    states = (*plain, *(MEGATRON + name for name in beside), "decoder.final_layernorm")
     single, grouped, stacked = (
         megatron_experts(template, biased)
         for template in ("mlp.experts.local_experts.{{expert}}.{}.*", "mlp.experts.{}.*{{expert}}", "mlp.experts.experts.{{expert}}.{}.*")

@@ -21,8 +21,8 @@ NORMS = {
     "local": in_layer({"input_layernorm.weight": INPUT, "pre_mlp_layernorm.weight": OUTPUT}),
     "stored": in_layer({"self_attention.linear_qkv.layer_norm_weight": INPUT, "mlp.linear_fc1.layer_norm_weight": OUTPUT}),
 }
-LINEAR = {"self_attention.linear_qkv": "", "self_attention.linear_proj": ""}
-BESIDE = {"self_attention.core_attention": "", "pre_mlp_layernorm": "sparse"}
+LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj")
+BESIDE = ("self_attention.core_attention", "pre_mlp_layernorm")
 
 SINKS = (
     *by_heads({"self_attention.core_attention.softmax_offset": "self_attn.sinks"}),
@@ -77,17 +77,18 @@ LATENT_LOCAL = (
     ),
 )
 LATENT_NORMS = {"engine": LATENT_ENGINE, "local": LATENT_LOCAL, "stored": LATENT_LOCAL}
-LATENT_LINEAR = {
-    "self_attention.linear_q_down_proj": "",
-    "self_attention.linear_q_up_proj": "",
-    "self_attention.linear_kv_down_proj": "",
-    "self_attention.linear_kv_up_proj": "",
-    "self_attention.linear_proj": "",
-    "mlp.linear_fc1": "dense",
-    "mlp.linear_fc2": "dense",
-    "mlp.shared_experts.linear_fc1": "sparse",
-    "mlp.shared_experts.linear_fc2": "sparse",
-}
+LATENT_LINEAR = (
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_down_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_down_proj",
+    "self_attention.linear_kv_up_proj",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
+)
 
 FORMATS = (
     *megatron(gpt_oss.FAMILY, {kind: GROUPED + SINKS + norms for kind, norms in NORMS.items()}, LINEAR, BESIDE, biased=True),
@@ -95,8 +96,8 @@ FORMATS = (
         QWEN3_MOE,
         {kind: GROUPED + HEAD_NORMS + norms for kind, norms in NORMS.items()},
         LINEAR,
-        BESIDE | {"self_attention.q_layernorm": "", "self_attention.k_layernorm": ""},
+        (*BESIDE, "self_attention.q_layernorm", "self_attention.k_layernorm"),
     ),
     *megatron(MIXTRAL, {kind: GROUPED + SPARSE_GATE + norms for kind, norms in NORMS.items()}, LINEAR, BESIDE),
-    *megatron(DEEPSEEK_V3, {kind: LATENT + norms for kind, norms in LATENT_NORMS.items()}, LATENT_LINEAR, BESIDE | {"input_layernorm": ""}),
+    *megatron(DEEPSEEK_V3, {kind: LATENT + norms for kind, norms in LATENT_NORMS.items()}, LATENT_LINEAR, (*BESIDE, "input_layernorm")),
 )

@@ -76,20 +76,36 @@ def _find(path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ..
         try:
             with zipfile.ZipFile(file) as archive:
                 records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+                    raise refuse("a record of it is compressed")
                 said = look_at(archive.read(records["data.pkl"]), f"{path.name} at {offset}")
                 order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
                 record = records["data/0"]
-        except (zipfile.BadZipFile, KeyError, OSError) as error:
+                with archive.open(record):  # whose header is then the directory's
+                    start = _content(file, record.header_offset)
+        except (zipfile.BadZipFile, KeyError, OSError, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error) as error:
             raise refuse(f"no saved tensor ({error})") from error
         if not _is_plain(said, dtype, shape) or order != b"little":
             raise refuse("another tensor, or one that is not contiguous")
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size < prod(shape) * DTYPES[dtype].size:
-            raise refuse("its numbers are compressed or too few")
-        file.seek(record.header_offset)
-        *_, name, extra = struct.unpack("<4s5H3L2H", file.read(30))
-        return offset + record.header_offset + 30 + int(name) + int(extra)
+        if record.file_size < prod(shape) * DTYPES[dtype].size or start + record.file_size > archive.start_dir:
+            raise refuse("its numbers are too few, or not where they should be")
+        return offset + start
     finally:
         os.close(descriptor)
+
+
+def _content(file: _Slice, header: int) -> int:
+    """Where a record's content begins; raises `ValueError` where the extra fields before it are not as long as they are said to be together."""
+    file.seek(header)
+    *_, name, length = struct.unpack("<4s5H3L2H", file.read(30))
+    file.seek(header + 30 + name)
+    extra = file.read(length)
+    at = 0
+    while at < len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    if at != length:
+        raise ValueError(f"extra fields of {length} bytes end at {at}")
+    return header + 30 + int(name) + int(length)
 
 
 def _is_plain(said: Any, dtype: str, shape: tuple[int, ...]) -> bool:

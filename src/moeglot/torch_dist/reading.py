@@ -16,6 +16,7 @@ from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile
 from moeglot.shards import Entry
 from moeglot.torch_dist.blobs import find_numbers
+from moeglot.torch_dist.boxes import Box, overlapping
 from moeglot.torch_dist.inert import Record, is_a, look_at, numbers
 from moeglot.torch_dist.keys import HALVES, has_expert, unstacked
 
@@ -94,7 +95,7 @@ def read_entries(folder: Path) -> Found:
     """(name -> tensor, the files that hold them, how experts lie there); training state is left aside. Raises `BrokenFile`."""
     try:
         return _read(folder, look_at((folder / METADATA).read_bytes(), METADATA))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _refuse(METADATA, "it is not what torch.distributed.checkpoint writes", str(error).split("\n")[0]) from error
 
 
@@ -141,14 +142,18 @@ def _described(key: str, described: Record, stored: Mapping[tuple[str, Shape], t
     dtype = next((one.name for one in DTYPES.values() if one.torch_name == named), None)
     if shape is None or dtype is None:
         raise _refuse(key, "it has no shape or no dtype that we know", f"its properties are {named}")
-    chunks = []
+    chunks, ends = [], dict[Path, int]()
     for one in described.chunks:
         offsets, sizes = numbers(one.offsets), numbers(one.sizes)
         if offsets is None or sizes is None or (key, offsets) not in stored:
             raise _refuse(key, f"the chunk at {offsets} is in no file", f"{METADATA} has {len(stored)} places")
         path, at, length = stored[key, offsets]
-        if not path.is_file() or path.stat().st_size < at + length:
+        if path not in ends:
+            ends[path] = path.stat().st_size if path.is_file() else -1
+        if ends[path] < at + length:
             raise _refuse(path.name, "missing or too short", f"{key} has {length} bytes at {at} in it")
+        if length < prod(sizes) * DTYPES[dtype].size:
+            raise _refuse(key, f"the chunk at {list(offsets)} is too short", f"{METADATA} says {list(sizes)} of {dtype}, and {length} bytes")
         chunks.append(Chunk(offsets, sizes, path, at, length))
     _check_cover(key, shape, chunks)
     return dtype, shape, chunks
@@ -159,12 +164,15 @@ def _check_cover(key: str, shape: Shape, chunks: list[Chunk]) -> None:
     within = all(len(c.offsets) == len(shape) and all(o + s <= n for o, s, n in zip(c.offsets, c.sizes, shape, strict=True)) for c in chunks)
     if volume != prod(shape) or not within or len({chunk.offsets for chunk in chunks}) != len(chunks):
         raise _refuse(key, f"its chunks do not make up {list(shape)}", f"{len(chunks)} chunks hold {volume} numbers, each place should be in one of them")
+    if both := overlapping(Box(c.offsets, tuple(map(sum, zip(c.offsets, c.sizes, strict=True)))) for c in chunks):
+        known = f"those at {' and '.join(str(list(box.starts)) for box in both)} share places, so that other places are in none"
+        raise _refuse(key, f"its chunks do not make up {list(shape)}", known)
 
 
 def _by_index(key: str, shape: Shape, axes: int, chunks: list[Chunk]) -> dict[Shape, list[Run]]:
     """Place along the stacked axes -> what chunks have of the tensor there."""
-    if len(shape) < axes:
-        raise _refuse(key, f"{list(shape)} has no axis for each layer and expert", "they are stacked there, since no number is in the key")
+    if len(shape) < axes or not prod(shape):
+        raise _refuse(key, f"{list(shape)} has no axis for each layer and expert, or no numbers", "they are stacked there, since no number is in the key")
     found: dict[Shape, list[Run]] = {index: [] for index in product(*map(range, shape[:axes]))}
     for chunk in chunks:
         for inner in product(*map(range, chunk.sizes[:axes])):

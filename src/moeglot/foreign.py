@@ -1,0 +1,69 @@
+"""Folders that hold no safetensors that we may read, or too much: what they are instead, and what to pass in their place."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from moeglot.errors import AmbiguousFormat, BrokenFile, CheckpointError, PickleRefused
+from moeglot.remote import Location
+from moeglot.torch_dist.reading import DESCRIPTION, METADATA
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
+"""What Megatron-LM calls the folder of one process, in checkpoints of its older form."""
+TRACKER = "latest_checkpointed_iteration.txt"
+"""What Megatron-LM has beside the folders of its iterations: the number of the last one, or "release"."""
+NOT_RUN = "loading a pickle runs the code in it; moeglot never does"
+SAVE_SAFELY = "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)"
+SAVE_AGAIN = "have Megatron load it and save it with --ckpt-format torch_dist, which moeglot reads"
+
+
+def check_root(name: str, folder: Location) -> None:
+    """Raises `CheckpointError` for a folder that is no checkpoint and has some of Megatron's in its own."""
+    inner, said = sorted(path.name for path in folder.iterdir() if path.is_dir() and (path / METADATA).is_file()), ""
+    if (folder / TRACKER).is_file():
+        with (folder / TRACKER).open("rb") as file:
+            said = file.read(40).decode(errors="replace").strip()
+    if said or inner:
+        which = f"iter_{int(said):07}" if re.fullmatch("[0-9]+", said) else said or inner[-1]
+        known = f"{TRACKER} says {said}" if said else f"{METADATA} is in {', '.join(inner[:3])}"
+        raise CheckpointError(f"{name}: a folder of Megatron's checkpoints, and none itself", known, f"pass {name}/{which}, with the model's config.json in it")
+
+
+def refuse_two(name: str, other: str) -> AmbiguousFormat:
+    """A torch_dist checkpoint, and safetensors beside it."""
+    known = f"{METADATA} is that of a torch_dist checkpoint, {other} holds tensors too, and nothing says which is meant"
+    return AmbiguousFormat(f"{name}: two checkpoints in one folder, {METADATA} and {other}", known, f"pass {name}/{other}, or a folder without it")
+
+
+def refuse_none(name: str, folder: Location, index: str) -> CheckpointError:
+    """There is nothing that we read. `index`: the name of the file that was looked for."""
+    names = sorted(path.name for path in folder.iterdir())
+    if (backend := _backend(folder)) == "torch_dist":
+        known = f"{DESCRIPTION} says sharded_backend = torch_dist, and {METADATA} says where its tensors are"
+        return BrokenFile(f"{name}: {METADATA} is missing", known, "copy the folder again with its hidden files: `cp -r FOLDER OUT`, not `cp FOLDER/* OUT`")
+    if backend:
+        return CheckpointError(f"{name}: a checkpoint of Megatron-Core in an older form", f"{DESCRIPTION} says sharded_backend = {backend}", SAVE_AGAIN)
+    if pickles := [one for one in names if one.endswith(PICKLES)]:
+        do = SAVE_AGAIN if MEGATRON_RANK.fullmatch(folder.name) else SAVE_SAFELY
+        return PickleRefused(f"{name}: only pickle files are here: {', '.join(pickles[:3])}", NOT_RUN, do)
+    return CheckpointError(f"{name}: no safetensors file is here", f"looked for {index} and *.safetensors", "pass the folder that holds them")
+
+
+def refuse_file(path: Location) -> CheckpointError:
+    """A file that is none of safetensors."""
+    if path.suffix in PICKLES:
+        return PickleRefused(f"{path.name}: never loaded", f"it is a pickle, and {NOT_RUN}", "save it as safetensors first, with the framework that wrote it")
+    return CheckpointError(f"{path.name}: not a safetensors file", f"its name ends in {path.suffix or 'nothing'}", "pass a .safetensors file or its folder")
+
+
+def _backend(folder: Location) -> str:
+    """How Megatron-Core says that it keeps the tensors of a folder; "" where it does not."""
+    if not (folder / DESCRIPTION).is_file():
+        return ""
+    try:
+        said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return ""
+    return str(said.get("sharded_backend", "")) if isinstance(said, dict) else ""
