@@ -37,7 +37,7 @@ LAYERS = (
     {"adapter"},
     {"adapter_written"},
     {"adapter_convert", "merging"},
-    {"checks", "experts", "loss"},
+    {"checks", "experts", "loss", "ropes"},
     {"misreadings", "targets", "lint"},
     {"dense_plan"},
     {"plan"},
