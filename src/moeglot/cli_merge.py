@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from moeglot import report
+from moeglot import newfile, report
 from moeglot.checks import keep_heap_small
 from moeglot.cli_options import (
     AllowLossOption,
@@ -23,7 +23,6 @@ from moeglot.cli_options import (
     RoundOption,
     ShardSizeOption,
     WorkersOption,
-    check_folder,
     parse_size,
     print_json,
 )
@@ -57,11 +56,11 @@ def merge(
     html: HtmlOption = None,
 ) -> None:
     """Add an adapter's change to a base in any format and encoding; say what of it survived, verify and certify the result."""
+    newfile.check(html, "--html")
     from moeglot.adapter import open_adapter
     from moeglot.checkpoint import open as open_checkpoint
     from moeglot.plan import plan as make_plan
 
-    check_folder(html, "--html")
     where = Where(part, finalize, engine, ray_address)
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: their arguments and options, sizes, files that are to be written, JSON."""
+"""What the verbs of the command line share: their arguments and options, sizes, JSON."""
 
 from __future__ import annotations
 
@@ -38,13 +38,8 @@ WordsOption = Annotated[Number, typer.Option("--padded-vocab-size", metavar="N",
 
 
 def print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(report.dump(value) + "\n")
-
-
-def check_folder(path: Path | None, option: str) -> None:
-    """Before the work, not after it: the file can be written where the user wants it."""
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}", f"{option} names a file to write", "make the folder first, or choose another")
+    """Where standard output is no UTF-8, with the escapes that JSON has for everything else."""
+    sys.stdout.write(report.dump(value, ascii=(getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")) + "\n")
 
 
 def parse_size(text: str) -> int:
