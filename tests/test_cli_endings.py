@@ -2,9 +2,11 @@
 
 import html
 import io
+import itertools
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -216,3 +218,51 @@ def test_a_file_that_is_almost_a_fingerprint(change, small, tmp_path):
 def _saved(path, told):
     path.write_text(json.dumps(told))
     return path
+
+
+def test_labels_of_a_plot_lie_apart():
+    """Two losses that are nearly the same, as after a short run."""
+    from moeglot.curves import svg
+
+    for losses, levels in (
+        ([2.0, 1.0], {"before": 1.5, "after": 1.5001}),
+        ([2.0, 1.0], {"before": 1.0, "after": 1.0}),
+        ([3.0], {"a": 1.0, "b": 1.0, "c": 1.01}),
+    ):
+        heights = sorted(float(found) for found in re.findall(r'y="([\d.]+)"[^>]*#b3261e', svg("", losses, levels)))
+        assert len(heights) == len(levels)
+        assert all(lower - upper >= 12 for upper, lower in itertools.pairwise(heights))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", ""), ["'' is no path"]),
+        (("convert", BUNDLED, "", "--to", "gpt-oss/transformers"), ["'' is no path"]),
+        (("compare", BUNDLED, ""), ["'' is no path"]),
+        (("adapter", "inspect", "", "--base", BUNDLED), ["'' is no path"]),
+        (("adapter", "inspect", BUNDLED / "config.json", "--base", BUNDLED), ["a file", "an adapter is a folder", f"pass the folder that it is in: {BUNDLED}"]),
+        (("run", BUNDLED, "--prompt", "And", "--prompt", "But"), ["2 prompts", "once for each"]),
+        (("run", BUNDLED, "--prompt", "And", "--convention", "peft"), ["--adapter"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--convention", "peft"), ["--adapter"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--threshold", "0.5"), ["--adapter"]),
+    ],
+)
+def test_what_cannot_be_meant(arguments, words):
+    told = here(*arguments, status=2)[1]
+    assert told.count("\n") == 3
+    assert all(word in told for word in words), told
+
+
+def test_what_python_may_pass(small, tmp_path):
+    assert (
+        moeglot.plan(moeglot.open(small), "qwen3-moe/hub", shard_size="1MB").shards
+        == moeglot.plan(moeglot.open(small), "qwen3-moe/hub", shard_size=10**6).shards
+    )
+    wrong = {"lossy": True, "shard_size": "big", "encode": 32}
+    for name, value in wrong.items():
+        with pytest.raises(moeglot.UsageError, match=f"{name}|big"):
+            moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
+    with pytest.raises(moeglot.UsageError, match="is no path"):
+        moeglot.open(None)
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from moeglot.cli_merge import merge, show_and_carry_out
 from moeglot.cli_moments import moments
 from moeglot.cli_options import (
     AllowLossOption,
+    ConventionOption,
     DryRunOption,
     EncodeOption,
     EpRankOption,
@@ -34,11 +35,11 @@ from moeglot.cli_options import (
     ResumeOption,
     RoundOption,
     ShardSizeOption,
+    ThresholdOption,
     TpRankOption,
     TpSizeOption,
     WordsOption,
     WorkersOption,
-    parse_size,
     print_json,
 )
 from moeglot.cli_run import run
@@ -46,9 +47,11 @@ from moeglot.cli_tune import tune
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
 from moeglot.convert import default_workers
 from moeglot.errors import UnknownFormat, UsageError
+from moeglot.kept import THRESHOLD
 from moeglot.lint import lint
 from moeglot.outline import outline
 from moeglot.share import Asked
+from moeglot.sizes import size
 from moeglot.source import read_source
 
 app = typer.Typer(
@@ -135,6 +138,8 @@ def convert(
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write; see `moeglot formats`.", show_default=False)],
     encode: EncodeOption = None,
     adapter: Annotated[Optional[str], typer.Option("--adapter", metavar="DIR", help="Fold this adapter in, as `moeglot merge` does.")] = None,  # noqa: UP045
+    convention: ConventionOption = None,
+    threshold: ThresholdOption = THRESHOLD,
     round: RoundOption = "nearest",
     format: FormatOption = None,
     dry_run: DryRunOption = False,
@@ -160,7 +165,9 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
     where = Where(part, finalize, engine, ray_address, device)
-    checkpoint, size = moeglot.open(src, format), parse_size(shard_size)
+    if adapter is None and (convention is not None or threshold != THRESHOLD):
+        raise UsageError("--convention or --threshold without --adapter", "they are of an adapter that is folded in", "pass --adapter too, or leave them out")
+    checkpoint = moeglot.open(src, format)
     ranks: Asked = {
         "tp_rank": tp_rank,
         "tp_size": tp_size,
@@ -172,8 +179,9 @@ def convert(
         "ep_size": ep_size,
         "padded_vocab_size": padded_vocab_size,
     }
-    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=size, **ranks)
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, where=where))
+    change = moeglot.open_adapter(adapter, checkpoint, convention) if adapter is not None else None
+    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=change, round=round, shard_size=shard_size, **ranks)
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, where=where))
 
 
 @app.command()
@@ -234,7 +242,7 @@ def fingerprint(
     found = moeglot.fingerprint(moeglot.open(path, format))
     found.save(output)
     told = {"schema": "moeglot/fingerprint-written/1", "file": str(output), "experts": len(found.experts), "bytes": output.stat().st_size}
-    print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {report.size(output.stat().st_size)}", highlight=False, markup=False)
+    print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {size(output.stat().st_size)}", highlight=False, markup=False)
 
 
 @app.command()

@@ -15,7 +15,8 @@ from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 from moeglot.lint import Finding
 from moeglot.outline import Row
-from moeglot.report import COLOURS, size, table, verdict
+from moeglot.report import COLOURS, table, verdict
+from moeglot.sizes import size
 
 
 def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep: Weighed | None = None) -> dict[str, Any]:

@@ -23,17 +23,9 @@ from moeglot.forward import LIMIT
 from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
+from moeglot.sizes import size
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
-
-
-def size(nbytes: float) -> str:
-    """1536 -> "1.5 kB", in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
