@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share"},
+    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share", "newfile", "sizes"},
     {"encoding", "kernels", "grids"},
     {"encodings"},
     {"floats", "folding"},
@@ -38,7 +38,7 @@ LAYERS = (
     {"adapter"},
     {"adapter_written"},
     {"adapter_convert", "merging"},
-    {"checks", "experts", "loss", "unsound"},
+    {"checks", "experts", "loss", "unsound", "ropes"},
     {"certified"},
     {"misreadings", "targets", "lint"},
     {"dense_plan", "dist_plan"},
@@ -56,10 +56,11 @@ LAYERS = (
     {"cli_options", "nn", "curves"},
     {"integrations", "inspection", "plots"},
     {"live"},
-    {"demo", "cli_run", "cli_progress", "cli_where"},
+    {"demo", "cli_run", "cli_progress", "cli_where", "cli_ending"},
     {"cli_tune", "cli_moments"},
     {"cli_adapter", "cli_merge"},
     {"cli"},
+    {"__main__"},
 )
 """An import points to the same row or to one above it."""
 

@@ -94,7 +94,7 @@ def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
     [
         (lambda path: write_checkpoint(path, STACKED, SIZES, 2), "transformers 4.57", "leaves the experts random"),
         (lambda path: BUNDLED, "transformers 5.5", "bfloat16 without a word"),
-        (lambda path: _with_rope_parameters(path), "transformers 4.57", "rope_theta 10 000"),
+        (lambda path: _with_rope_parameters(path, 1e6), "transformers 4.57", "takes rope_theta 10000.0, where the file says 1000000.0"),
         (lambda path: _coded(path, "fp8-block", {"e": 2, "h": 192, "i": 192}), "transformers 5.23", "10 % off"),
         (lambda path: _coded(path, "fp8-block", SIZES), "transformers 5.5", "drops the FP8 scales"),
         (lambda path: _coded(path, "nf4", SIZES), "transformers 5.5", "packed bytes"),
@@ -106,12 +106,22 @@ def test_loaders_that_would_misread_it(make, reader, words, tmp_path):
     assert any(words in what for what in found), found
 
 
-def _with_rope_parameters(path):
-    folder = write_checkpoint(path, HUB, SIZES, 1)
+def _with_rope_parameters(path, theta, form=HUB, **more):
+    folder = write_checkpoint(path, form, SIZES, 1)
     told = json.loads((folder / "config.json").read_text())
-    told["rope_parameters"] = {"rope_theta": told.pop("rope_theta", 1e6), "rope_type": "default"}
+    told.pop("rope_theta", None)
+    told["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"} | more
     (folder / "config.json").write_text(json.dumps(told))
     return folder
+
+
+@pytest.mark.parametrize(("form", "theta"), [(HUB, 10_000), ("mixtral/hub", 1e6)])
+def test_a_rope_that_an_older_release_takes_by_default(form, theta, tmp_path):
+    """What it does not read is what it takes: no word on that."""
+    assert "misread by transformers 4.57" not in findings(_with_rope_parameters(tmp_path / "a", theta, form))
+    found = findings(_with_rope_parameters(tmp_path / "b", theta, form, rope_type="linear", factor=2.0))["misread by transformers 4.57"]
+    assert found.figures["takes"] == {"rope_scaling": None}
+    assert "rope_theta" in findings(_with_rope_parameters(tmp_path / "c", 5e5, form))["misread by transformers 4.57"].figures["takes"]
 
 
 def _coded(path, coding, sizes):

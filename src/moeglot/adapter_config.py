@@ -12,6 +12,7 @@ from typing import Any
 
 from moeglot import hub
 from moeglot.errors import AdapterError, BrokenFile, PickleRefused, UnsupportedAdapter
+from moeglot.remote import location, on_disk
 from moeglot.shards import Entry, read_header
 from moeglot.source import read_json
 
@@ -199,8 +200,10 @@ def read_files(path: str | Path, adapter: str | None = None) -> AdapterFiles:
 
     Raises `BrokenFile`, `PickleRefused`, `UnsupportedAdapter`, and `AdapterError` if it is not said which of several.
     """
-    folder = Path(path) if Path(path).is_dir() else hub.fetch(str(path))
-    folder = _choose(folder, adapter)
+    there = on_disk(location(path), "an adapter's reader")
+    if there.is_file():
+        raise AdapterError(f"{path}: a file", f"an adapter is a folder, with {CONFIG} and {TENSORS}", f"pass the folder that it is in: {there.parent}")
+    folder = _choose(there if there.is_dir() else hub.fetch(str(path)), adapter)
     if not (folder / TENSORS).is_file():
         if (folder / "adapter_model.bin").exists():
             raise PickleRefused(
@@ -229,5 +232,5 @@ def _choose(folder: Path, adapter: str | None) -> Path:
         raise AdapterError(f"{folder}: no {CONFIG}", "it says how the factors are scaled", "pass the folder that PEFT's save_pretrained wrote")
     if adapter is not None or len(found) > 1:
         wrong = f"{folder} has no adapter {adapter!r}" if adapter is not None else f"{folder} holds {len(found)} adapters"
-        raise AdapterError(wrong, f"they are {', '.join(found)}", f"pass --adapter {next(iter(found))} (or another of these)")
+        raise AdapterError(wrong, f"they are {', '.join(found)}", f"pass the folder {next(iter(found.values()))} (or that of another)")
     return next(iter(found.values()))

@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 
 import moeglot
-from moeglot import cli_adapter, inspection, report
+from moeglot import cli_adapter, cli_ending, inspection, newfile, report
 from moeglot.cli_merge import merge, show_and_carry_out
 from moeglot.cli_moments import moments
 from moeglot.cli_options import (
     AllowLossOption,
+    ConventionOption,
     DryRunOption,
     EncodeOption,
     EpRankOption,
@@ -34,22 +35,23 @@ from moeglot.cli_options import (
     ResumeOption,
     RoundOption,
     ShardSizeOption,
+    ThresholdOption,
     TpRankOption,
     TpSizeOption,
     WordsOption,
     WorkersOption,
-    check_folder,
-    parse_size,
     print_json,
 )
 from moeglot.cli_run import run
 from moeglot.cli_tune import tune
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
 from moeglot.convert import default_workers
-from moeglot.errors import MoeglotError, UnknownFormat, UsageError
+from moeglot.errors import UnknownFormat, UsageError
+from moeglot.kept import THRESHOLD
 from moeglot.lint import lint
 from moeglot.outline import outline
 from moeglot.share import Asked
+from moeglot.sizes import size
 from moeglot.source import read_source
 
 app = typer.Typer(
@@ -97,7 +99,7 @@ def inspect(
 
     gc.disable()  # millions of small objects and no garbage: looking for some takes a fifth of the time,
     atexit.register(gc.freeze)  # at the end too
-    check_folder(html, "--html")
+    newfile.check(html, "--html")
     try:
         checkpoint = moeglot.open(path, format, headers_only=not deep)
     except UnknownFormat:
@@ -136,6 +138,8 @@ def convert(
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write; see `moeglot formats`.", show_default=False)],
     encode: EncodeOption = None,
     adapter: Annotated[Optional[str], typer.Option("--adapter", metavar="DIR", help="Fold this adapter in, as `moeglot merge` does.")] = None,  # noqa: UP045
+    convention: ConventionOption = None,
+    threshold: ThresholdOption = THRESHOLD,
     round: RoundOption = "nearest",
     format: FormatOption = None,
     dry_run: DryRunOption = False,
@@ -161,7 +165,9 @@ def convert(
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
     where = Where(part, finalize, engine, ray_address, device)
-    checkpoint, size = moeglot.open(src, format), parse_size(shard_size)
+    if adapter is None and (convention is not None or threshold != THRESHOLD):
+        raise UsageError("--convention or --threshold without --adapter", "they are of an adapter that is folded in", "pass --adapter too, or leave them out")
+    checkpoint = moeglot.open(src, format)
     ranks: Asked = {
         "tp_rank": tp_rank,
         "tp_size": tp_size,
@@ -173,8 +179,9 @@ def convert(
         "ep_size": ep_size,
         "padded_vocab_size": padded_vocab_size,
     }
-    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=adapter, round=round, shard_size=size, **ranks)
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, where=where))
+    change = moeglot.open_adapter(adapter, checkpoint, convention) if adapter is not None else None
+    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=change, round=round, shard_size=shard_size, **ranks)
+    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, where=where))
 
 
 @app.command()
@@ -200,7 +207,7 @@ def verify(
     workers: WorkersOption = None,
 ) -> None:
     """Check structure and numbers; against another checkpoint, a fingerprint or transformers, also values and what each expert computes."""
-    check_folder(html, "--html")
+    newfile.check(html, "--html")
     with _bar(json) as progress:
         found = moeglot.verify(moeglot.open(path, format), against, workers=workers or default_workers(), progress=progress)
     if not against and not json:
@@ -231,13 +238,11 @@ def fingerprint(
     """Freeze what each expert computes in a small file, so that a copy can be verified where its source is not."""
     if output.suffix != ".json":
         raise UsageError(f"{output}: not named .json", "verify knows a fingerprint by that ending", f"pass -o {output.with_suffix('.json')}")
-    check_folder(output, "-o")
-    if output.exists():
-        raise moeglot.OutputExists(f"{output} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
+    newfile.check(output, "-o")
     found = moeglot.fingerprint(moeglot.open(path, format))
     found.save(output)
     told = {"schema": "moeglot/fingerprint-written/1", "file": str(output), "experts": len(found.experts), "bytes": output.stat().st_size}
-    print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {report.size(output.stat().st_size)}", highlight=False)
+    print_json(told) if json else out.print(f"{output}: {len(found.experts)} experts, {size(output.stat().st_size)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -255,20 +260,9 @@ app.command()(tune)
 
 
 def main() -> None:
-    """Run the command line; every refusal of ours is three lines on standard error (or JSON on standard output) and an exit status."""
-    try:
+    """Run the command line; every refusal, ours or the system's, is three lines on standard error (or JSON on standard output) and an exit status."""
+    with cli_ending.told():
         app(standalone_mode=True)
-    except MoeglotError as error:
-        if "--json" in sys.argv:
-            told = {"schema": "moeglot/error/1", "error": type(error).__name__, "wrong": error.wrong, "known": error.known, "do": error.do}
-            print_json({**told, "exit_status": error.exit_status})
-        else:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-            Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
-        sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted; what was written is kept, and --resume goes on with it", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

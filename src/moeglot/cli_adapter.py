@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from moeglot import report
+from moeglot.cli_options import print_json
 
 if TYPE_CHECKING:
     from moeglot.adapter import Adapter
@@ -44,7 +45,7 @@ def inspect(
     adapter = _open(path, base, format, convention, name)
     told = inspect_json(adapter)
     if json:
-        print(report.dump(told))
+        print_json(told)
         return
     rows = [
         ("convention", f"{adapter.convention.name}: {adapter.convention.about}" if adapter.convention else "none: it changes no expert"),
@@ -98,7 +99,7 @@ def convert(
     done = convert_adapter(_open(path, base, format, convention, name), to, out_folder)
     told = {"schema": "moeglot/adapter-written/1", "out": str(out_folder), "convention": done.to.name, "tensors": done.tensors, "notes": list(done.notes)}
     if json:
-        print(report.dump(told))
+        print_json(told)
         return
     console = _console()
     console.print(f"{out_folder}: {done.tensors} tensors, {done.to.name}: {done.to.about}", highlight=False, markup=False)
@@ -114,7 +115,7 @@ def conventions(json: JsonOption = False) -> None:
     if json:
         known = [{"name": c.name, "a": c.a, "b": c.b, "about": c.about, "source": c.source, "families": list(c.families)} for c in CONVENTIONS]
         readers = [{"name": r.name, "out_in": r.out_in.name, "in_out": r.in_out.name, "about": r.about} for r in READERS]
-        print(report.dump({"schema": "moeglot/conventions/1", "conventions": known, "readers": readers}))
+        print_json({"schema": "moeglot/conventions/1", "conventions": known, "readers": readers})
         return
     report.table(_console(), "conventions (y = out, x = in)", ("name", "A", "B", "what it is"), [(c.name, c.a, c.b, c.about) for c in CONVENTIONS])
     rows = [(r.name, r.out_in.name, r.in_out.name, r.about) for r in READERS]

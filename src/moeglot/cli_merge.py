@@ -9,10 +9,11 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from moeglot import report
+from moeglot import newfile, report
 from moeglot.checks import keep_heap_small
 from moeglot.cli_options import (
     AllowLossOption,
+    ConventionOption,
     DryRunOption,
     EncodeOption,
     FormatOption,
@@ -22,9 +23,8 @@ from moeglot.cli_options import (
     ResumeOption,
     RoundOption,
     ShardSizeOption,
+    ThresholdOption,
     WorkersOption,
-    check_folder,
-    parse_size,
     print_json,
 )
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
@@ -40,8 +40,8 @@ def merge(
     encode: EncodeOption = None,
     round: RoundOption = "nearest",
     keep_touched: Annotated[Optional[str], typer.Option("--keep-touched", metavar="DTYPE", help="Leave the changed matrices in this float type.")] = None,  # noqa: UP045
-    threshold: Annotated[float, typer.Option("--threshold", min=0.0, max=1.0, help="The share of the change that must survive in each role.")] = THRESHOLD,
-    convention: Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="How the adapter's factors lie.")] = None,  # noqa: UP045
+    threshold: ThresholdOption = THRESHOLD,
+    convention: ConventionOption = None,
     name: Annotated[Optional[str], typer.Option("--adapter", metavar="NAME", help="Which of several in the adapter's folder.")] = None,  # noqa: UP045
     format: FormatOption = None,
     dry_run: DryRunOption = False,
@@ -57,15 +57,15 @@ def merge(
     html: HtmlOption = None,
 ) -> None:
     """Add an adapter's change to a base in any format and encoding; say what of it survived, verify and certify the result."""
+    newfile.check(html, "--html")
     from moeglot.adapter import open_adapter
     from moeglot.checkpoint import open as open_checkpoint
     from moeglot.plan import plan as make_plan
 
-    check_folder(html, "--html")
     where = Where(part, finalize, engine, ray_address)
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)
-    plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=parse_size(shard_size))
+    plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
     raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, html, where))
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moeglot.cli_options import FormatOption, JsonOption, check_folder, print_json
+from moeglot import newfile
+from moeglot.cli_options import FormatOption, JsonOption, print_json
 from moeglot.cli_run import tokenizer_of
 from moeglot.errors import UsageError
 
@@ -22,12 +23,12 @@ def moments(
     json: JsonOption = False,
 ) -> None:
     """Gather the second moments of the experts' inputs over a text; the experts stay encoded in memory."""
+    newfile.check(output, "-o")
     from moeglot.cli_progress import bar
     from moeglot.live import load
     from moeglot.nn import data
     from moeglot.nn.moments import gather
 
-    check_folder(output, "-o")
     tokenizer = tokenizer_of(base)
     model = load(base, "float32", format=format, native=True)
     rows = data.read(text, tokenizer, length, 0.0).train[: max(1, tokens // length)]

@@ -1,8 +1,7 @@
-"""What the verbs of the command line share: their arguments and options, sizes, files that are to be written, JSON."""
+"""What the verbs of the command line share: their arguments and options, and JSON."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -10,7 +9,6 @@ from typing import Annotated, Any, Optional
 import typer
 
 from moeglot import report
-from moeglot.errors import UsageError
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file, a URL or a Hub id (owner/name).", show_default=False)]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write, or the URL of one; it must not exist.", show_default=False)]
@@ -24,6 +22,8 @@ ShardSizeOption = Annotated[str, typer.Option("--shard-size", metavar="SIZE", he
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 EncodeOption = Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="Such as bfloat16, mxfp4, fp8-block or nf4.")]  # noqa: UP045
 RoundOption = Annotated[str, typer.Option("--round", metavar="HOW", help="With an adapter: nearest, stochastic[:SEED], delta or gptq:FILE.")]
+ConventionOption = Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="How the adapter's factors lie.")]  # noqa: UP045
+ThresholdOption = Annotated[float, typer.Option("--threshold", min=0.0, max=1.0, help="The share of an adapter's change that must survive in each role.")]
 
 Number = Optional[int]  # noqa: UP045
 TpRankOption = Annotated[Number, typer.Option("--tp-rank", metavar="R", help="Write what process R, from 0, of --tp-size loads: a state dict of Megatron's.")]
@@ -38,18 +38,5 @@ WordsOption = Annotated[Number, typer.Option("--padded-vocab-size", metavar="N",
 
 
 def print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(report.dump(value) + "\n")
-
-
-def check_folder(path: Path | None, option: str) -> None:
-    """Before the work, not after it: the file can be written where the user wants it."""
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}", f"{option} names a file to write", "make the folder first, or choose another")
-
-
-def parse_size(text: str) -> int:
-    """`"5GB"` -> 5_000_000_000; raises `UsageError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip())
-    if not found or not float(found[1]):
-        raise UsageError(f"{text!r} is no size", "a size is a number and kB, MB, GB or TB", "for example --shard-size 5GB")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+    """Where standard output is no UTF-8, with the escapes that JSON has for everything else."""
+    sys.stdout.write(report.dump(value, ascii=(getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")) + "\n")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from moeglot import report
+from moeglot.sizes import size
 from moeglot.stream import WRITING
 
 
@@ -22,7 +22,7 @@ class Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         if speed is None:
             return Text("")
-        return Text(f"{report.size(speed)}/s" if task.description == WRITING else f"{speed:,.0f} experts/s", style="progress.data.speed")
+        return Text(f"{size(speed)}/s" if task.description == WRITING else f"{speed:,.0f} experts/s", style="progress.data.speed")
 
 
 @contextmanager

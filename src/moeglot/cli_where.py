@@ -10,13 +10,13 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from moeglot import report
 from moeglot.certificate import Certificate
 from moeglot.cli_options import print_json
 from moeglot.convert import carry_out, finalize, write_part
 from moeglot.errors import UsageError
 from moeglot.parts import Part
 from moeglot.plan import Plan
+from moeglot.sizes import size
 from moeglot.stream import Engine
 
 Bar = Callable[[bool], AbstractContextManager[Any]]
@@ -85,4 +85,4 @@ def _tell(plan: Plan, out: str, part: Part, json: bool) -> None:
     if json:
         print_json({"schema": "moeglot/part/1", "part": part.number, "of": part.count, "units": len(units), "bytes": nbytes, "out": str(out)})
     else:
-        Console().print(f"part {part} is written: {len(units)} units, {report.size(nbytes)}; --finalize after the last", highlight=False)
+        Console().print(f"part {part} is written: {len(units)} units, {size(nbytes)}; --finalize after the last", highlight=False)

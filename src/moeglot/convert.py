@@ -52,7 +52,7 @@ def convert(
     keep_touched: str | None = None,
     format: str | None = None,
     allow_loss: bool = False,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | str = SHARD_SIZE,
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,

@@ -26,12 +26,21 @@ def svg(title: str, losses: Sequence[float], levels: Mapping[str, float]) -> str
             f'<path d="M{LEFT} {y(value):.1f}H{WIDTH}" stroke="#e3e6ea"/><text x="4" y="{y(value) + 4:.1f}" font-size="11" fill="#667">{value:.3f}</text>'
         )
     shapes.append(f'<polyline points="{points}" fill="none" stroke="#3b6fb6" stroke-width="1.5"/>')
+    heights = _apart({name: y(value) - 4 for name, value in levels.items()})
     for name, value in levels.items():
         look = 'font-size="12" text-anchor="end" fill="#b3261e" stroke="#fff" stroke-width="3" paint-order="stroke"'
         shapes.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH}" stroke="#b3261e" stroke-dasharray="5 4"/>')
-        shapes.append(f'<text x="{WIDTH}" y="{y(value) - 4:.1f}" {look}>{escape(name)}: {value:.3f}</text>')
+        shapes.append(f'<text x="{WIDTH}" y="{heights[name]:.1f}" {look}>{escape(name)}: {value:.3f}</text>')
     shapes.append(f'<text x="{WIDTH}" y="{TOP + HEIGHT + 18}" font-size="11" text-anchor="end" fill="#667">{len(losses)} steps</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT + TOP + 26}" role="img" font-family="system-ui,sans-serif" style="max-width:100%">{"".join(shapes)}</svg>'
+
+
+def _apart(heights: Mapping[str, float], least: float = 14) -> dict[str, float]:
+    """Where labels stand that would else lie on each other: each at least a line above the one that is below it."""
+    found: dict[str, float] = {}
+    for name, at in sorted(heights.items(), key=lambda item: -item[1]):
+        found[name] = min([at, *(other - least for other in found.values())])
+    return found
 
 
 def page(path: Path, title: str, losses: Sequence[float], levels: Mapping[str, float], lines: Sequence[str]) -> None:
@@ -55,9 +64,10 @@ def png(path: Path, title: str, losses: Sequence[float], levels: Mapping[str, fl
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(range(1, len(losses) + 1), losses, linewidth=1)
+    upper = max(levels, key=levels.__getitem__, default="")
     for name, value in levels.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#b3261e")
-        axes.annotate(f"{name}: {value:.3f}", (len(losses), value), ha="right", va="bottom", fontsize=8, color="#b3261e")
+        axes.annotate(f"{name}: {value:.3f}", (len(losses), value), ha="right", va="bottom" if name == upper else "top", fontsize=8, color="#b3261e")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")

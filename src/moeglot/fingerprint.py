@@ -7,11 +7,14 @@ their negatives. Neither layout nor encoding shows in it; only what the experts 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeglot import newfile
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.divided import numbers, whole_sizes
 from moeglot.errors import Contradiction, UsageError
@@ -50,7 +53,12 @@ class Fingerprint:
             if told["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {told['schema']}")
             experts = {place: tuple(map(float, row)) for place, row in told["experts"].items()}
-            return cls(str(path), told["family"], told["sizes"], experts)
+            sizes = {letter: told["sizes"][letter] for letter in "ehi"}
+            if wrong := next((place for place, row in experts.items() if not _usable(place, row)), None):
+                raise ValueError(f"experts[{wrong!r}] is not {1 + TOKENS * NUMBERS} finite numbers of one expert")
+            if not isinstance(told["family"], str) or not all(isinstance(size, int) for size in sizes.values()):
+                raise ValueError("its family is no name, or its sizes are no whole numbers")
+            return cls(str(path), told["family"], sizes, experts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: not a fingerprint", f"{type(error).__name__}: {error}", "write one with `moeglot fingerprint PATH -o FILE`") from error
 
@@ -58,7 +66,8 @@ class Fingerprint:
         return {"schema": SCHEMA, "family": self.family, "sizes": dict(self.sizes), "experts": {place: list(row) for place, row in self.experts.items()}}
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.as_json(), separators=(",", ":")).replace('],"', '],\n"') + "\n", encoding="utf-8")
+        """Write it to a new file; raises `OutputExists`."""
+        newfile.write(Path(path), json.dumps(self.as_json(), separators=(",", ":")).replace('],"', '],\n"') + "\n")
 
     def of(self, checkpoint: Checkpoint) -> Fingerprint:
         """What it says of a checkpoint's experts; raises `Contradiction` unless that has this family, these sizes and these experts, or one process's."""
@@ -100,6 +109,11 @@ class Fingerprint:
 
     def _row(self, place: tuple[int, int]) -> tuple[float, ...]:
         return self.experts["{}.{}".format(*place)]
+
+
+def _usable(place: str, row: tuple[float, ...]) -> bool:
+    """A row of a file: of "layer.expert", the scale of the tokens and what is left of the response to them."""
+    return bool(re.fullmatch(r"\d+\.\d+", place)) and len(row) == 1 + TOKENS * NUMBERS and all(map(isfinite, row))
 
 
 def refuse_parts(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,8 @@ from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 from moeglot.lint import Finding
 from moeglot.outline import Row
-from moeglot.report import COLOURS, safe, size, table, verdict
+from moeglot.report import COLOURS, table, verdict
+from moeglot.sizes import size
 
 
 def inspect_json(checkpoint: Checkpoint, findings: Iterable[Finding] = (), deep: Weighed | None = None) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def show_inspect(console: Console, checkpoint: Checkpoint, findings: Iterable[Fi
     lines = [(s["key"], " ".join(s["roles"]), s["axes"], " × ".join(map(str, s["shape"])), s["encoding"]) for s in told["stored"]]
     table(console, "how the experts are stored", ("key", "roles", "axes", "shape", "encoding"), lines)
     if found := list(findings):
-        table(console, "worth knowing", ("about", ""), [(f.about, safe(console, f.what)) for f in found])
+        table(console, "worth knowing", ("about", ""), [(f.about, f.what) for f in found])
 
 
 def _share(c: Checkpoint) -> str:
@@ -98,7 +99,7 @@ def _shapes(row: Row) -> str:
 
 
 def show_evidence(console: Console, deep: Weighed) -> None:
-    rows = [(e.test, verdict(console, e.verdict), e.what, safe(console, e.detail)) for e in deep.evidence]
+    rows = [(e.test, verdict(e.verdict), e.what, e.detail) for e in deep.evidence]
     sampled = f"layers {', '.join(map(str, deep.layers))}, experts {', '.join(map(str, deep.experts))}"
     table(console, f"what the numbers say ({sampled})", ("test", "verdict", "of", "detail"), rows)
     told = {
@@ -106,4 +107,4 @@ def show_evidence(console: Console, deep: Weighed) -> None:
         "another reading": "the numbers fit another reading",
         "cannot tell": "the numbers cannot tell" + (f"; not excluded: {', '.join(deep.open)}" if deep.open else ""),
     }
-    console.print(told[deep.verdict], style=COLOURS[deep.verdict], highlight=False)
+    console.print(told[deep.verdict], style=COLOURS[deep.verdict], highlight=False, markup=False)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from moeglot import ropes
 from moeglot.checkpoint import Checkpoint
 from moeglot.coding import WEIGHT, method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.plain import Plain
-from moeglot.family import dig
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 
@@ -177,6 +177,10 @@ def _loaders(c: Checkpoint) -> Iterator[Finding]:
     for defect in DEFECTS:
         if defect.holds(c):
             yield Finding(f"misread by {defect.reader}", defect.what, {"reader": defect.reader})
+    if wrong := list(ropes.otherwise(c)):
+        told = " and ".join(f"takes {key} {found}, where the file says {meant}" for key, found, meant in wrong)
+        what = f"it does not know rope_parameters, {told}, and computes other logits"
+        yield Finding("misread by transformers 4.57", what, {"reader": "transformers 4.57", "takes": {key: found for key, found, _ in wrong}})
 
 
 @dataclass(frozen=True)
@@ -216,11 +220,6 @@ DEFECTS = (
         "transformers 4.57",
         "its modules have one matrix for each expert: it finds the stacked tensors unexpected, leaves the experts random and only warns",
         lambda c: c.format.reads == "transformers 5",
-    ),
-    Defect(
-        "transformers 4.57",
-        "it does not know rope_parameters, takes rope_theta 10 000 and computes other logits",
-        lambda c: dig(c.source.config, "rope_parameters.rope_theta") is not None and c.source.config.get("rope_theta") is None,
     ),
     Defect(
         "transformers 4.57",

@@ -30,7 +30,7 @@ def merge(
     format: str | None = None,
     threshold: float = THRESHOLD,
     allow_loss: bool = False,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | str = SHARD_SIZE,
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,

@@ -31,6 +31,7 @@ from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
+from moeglot.sizes import parse_size
 from moeglot.survival import Survival
 from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
@@ -185,7 +186,7 @@ def plan(
     adapter: Adapter | str | Path | None = None,
     round: str = "nearest",
     keep_touched: str | None = None,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | str = SHARD_SIZE,
     **ranks: Unpack[Asked],
 ) -> Plan:
     """The plan of a conversion to the format named `to`, by default the source's own; raises `MoeglotError` for what cannot be done, before a byte is
@@ -193,7 +194,7 @@ def plan(
     for some expert stay in that float type, where the target can say so. `ranks`: what one process of several holds, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
-    wanted = encoding_by_name(encode) if encode else None
+    wanted, size = encoding_by_name(encode) if encode else None, parse_size(shard_size)
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
     share = Share.asked(**ranks)
     words = share.words if share else source.share.words if source.share else None
@@ -219,9 +220,13 @@ def plan(
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
+<<<<<<< HEAD
         shards = plan_files(slots, shard_size, stack(source, target), states(source, target, dense))
+=======
+        shards = plan_files(slots, size, _stack(source, target.container), _states(source, target.container))
+>>>>>>> wip-cli
     else:
-        shards = plan_shards(slots, shard_size, {"format": "pt", **written_marks(target, source.share)})
+        shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
     others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or keeps(source, target))
     return Plan(source, target, steps, dense, shards, config, others, change=change)

@@ -7,7 +7,7 @@ from html import escape
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.evidence import DECLARED, Weighed
-from moeglot.report import size
+from moeglot.sizes import size
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 240, 70, 52, 40
 COLOURS = ("#3b6fb6", "#c8642b", "#4b8b3b", "#8a5fb0", "#b08a2b", "#3b9a9a")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,7 +172,9 @@ class _Ranges(io.RawIOBase):
 
 
 def location(path: str | Path) -> Location:
-    """A path of this machine, or a URL; `file://` is a path."""
+    """A path of this machine, or a URL; `file://` is a path. Raises `UsageError` for what is none: an empty one would be the current folder."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise UsageError(f"{path!r} is no path", "a path, a URL or a Hub id is text; the current folder is '.'", "pass the folder that is meant")
     text = str(path)
     for local in ("file://", "local://"):
         if text.startswith(local):

@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from moeglot import newfile
 from moeglot.certificate import Certificate, report_json
 from moeglot.checks import Check, Report
 from moeglot.codings import CODINGS
@@ -21,29 +23,21 @@ from moeglot.forward import LIMIT
 from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
+from moeglot.sizes import size
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
 
 
-def size(nbytes: float) -> str:
-    """1536 -> "1.5 kB", in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
-
-
-def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A rich table on a terminal; tab-separated lines in a pipe."""
+def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
+    """A rich table on a terminal; tab-separated lines in a pipe. Text is shown as it is: paths and names may hold what rich would take for markup."""
     if not console.is_terminal and not console.record:
-        console.file.write(f"# {title}\n" + "".join("\t".join(row) + "\n" for row in rows))
+        console.file.write(f"# {title}\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows))
         return
-    shown = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown = Table(title=Text(title), title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
-        shown.add_column(name, overflow="fold")
+        shown.add_column(Text(name), overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console.print(shown)
     console.print()
 
@@ -135,7 +129,7 @@ def show_certificate(console: Console, certificate: Certificate) -> None:
         show_survival(console, certificate.document["merge"])
     for verb, loss in certificate.losses.items():
         for line in _loss_lines(loss):
-            console.print(f"{verb}: {line}", highlight=False, soft_wrap=True)
+            console.print(f"{verb}: {line}", highlight=False, markup=False, soft_wrap=True)
     show_report(console, certificate.report, f"verified: {certificate.out}")
     console.print(certificate.report.verdict, style=COLOURS[certificate.report.verdict])
 
@@ -167,27 +161,27 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
 
 
 def show_report(console: Console, report: Report, title: str) -> None:
-    rows = [(c.level, verdict(console, c.verdict), c.what, safe(console, c.detail)) for c in report.checks]
+    rows = [(c.level, verdict(c.verdict), c.what, c.detail) for c in report.checks]
     table(console, title, ("level", "verdict", "what", "detail"), rows)
 
 
-def verdict(console: Console, verdict: str) -> str:
-    return f"[{COLOURS[verdict]}]{verdict}[/]" if console.is_terminal or console.record else verdict
-
-
-def safe(console: Console, text: str) -> str:
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(text) if console.is_terminal or console.record else text
+def verdict(verdict: str) -> Text:
+    return Text(verdict, COLOURS[verdict])
 
 
 def verify_json(report: Report, command: str) -> dict[str, Any]:
     return {"schema": f"moeglot/{command}/1", "subject": report.subject, **report_json(report), "exit_status": report.exit_status}
 
 
+<<<<<<< HEAD
 def dump(value: Mapping[str, Any]) -> str:
     """JSON; what is no finite number is written as null, so that every parser reads it, and what UTF-8 does not hold of a file's name as an escape."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+=======
+def dump(value: Mapping[str, Any], ascii: bool = False) -> str:
+    """JSON; what is no finite number is written as null, so that every parser reads it."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=ascii)
+>>>>>>> wip-cli
 
 
 def _finite(value: Any) -> Any:
@@ -212,7 +206,7 @@ def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) 
     body = recorded.export_html(inline_styles=True, code_format='<pre style="font-family:ui-monospace,monospace;line-height:1.4;overflow-x:auto">{code}</pre>')
     style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}h1{font-size:1.3rem}"
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{body}'
-    path.write_text(page + "".join(plots) + "</html>\n", encoding="utf-8")
+    newfile.write(path, page + "".join(plots) + "</html>\n")
 
 
 def plot_checks(checks: Iterable[Check]) -> Iterable[str]:

@@ -80,10 +80,13 @@ class Share:
         ep_rank: int | None = None,
         ep_size: int | None = None,
         padded_vocab_size: int | None = None,
+        **unknown: object,
     ) -> Share | None:
-        """What a user asks for, None for the whole model; raises `UsageError` for a rank that is not one of several, and where it is left open who divides
-        the matrices of experts.
+        """What a user asks for, None for the whole model; raises `UsageError` for a rank that is not one of several, where it is left open who divides
+        the matrices of experts, and for what nobody asks for.
         """
+        if unknown:
+            raise UsageError(f"{', '.join(unknown)}: no such option", f"beside its own there are {', '.join(Asked.__annotations__)}", "help(moeglot.convert)")
         said = {"tp": (tp_rank, tp_size), "etp": (etp_rank, etp_size), "pp": (pp_rank, pp_size), "ep": (ep_rank, ep_size)}
         ranks = {kind: _asked(kind, *pair) for kind, pair in said.items() if pair != (None, None)}
         if not ranks and padded_vocab_size is None:

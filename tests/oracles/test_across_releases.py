@@ -3,7 +3,9 @@
 The newest release saves in its own environment (`make test` makes it, before `make matrix` comes here); this one loads.
 """
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 import moeglot
+from moeglot import ropes
 from moeglot.formats import FAMILIES, PLAIN
 from moeglot.integrations.transformers import VERSION, model_class
 
@@ -85,3 +88,31 @@ def test_read_directly_most_of_them_compute_something_else(saved):
     right = {"jamba", "switch-transformers"}  # without rotary embeddings
     assert {name for name, differs in off.items() if not differs} <= right
     assert len(off) > 20
+
+
+def test_the_ropes_that_this_release_takes():
+    """What `inspect` says of it is what its own config classes hold, where config.json says nothing."""
+    for model_type in ropes.THETAS:
+        config = CONFIG_MAPPING[model_type]().get_text_config()
+        found = {key: getattr(config, key, default) for key, default in {"rope_theta": None, "partial_rotary_factor": 1.0, "rope_scaling": None}.items()}
+        assert ropes.taken(model_type) == found, model_type
+    known = {model_type for family in KNOWN for model_type in family.model_types if model_type in CONFIG_MAPPING}
+    without = {kind for kind in known if getattr(CONFIG_MAPPING[kind]().get_text_config(), "rope_theta", None) is None}
+    assert known - ropes.THETAS.keys() == without
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "mixtral", "qwen3-moe", "glm4-moe", "ernie4-5-moe", "qwen3-vl-moe", "granitemoe"])
+def test_inspect_tells_a_rope_that_this_release_misreads_and_no_other(family, saved, tmp_path):
+    """Judged by what its own classes make of the newest release's file."""
+    source = moeglot.open(saved / family)
+    shutil.copytree(saved / family, tmp_path / "default")
+    told = json.loads((tmp_path / "default" / "config.json").read_text())
+    part = told.get("text_config", told)
+    default = ropes.taken(told["model_type"])
+    part["rope_parameters"] = {**part["rope_parameters"], "rope_theta": default["rope_theta"]}
+    (tmp_path / "default" / "config.json").write_text(json.dumps(told))
+    for folder, theta in ((saved / family, families.THETA), (tmp_path / "default", default["rope_theta"])):
+        loaded = transformers.AutoConfig.from_pretrained(folder).get_text_config()
+        misread = loaded.rope_theta != theta
+        assert misread == ("rope_theta" in {key for key, *_ in ropes.otherwise(moeglot.open(folder))})
+        assert misread == (folder == source.source.home)

@@ -41,6 +41,8 @@ NAMES = (*ENCODINGS, "nf4", "nf4:nested", "fp4", "fp4:nested")
 
 def by_name(name: str) -> Encoding:
     """`"mxfp4:ocp"` -> MXFP4 with OCP's rules, `"bfloat16"` or `"bf16"` -> plain BF16; raises `UsageError`."""
+    if not isinstance(name, str):
+        raise UsageError(f"encode = {name!r} is no name", "an encoding is named by text", 'such as encode="float32" or encode="mxfp4"')
     try:
         dtype = by_torch_name(name)
     except UsageError:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moeglot import newfile
 from moeglot.checks import Progress
-from moeglot.errors import OutputExists, UsageError
+from moeglot.errors import UsageError
 from moeglot.merging import moments_key
 from moeglot.nn.module import Experts
 
@@ -64,8 +65,7 @@ def gather(model: Any, rows: torch.Tensor, out: str | Path, progress: Progress |
     Raises `UsageError` if they would not fit in memory, `OutputExists`.
     """
     out = Path(out)
-    if out.exists():
-        raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
+    newfile.check(out, "out")
     _check_memory(model)
     moments = Moments()
     with _watching(model, moments), torch.inference_mode():
@@ -74,7 +74,8 @@ def gather(model: Any, rows: torch.Tensor, out: str | Path, progress: Progress |
             if progress:
                 progress("gathering", n + 1, len(rows))
     reached = {key.replace("layers.", "tokens.layers."): str(count) for key, count in moments.tokens.items()}
-    save_file({key: tensor.cpu().contiguous() for key, tensor in moments.sums.items()}, out, {MARK: "1", "tokens": str(rows.numel()), **reached})
+    with newfile.making(out) as part:
+        save_file({key: tensor.cpu().contiguous() for key, tensor in moments.sums.items()}, part, {MARK: "1", "tokens": str(rows.numel()), **reached})
     return moments
 
 

@@ -1,0 +1,46 @@
+"""A new file: refused where something is before there is work to lose, and then there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moeglot.errors import OutputExists, UsageError
+
+
+def check(path: Path | None, option: str) -> None:
+    """Before the work, not after it: raises `OutputExists` where something is, and `UsageError` where no file can be made."""
+    if path is None:
+        return
+    _refuse_old(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}", f"{option} names a file to write", "make the folder first, or choose another")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: {path.parent} takes no new files", f"{option} names a file to write", "choose another folder, or change its permissions")
+
+
+@contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """Where to write what is to become `path`; it gets its name once the block is done, and is removed if that fails."""
+    _refuse_old(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield part
+        part.rename(path)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    with making(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may be no text
+
+
+def _refuse_old(path: Path) -> None:
+    if os.path.lexists(path):
+        raise OutputExists(f"{path} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
