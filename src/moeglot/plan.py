@@ -220,11 +220,7 @@ def plan(
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
-<<<<<<< HEAD
-        shards = plan_files(slots, shard_size, stack(source, target), states(source, target, dense))
-=======
-        shards = plan_files(slots, size, _stack(source, target.container), _states(source, target.container))
->>>>>>> wip-cli
+        shards = plan_files(slots, size, stack(source, target), states(source, target, dense))
     else:
         shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)

@@ -173,15 +173,9 @@ def verify_json(report: Report, command: str) -> dict[str, Any]:
     return {"schema": f"moeglot/{command}/1", "subject": report.subject, **report_json(report), "exit_status": report.exit_status}
 
 
-<<<<<<< HEAD
-def dump(value: Mapping[str, Any]) -> str:
-    """JSON; what is no finite number is written as null, so that every parser reads it, and what UTF-8 does not hold of a file's name as an escape."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-=======
 def dump(value: Mapping[str, Any], ascii: bool = False) -> str:
-    """JSON; what is no finite number is written as null, so that every parser reads it."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=ascii)
->>>>>>> wip-cli
+    """JSON; what is no finite number is written as null, so that every parser reads it, and what UTF-8 does not hold of a file's name as an escape."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=ascii).encode("utf-8", "backslashreplace").decode()
 
 
 def _finite(value: Any) -> Any:
