@@ -336,6 +336,14 @@ def test_moments_of_another_model(moments, error, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_that_is_merged_twice_is_told(tmp_path):
+    made = case(tmp_path, "qwen3-moe", "bf16", "square")
+    once = moeglot.merge(made.base, tmp_path / "adapter", tmp_path / "once", convention="peft")
+    twice = moeglot.merge(tmp_path / "once", tmp_path / "adapter", tmp_path / "twice", convention="peft")
+    assert [any("its change is there twice" in note for note in one.document["merge"]["notes"]) for one in (once, twice)] == [False, True]
+    assert twice.document["merge"]["adapters"] == 2 * once.document["merge"]["adapters"]
+
+
 def test_an_adapter_that_names_another_base_is_told(tmp_path):
     made = case(tmp_path, "qwen3-moe", "bf16", "square")
     for named, told in (("somebody/another-model", True), (f"somebody/{made.base.source.folder.name}", False), (None, False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moeglot import scratch
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
+from moeglot.digests import CERTIFICATE, sha256
 from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
@@ -23,6 +25,8 @@ from moeglot.survival import OTHERS, Survival, added
 
 if TYPE_CHECKING:
     import torch
+
+    from moeglot.adapter import Adapter
 
 Survived = Mapping[tuple[int, int, str] | str, Survival]
 """(layer, expert, role), or the stored name of a tensor that is no expert -> what is left of its change."""
@@ -184,6 +188,8 @@ def notes(change: Change) -> list[str]:
     found = [reason for reason in adapter.evidence if reason.endswith(TENSORS_DECIDE)]
     if said and PurePath(str(said)).name != PurePath(adapter.base.source.name).name:
         found.append(f"the adapter says that its base is {said}, this is {adapter.base.source.name}; every tensor fits, and no file tells more")
+    if _digest(adapter) in _merged_before(adapter.base):
+        found.append(f"{adapter.name} is in this base already, as {CERTIFICATE} beside it says; merged again, its change is there twice")
     if missing := change.unmeasured:
         experts = sorted({(layer, expert) for layer, _, expert in missing})
         first = ", ".join(f"layer {layer} expert {expert}" for layer, expert in experts[:4]) + " …" * (len(experts) > 4)
@@ -193,6 +199,19 @@ def notes(change: Change) -> list[str]:
     return found
 
 
+def _digest(adapter: Adapter) -> str:
+    """sha256 of the file that holds its factors."""
+    return sha256(next(iter(adapter.files.entries.values())).path)
+
+
+def _merged_before(base: Checkpoint) -> list[str]:
+    """The digests of the adapters that a base's own certificate says are in it; [] where there is none that says any."""
+    try:
+        return list(json.loads((base.source.home / CERTIFICATE).read_text(encoding="utf-8"))["merge"]["adapters"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
     """The machine-readable form of a merge: what it added, and what of it survived, whole."""
     assert plan.change
@@ -200,6 +219,7 @@ def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
     experts = {place: survival for place, survival in found.items() if not isinstance(place, str)}
     return {
         "adapter": adapter.name,
+        "adapters": [*_merged_before(adapter.base), _digest(adapter)],
         "base_named_by_adapter": adapter.config.raw.get("base_model_name_or_path"),
         "convention": adapter.convention.name if adapter.convention else None,
         "evidence": list(adapter.evidence),
