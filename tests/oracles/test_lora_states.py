@@ -38,9 +38,9 @@ def native(**options):
     return moeglot.load(BUNDLED, "float32", native=True, **options)
 
 
-def both():
+def both(**options):
     """PEFT's adapter on attention, ours on the experts."""
-    model = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION))
+    model = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION, **options))
     add_lora(model, r=3)
     return fill(model)
 
@@ -63,9 +63,11 @@ def routed(tokens=9, ranks=2, h=192, e=8, seed=0):
 # --- what PEFT turns off -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_disabled_adapter_is_disabled_on_experts_too(base_logits):
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_disabled_adapter_is_disabled_on_experts_too(task, copied, base_logits):
     """A reference model, as DPO and GRPO compute it."""
-    model = both()
+    model = copy.deepcopy(both(task_type=task)) if copied else both(task_type=task)
     live = logits(model)
     assert relative(live, base_logits) > POWER
     with model.disable_adapter():
