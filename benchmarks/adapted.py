@@ -54,7 +54,7 @@ def plain_text(path: Path, out: Path) -> Path:
 @torch.no_grad()
 def loss(model: torch.nn.Module, data: Data) -> float:
     """Nats a token of the first rows of what is held out."""
-    rows = data.held_out[:HELD_OUT]
+    rows = data.held_out.tokens[:HELD_OUT]
     found = [model(input_ids=some, use_cache=False).logits[:, :-1].float().log_softmax(-1) for some in rows.split(32)]
     return -float(torch.cat(found).gather(-1, rows[:, 1:, None]).mean())
 
@@ -76,7 +76,7 @@ def main() -> None:
         tune(moeglot.load(BUNDLED, "float32", native=True), tokenizer, text, folder / "tuned", recipe, base=str(BUNDLED))
         live = load_adapter(moeglot.load(BUNDLED, "float32", native=True), folder / "tuned" / "adapter").eval()
         found["base and adapter, live"] = (loss(live, data), None)
-        gather(live, data.train[:256], folder / "moments")
+        gather(live, data.train.tokens[:256], folder / "moments")
         for name, (to, rounding) in MERGES.items():
             out = folder / name
             certificate = moeglot.merge(

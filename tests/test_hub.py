@@ -117,7 +117,7 @@ except moeglot.MoeglotError as error:
     print(json.dumps({"error": type(error).__name__, "text": str(error)}))
 else:
     others = [path.name for path in c.source.others()] if len(sys.argv) == 2 else []
-    told = {"name": c.source.name, "format": c.format.name, "sizes": c.sizes, "folder": str(c.source.folder), "others": others}
+    told = {"name": c.source.name, "format": c.format.name, "sizes": c.sizes, "folder": str(c.source.folder), "reference": c.source.reference, "others": others}
     print(json.dumps({**told, "evidence": c.evidence, "tensors": {entry.name: (entry.dtype, entry.shape) for entry in c.source.entries.values()}}))
 """
 
@@ -149,6 +149,7 @@ def test_a_hub_id_is_opened_like_a_folder(hub: Hub, tmp_path: Path) -> None:
     here = moeglot.open(BUNDLED)
     there = _open(NAME, tmp_path, hub.url)
     assert (there["name"], there["format"], there["sizes"]) == (NAME, "gpt-oss/openai", here.sizes)
+    assert (there["reference"], here.source.reference) == (NAME, str(BUNDLED))
     assert there["evidence"] == list(here.evidence)
     assert there["tensors"] == {entry.name: [entry.dtype, list(entry.shape)] for entry in here.source.entries.values()}
     assert there["others"] == sorted(path.name for path in here.source.others())

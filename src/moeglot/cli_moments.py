@@ -31,7 +31,7 @@ def moments(
 
     tokenizer = tokenizer_of(base)
     model = load(base, "float32", format=format, native=True)
-    rows = data.read(text, tokenizer, length, 0.0).train[: max(1, tokens // length)]
+    rows = data.read(text, tokenizer, length, 0.0).train.tokens[: max(1, tokens // length)]
     with bar(json) as progress:
         found = gather(model, rows, output, progress)
     if not found.sums:

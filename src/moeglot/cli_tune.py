@@ -41,8 +41,6 @@ def tune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
 ) -> None:
     """Fine-tune the experts of a checkpoint in any format; DIR/adapter is a PEFT folder."""
-    tokenizer = tokenizer_of(base)
-    model = load(base, dtype, device, format, native=True, encode=encode)
     from moeglot.nn.tune import Recipe
     from moeglot.nn.tune import tune as train
 
@@ -63,11 +61,14 @@ def tune(
         checkpointing=checkpointing,
         seed=seed,
     )
+    tokenizer = tokenizer_of(base)
+    model = load(base, dtype, device, format, native=True, encode=encode)
     with _bar() as step:
         record = train(model, tokenizer, data, out, recipe, base=base, resume=resume, step=step)
     levels = {"held out, before": record.before, "held out, after": record.after}
     title = f"{base} on {data.name}"
-    lines = [f"{name}: {value:.4f} nats a token" for name, value in levels.items()]
+    rows = f"{record.measured['rows']} of {record.measured['of']} rows"
+    lines = [f"{name}: {value:.4f} nats a token ({rows})" for name, value in levels.items()]
     curves.page(out / "loss.html", f"moeglot tune {title}", record.losses, levels, lines)
     drawn = curves.png(out / "loss.png", title, record.losses, levels)
     for line in [*lines, f"adapter: {out / 'adapter'}", f"curves: {out / 'loss.html'}{' and loss.png' if drawn else ''}"]:

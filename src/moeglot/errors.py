@@ -5,7 +5,7 @@ MoeglotError
 │   ├── BrokenFile            a safetensors header or an index that is damaged or hostile
 │   ├── PickleRefused         only pickle files are there; they are never loaded
 │   ├── TensorMismatch        missing, extra, duplicate, wrong dtype or wrong shape
-│   └── BadNumbers            NaN, infinite, zero or placeholder scales; non-finite weights
+│   └── BadNumbers            NaN, infinite, zero or placeholder scales; weights or a loss that are not finite
 ├── FormatError               nobody may say what the tensors mean
 │   ├── UnknownFormat         no registered format fits
 │   ├── AmbiguousFormat       several do
@@ -62,7 +62,7 @@ class TensorMismatch(CheckpointError):
 
 
 class BadNumbers(CheckpointError):
-    """Scales that are NaN, infinite, zero or placeholders, or weights that are not finite."""
+    """Scales that are NaN, infinite, zero or placeholders, or weights or a loss that are not finite."""
 
 
 class FormatError(MoeglotError):

@@ -49,6 +49,11 @@ class Source:
         """Where config.json and what is carried over lie."""
         return self.ranks[0].folder if self.ranks else self.folder
 
+    @property
+    def reference(self) -> str:
+        """By what other libraries find it again: its Hub id, or the folder."""
+        return self.name if hub.HUB_ID.fullmatch(self.name) and not Path(self.name).exists() else str(self.home)
+
     @cached_property
     def last_names(self) -> frozenset[str]:
         """What stands after the last dot in the names of tensors."""

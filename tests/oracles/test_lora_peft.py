@@ -1,5 +1,7 @@
 """One PEFT folder for attention (PEFT's own LoRA) and encoded experts (ours): stock PEFT loads it on the dense model and computes the same."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -62,6 +64,24 @@ def test_stock_peft_computes_the_same_on_the_dense_model(family, to, size, tmp_p
     assert relative(logits(again), expected) <= LIMIT
     native = load_adapter(moeglot.load(folder, dtype="float32", native=True), tmp_path / "adapter").eval()
     assert relative(logits(native), expected) <= LIMIT
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="older releases hand PEFT no adapter of parameters")
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("to", ["gpt-oss/transformers", "qwen3-moe/hub"])
+def test_stock_auto_classes_find_the_base(to, attention, tmp_path, monkeypatch):
+    """By what adapter_config.json says alone, and without asking the Hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = base_of(*to.split("/"), "neither", tmp_path)
+    model = adapted(folder, attention)
+    expected = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["inference_mode"], said["task_type"]) == (str(folder), True, "CAUSAL_LM")
+    for auto in (transformers.AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+        found = auto.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+        assert not any(parameter.requires_grad for name, parameter in found.named_parameters() if "lora" in name), auto
+        assert relative(logits(found), expected) <= LIMIT, auto
 
 
 @pytest.mark.parametrize("targets", [("gate",), ("up",), ("down",), ("up", "down")], ids="-".join)

@@ -38,9 +38,9 @@ def native(**options):
     return moeglot.load(BUNDLED, "float32", native=True, **options)
 
 
-def both():
+def both(**options):
     """PEFT's adapter on attention, ours on the experts."""
-    model = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION))
+    model = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION, **options))
     add_lora(model, r=3)
     return fill(model)
 
@@ -63,9 +63,11 @@ def routed(tokens=9, ranks=2, h=192, e=8, seed=0):
 # --- what PEFT turns off -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_disabled_adapter_is_disabled_on_experts_too(base_logits):
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_disabled_adapter_is_disabled_on_experts_too(task, copied, base_logits):
     """A reference model, as DPO and GRPO compute it."""
-    model = both()
+    model = copy.deepcopy(both(task_type=task)) if copied else both(task_type=task)
     live = logits(model)
     assert relative(live, base_logits) > POWER
     with model.disable_adapter():
@@ -283,7 +285,7 @@ def test_lines_of_json_whatever_stands_in_their_strings(tmp_path):
     for name, start in (("a.jsonl", ""), ("b.NDJSON", "\ufeff")):
         (tmp_path / name).write_text(start + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
         found = read(tmp_path / name, words, 16, 0.2)
-        text = words.decode(torch.cat([found.train, found.held_out]).flatten())
+        text = words.decode(torch.cat([found.train.tokens, found.held_out.tokens]).flatten())
         assert '"text"' not in text
         assert "light" in text
 
@@ -296,10 +298,11 @@ def test_messages_however_they_are_divided(tmp_path):
     found = []
     for name, row in (("a", {"messages": [asked, answered]}), ("b", {"prompt": [asked], "completion": [answered]})):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
-        data = read(tmp_path / f"{name}.jsonl", words, 16, 0.2)
-        found.append(torch.cat([data.train, data.held_out]))
-    assert torch.equal(*found)
-    assert "assistant:" in words.decode(found[0].flatten())
+        found.append(read(tmp_path / f"{name}.jsonl", words, 1024, 0.0).train)
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    asked, answered = (words.decode(found[1].tokens[(found[1].labels == -100) == read_]) for read_ in (True, False))
+    assert asked.startswith("user:")
+    assert answered.startswith("assistant:")
 
 
 transformers.logging.set_verbosity_error()

@@ -99,7 +99,7 @@ def test_one_row_of_text_is_enough(bundled, tmp_path):
     tokenizer, text = AutoTokenizer.from_pretrained(bundled), tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. " * 2)
     count = len(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
-    assert read(text, tokenizer, count, 0.0).train.shape == (1, count)
+    assert read(text, tokenizer, count, 0.0).train.tokens.shape == (1, count)
     with pytest.raises(moeglot.UsageError, match=r"(?s)0 rows.*one row is the least"):
         read(text, tokenizer, count + 1, 0.0)
     with pytest.raises(moeglot.UsageError, match=r"(?s)1 rows.*one be held out"):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from test_transformers import relative
@@ -10,6 +11,7 @@ from test_transformers import relative
 import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.nn import add_lora, experts_of, load_adapter, save_adapter
+from moeglot.nn.data import read
 
 trl = pytest.importorskip("trl", reason="in an environment of its own, tests/environments/trl.txt")
 datasets = pytest.importorskip("datasets")
@@ -45,3 +47,51 @@ def test_sft(attention, tmp_path):
     again = load_adapter(moeglot.load(BUNDLED, "float32", native=True), tmp_path / "adapter").eval()
     with torch.no_grad():
         assert relative(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits) <= 1e-5
+
+
+SAID = [{"role": "user", "content": "In the beginning "}, {"role": "assistant", "content": "God created"}]
+CALL = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TEMPLATE = (
+    "{% for tool in tools or [] %}[tool {{ tool.function.name }}]{% endfor %}{% if slow %}[slow]{% endif %}"
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ROWS = {
+    "text": {"text": "In the beginning God created"},
+    "text that is ended": {"text": "In the beginning God created<|endoftext|>"},
+    "prompt": {"prompt": "In the beginning", "completion": " God created"},
+    "prompt that is ended": {"prompt": "In the beginning", "completion": " God created<|endoftext|>"},
+    "prompt whose last token spans the border": {"prompt": "In the beginning ", "completion": "God created"},
+    "messages": {"messages": SAID},
+    "messages and tools": {"messages": SAID, "tools": CALL},
+    "messages and tools as text": {"messages": SAID, "tools": json.dumps(CALL)},
+    "messages and words for the template": {"messages": SAID, "chat_template_kwargs": {"slow": True}},
+    "messages that ask and answer": {"prompt": SAID[:1], "completion": SAID[1:], "tools": CALL},
+}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return moeglot.load(BUNDLED, "float32")
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("first", [False, True], ids=["", "begun"])
+def test_tune_trains_on_the_tokens_that_it_makes(kind, first, dense, tmp_path):
+    """Token for token, and the same of them learned; `first`: a tokenizer that begins a text with a token of its own."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    tokenizer.chat_template = TEMPLATE
+    if first:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        start = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[start])
+    arguments = trl.SFTConfig(str(tmp_path / "run"), report_to=[], use_cpu=True, bf16=False, max_length=None, disable_tqdm=True)
+    rows = [ROWS[kind]] * 2
+    trainer = trl.SFTTrainer(model=dense, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    theirs = {key: [number for row in trainer.train_dataset for number in row[key]] for key in ("input_ids", "labels")}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    ours = read(tmp_path / "rows.jsonl", tokenizer, len(theirs["input_ids"]), 0.0).train
+    assert ours.tokens.tolist() == [theirs["input_ids"]]
+    assert ours.labels.tolist() == [theirs["labels"]]
+    assert (-100 in theirs["labels"]) == ("prompt" in ROWS[kind])
+    assert tokenizer.bos_token != "<s>" or (tokenizer.bos_token_id in theirs["input_ids"]) == isinstance(next(iter(ROWS[kind].values())), str)

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import moeglot
 from moeglot.cli import app
 from moeglot.demo import BUNDLED
-from moeglot.errors import BrokenFile, OutputExists, UsageError
+from moeglot.errors import BadNumbers, BrokenFile, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
-from moeglot.nn import load_adapter
-from moeglot.nn.data import read
-from moeglot.nn.tune import Recipe, tune
+from moeglot.nn import add_lora, experts_of, load_adapter
+from moeglot.nn.data import Data, Rows, read
+from moeglot.nn.tune import Recipe, _Run, tune
 from moeglot.survival import Survival
 
 transformers.logging.set_verbosity_error()
@@ -35,13 +35,29 @@ def bf16(tmp_path_factory) -> Path:
     return folder
 
 
+class Few:
+    """A run of a few steps on a little text."""
+
+    recipe = Recipe(steps=6, batch=1, length=16, r=2, warmup=1, save_every=2)
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "few.txt"
+        self.data.write_text(TEXT.read_text()[:2000])
+        self.record = trained(BUNDLED, folder / "whole", recipe=self.recipe, data=self.data)[1]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Few:
+    return Few(tmp_path_factory.mktemp("few"))
+
+
 def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(BUNDLED)
 
 
-def trained(base, out, encode=None, recipe=RECIPE, **options):
+def trained(base, out, encode=None, recipe=RECIPE, data=TEXT, **options):
     model = moeglot.load(base, "float32", native=True, encode=encode)
-    return model, tune(model, tokenizer(), TEXT, out, recipe, base=str(base), **options)
+    return model, tune(model, tokenizer(), data, out, recipe, base=str(base), **options)
 
 
 @once
@@ -92,6 +108,113 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dropout, tmp_path):
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@once
+@pytest.mark.parametrize("moment", ["the first evaluation", "a checkpoint", "the last evaluation", "nothing is written"])
+def test_a_run_goes_on_from_whatever_an_interrupt_leaves(moment, few, tmp_path, monkeypatch):
+    recipe, whole, out = few.recipe, few.record, tmp_path / "out"
+
+    def interrupt(self, *_):
+        if moment != "the last evaluation" or self.record.losses:
+            raise KeyboardInterrupt
+        return whole.before
+
+    if moment == "nothing is written":
+        out.mkdir()
+        (out / "tune.json.partial").write_text("{")
+    else:
+        monkeypatch.setattr(_Run, "save" if moment == "a checkpoint" else "held_out", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trained(BUNDLED, out, recipe=recipe, data=few.data)
+        monkeypatch.undo()
+    _, again = trained(BUNDLED, out, recipe=recipe, data=few.data, resume=True)
+    assert (again.losses, again.before, again.after) == (whole.losses, whole.before, whole.after)
+    assert not list(out.rglob("*partial*"))
+
+
+def test_a_folder_of_others_is_no_run(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(UsageError, match="no run to resume"):
+        trained(BUNDLED, tmp_path, recipe=Recipe(steps=1, batch=1, length=16, r=2), resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@once
+@pytest.mark.parametrize("why", ["a factor", "the rate"])
+def test_a_run_that_diverges_stops_at_once_and_keeps_what_was_good(why, few, tmp_path):
+    recipe = Recipe(**{**vars(few.recipe), "rate": 1e37 if why == "the rate" else 1e-3})
+    model = moeglot.load(BUNDLED, "float32", native=True)
+
+    def poison(done: int, steps: int, loss: float) -> None:
+        if why == "a factor" and done == 3:
+            next(iter(experts_of(model).values())).lora["first"].b.data.fill_(float("inf"))
+
+    with pytest.raises(BadNumbers, match=r"(?s)^step (2|4) of 6: .*float32.*a smaller --rate") as caught:
+        tune(model, tokenizer(), few.data, tmp_path / "out", recipe, base=str(BUNDLED), step=poison)
+    record = json.loads((tmp_path / "out" / "tune.json").read_text(), parse_constant=pytest.fail)
+    assert record["diverged"] == len(record["losses"]) + 1 == (4 if why == "a factor" else 2)
+    assert record["after"] is None
+    kept = [path.name for path in tmp_path.glob("out/checkpoints/*")]
+    assert kept == (["step-2"] if why == "a factor" else [])
+    assert (kept or ["no checkpoint"])[0] in str(caught.value)
+    assert not list(tmp_path.rglob("*partial*"))
+    assert not (tmp_path / "out" / "adapter").exists()
+    if why == "a factor":
+        _, again = trained(BUNDLED, tmp_path / "out", recipe=recipe, data=few.data, resume=True)
+        assert (again.losses, again.diverged, again.losses[:3]) == (few.record.losses, None, record["losses"])
+
+
+@once
+def test_losses_are_means_over_what_is_learned(bf16, tmp_path):
+    """transformers' own loss of the same labels; the micro-batches have different numbers of them."""
+    lines = [line for line in TEXT.read_text().split("\n") if len(line) > 40][:60]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": line[: 3 + n % 30], "completion": line[3 + n % 30 :]}) for n, line in enumerate(lines)))
+    recipe = Recipe(steps=1, batch=2, accumulate=3, length=32, r=2)
+    _, record = trained(bf16, tmp_path / "out", recipe=recipe, data=data)
+    rows, dense = read(data, tokenizer(), recipe.length, recipe.held_out), moeglot.load(bf16, "float32")
+    assert len({some.learned for some in rows.batch(0, 6, 0).split(2)}) > 1
+    with torch.no_grad():
+        for found, some in ((record.losses[0], rows.batch(0, 6, 0)), (record.before, rows.held_out)):
+            right = float(dense(input_ids=some.tokens, labels=some.labels).loss)
+            assert abs(found - right) <= 1e-5 * right
+            assert abs(found - float(dense(input_ids=some.tokens, labels=some.tokens).loss)) > 1e-2 * right
+
+
+@once
+def test_what_is_measured_is_spread_over_what_is_held_out(tmp_path):
+    out = tmp_path / "out"
+    _, record = trained(BUNDLED, out, recipe=Recipe(steps=1, batch=1, length=8, r=2, held_out=0.5))
+    held_out = len(read(TEXT, tokenizer(), 8, 0.5).held_out)
+    assert record.measured == json.loads((out / "tune.json").read_text())["measured"] == {"rows": 64, "of": held_out}
+    for rows in (64, 65, 100, 1000):
+        numbered = Rows(torch.arange(rows).view(-1, 1), torch.arange(rows).view(-1, 1))
+        found = Data(numbered, numbered, "").sample(64).tokens.flatten()
+        assert float((found - (torch.arange(64) + 0.5) * rows / 64).abs().max()) <= 1
+        assert len(found.unique()) == 64
+    assert torch.equal(Data(numbered, numbered, "").sample(2000).tokens, numbered.tokens)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
+def test_values_that_mean_nothing_are_refused_before_any_work(alpha, tmp_path):
+    with pytest.raises(UsageError, match="alpha is finite"):
+        add_lora(torch.nn.Module(), alpha=alpha)
+    for options in (["--alpha", str(alpha)], ["--rate", "nan"], ["--rank", "0"]):
+        found = CliRunner().invoke(app, ["tune", str(tmp_path / "none"), "--data", str(TEXT), "--out", str(tmp_path / "out"), *options])
+        assert found.exit_code
+        assert "none" not in str(found.exception), "the base was looked at first"
+    for options in ({"r": 0}, {"r": -1}, {"rate": float("inf")}):
+        with pytest.raises(UsageError):
+            Recipe(**options)
+
+
+@pytest.mark.parametrize(("modules", "told"), [(("q_proj", "foo"), "no module is called foo"), (("norm",), "PEFT does not adapt norm")])
+def test_modules_that_are_none_are_named_with_those_that_are(modules, told, tmp_path):
+    pytest.importorskip("peft")
+    with pytest.raises(UsageError, match=rf"(?s){told}.*k_proj, lm_head, o_proj, q_proj"):
+        trained(BUNDLED, tmp_path / "out", recipe=Recipe(steps=1, length=16, modules=modules))
+    assert not (tmp_path / "out").exists()
 
 
 def test_stock_peft_computes_what_was_trained(bf16, tmp_path):
@@ -146,6 +269,7 @@ def test_the_command(tmp_path):
     found = CliRunner().invoke(app, ["tune", str(tmp_path / "bf16"), "--data", str(data), "--out", str(tmp_path / "out"), *options])
     assert found.exit_code == 0, (found.output, found.exception)
     assert "held out, after" in found.output
+    assert " rows)" in found.output
     record = json.loads((tmp_path / "out" / "tune.json").read_text())
     assert (record["schema"], len(record["losses"])) == ("moeglot/tune/1", 4)
     assert "<polyline" in (tmp_path / "out" / "loss.html").read_text()
@@ -169,6 +293,20 @@ def test_what_is_no_text_is_refused(tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "And"}]}')
     with pytest.raises(UsageError, match="no chat template"):
         read(path, words, 8, 0.1)
+    words.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('users begin') }}{% endif %}{{ messages[0].content + '' }}"
+    for row, words_of_it in {
+        '{"messages": [{"role": "system", "content": "And"}]}': "line 2: the chat template.*users begin",
+        '{"messages": [{"role": "user", "content": 3}]}': "line 2: the chat template.*int",
+        '{"messages": ["And"]}': 'line 2: a message is str.*"role"',
+        '{"messages": [{"content": "And"}]}': 'line 2: a message is keys content.*"role"',
+        '{"messages": [{"from": "human", "value": "And"}]}': 'line 2: .*ShareGPT.*"role": "user"',
+        '{"conversations": [{"from": "human", "value": "And"}]}': 'line 2: .*ShareGPT.*"messages"',
+        '{"prompt": [], "completion": []}': "line 2: no message",
+        '{"messages": [{"role": "user", "content": "And"}], "tools": "["}': "line 2: the chat template",
+    }.items():
+        path.write_text(f'{{"text": "And"}}\n{row}')
+        with pytest.raises(UsageError, match=f"(?s){words_of_it}"):
+            read(path, words, 8, 0.1)
     path.write_text(json.dumps({"text": "And God said"}))
     with pytest.raises(UsageError, match="rows of 64"):
         read(path, words, 64, 0.1)
@@ -176,5 +314,5 @@ def test_what_is_no_text_is_refused(tmp_path):
         read(tmp_path / "none.txt", words, 8, 0.1)
     data = read(TEXT, words, 32, 0.25)
     assert abs(len(data.held_out) / (len(data.train) + len(data.held_out)) - 0.25) < 0.01
-    first = torch.cat([data.batch(step, 4, 0) for step in range(len(data.train) // 4)])
+    first = torch.cat([data.batch(step, 4, 0).tokens for step in range(len(data.train) // 4)])
     assert len(first.unique(dim=0)) == len(first)  # each row once in an epoch

@@ -241,7 +241,7 @@ def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotErro
 
 def _finish(checkpoint: Checkpoint, model: Any) -> None:
     """What lies beside the weights and belongs to a model: how it generates, and where it comes from, which the library forgets."""
-    model.config.name_or_path = str(checkpoint.source.home)
+    model.config.name_or_path = checkpoint.source.reference
     beside = checkpoint.source.home / "generation_config.json"
     if model.can_generate() and not checkpoint.source.single and beside.is_file():
         model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -174,7 +175,8 @@ def swap(
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
-    model.register_forward_pre_hook(as_peft_says)
+    body: Any = model.base_model
+    body.register_forward_pre_hook(_AsPeftSays(model))
     if encode and not converted:
         raise UsageError(
             f"encode={encode!r} converted nothing",
@@ -183,7 +185,24 @@ def swap(
         )
 
 
-def as_peft_says(model: Any, *_: Any) -> None:
+class _AsPeftSays:
+    """A hook of the body of a model, since PEFT before 0.21 calls none of the whole model's. It keeps nothing alive, and follows copies."""
+
+    def __init__(self, whole: Any) -> None:
+        self.__setstate__(whole)
+
+    def __call__(self, *_: Any) -> None:
+        if (whole := self.whole()) is not None:
+            as_peft_says(whole)
+
+    def __getstate__(self) -> Any:
+        return self.whole()
+
+    def __setstate__(self, whole: Any) -> None:
+        self.whole = weakref.ref(whole)
+
+
+def as_peft_says(model: Any) -> None:
     """Before a native model computes: adapters of experts are left out where PEFT leaves out its own (`disable_adapter`), as a reference model is computed.
 
     An adapter that PEFT has in its config for experts, and that is on none, is an error: PEFT itself only warns.

@@ -52,7 +52,9 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
         tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
         modules.append(Module(place.name, lora.rank, lora.scale, True))
     whole = [name.removeprefix(PREFIX) for name in tensors if "lora_" not in name]
-    config = written_config({"task_type": "CAUSAL_LM", "bias": "none", **said}, checkpoint, PEFT, modules, whole)
+    said = {"bias": "none", **said, "task_type": said.get("task_type") or "CAUSAL_LM", "inference_mode": True}
+    said["base_model_name_or_path"] = checkpoint.source.reference
+    config = written_config(said, checkpoint, PEFT, modules, whole)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})

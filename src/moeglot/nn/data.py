@@ -1,4 +1,4 @@
-"""What a file of text becomes for training: runs of tokens, some of them held out, and which of them each step sees."""
+"""What a file of text becomes for training: rows of tokens and which of them are learned, some of them held out, and which rows each step sees."""
 
 from __future__ import annotations
 
@@ -11,23 +11,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError  # torch requires it
 
 from moeglot.errors import BrokenFile, UsageError
 
 KEYS = ("text", "prompt and completion", "messages")
+READ = -100
+"""The label of a token that is read and not learned, as torch and transformers have it."""
+Document = tuple[list[int], int]
+"""Tokens, and how many of the first are read and not learned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """`tokens` int64 [n, length]; `labels`: the same, or READ where no loss is taken."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+    def __getitem__(self, which: list[int] | slice) -> Rows:
+        return Rows(self.tokens[which], self.labels[which])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def learned(self) -> int:
+        """How many tokens a loss is taken of: the first of a row has nothing before it."""
+        return int((self.labels[:, 1:] != READ).sum())
+
+    def split(self, size: int) -> Iterator[Rows]:
+        return (Rows(*parts) for parts in zip(torch.split(self.tokens, size), torch.split(self.labels, size), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """`train` and `held_out` int64 [n, length]: rows of tokens; `digest`: sha256 of the file."""
+    """Rows to train on, and rows that are held out; `digest`: sha256 of the file."""
 
-    train: torch.Tensor
-    held_out: torch.Tensor
+    train: Rows
+    held_out: Rows
     digest: str
 
-    def batch(self, step: int, size: int, seed: int) -> torch.Tensor:
+    def batch(self, step: int, size: int, seed: int) -> Rows:
         """[size, length]: the rows of a step, the same whenever it is asked; every epoch is in an order of its own."""
         return self.train[[self._row(n, seed) for n in range(step * size, (step + 1) * size)]]
+
+    def sample(self, most: int) -> Rows:
+        """At most so many of the rows that are held out, evenly spread over them."""
+        rows = len(self.held_out)
+        count = min(most, rows)
+        return self.held_out[[(2 * n + 1) * rows // (2 * count) for n in range(count)]]
 
     def _row(self, n: int, seed: int) -> int:
         epoch, place = divmod(n, len(self.train))
@@ -42,54 +75,98 @@ def _order(rows: int, seed: int) -> torch.Tensor:
 def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
     """A JSONL file (an object a line, with "text", with "prompt" and "completion", or with "messages") or any other text file -> Data.
 
-    Documents follow each other, the tokenizer's end-of-text between them, and are cut into rows; the last `share` of the rows is held out.
+    Documents are the tokens that TRL's SFTTrainer makes of a row. They follow each other and are cut into rows; the last `share` of the rows is held out.
+    Of a prompt no loss is taken, and rows that have nothing else are left out.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text", str(error), "pass a text file in UTF-8, or JSONL") from error
-    documents = list(_documents(path, text, tokenizer)) if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else [text]
+    lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
     ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-        if len(documents) > 1 and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
+    labels: list[int] = []
+    for tokens, asked in _documents(path, text, tokenizer) if lines else [(tokenizer(text)["input_ids"], 0)]:
+        ids += tokens
+        labels += [READ] * asked + tokens[asked:]
     rows = len(ids) // length
-    kept = max(1, round(rows * share)) if share else 0
-    if rows - kept < 1:
-        what = f"{path}: {len(ids)} tokens are {rows} rows of {length}"
+    both = torch.tensor([ids, labels])[:, : rows * length].view(2, rows, length)
+    every = Rows(*both[:, (both[1, :, 1:] != READ).any(-1)])
+    kept = max(1, round(len(every) * share)) if share else 0
+    if len(every) - kept < 1:
+        what = f"{path}: {len(ids)} tokens are {rows} rows of {length}" + (f", of which {len(every)} have more than prompts" if len(every) < rows else "")
         needed = "one row must train and one be held out" if share else "one row is the least"
         raise UsageError(what, needed, f"pass --length {len(ids) // 4}, or more text" if len(ids) >= 8 else "pass more text")
-    every = torch.tensor(ids[: rows * length]).view(rows, length)
-    return Data(every[: rows - kept], every[rows - kept :], hashlib.sha256(text.encode()).hexdigest())
+    last = len(every) - kept
+    return Data(every[:last], every[last:], hashlib.sha256(text.encode()).hexdigest())
 
 
-def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[str]:
+def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[Document]:
     for n, line in enumerate(text.split("\n"), 1):  # other ends of lines may stand in a JSON string
         if not line.strip():
             continue
+        where = f"{path}, line {n}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise BrokenFile(f"{path}, line {n}: no JSON", str(error), "JSONL has one object in each line") from error
+            raise BrokenFile(f"{where}: no JSON", str(error), "JSONL has one object in each line") from error
         if not isinstance(row, dict):
-            raise BrokenFile(f"{path}, line {n}: {type(row).__name__}", "JSONL has one object in each line", f"give each line {' or '.join(KEYS)}")
-        if said := _messages(row):
-            if not tokenizer.chat_template:
-                raise UsageError(f"{path}, line {n}: messages, and the model has no chat template", "its tokenizer's files have none", 'give each line "text"')
-            yield str(tokenizer.apply_chat_template(said, tokenize=False))
-        elif isinstance(row.get("text"), str):
-            yield row["text"]
-        elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            yield row["prompt"] + row["completion"]
-        else:
-            raise BrokenFile(f"{path}, line {n}: keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", "rename the keys")
+            raise BrokenFile(f"{where}: {type(row).__name__}", "JSONL has one object in each line", f"give each line {' or '.join(KEYS)}")
+        yield _document(where, row, tokenizer)
 
 
-def _messages(row: dict[str, Any]) -> list[Any]:
-    """What was said: "messages", or "prompt" and "completion" where these are lists of messages, as TRL has them; nothing where there are none."""
-    if isinstance(row.get("messages"), list):
-        return list(row["messages"])
+def _document(where: str, row: dict[str, Any], tokenizer: Any) -> Document:
     asked, answered = row.get("prompt"), row.get("completion")
-    return [*asked, *answered] if isinstance(asked, list) and isinstance(answered, list) else []
+    if isinstance(asked, str) and isinstance(answered, str):
+        return _answer(tokenizer(asked)["input_ids"], _ended(asked + answered, tokenizer))
+    if isinstance(asked, list) and isinstance(answered, list):
+        return _answer(_chat(where, asked, row, tokenizer, prompt=True), _chat(where, [*asked, *answered], row, tokenizer))
+    if isinstance(row.get("messages"), list) and row["messages"]:
+        return _chat(where, row["messages"], row, tokenizer), 0
+    if isinstance(row.get("text"), str):
+        return _ended(row["text"], tokenizer), 0
+    if isinstance(row.get("conversations"), list):
+        raise _shared(where, "conversations")
+    raise BrokenFile(f"{where}: keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", "rename the keys")
+
+
+def _ended(text: str, tokenizer: Any) -> list[int]:
+    """With the special tokens that the tokenizer adds, and its end-of-text."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _answer(asked: list[int], both: list[int]) -> Document:
+    """The answer begins where the tokens of the prompt alone and of both differ: a token may span their border, and a template may end a prompt otherwise."""
+    same = next((n for n, (one, other) in enumerate(zip(asked, both, strict=False)) if one != other), min(len(asked), len(both)))
+    return both, same
+
+
+def _chat(where: str, said: list[Any], row: dict[str, Any], tokenizer: Any, *, prompt: bool = False) -> list[int]:
+    """What the chat template makes of messages, with the row's "tools" and "chat_template_kwargs"; special tokens are its own alone."""
+    if not tokenizer.chat_template:
+        raise UsageError(f"{where}: messages, and the model has no chat template", "its tokenizer's files have none", 'give each line "text"')
+    for message in said:
+        if isinstance(message, dict) and "from" in message and "role" not in message:
+            raise _shared(where, "from and value")
+        if not isinstance(message, dict) or "role" not in message:
+            told = f"keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
+            raise UsageError(f"{where}: a message is {told}", 'a message is an object with "role" and "content"', "write each message so")
+    if not said:
+        raise UsageError(f"{where}: no message", "a list of messages is empty", "leave the line out")
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        options = {"tools": tools, **(row.get("chat_template_kwargs") or {}), "add_generation_prompt": prompt, "tokenize": True, "return_dict": True}
+        found: list[int] = tokenizer.apply_chat_template(said, **options)["input_ids"]
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UsageError(f"{where}: the chat template does not take this", str(error), "change the line, or leave it out") from error
+    return found
+
+
+def _shared(where: str, keys: str) -> UsageError:
+    known = 'chat templates read "messages": [{"role": "user", "content": "..."}, ...]'
+    return UsageError(
+        f"{where}: {keys} are ShareGPT's keys", known, "rename conversations to messages, from to role (human is user, gpt assistant), value to content"
+    )

@@ -67,11 +67,7 @@ def add_lora(
     PEFT's that could not be saved together with this.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    if unknown := sorted(set(targets) - set(TARGETS)):
-        raise UsageError(f"{unknown[0]!r} is no matrix of an expert", f"known: {', '.join(TARGETS)}", "attention is PEFT's business: use get_peft_model for it")
-    if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1 or not targets or alpha == 0:
-        told = f"r = {r}, alpha = {alpha}, dropout = {dropout}, targets = {targets}"
-        raise UsageError(told, "a rank is a whole number of at least 1, alpha is not 0, dropout is at least 0 and below 1", "check them")
+    check(r, alpha, targets, dropout)
     configs = peft_configs(model)
     for config in configs.values():
         AdapterConfig(plain(config.to_dict())).check()
@@ -91,6 +87,15 @@ def add_lora(
     if not configs:  # else PEFT has said what trains
         freeze(model, added)
     return added
+
+
+def check(r: int, alpha: float | None, targets: Sequence[str], dropout: float) -> None:
+    """Raises `UsageError` for values that mean nothing."""
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise UsageError(f"{unknown[0]!r} is no matrix of an expert", f"known: {', '.join(TARGETS)}", "attention is PEFT's business: use get_peft_model for it")
+    if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1 or not targets or not (alpha is None or (alpha and math.isfinite(alpha))):
+        told = f"r = {r}, alpha = {alpha}, dropout = {dropout}, targets = {targets}"
+        raise UsageError(told, "a rank is a whole number of at least 1, alpha is finite and not 0, dropout is at least 0 and below 1", "check them")
 
 
 def freeze(model: torch.nn.Module, but: Iterable[torch.nn.Parameter]) -> None:

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeglot.errors import OutputExists, UsageError
+from moeglot.errors import BadNumbers, OutputExists, UsageError
 from moeglot.nn.adapters import save_adapter
-from moeglot.nn.data import Data, read
-from moeglot.nn.lora import TARGETS, add_lora, experts_of
+from moeglot.nn.data import READ, Data, Rows, read
+from moeglot.nn.lora import TARGETS, add_lora, check, experts_of
 
 Step = Callable[[int, int, float], None]
 """(steps done, steps in all, loss of the last)."""
-STATE, RECORD, HELD_OUT = "state.safetensors", "tune.json", 64
+STATE, RECORD = "state.safetensors", "tune.json"
+HELD_OUT = 64
+"""Of the rows that are held out, at most so many are measured."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Recipe:
     checkpointing: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check(self.r, self.alpha, self.targets, self.dropout)
+        if not 0 <= self.rate < math.inf:
+            raise UsageError(f"rate = {self.rate}", "a learning rate is a finite number of at least 0", "pass --rate 1e-3, for example")
+
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to a tenth."""
         if step < self.warmup:
@@ -54,20 +61,25 @@ class Recipe:
 
 @dataclass
 class Record:
-    """What a run says of itself in tune.json. `losses`: of each step, in nats a token; `before` and `after`: of what is held out."""
+    """What a run says of itself in tune.json. `losses`: of each step, in nats a token; `before` and `after`: of what is held out.
+
+    `measured`: how many "rows" "of" those that are held out. `diverged`: the step at which a number was not finite, 0 before the first.
+    """
 
     base: str
     data: str
     recipe: dict[str, Any]
     held: dict[str, Any]
+    measured: dict[str, int]
     losses: list[float] = field(default_factory=list)
     before: float = math.nan
     after: float = math.nan
+    diverged: int | None = None
 
     def write(self, folder: Path) -> None:
         told = {"schema": "moeglot/tune/1", **asdict(self)}
         partial = folder / (RECORD + ".partial")
-        partial.write_text(json.dumps({key: None if value != value else value for key, value in told.items()}, indent=2), encoding="utf-8")
+        partial.write_text(json.dumps({key: None if value != value else value for key, value in told.items()}, indent=2, allow_nan=False), encoding="utf-8")
         partial.rename(folder / RECORD)
 
 
@@ -76,18 +88,20 @@ def tune(
 ) -> Record:
     """Train an adapter on a native model and write it to `out`/adapter, with the record beside it and checkpoints below.
 
-    Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that another recipe, base or text made.
+    `resume` goes on with what is there, and begins where nothing is. Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that
+    another recipe, base or text made, `BadNumbers` where a loss, a gradient or a factor is no longer finite: what was written before is kept.
     """
     out, read_ = Path(out), read(data, tokenizer, recipe.length, recipe.held_out)
-    record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))), _held(model))
+    measured = {"rows": len(read_.sample(HELD_OUT)), "of": len(read_.held_out)}
+    record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))), _held(model), measured)
     if os.path.lexists(out) and not resume:
         raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or go on with it by --resume")
     run = _Run(_prepared(model, recipe), read_, recipe, record, out)
-    if not resume:
-        out.mkdir(parents=True)
     if resume:
         run.restore()
-    else:
+    if math.isnan(record.before):
+        out.mkdir(parents=True, exist_ok=resume)
+        record.write(out)
         record.before = run.held_out()
         record.write(out)
     run.train(step)
@@ -112,11 +126,23 @@ def _prepared(model: Any, recipe: Recipe) -> Any:
         except ImportError as error:
             raise UsageError(f"{', '.join(recipe.modules)} are no experts", f"those are PEFT's business, and {error}", "pip install peft") from error
         alpha = recipe.alpha if recipe.alpha is not None else 2 * recipe.r
-        model = get_peft_model(model, LoraConfig(r=recipe.r, lora_alpha=alpha, target_modules=list(recipe.modules), lora_dropout=recipe.dropout))
+        config = LoraConfig(r=recipe.r, lora_alpha=alpha, target_modules=list(recipe.modules), lora_dropout=recipe.dropout)
+        names = [name for name, _ in model.named_modules()]
+        if unknown := [wanted for wanted in recipe.modules if not any(f".{name}".endswith(f".{wanted}") for name in names)]:
+            raise UsageError(f"no module is called {unknown[0]}", _linear(model), "pass some of these as --modules; experts are --targets")
+        try:
+            model = get_peft_model(model, config)
+        except ValueError as error:
+            raise UsageError(f"PEFT does not adapt {', '.join(recipe.modules)}: {error}", _linear(model), "pass some of these as --modules") from error
     add_lora(model, recipe.r, recipe.alpha, recipe.targets, recipe.dropout)
     if recipe.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _linear(model: Any) -> str:
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return f"Linear layers of the model are {', '.join(sorted(found))}"
 
 
 class _Run:
@@ -127,38 +153,56 @@ class _Run:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.rate, weight_decay=0.0)
 
-    def loss(self, rows: torch.Tensor) -> torch.Tensor:
-        """Nats a token of rows [n, length]."""
-        rows = rows.to(next(self.model.parameters()).device)
-        logits = self.model(input_ids=rows, use_cache=False).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    def nats(self, rows: Rows) -> torch.Tensor:
+        """The loss of all tokens of some rows that are learned, summed."""
+        tokens, labels = (tensor.to(next(self.model.parameters()).device) for tensor in (rows.tokens, rows.labels))
+        logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=READ, reduction="sum")
 
     @torch.no_grad()
     def held_out(self) -> float:
+        """Nats a token of what is held out, from rows that are spread over it."""
         self.model.eval()
-        rows = self.data.held_out[:HELD_OUT]
-        found = [float(self.loss(row[None])) for row in rows]
-        return sum(found) / len(found)
+        rows = self.data.sample(HELD_OUT)
+        found = sum(float(self.nats(row)) for row in rows.split(1)) / rows.learned
+        if not math.isfinite(found):
+            raise self._diverged(f"the loss of the held-out text is {found}")
+        return found
 
     def train(self, step: Step | None) -> None:
         for n in range(len(self.record.losses), self.recipe.steps):
             self.model.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate_at(n)
-            parts = torch.split(self.data.batch(n, self.recipe.batch * self.recipe.accumulate, self.recipe.seed), self.recipe.batch)
-            total = 0.0
-            for rows in parts:
-                loss = self.loss(rows) / len(parts)
+            rows, total = self.data.batch(n, self.recipe.batch * self.recipe.accumulate, self.recipe.seed), 0.0
+            for some in rows.split(self.recipe.batch):
+                loss = self.nats(some) / rows.learned
                 torch.autograd.backward(loss)
                 total += loss.item()
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.trained, 1.0))
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise self._diverged(f"the loss is {total}, and the norm of its gradient {norm}")
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if not all(bool(parameter.isfinite().all()) for parameter in self.trained):
+                raise self._diverged("the adapter is not finite")
             self.record.losses.append(total)
             if (n + 1) % self.recipe.save_every == 0 and n + 1 < self.recipe.steps:
                 self.save()
             if step:
                 step(n + 1, self.recipe.steps, total)
+
+    def _diverged(self, told: str) -> BadNumbers:
+        """Says so in the record, too."""
+        done, held = len(self.record.losses), self.record.held["dtype"]
+        begun = math.isfinite(self.record.before)
+        self.record.diverged = min(done + 1, self.recipe.steps) if begun else 0
+        self.record.write(self.out)
+        kept = max(self._checkpoints(), key=_steps, default=None)
+        known = f"the model is in {held}, the rate is {self.recipe.rate:g}; {self.out} keeps {kept.name if kept else 'no checkpoint'} and {RECORD}"
+        tries = ["a smaller --rate"] * begun + ["--dtype bfloat16 or float32"] * (held == "float16")
+        do = f"begin another folder with {', or '.join(tries)}; --resume goes on at the same rate alone" if tries else "`moeglot verify` the base"
+        return BadNumbers(f"step {self.record.diverged} of {self.recipe.steps}: {told}", known, do)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------------------
 
@@ -179,21 +223,26 @@ class _Run:
             if other != done:
                 shutil.rmtree(other)
 
+    def _checkpoints(self) -> list[Path]:
+        return [path for path in (self.out / "checkpoints").glob("step-*") if (path / RECORD).is_file()]
+
     def restore(self) -> None:
-        """Raises `UsageError` where there is nothing to go on with, or where it was made otherwise."""
+        """Nothing where a run was killed before it had said what it is; raises `UsageError` for a folder of others, or where it was made otherwise."""
         if not (self.out / RECORD).is_file():
-            raise UsageError(f"{self.out}: no run to resume", f"it has no {RECORD}", "leave --resume out")
+            if os.path.lexists(self.out) and not (self.out.is_dir() and {path.name for path in self.out.iterdir()} <= {RECORD + ".partial"}):
+                raise UsageError(f"{self.out}: no run to resume", f"it has no {RECORD}", "choose another name, and leave --resume out")
+            return
+        shutil.rmtree(self.out / "checkpoints" / "partial", ignore_errors=True)
         begun = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
         for key in ("base", "data", "recipe", "held"):
             if begun.get(key) != getattr(self.record, key):
                 raise UsageError(
                     f"{self.out} was begun with another {key}", f"{RECORD} says {begun.get(key)}", "pass what it was begun with, or another folder"
                 )
-        self.record.before = begun["before"]
-        found = [path for path in (self.out / "checkpoints").glob("step-*") if (path / RECORD).is_file()]
-        if not found:
+        self.record.before = math.nan if begun["before"] is None else begun["before"]
+        if not (found := self._checkpoints()):
             return
-        folder = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        folder = max(found, key=_steps)
         self.record.losses = json.loads((folder / RECORD).read_text(encoding="utf-8"))["losses"]
         tensors = load_file(folder / STATE)
         for n, parameter in enumerate(self.trained):
@@ -202,3 +251,7 @@ class _Run:
             first, second = (tensors[f"{n}.{which}"].to(parameter.device) for which in ("first", "second"))
             self.optimizer.state[parameter] = {"step": torch.tensor(float(len(self.record.losses))), "exp_avg": first, "exp_avg_sq": second}
         torch.set_rng_state(tensors["rng"])
+
+
+def _steps(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
