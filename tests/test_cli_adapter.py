@@ -75,3 +75,12 @@ def test_merge(folder, tmp_path):
     assert done["merge"]["notes"] == done["merge"]["fell_back_to_nearest"] == []
     assert told(*given, tmp_path / "out", "--convention", "peft", status=2)["error"] == "OutputExists"
     assert told(*given, tmp_path / "none", status=2)["error"] == "AmbiguousConvention"
+
+
+def test_convert_folds_an_adapter_in_as_merge_does(folder, tmp_path):
+    """What its refusals tell the user to pass is there."""
+    given = ("convert", folder / "base", tmp_path / "out", "--to", "qwen3-moe/hub+mxfp4-pack", "--allow-loss", "--adapter", folder / "peft")
+    assert "--convention peft" in told(*given, status=2)["do"]
+    lost = told(*given, "--convention", "peft", "--threshold", "1", status=2)
+    assert (lost["error"], "--threshold" in lost["do"]) == ("LossRefused", True)
+    assert told(*given, "--convention", "peft", "--threshold", "0")["merge"]["convention"] == "peft"

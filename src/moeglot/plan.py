@@ -19,7 +19,6 @@ from moeglot.dense_plan import dense_slot, dense_tensors
 from moeglot.dist_plan import stack, states
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding
-from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
 from moeglot.format import Dense, Format
@@ -33,7 +32,7 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
 from moeglot.sizes import parse_size
 from moeglot.survival import Survival
-from moeglot.targets import arranged, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
+from moeglot.targets import arranged, encoding_named, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ def plan(
     for some expert stay in that float type, where the target can say so. `ranks`: what one process of several holds, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
-    wanted, size = encoding_by_name(encode) if encode else None, parse_size(shard_size)
+    wanted, size = encoding_named(encode) if encode else None, parse_size(shard_size)
     target = variant(by_name(to), wanted) if to else own(source.format, wanted)
     share = Share.asked(**ranks)
     words = share.words if share else source.share.words if source.share else None
@@ -208,7 +207,7 @@ def plan(
     source = shared(source, target, share)
     target, kept = arranged(source, target), None
     if keep_touched and change:
-        kept = encoding_by_name(keep_touched)
+        kept = encoding_named(keep_touched)
         target = keeping(source, target, change.touches_any)
     steps = tuple(
         _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted)

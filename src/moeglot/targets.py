@@ -9,11 +9,14 @@ from typing import Any
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.coding import WEIGHT, by_compressed_tensors, leaves_alone, method, said
+from moeglot.codings import CODINGS
 from moeglot.config import declared_dtype
 from moeglot.dense import DenseTensor
 from moeglot.divided import divided
 from moeglot.dtypes import WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import Encoding
+from moeglot.encodings import NAMES
+from moeglot.encodings import by_name as by_encoding_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, UsageError
 from moeglot.factors import aliases
@@ -21,6 +24,20 @@ from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
 from moeglot.share import Share
+
+CODING_NAMES = frozenset(coding.name for coding in CODINGS)
+
+
+def encoding_named(name: str) -> Encoding:
+    """`--encode NAME`; raises `UsageError`, which knows the names of variants, too."""
+    known = name in CODING_NAMES and name.partition(":")[0] not in {one.partition(":")[0] for one in NAMES}
+    if known:
+        raise UsageError(
+            f"{name!r} is a variant of a format, and no encoding",
+            "an encoding says how numbers are coded, a variant also what the file calls their parts",
+            f"pass --to FORMAT+{name}, such as qwen3-moe/hub+{name}, and leave --encode out",
+        )
+    return by_encoding_name(name)
 
 
 def variant(target: Format, wanted: Encoding | None) -> Format:

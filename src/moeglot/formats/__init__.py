@@ -79,6 +79,14 @@ def by_name(name: str) -> Format:
                     return variant
     family, _, layout = name.partition("/")
     near = {form.name.partition("/")[2]: form.name for form in formats() if form.family.name == family}
+    layout_of = next((form for form in PLAIN if name.startswith(form.name + "+")), None)
+    if layout_of:
+        told = f"variants of {layout_of.name}: {', '.join(form.coding.name for form in variants(layout_of) if form.coding) or 'none'}"
+        near = {form.coding.name: form.name for form in variants(layout_of) if form.coding}
+        typed = name.partition("+")[2]
+        meant = [one for one in near if typed and one.startswith(typed)] or get_close_matches(typed, near, 1)
+        ask = f"pass --to {' or '.join(near[one] for one in meant)}; " if meant else ""
+        raise UsageError(f"{name!r} is not a format", told, f"{ask}`moeglot formats` says what each one is")
     if near:
         told = "known: " + ", ".join(form.name for form in PLAIN if form.family.name == family)
         meant = get_close_matches(layout, near, 1)

@@ -1,0 +1,278 @@
+"""docs/refusals.md: its messages are what real runs on small damaged folders print. `python tests/test_refusals_page.py` writes them there anew."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.demo import BUNDLED
+
+PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
+BLOCK = re.compile(r"```\n\$ moeglot (.+)\n((?:.*\n)*?)```\n")
+EXPERTS = "model.layers.0.mlp.experts."
+QWEN = {"e": 4, "h": 64, "i": 64}
+
+
+@contextmanager
+def changed(folder: str, file: str = "model.safetensors") -> Iterator[dict[str, torch.Tensor]]:
+    tensors = load_file(Path(folder) / file)
+    yield tensors
+    save_file(tensors, Path(folder) / file, {"format": "pt"})
+
+
+def config(folder: str, **changes: object) -> None:
+    path = Path(folder) / "config.json"
+    said = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+
+
+def bundled(folder: str = "king-james") -> str:
+    shutil.copytree(BUNDLED, folder)
+    return folder
+
+
+def qwen(folder: str) -> str:
+    write_checkpoint(Path(folder), "qwen3-moe/hub", QWEN)
+    return folder
+
+
+def bf16(folder: str) -> str:
+    write_checkpoint(Path(folder), "gpt-oss/transformers", {"e": 4, "h": 96, "i": 64})
+    return folder
+
+
+def other() -> None:
+    config(qwen("other"), model_type="brand_new_moe")
+
+
+def renamed() -> None:
+    with changed(qwen("renamed")) as tensors:
+        for key in [key for key in tensors if ".experts." in key]:
+            tensors[key.replace("_proj", "_matrix")] = tensors.pop(key)
+
+
+def no_config() -> None:
+    (Path(qwen("no-config")) / "config.json").unlink()
+
+
+def saved(suffix: str) -> Callable[[], None]:
+    """What `save_pretrained` of two releases makes of the experts."""
+
+    def make() -> None:
+        with changed(bf16("saved")) as tensors:
+            for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+                value = tensors.pop(key)
+                if suffix == "_blocks":
+                    tensors[key + suffix] = value
+                else:
+                    tensors[key.rpartition(".")[2] + suffix] = value
+
+    return make
+
+
+def two_sizes() -> None:
+    config(bundled("two-sizes"), num_experts=16)
+
+
+def no_size() -> None:
+    config(bundled("no-size"), intermediate_size=None)
+
+
+def transposed() -> None:
+    with changed(bf16("transposed")) as tensors:
+        tensors[EXPERTS + "down_proj"] = tensors[EXPERTS + "down_proj"].mT.contiguous()
+
+
+def quant() -> None:
+    config(qwen("quant"), quantization_config={"quant_method": "fp8"})
+
+
+def different() -> None:
+    bundled()
+    write_checkpoint(Path("trained"), "gpt-oss/transformers", {"e": 4, "h": 64, "i": 64})
+
+
+def fingerprint() -> None:
+    different()
+    moeglot.fingerprint(moeglot.open("king-james")).save("king-james.json")
+
+
+def no_scales() -> None:
+    with changed(bundled("no-scales")) as tensors:
+        del tensors[EXPERTS + "down_proj_scales"]
+
+
+def few() -> None:
+    with changed(qwen("few")) as tensors:
+        for key in [key for key in tensors if ".experts.3." in key]:
+            del tensors[key]
+
+
+def extra() -> None:
+    with changed(qwen("extra")) as tensors:
+        tensors[EXPERTS + "4.up_proj.weight"] = tensors[EXPERTS + "3.up_proj.weight"].clone()
+
+
+def scales(folder: str, value: int) -> Callable[[], None]:
+    def make() -> None:
+        with changed(bundled(folder)) as tensors:
+            tensors[EXPERTS + "down_proj_scales"][2] = value
+
+    return make
+
+
+def nan() -> None:
+    with changed(qwen("nan")) as tensors:
+        tensors["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = float("nan")
+
+
+def cut() -> None:
+    os.truncate(Path(bundled("cut")) / "model.safetensors", 2_000_000)
+
+
+def lfs() -> None:
+    said = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 3522032\n"
+    (Path(bundled("lfs")) / "model.safetensors").write_text(said)
+
+
+def shards() -> None:
+    write_checkpoint(Path("shards"), "qwen3-moe/hub", QWEN, shards=3)
+    (Path("shards") / "model-00002-of-00003.safetensors").unlink()
+
+
+def index(folder: str, name: str) -> Callable[[], None]:
+    def make() -> None:
+        write_checkpoint(Path(folder), "qwen3-moe/hub", QWEN, shards=2)
+        path = Path(folder) / "model.safetensors.index.json"
+        said = json.loads(path.read_text())
+        said["weight_map"]["model.embed_tokens.weight"] = name
+        path.write_text(json.dumps(said))
+
+    return make
+
+
+def link() -> None:
+    (Path(bundled("link")) / "model.safetensors").unlink()
+    (Path("link") / "model.safetensors").symlink_to("/etc/hostname")
+
+
+def twice() -> None:
+    (Path(bundled("twice")) / "model.safetensors").rename("twice/a.safetensors")
+    shutil.copyfile("twice/a.safetensors", "twice/model-old.safetensors")
+
+
+def pickled() -> None:
+    (Path(bundled("pickled")) / "model.safetensors").rename("pickled/pytorch_model.bin")
+
+
+def no_file() -> None:
+    (Path(qwen("odd")) / "config.json").unlink()
+    (Path("odd") / "config.json").mkdir()
+
+
+def there(name: str) -> Callable[[], None]:
+    def make() -> None:
+        bundled()
+        Path(name).mkdir()
+
+    return make
+
+
+MAKERS: dict[tuple[str, int], Callable[[], object]] = {
+    ("inspect other", 0): other,
+    ("inspect renamed", 0): renamed,
+    ("inspect no-config", 0): no_config,
+    ("inspect saved", 0): saved("$"),
+    ("inspect saved", 1): saved("_blocks"),
+    ("inspect two-sizes", 0): two_sizes,
+    ("inspect no-size", 0): no_size,
+    ("inspect transposed", 0): transposed,
+    ("inspect transposed --format gpt-oss/transformers", 0): transposed,
+    ("inspect quant", 0): quant,
+    ("compare king-james trained", 0): different,
+    ("verify trained --against king-james.json", 0): fingerprint,
+    ("inspect no-scales", 0): no_scales,
+    ("inspect few", 0): few,
+    ("inspect extra", 0): extra,
+    ("convert nan-scale out --to gpt-oss/transformers", 0): scales("nan-scale", 255),
+    ("convert zero-scale out2 --to gpt-oss/transformers", 0): scales("zero-scale", 0),
+    ("verify nan", 0): nan,
+    ("inspect cut", 0): cut,
+    ("inspect lfs", 0): lfs,
+    ("inspect shards", 0): shards,
+    ("inspect path", 0): index("path", "../other/model.safetensors"),
+    ("inspect link", 0): link,
+    ("inspect index", 0): index("index", "model-00002-of-00002.safetensors"),
+    ("inspect twice", 0): twice,
+    ("inspect pickled", 0): pickled,
+    ("inspect odd", 0): no_file,
+    ("inspect king-james --html king-james/config.json", 0): bundled,
+    ("convert king-james bf16 --to gpt-oss/transformers", 0): there("bf16"),
+    ("convert king-james half --to gpt-oss/transformers", 0): there("half.partial"),
+    **{
+        (f"convert king-james out3 --to {rest}", 0): bundled
+        for rest in (
+            "gpt-oss/transfomers",
+            "mixtral/hub",
+            "gpt-oss/transformers --encode mxfp4",
+            "gpt-oss/megatron-torch-dist --ep-rank 1 --ep-size 4",
+            "gpt-oss/megatron-te --ep-rank 1 --ep-size 3",
+            "gpt-oss/megatron-te --tp-rank 1 --tp-size 8 --etp-size 1",
+            "gpt-oss/megatron-te --tp-rank 1 --tp-size 2",
+            "gpt-oss/megatron-te --tp-rank 1 --tp-size 2 --etp-rank 1 --etp-size 2",
+        )
+    },
+}
+"""(command, which of its runs on the page) -> what makes the folders that it is about."""
+
+
+def blocks(page: str) -> dict[tuple[str, int], re.Match[str]]:
+    found: dict[tuple[str, int], re.Match[str]] = {}
+    for block in BLOCK.finditer(page):
+        found[block[1], sum(command == block[1] for command, _ in found)] = block
+    return found
+
+
+def printed(key: tuple[str, int]) -> str:
+    """What the command prints, plans and progress aside."""
+    from moeglot.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        MAKERS[key]()
+        patch.setattr(sys, "argv", ["moeglot", *key[0].split()])
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit):
+            main()
+    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", err.getvalue(), re.M)
+    return refusal[0] if refusal else re.sub(r"^forward: not checked.*\n", "", out.getvalue(), flags=re.M)
+
+
+@pytest.mark.parametrize("key", MAKERS, ids=lambda key: key[0])
+def test_the_page_shows_what_a_run_prints(key):
+    assert blocks(PAGE.read_text())[key][2] == printed(key)
+
+
+def write() -> None:
+    for key in MAKERS:
+        page = PAGE.read_text()
+        block = blocks(page)[key]
+        PAGE.write_text(page[: block.start(2)] + printed(key) + page[block.end(2) :])
+
+
+if __name__ == "__main__":
+    write()
