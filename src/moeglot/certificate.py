@@ -14,7 +14,7 @@ from moeglot.divided import share_json
 from moeglot.encoding import Encoded
 from moeglot.errors import BadNumbers, NotVerified
 from moeglot.experts import Expert, Matrix
-from moeglot.floats import row_pairs, squares
+from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
@@ -153,13 +153,12 @@ class Rounded:
 
     def _distance(self, written: Encoded, role: str, layer: int, expert: int) -> Loss:
         """How far a role lies from the source as it was, by canonical axes, so that no wrong axis can hide in the rounding."""
-        import torch
-
         source = self.plan.source
-        found = Loss()
-        for before, after in row_pairs(source.expert(source.format.line_of(role), layer, expert)[role], written):
-            given = before.decode(torch.float32)
-            found += Loss(error=squares(after.decode(torch.float32) - given), size=squares(given))
+        declared, found = source.expert(source.format.line_of(role), layer, expert)[role], Loss()
+        dtype = compared_dtype(declared, written)
+        for before, after in row_pairs(declared, written):
+            given = before.decode(dtype)
+            found += Loss(error=squares(after.decode(dtype) - given), size=squares(given))
         return found
 
 

@@ -29,6 +29,13 @@ def exact_dtype(encoded: Encoded) -> torch.dtype:
     return torch.bfloat16 if encoded.encoding.fits_in(Plain("BF16")) else torch.float32
 
 
+def compared_dtype(a: Encoded, b: Encoded) -> torch.dtype:
+    """The float type in which two are compared: float64 where one is stored so, else float32, which holds all else."""
+    import torch
+
+    return torch.float64 if torch.float64 in (exact_dtype(a), exact_dtype(b)) else torch.float32
+
+
 def exactly(encoded: Encoded) -> Encoded:
     """The same numbers as plain floats: itself if it is plain, else decoded into memory that is used again."""
     if isinstance(encoded.encoding, Plain):

@@ -16,7 +16,7 @@ from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError, TensorMismatch
 from moeglot.fingerprint import Fingerprint
-from moeglot.floats import row_pairs, squares
+from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
 from moeglot.misreadings import right
@@ -170,16 +170,14 @@ def _which(checkpoint: Checkpoint) -> str:
 
 def difference(mine: Encoded, theirs: Encoded) -> float:
     """0 if the numbers are the same, bit for bit (the sign of zero too); else their relative error, never 0."""
-    import torch
-
     from moeglot.kernels.bits import same
 
     if _same_parts(mine, theirs) or _same_in_half(mine, theirs):
         return 0.0
     error = size = 0.0
-    equal = True
+    equal, dtype = True, compared_dtype(mine, theirs)
     for a, b in row_pairs(mine, theirs):
-        x, y = a.decode(torch.float32), b.decode(torch.float32)
+        x, y = a.decode(dtype), b.decode(dtype)
         equal = equal and same(x, y)
         error += squares(x - y)
         size += squares(y)

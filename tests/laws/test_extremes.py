@@ -154,3 +154,21 @@ def test_groups_of_one_number_lie_on_every_grid(tmp_path):
     found = weigh(moeglot.open(changed(tmp_path / "a", pruned, sizes={"e": 4, "h": 256, "i": 256})))
     assert [one.verdict for one in found.evidence if one.test == "grid"] == ["cannot tell"] * 3
     assert json.dumps([one.figures for one in found.evidence if one.test == "grid"])
+
+
+def test_numbers_of_64_bits(tmp_path):
+    """What differs beyond float32 differs; what is moved keeps every bit, and what is rounded to float32 is off by what float64 says."""
+    source = changed(tmp_path / "a", lambda key, tensor: tensor.double() * (1 + 2**-40), dtype=torch.float64)
+    near = changed(tmp_path / "b", lambda key, tensor: tensor.double() * (1 + 2**-39), dtype=torch.float64)
+    check = moeglot.compare(source, near).checks[0]
+    assert (check.verdict, check.figures["unequal"]) == ("does not hold", check.figures["tensors"])
+    assert check.figures["relative_error"]["down"] == pytest.approx(2**-40, rel=1e-3)
+    assert moeglot.convert(source, "qwen3-moe/transformers-5", tmp_path / "moved").report.verdict == "holds"
+    moeglot.convert(tmp_path / "moved", "qwen3-moe/hub", tmp_path / "back")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert all(torch.equal(before[key].view(torch.int64), after[key].view(torch.int64)) for key in before if ".experts." in key)
+    found = moeglot.convert(source, "qwen3-moe/transformers-5", tmp_path / "single", encode="float32", allow_loss=True)
+    experts = torch.cat([tensor.flatten() for key, tensor in before.items() if ".experts." in key])
+    assert found.report.verdict == "holds"
+    assert [loss.relative for loss in found.losses.values() if loss.changed] == [pytest.approx(float((experts.float() - experts).norm() / experts.norm()))]
+    assert moeglot.compare(source, tmp_path / "single").exit_status == 1
