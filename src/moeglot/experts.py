@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moeglot import scratch
 from moeglot.encoding import Encoded
 from moeglot.errors import UsageError
 from moeglot.family import Config, Family, dig
@@ -91,12 +90,14 @@ def product(x: torch.Tensor, matrix: Encoded) -> torch.Tensor:
     """x [t, in] @ [out, in]ᵀ -> [t, out] in float32; the matrix is decoded some rows at a time, the way it lies, in memory that is used again."""
     import torch
 
+    from moeglot.kernels.backend import working
+
     def decoded(block: Encoded) -> torch.Tensor:
         rows, columns = block.shape
         part = next(iter(block.parts.values()))
         if part.dim() == 2 and part.stride(0) < part.stride(1):
-            return block.decode(torch.float32, scratch.empty((columns, rows), torch.float32).mT)
-        return block.decode(torch.float32, scratch.empty((rows, columns), torch.float32))
+            return block.decode(torch.float32, working((columns, rows), torch.float32, part.device).mT)
+        return block.decode(torch.float32, working((rows, columns), torch.float32, part.device))
 
     return torch.cat([x @ decoded(block).mT for block in matrix.row_blocks(SLAB)], -1)
 

@@ -67,4 +67,4 @@ class Case:
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())

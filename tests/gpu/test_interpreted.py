@@ -162,6 +162,21 @@ def test_all_that_is_done_to_a_tile(kind, rank, along):
         assert relative(gemm.product(x, case.matrices, case.rows, along, **{**options, left_out: None}), expected) > POWER, left_out
 
 
+def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers as every third of a larger tensor, among others."""
+    return torch.full((*tensor.shape, 3), 7.25, dtype=tensor.dtype)[..., 1].copy_(tensor)
+
+
+def test_all_that_is_given_to_a_product_may_have_gaps():
+    case = Case("fp8", (3, 64, 96), 12, 2, (1,))
+    x, bias, low, weights = case.random(24, 96), case.random(3, 64), case.random(24, 5), case.random(24)
+    side = case.random(3, 64, 5).mT
+    expected = gemm.product(x, case.matrices, case.rows, True, bias=bias, change=Change(low, side), weights=weights)
+    x, bias, low, side, weights, scale = map(with_gaps, (x, bias, low, side, weights, case.matrices.scale))
+    matrices = replace(case.matrices, scale=scale)
+    assert torch.equal(gemm.product(x, matrices, case.rows, True, bias=bias, change=Change(low, side), weights=weights), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_matrix_is_seen(kind):
     """The power of the comparisons above: matrices turned, experts rolled, rows of one expert taken for another's, gate and up taken for each other."""
@@ -224,6 +239,21 @@ def test_many_rows_are_decoded_first(name, tmp_path, monkeypatch):
     monkeypatch.setattr(coded, "_decoded_first", lambda *given: calls.append(1) or whole(*given))
     assert relative(module(*inputs()), expected) <= LIMIT
     assert calls
+
+
+def test_routing_weights_that_are_a_column_of_all(tmp_path):
+    """As a router with one expert a token hands them out: [t, 1], a row's stride from the next."""
+    module, (hidden, _, _), weights = layer(tmp_path, "gpt-oss/openai"), inputs(), torch.rand(11, 4)
+    index, one = torch.randint(0, 4, (11, 1)), weights[:, :1].requires_grad_()
+    assert one.stride() == (4, 1)
+    for backend in ("reference", "eager", "triton"):
+        module.backend = backend
+        found = module(hidden, index, one)
+        given = torch.autograd.grad(found.square().sum(), one)[0]
+        expected = (found, given) if backend == "reference" else expected
+        assert relative(found, expected[0]) <= LIMIT, backend
+        assert relative(given, expected[1]) <= LIMIT, backend
+    assert relative(module(hidden, index, weights.reshape(-1)[:11].view(11, 1)), expected[0]) > POWER
 
 
 def test_scales_that_one_multiplication_cannot_reach(tmp_path, monkeypatch):

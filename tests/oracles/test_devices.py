@@ -1,4 +1,10 @@
-"""Native models on more than one device: placed as the map says, divided by the bytes that they hold, computed and trained where they lie."""
+"""Native models on more than one device: placed as the map says, divided by the bytes that they hold, computed and trained where they lie, in any encoding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +122,17 @@ def test_where_the_host_waits(tmp_path):
             ASKED.clear()
             module(hidden, index, weights)
             assert bool(ASKED) == waits, ASKED
+
+
+def test_every_encoding_computes_elsewhere_by_every_backend(tmp_path):
+    """By torch alone, as on a GPU where Triton is not: no table and no scratch memory stays on the CPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, Path(__file__).with_name("elsewhere_steps.py"), tmp_path / "base"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 14 * 5
+    assert not {name: error for name, error in found.items() if not error <= LIMIT}
 
 
 def test_modules_that_are_no_experts_may_be_offloaded(whole, tmp_path):

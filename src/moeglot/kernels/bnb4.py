@@ -70,10 +70,10 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _pairs(kind: str) -> torch.Tensor:
+def _pairs(kind: str, device: torch.device) -> torch.Tensor:
     """int64 [256]: the two float32 of a byte, high nibble first."""
     byte = torch.arange(256)
-    return torch.stack([codebook(kind)[byte >> 4], codebook(kind)[byte & 15]], -1).view(torch.int64).flatten()
+    return torch.stack([codebook(kind)[byte >> 4], codebook(kind)[byte & 15]], -1).view(torch.int64).flatten().to(device)
 
 
 def _blocks(values: torch.Tensor, blocksize: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -98,7 +98,7 @@ def decode(
     for first, to in _blocks(values, blocksize):
         at = first * blocksize
         codes = flat[at // 2 : (at + to.numel() + 1) // 2].int()
-        numbers = _pairs(kind).index_select(0, codes).view(torch.float32)[: to.numel()]
+        numbers = _pairs(kind, codes.device).index_select(0, codes).view(torch.float32)[: to.numel()]
         to.copy_(numbers.view(to.shape).mul_(absmax[first : first + len(to)].unsqueeze(-1)))
     return values
 

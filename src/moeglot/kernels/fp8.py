@@ -99,8 +99,8 @@ def decode(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch
 
 def _multiply(codes: torch.Tensor, large: torch.Tensor, block: Block, out: torch.Tensor) -> None:
     """F8_E4M3 [rows, columns] and HALF × float32 scale [tiles, tiles] -> out; a product in float32 and a rounded copy cost less than a rounded product."""
-    halves = scratch.empty((min(len(codes), step_of(codes.shape[1])), codes.shape[1]), torch.int16)
-    for rows, some in in_singles(*codes.shape):
+    halves = backend.working((min(len(codes), step_of(codes.shape[1])), codes.shape[1]), torch.int16, codes.device)
+    for rows, some in in_singles(codes):
         out[rows] = times(some.copy_(_halves(codes[rows], halves[: len(some)])), rows, large, block)
 
 
@@ -176,7 +176,7 @@ def _codes(values: torch.Tensor, scale: torch.Tensor, block: Block, out: torch.T
     if fast := backend.compiled("fp8", values):
         fast.encode(backend.in_half_or_single(values), scale, block, out)
         return
-    for rows, some in in_singles(*values.shape):
+    for rows, some in in_singles(values):
         out[rows] = over(some.copy_(values[rows]), rows, scale, block)  # none rounds to more than 448
 
 

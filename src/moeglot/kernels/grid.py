@@ -12,7 +12,6 @@ from math import inf
 
 import torch
 
-from moeglot import scratch
 from moeglot.kernels import backend
 
 CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB whatever the matrix
@@ -56,9 +55,10 @@ def step_of(columns: int) -> int:
     return max(1, CHUNK // max(1, columns))
 
 
-def in_singles(rows: int, columns: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """As `runs`, with float32 [these rows, columns] of whatever was there before, each time in the same memory."""
-    room = scratch.empty((min(rows, step_of(columns)), columns), torch.float32)
+def in_singles(matrix: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As `runs` of a matrix, with float32 [these rows, columns] of whatever was there before, each time in the same memory of its device."""
+    rows, columns = matrix.shape
+    room = backend.working((min(rows, step_of(columns)), columns), torch.float32, matrix.device)
     for some in runs(rows, columns):
         yield some, room[: some.stop - some.start]
 

@@ -21,9 +21,9 @@ LEAST = 2.0**-126
 
 
 @cache
-def _pairs() -> torch.Tensor:
+def _pairs(device: torch.device) -> torch.Tensor:
     """int64 [256]: the two float32 of each byte."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device=device)
     return torch.stack([(byte & 15) - OFFSET, (byte >> 4) - OFFSET], -1).to(torch.float32).view(torch.int64).flatten()
 
 
@@ -101,7 +101,7 @@ def decode(
 
 def zero_points(zero: torch.Tensor, rows: int) -> torch.Tensor:
     """i32 [..., ⌈out / 8⌉, groups], the lowest nibble first -> float32 [..., out, groups], from -8 to 7."""
-    shifts = torch.arange(0, 4 * WORD, 4, dtype=torch.int32).view(WORD, 1)
+    shifts = torch.arange(0, 4 * WORD, 4, dtype=torch.int32, device=zero.device).view(WORD, 1)
     nibbles = (zero.unsqueeze(-2) >> shifts) & 15
     return (nibbles - OFFSET).flatten(-3, -2)[..., :rows, :].to(torch.float32)
 
@@ -114,7 +114,7 @@ def pack_zero(zero: torch.Tensor) -> torch.Tensor:
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
     """i32 [n, k] -> float32 [n, 8 k]."""
     index = packed.contiguous().view(torch.uint8).int()
-    return torch.index_select(_pairs(), 0, index.view(-1)).view(torch.float32).view(len(packed), -1)
+    return torch.index_select(_pairs(index.device), 0, index.view(-1)).view(torch.float32).view(len(packed), -1)
 
 
 def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +123,7 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
     scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
     fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
-        for rows, some in in_singles(*given.shape):
+        for rows, some in in_singles(given):
             factor[rows] = _scales(given[rows], block, dtype, divisor)
             if fast:
                 fast.encode(backend.in_half_or_single(given[rows]), factor[rows].to(torch.float32), block[1] or given.shape[1], words[rows])
@@ -141,7 +141,7 @@ def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[to
     zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32)
     for given, words, factor, zeros in zip(*map(matrices, (values, found, scale, zero)), strict=True):
         points = torch.empty(factor.shape)
-        for rows, some in in_singles(*given.shape):
+        for rows, some in in_singles(given):
             here = slice(0, len(some))
             factor[rows], points[rows] = _spans(some.copy_(given[rows]), block, dtype)
             quotients = plus(over(some, here, factor[rows].to(torch.float32), block), here, points[rows], block)

@@ -72,7 +72,7 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: R
         rows = max(1, CHUNK // max(1, to.shape[1]))
         for at in range(0, len(to), rows):
             some = slice(at, at + rows)
-            found = torch.empty(factors[some].numel(), GROUP)
+            found = torch.empty(factors[some].numel(), GROUP, device=to.device)
             e2m1.unpack(codes[some].reshape(-1, GROUP // 2), found).mul_(factors[some].reshape(-1, 1))
             to[some] = found.view(to[some].shape)
     return values

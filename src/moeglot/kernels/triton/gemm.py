@@ -91,7 +91,7 @@ def product(
     inner, outer = (width, height) if along else (height, width)
     shape = tiles or tiles_for(x.device, len(rows.order) / experts, matrices.kind, x.dtype)
     found = x.new_zeros(len(rows.order), outer) if out is None else out
-    codes = matrices.codes if matrices.kind == PLAIN else matrices.codes.view(torch.int32)
+    codes = matrices.codes if matrices.kind == PLAIN else matrices.codes.contiguous().view(torch.int32)
     strides = codes.stride() if matrices.kind == PLAIN else (0, 0, 0)
     side = change.side if change else None
     grid = (rows.tiles(shape.rows) * triton.cdiv(outer, shape.outer),)
@@ -101,14 +101,14 @@ def product(
         _product[grid](
             x if x.stride(-1) == 1 else x.contiguous(),
             codes,
-            matrices.scale,
+            _gapless(matrices.scale),
             rows.starts,
             rows.ends,
             rows.order,
-            bias,
-            change.low if change else None,
+            _gapless(bias),
+            _gapless(change.low) if change else None,
             side,
-            weights,
+            _gapless(weights),
             found,
             rows.tiles(shape.rows),
             experts,
@@ -135,6 +135,11 @@ def product(
             num_stages=shape.stages,
         )
     return found
+
+
+def _gapless(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """For the kernel, which is told no strides of it: a view, as of one column of routing weights, may have gaps."""
+    return None if tensor is None else tensor.contiguous()
 
 
 @jit
