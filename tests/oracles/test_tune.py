@@ -290,6 +290,9 @@ def test_what_is_no_text_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(BrokenFile, match=words_of_it):
             read(path, words, 8, 0.1)
+    (tmp_path / "data.jsonl.bak").write_text('\n{"text": "And it came to pass"}\n')
+    with pytest.raises(UsageError, match="first line is a JSON object"):
+        read(tmp_path / "data.jsonl.bak", words, 8, 0.1)
     path.write_text('{"messages": [{"role": "user", "content": "And"}]}')
     with pytest.raises(UsageError, match="no chat template"):
         read(path, words, 8, 0.1)

@@ -84,6 +84,8 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text", str(error), "pass a text file in UTF-8, or JSONL") from error
     lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    if not lines and _is_object(first := next((line for line in text.split("\n") if line.strip()), "")):
+        raise UsageError(f"{path}: its first line is a JSON object: {first[:60]}", "by its name it is plain text", "name it .jsonl, .ndjson or .json")
     ids: list[int] = []
     labels: list[int] = []
     for tokens, asked in _documents(path, text, tokenizer) if lines else [(tokenizer(text)["input_ids"], 0)]:
@@ -99,6 +101,13 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
         raise UsageError(what, needed, f"pass --length {len(ids) // 4}, or more text" if len(ids) >= 8 else "pass more text")
     last = len(every) - kept
     return Data(every[:last], every[last:], hashlib.sha256(text.encode()).hexdigest())
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[Document]:
@@ -127,7 +136,7 @@ def _document(where: str, row: dict[str, Any], tokenizer: Any) -> Document:
         return _ended(row["text"], tokenizer), 0
     if isinstance(row.get("conversations"), list):
         raise _shared(where, "conversations")
-    raise BrokenFile(f"{where}: keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", "rename the keys")
+    raise BrokenFile(f"{where}: no text in keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", "rename the keys, or leave the line out")
 
 
 def _ended(text: str, tokenizer: Any) -> list[int]:
