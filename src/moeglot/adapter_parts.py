@@ -11,7 +11,7 @@ from moeglot.adapter_config import CONFIG, AdapterFiles
 from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import Convention
 from moeglot.errors import BadNumbers, HalfAdapter, TensorMismatch, UnsupportedAdapter
-from moeglot.factors import Place, aliases, take
+from moeglot.factors import Place, aliases, stacked_form, take
 from moeglot.family import dig
 from moeglot.shards import Entry
 
@@ -123,17 +123,23 @@ def read_dense(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], conve
         for theirs, ours in convention.modules if convention else ():
             known = known.replace(theirs, ours)
         if known + ".weight" not in hub:
-            raise HalfAdapter(
-                f"{module}: adapted, and the base has no such module",
-                base.known,
-                "check that the base is the one that it was trained on; an adapter is never half applied",
-            )
+            raise _no_module(module, base)
         found = _dense(files, module, hub[known + ".weight"].removesuffix(".weight"), parts)
         _check(found, weights[found.name + ".weight"].shape, base)
         if found.name in dense:
             raise _twice(dense[found.name].alias, module, found.name)
         dense[found.name] = found
     return dense, replaced
+
+
+def _no_module(module: str, base: Checkpoint) -> HalfAdapter:
+    form = stacked_form(base.format.family)
+    if form and form.alone and form != base.format:
+        why = f"{base.known}; its modules may have other names in memory, which moeglot does not know: {form.alone}"
+        do = "merge what is no expert with PEFT, and the experts' part of the adapter with moeglot; an adapter is never half applied"
+        return HalfAdapter(f"{module}: adapted, and no tensor on disk is called so", why, do)
+    do = "check that the base is the one that it was trained on; an adapter is never half applied"
+    return HalfAdapter(f"{module}: adapted, and the base has no such module", base.known, do)
 
 
 def _same(one: Entry, other: Entry) -> bool:
