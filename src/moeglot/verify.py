@@ -224,7 +224,9 @@ def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[st
         return Check("values", "does not hold", "other tensors", f"{len(names)} are on one side only, first {names[0]}")
     unequal = [name for name, tensor in mine.items() if not _same(tensor, theirs[name])]
     if unequal:
-        return Check("values", "does not hold", "other tensors", f"{len(unequal)} of {len(mine)} differ, first {unequal[0]}")
+        here, there = mine[unequal[0]].dtype, theirs[unequal[0]].dtype
+        types = f", which is {here} here and {there} there" if here != there else ""
+        return Check("values", "does not hold", "other tensors", f"{len(unequal)} of {len(mine)} differ, first {unequal[0]}{types}")
     decoded = sum(isinstance(tensor, DecodedTensor) != isinstance(theirs[name], DecodedTensor) for name, tensor in mine.items())
     told = f"{len(mine) - decoded} equal byte for byte" + (f", {decoded} as decoded and rounded" if decoded else "")
     return Check("values", "holds", "other tensors", told)
