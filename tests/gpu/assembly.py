@@ -1,6 +1,7 @@
 """Compiles a kernel for a GPU that need not be there, and counts what the machine code does: run as a program, since TRITON_INTERPRET must not be set.
 
 `python assembly.py KIND along|across ARCH ROWS,OUTER,INNER,WARPS,STAGES …` prints a JSON list; KIND `others` is all other kernels.
+`plain-float32-512` computes in float32, with an adapter of rank 512, and `mxfp4-by-table` looks its codes up.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ POINTERS = {
     "out": "*bf16",
 }
 NO_SIDE = {"side_expert": 0, "side_rank": 0, "side_out": 0}
+SINGLE = {name: "*fp32" for name, kind in POINTERS.items() if kind == "*bf16"}
 CODES = {"mxfp4": ("*i32", "*u8"), "fp8": ("*i32", "*fp32"), "plain": ("*bf16", None)}
 
 
@@ -59,21 +61,25 @@ def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int
     """The grouped product of gpt-oss-20b's gate_up_proj, with bias, an adapter of rank 16, gather, scatter and weights."""
     from moeglot.kernels.triton import gemm
 
-    kind, _, table = kind.partition("-by-")
-    if table:
+    kind, *words = kind.split("-")
+    if "table" in words:
         gemm.eight = by_table
     codes, scales = CODES[kind]
+    codes = "*fp32" if "float32" in words and kind == "plain" else codes
+    rank = next((int(word) for word in words if word.isdecimal()), 16)
     given = {**POINTERS, "codes": codes, "scales": scales, "tiles": "i32", "experts": "i32", "x_row": "i32", "side_expert": "i32", "side_out": "i32"}
     strides = {"codes_expert": "i32", "codes_row": "i32", "codes_column": 1} if kind == "plain" else {"codes_expert": 0, "codes_row": 0, "codes_column": 0}
     sizes = {"HEIGHT": 5760, "WIDTH": 2880, "BLOCK_HEIGHT": 128, "BLOCK_WIDTH": 128}
-    flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True, "RANK": 16, "LOW": 16, "side_rank": 1}
-    given |= strides | sizes | flags | {"M": rows, "N": outer, "K": inner, "COMPUTE": tl.bfloat16} | (other or {})
+    flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True}
+    adapter = {"RANK": rank, "LOW": gemm.ranks_at_once(rank), "side_rank": 1}
+    numbers = {**SINGLE, "COMPUTE": tl.float32} if "float32" in words else {"COMPUTE": tl.bfloat16}
+    given |= strides | sizes | flags | adapter | {"M": rows, "N": outer, "K": inner} | numbers | (other or {})
     return compiled(gemm._product, given, arch, warps, stages)
 
 
 def others(arch: int) -> dict:
     """The kernels beside the product, and products of other types and with less to do: name -> found."""
-    from moeglot.kernels.triton import dequant, outer
+    from moeglot.kernels.triton import dequant, gemm, outer
 
     codes = {"words": "*i32", "codes": "*u8", "scales": "*u8", "out": "*i16", "rows": "i32", "groups": "i32", "columns": "i32"}
     strides = {"out_matrix": "i32", "out_row": "i32", "out_column": 1, "HEIGHT": 128, "WIDTH": 128, "HALF": True, "ROWS": dequant.ROWS}
@@ -82,11 +88,11 @@ def others(arch: int) -> dict:
     found["mxfp4 turned"] = compiled(dequant._mxfp4, {**turned, "WORDS": dequant.WORDS}, arch, 4, 3)
     found["mxfp4 to float32"] = compiled(dequant._mxfp4, {**codes, **strides, "HALF": False, "out": "*fp32", "WORDS": dequant.WORDS}, arch, 4, 3)
     found["fp8"] = compiled(dequant._fp8, {**codes, **strides, "scales": "*fp32", "COLUMNS": dequant.COLUMNS}, arch, 4, 3)
-    sizes = {"RANKS": 4, "GATHER": True, "RANK": 16, "COLUMNS": 2880, "R": 16, "C": 128, "M": 32}
-    found["outer"] = compiled(outer._outer, {**POINTERS, "narrow": "*bf16", "wide": "*bf16", "out": "*fp32", **sizes}, arch, 4, 3)
+    for name, rank in (("outer", 16), ("outer of rank 512", 512)):
+        sizes = {"RANKS": 4, "GATHER": True, "RANK": rank, "COLUMNS": 2880, "R": gemm.ranks_at_once(rank), "C": 128, "M": 32}
+        found[name] = compiled(outer._outer, {**POINTERS, "narrow": "*bf16", "wide": "*bf16", "out": "*fp32", **sizes}, arch, 4, 3)
     found["bare"] = product("mxfp4", True, arch, 16, 128, 64, 4, 4, {"bias": None, "low": None, "side": None, "weights": None, "RANK": 0, **NO_SIDE})
-    wide = {name: "*fp32" for name, kind in POINTERS.items() if kind == "*bf16"}
-    found["float32"] = product("mxfp4", True, arch, 16, 128, 64, 4, 4, {**wide, "COMPUTE": tl.float32})
+    found["float32"] = product("mxfp4-float32", True, arch, 16, 128, 32, 4, 4)
     found["plain"] = product("plain", True, arch, 16, 128, 64, 4, 4)
     return found
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (make matrix-triton)")
 
-from moeglot.kernels.triton.tiles import TABLES, Tiles
+from moeglot.kernels.triton.tiles import SINGLE, TABLES, Tiles
 
 CEILINGS = {
     # kind, architecture: rows of the tile -> instructions a weight in the loop, of all kinds: loads, decoding, matrix instructions, bookkeeping
@@ -23,6 +23,8 @@ CEILINGS = {
     ("fp8", 100): {16: 5.2, 32: 5.7, 64: 7.0},
     ("fp8", 120): {16: 6.2, 32: 10.0},
 }
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Bytes of shared memory that a program may take: 163, 99 or 227 KB (CUDA C++ Programming Guide, technical specifications by compute capability)."""
 LOADS = 0.6
 """Loads a weight: of its four or eight bits, its scale, and the tokens. A table of codes needs one more for each."""
 
@@ -71,7 +73,26 @@ def test_a_kernel_that_spills_is_seen(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_other_kernels_compile_and_do_not_spill(arch):
     found = assembled("others", True, arch, [])
-    assert [each["name"] for each in found] == ["mxfp4", "mxfp4 turned", "mxfp4 to float32", "fp8", "outer", "bare", "float32", "plain"]
+    assert [each["name"] for each in found] == ["mxfp4", "mxfp4 turned", "mxfp4 to float32", "fp8", "outer", "outer of rank 512", "bare", "float32", "plain"]
     spilling = {each["name"]: each["spills"] for each in found if each["spills"] or each["stack"]}
     assert spilling == ({"bare": 2} if arch == 100 else {})  # there, one register leaves before the loop and returns after it
     assert not any(name in each["loop"] for each in found for name in ("STL", "LDL"))
+
+
+@pytest.mark.parametrize("arch", [86, 89, 120])
+def test_float32_fits_where_shared_memory_is_short(arch):
+    """What takes the most: plain numbers with an adapter of a large rank. A tile twice as long would not fit."""
+    for along in (True, False):
+        fits, too_long = assembled("plain-float32-512", along, arch, [SINGLE, Tiles(16, 128, 64, 4, 4)])
+        assert fits["shared"] <= SHARED[arch] < too_long["shared"]
+        assert (fits["spills"], fits["stack"]) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4-512", "plain-512"])
+@pytest.mark.parametrize("arch", [86, 90, 100])
+def test_an_adapter_of_a_large_rank_fits(arch, kind):
+    """Beside the largest tile."""
+    largest = steps(kind, 80 if arch == 86 else arch)[-1][1]
+    found = assembled(kind, True, arch, [largest])[0]
+    assert found["shared"] <= SHARED[arch]
+    assert (found["spills"], found["stack"]) == (0, 0)

@@ -82,16 +82,15 @@ def test_products_against_float64(kind, sizes, tokens, dtype, along):
     assert relative(product(x, case.matrices, case.rows, along, **{**options, "change": None}), expected) > 2**-5
 
 
-def layer(folder, backend: str, lora: bool = True) -> Experts:
+def layer(folder, backend: str, device: str = "cuda") -> Experts:
     if not folder.exists():
         write_checkpoint(folder, "gpt-oss/openai", {"h": 128, "i": 64, "e": 8}, dtype=torch.float32)
     module = Experts.of(moeglot.open(folder, "gpt-oss/openai"), 0, backend=backend)
-    if lora:
-        torch.manual_seed(0)
-        add_lora(module, 16, 32)
-        for factors in module.adapters.values():
-            torch.nn.init.normal_(factors.b)
-    return module.cuda()
+    torch.manual_seed(0)
+    add_lora(module, 16, 32)
+    for factors in module.adapters.values():
+        torch.nn.init.normal_(factors.b)
+    return module.to(device)
 
 
 def inputs(dtype: torch.dtype, tokens: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,21 +99,28 @@ def inputs(dtype: torch.dtype, tokens: int = 50) -> tuple[torch.Tensor, torch.Te
     return torch.randn(tokens, 128).to(dtype).cuda(), index, torch.rand(tokens, 2).to(dtype).cuda()
 
 
+def trained(folder, backend: str, device: str, dtype: torch.dtype, precision: torch.dtype) -> dict[str, torch.Tensor]:
+    """A step that trains, on numbers of `dtype`, computed in `precision`: what it gives, and its gradients."""
+    module = layer(folder, backend, device)
+    hidden, index, weights = (given.to(device) for given in inputs(dtype))
+    hidden, weights = (given.to(precision).requires_grad_() for given in (hidden, weights))
+    out = module(hidden, index, weights)
+    torch.manual_seed(2)
+    out.backward(torch.randn(out.shape).to(dtype).to(device).to(precision))
+    grads = {f"{place}.{side}": getattr(lora, side).grad for place, lora in module.adapters.items() for side in "ab"}
+    return {name: one.detach().cpu() for name, one in {"out": out, "hidden": hidden.grad, "weights": weights.grad, **grads}.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradients_of_a_layer(dtype, tmp_path):
-    found = {}
-    for name, precision in (("triton", dtype), ("reference", torch.float32)):
-        module = layer(tmp_path / "base", name)
-        hidden, index, weights = inputs(dtype)
-        hidden, weights = hidden.to(precision).requires_grad_(), weights.to(precision).requires_grad_()
-        out = module(hidden, index, weights)
-        torch.manual_seed(2)
-        out.backward(torch.randn(out.shape).to(dtype).cuda().to(precision))
-        grads = {f"{place}.{side}": getattr(lora, side).grad for place, lora in module.adapters.items() for side in "ab"}
-        found[name] = {"out": out.detach(), "hidden": hidden.grad, "weights": weights.grad, **grads}
-    limit = 3e-2 if dtype == torch.bfloat16 else 1e-5
-    for name, expected in found["reference"].items():
-        assert relative(found["triton"][name], expected) <= limit, name
+    """In bfloat16, what gate and up give is rounded, and the rest of the layer makes more of that: as much as it makes on a CPU, one expert at a time."""
+    expected = trained(tmp_path / "base", "reference", "cuda", dtype, torch.float32)
+    found = trained(tmp_path / "base", "triton", "cuda", dtype, dtype)
+    usual = trained(tmp_path / "base", "eager", "cpu", dtype, dtype)
+    for name, one in expected.items():
+        rounded = relative(usual[name], one)
+        assert rounded <= (5e-2 if dtype == torch.bfloat16 else 1e-5), name
+        assert relative(found[name], one) <= (1.5 * rounded if dtype == torch.bfloat16 else 1e-5), name
 
 
 def test_a_step_never_waits_for_the_device(tmp_path):

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from elsewhere import ASKED, two_devices
+from synthetic import write_checkpoint
 from test_native import NAMES, model_of
 from test_transformers import relative
 
 import moeglot
 from moeglot.demo import BUNDLED
-from moeglot.errors import UsageError
+from moeglot.errors import BadNumbers, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.integrations.transformers_placement import _map_of, blocks, place_of
 from moeglot.nn import Experts, add_lora, experts_of
@@ -133,6 +134,28 @@ def test_every_encoding_computes_elsewhere_by_every_backend(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == 14 * 5
     assert not {name: error for name, error in found.items() if not error <= LIMIT}
+
+
+@pytest.mark.parametrize("backend", ["batched", "grouped"])
+def test_a_number_beyond_float16_is_refused_elsewhere_too(backend, tmp_path):
+    """Before it becomes infinity; and once it is known that there is none, no step asks again."""
+    write_checkpoint(tmp_path / "base", "gpt-oss/openai", {"h": 32, "i": 32, "e": 4}, dtype=torch.float32)
+    module = Experts.of(moeglot.open(tmp_path / "base"), 0, backend=backend)
+    index, weights = torch.tensor([[0], [1], [0]]), torch.ones(3, 1).half()
+    with two_devices() as (one, _):
+        module, given = module.to(one), [each.to(one) for each in (torch.randn(3, 32).half() * 0.01, index, weights)]
+        asked = []
+        for _ in range(3):
+            ASKED.clear()
+            assert bool(module(*given).cpu().isfinite().all())
+            asked.append(len(ASKED))
+        assert asked[0] > asked[1] == asked[2]
+        state = module.state_dict()
+        key = next(key for key in state if key.endswith("down_proj_scales"))
+        module.load_state_dict({**state, key: state[key].index_fill(0, torch.tensor([2]).to(one), 127 + 15)})
+        with pytest.raises(BadNumbers, match="layer 0, down_proj, expert 2: a number is beyond float16"):
+            module(*given)
+        module(given[0].bfloat16(), *given[1:])
 
 
 def test_modules_that_are_no_experts_may_be_offloaded(whole, tmp_path):

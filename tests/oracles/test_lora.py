@@ -185,12 +185,23 @@ def test_the_factors_of_a_block(most, tmp_path, monkeypatch):
     assert (max(worst(found, expected).values()) > POWER) == bool(most)
 
 
+def test_where_torchs_grouped_product_is_one_kernel(monkeypatch):
+    """Elsewhere it asks the device where each run ends, and a step that must not wait for that cannot use it."""
+    from moeglot.nn.grouped import is_native
+
+    for capability, native in {(7, 5): False, (8, 0): False, (8, 9): False, (9, 0): True, (10, 3): True, (11, 0): False, (12, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert is_native(torch.device("cuda", 0), torch.bfloat16) == native, capability
+        assert not is_native(torch.device("cuda", 0), torch.float32)
+    assert not is_native(torch.device("cpu"), torch.bfloat16)
+
+
 @pytest.mark.parametrize("backend", ["eager", "grouped"])
 def test_grouped_kernels_and_padded_strides(backend, tmp_path, monkeypatch):
     """torch's own grouped_mm, as on a GPU, on rows whose strides it refuses."""
     from moeglot.nn import backends, grouped
 
-    monkeypatch.setattr(grouped, "is_native", lambda device: True)
+    monkeypatch.setattr(grouped, "is_native", lambda *_: True)
     monkeypatch.setitem(backends.BUDGET, "cpu", 1 << 16)
     module = module_of("qwen3-moe/transformers-5", tmp_path / "base", backend, sizes={"h": 64, "i": 35})
     with pytest.raises(RuntimeError, match="16 bytes"):

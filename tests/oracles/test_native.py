@@ -353,6 +353,18 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path):
         moeglot.load(tmp_path)
 
 
+def test_what_gate_and_up_cannot_share(tmp_path):
+    """Eight zero points to a word, of rows of gate and up that take turns. The way that the refusal names leads there."""
+    encode = "int4:32:asymmetric"
+    families.saved(model_of("gpt-oss", "square"), folder := tmp_path / "plain", True)
+    with pytest.raises(UsageError, match="would belong to gate and up at once") as refused:
+        moeglot.load(folder, native=True, encode=encode)
+    assert len(str(refused.value).splitlines()) == 3
+    moeglot.convert(folder, "gpt-oss/llm-compressor", out := tmp_path / "apart", encode=encode, allow_loss=True)
+    decoded, native = (moeglot.load(out, dtype="float32", native=native) for native in (False, True))
+    assert relative(families.logits(native), families.logits(decoded)) <= LIMIT
+
+
 def test_modules_to_not_convert(tmp_path):
     live = model_of("gpt-oss", "h=2i")
     families.saved(live, tmp_path, True)

@@ -104,7 +104,21 @@ def held_format(checkpoint: Checkpoint, encode: str) -> Format:
         raise UsageError(
             f"nothing to encode as {encode}: the experts are quantized already", checkpoint.known, "leave encode out; they are held as they are on disk"
         )
-    return format_of(source, wanted)
+    form = format_of(source, wanted)
+    for line in form.stored:
+        _check_holdable(line, checkpoint, encode)
+    return form
+
+
+def _check_holdable(line: Stored, checkpoint: Checkpoint, encode: str) -> None:
+    """Raises `UsageError` where a part has entries of several projections at once, and another is said of each projection by itself."""
+    own = [part.name for part in line.encoding.parts if part.is_single and not part.shared]
+    if own and not line.movable(line.encoding, checkpoint.sizes):
+        raise UsageError(
+            f"{line.short} of {checkpoint.format.name} cannot be held as {encode}: what is packed would belong to {' and '.join(line.roles)} at once",
+            f'it lies as "{line.axes}", its parts have blocks of several rows, and each of {" and ".join(line.roles)} has a {own[0]} of its own',
+            f"choose another encoding, or moeglot convert --encode {encode} to a format with a tensor for each projection, and load that",
+        )
 
 
 def held_lines(checkpoint: Checkpoint, form: Format) -> Lines:

@@ -13,10 +13,13 @@ from moeglot.encodings.plain import Plain
 from moeglot.kernels import fp8
 from moeglot.kernels.triton import dequant, gemm
 from moeglot.kernels.triton.gemm import Change, Matrices, Rows
-from moeglot.kernels.triton.tiles import crossover
-from moeglot.nn.grouped import aligned
+from moeglot.nn.grouped import aligned, is_native
 from moeglot.nn.held import Held
 
+CROSSOVER = 1024
+"""Rows an expert from which decoding all matrices and torch's grouped GEMM are cheaper than decoding tiles again for each run of rows, where that GEMM is one
+kernel. Reckoned, not measured: decoding a layer takes about as long as its products with 600 rows.
+"""
 LARGEST_SCALE = 128
 """Of MXFP4: 2^(scale - 1) is the largest power of two that bfloat16 has, and the kernels multiply by that once."""
 BLOCK = (128, 128)
@@ -56,9 +59,8 @@ def product(
 ) -> torch.Tensor:
     """x [n, in] times the matrices of a line -> [n, out]; `back`: [n, out] -> [n, in]. The rest as in `moeglot.kernels.triton.gemm.product`."""
     along, coded = line.line.upright != back, matrices(line, x.dtype)
-    most = crossover(x.device)
     whole = line.experts * prod(line.shape) * x.element_size()
-    if most is not None and len(rows.order) > most * line.experts and whole <= BUFFER:
+    if is_native(x.device, x.dtype) and len(rows.order) > CROSSOVER * line.experts and whole <= BUFFER:
         found = _decoded_first(line, coded, x[rows.order // rows.ranks] if gather else x, rows, along)
         return _finished(found, rows, bias, change, weights, scatter)
     if coded is not None:

@@ -154,7 +154,7 @@ class Part:
     def others(self) -> torch.Tensor | None:
         """bool [n, b r]: the columns of experts that a row does not have, where the factors of the block are taken together."""
         experts, rank = self.sides[0].shape[:2]
-        if experts == 1 or experts * rank > TOGETHER or is_native(self.sides[0].device):
+        if experts == 1 or experts * rank > TOGETHER or is_native(self.sides[0].device, self.dtype):
             return None
         ids = row_ids(self.block)
         return (ids.unsqueeze(-1) != torch.arange(experts, device=ids.device)).repeat_interleave(rank, -1)

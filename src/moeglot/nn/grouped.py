@@ -19,16 +19,21 @@ SAME = 16
 """oneDNN compiles a kernel for each number of rows (.7 ms, as long as the product takes) and keeps the last thousand: it gets multiples of this."""
 
 
-def is_native(device: torch.device) -> bool:
-    """grouped_mm is one kernel there; elsewhere it is a loop, and not the better one."""
-    return device.type == "cuda" and hasattr(functional, "grouped_mm") and torch.cuda.get_device_capability(device) >= (8, 0)
+def is_native(device: torch.device, dtype: torch.dtype) -> bool:
+    """grouped_mm is one kernel there: bfloat16 on sm_90 and sm_100. Elsewhere it is a loop that waits for the device, and not the better one.
+
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_cuda`
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or not hasattr(functional, "grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def rows(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, native: bool | None = None) -> torch.Tensor:
     """x [n, in], matrices [b, in, out] (any strides), ends int32 [b] -> [n, out]: each run of rows times its matrix."""
     if matrices.shape[0] == 1:  # `len` of a tensor costs a microsecond or two, and a step asks thousands of times
         return product(x, matrices[0])
-    if is_native(x.device) if native is None else native:
+    if is_native(x.device, x.dtype) if native is None else native:
         return functional.grouped_mm(aligned(x), aligned(matrices), offs=ends)
     out = x.new_empty(len(x), matrices.shape[-1])
     start = 0
@@ -43,7 +48,7 @@ def outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, native: bool | N
     """a [n, p], b [n, q], ends int32 [g] -> [g, p, q]: for each run of rows, aᵀ b."""
     if ends.shape[0] == 1:
         return _across(a, b).unsqueeze(0)
-    if is_native(a.device) if native is None else native:
+    if is_native(a.device, a.dtype) if native is None else native:
         return functional.grouped_mm(aligned(a).mT, aligned(b), offs=ends)
     out = a.new_empty(len(ends), a.shape[1], b.shape[1])
     for found, start, end in zip(out, [0, *ends.tolist()], ends.tolist(), strict=False):

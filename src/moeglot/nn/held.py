@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -43,10 +43,14 @@ class Held(torch.nn.Module):
         self.note_scales()
 
     def note_scales(self) -> None:
-        """`largest_scale`: of scales that are powers of two as bytes; 0 where there are none. Looked up here, so that no step has to ask a device."""
+        """`largest_scale`: of scales that are powers of two as bytes; 0 where there are none. Looked up here, so that no step has to ask a device.
+
+        `beyond_half`: experts with a number beyond float16; None until somebody computes in float16.
+        """
         scale = self._buffers.get("part_scale")
         powers = scale is not None and scale.numel() and scale.dtype in (torch.uint8, torch.float8_e8m0fnu) and not scale.is_meta
         self.largest_scale = int(scale.view(torch.uint8).max()) if scale is not None and powers else 0
+        self.beyond_half: list[int] | None = None
 
     def _part(self, name: str) -> Part:
         return next(part for part in self.encoding.parts if part.name == name)
@@ -116,11 +120,22 @@ class Held(torch.nn.Module):
     def dense(self, experts: range, dtype: torch.dtype) -> torch.Tensor:
         """The slices of some experts that follow each other, decoded: [b, ...] in stored axes; of plain numbers, a view where it can be.
 
-        Raises `BadNumbers` for a number beyond float16, where nobody waits for a device by it.
+        Raises `BadNumbers` for a number beyond float16.
         """
-        found = self._dense(experts, dtype)
-        if dtype == torch.float16 and found.device.type == "cpu" and not bool(found.isfinite().all()):
-            wrong = f"layer {self.layer}, {self.line.short}, experts {experts.start} to {experts.stop - 1}: a number is beyond float16"
+        return self._in_half(self._dense(experts, dtype), experts)
+
+    def _in_half(self, found: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+        """The same [b, ...], if it is no infinity in float16. A CPU looks at what it decoded; other devices are asked once about all experts, and no more."""
+        if found.dtype != torch.float16:
+            return found
+        if found.device.type == "cpu":
+            beyond = _not_finite(found, experts)
+        else:
+            if self.beyond_half is None:
+                self.beyond_half = [expert for n in range(self.experts) for expert in _not_finite(self._dense(range(n, n + 1), torch.float16), [n])]
+            beyond = self.beyond_half
+        if beyond:
+            wrong = f"layer {self.layer}, {self.line.short}, expert {', '.join(str(self.first + n) for n in sorted({*beyond}))}: a number is beyond float16"
             raise BadNumbers(wrong, f"the largest that it has is 65504; the numbers are held as {self.encoding}", "load the model in bfloat16 or float32")
         return found
 
@@ -135,8 +150,10 @@ class Held(torch.nn.Module):
     def gathered(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """ids int [n] -> the slices of these experts [n, ...]. Packed bytes are gathered, then decoded, so that no id comes to the host."""
         if self.alone:
-            return torch.stack([self._decoded(expert, dtype) for expert in ids.tolist()])
-        return self._several({name: _take(buffer, ids) for name, buffer in self._whole()}, len(ids), dtype)
+            found = torch.stack([self._decoded(expert, dtype) for expert in ids.tolist()])
+        else:
+            found = self._several({name: _take(buffer, ids) for name, buffer in self._whole()}, len(ids), dtype)
+        return self._in_half(found, ids.tolist() if found.device.type == "cpu" and dtype == torch.float16 else ())
 
     def _whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(part, [e, ...]) where every part is one buffer."""
@@ -204,6 +221,11 @@ def _take(buffer: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """`buffer[ids]`, as bytes: torch does not index every type of 8 bits."""
     rows = buffer.reshape(len(buffer), -1).view(torch.uint8)
     return rows[ids].view(buffer.dtype).view(len(ids), *buffer.shape[1:])
+
+
+def _not_finite(values: torch.Tensor, experts: Sequence[int]) -> list[int]:
+    """Those of the experts whose numbers [b, ...] are not all finite."""
+    return [expert for expert, finite in zip(experts, values.flatten(1).isfinite().all(1).tolist(), strict=True) if not finite]
 
 
 def encode(line: Stored, encoding: Encoding, roles: Mapping[str, Encoded], sizes: Mapping[str, int]) -> Encoded:

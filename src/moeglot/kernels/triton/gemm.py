@@ -17,6 +17,8 @@ from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 from moeglot.kernels.triton.tiles import Tiles, tiles_for
 
 PLAIN, MXFP4, FP8 = "plain", "mxfp4", "fp8"
+RANK_AT_ONCE = 64
+"""Of an adapter's rank: more of it beside a tile takes more shared memory than there is, and more registers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +128,7 @@ def product(
             GATHER=gather,
             SCATTER=scatter,
             RANK=side.shape[1] if side is not None else 0,
-            LOW=max(16, triton.next_power_of_2(side.shape[1])) if side is not None else 16,
+            LOW=ranks_at_once(side.shape[1]) if side is not None else 16,
             M=shape.rows,
             N=shape.outer,
             K=shape.inner,
@@ -135,6 +137,11 @@ def product(
             num_stages=shape.stages,
         )
     return found
+
+
+def ranks_at_once(rank: int) -> int:
+    """How much of a rank is multiplied at a time: a power of two."""
+    return min(RANK_AT_ONCE, max(16, int(triton.next_power_of_2(rank))))
 
 
 def _gapless(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -271,10 +278,11 @@ def _product(
     if bias is not None:
         total += tl.load(bias + matrix * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[:, None]
     if RANK > 0:
-        j = tl.arange(0, LOW)
-        narrow = tl.load(low + m.to(tl.int64)[:, None] * RANK + j[None, :], mask=mine[:, None] & (j[None, :] < RANK), other=0.0)
-        at = side + matrix * side_expert + n[:, None] * side_out + j[None, :] * side_rank
-        total = tl.dot(tl.load(at, mask=(n[:, None] < OUT) & (j[None, :] < RANK), other=0.0), tl.trans(narrow), total, input_precision="ieee")
+        for j0 in tl.range(0, RANK, LOW, num_stages=1):
+            j = j0 + tl.arange(0, LOW)
+            narrow = tl.load(low + m.to(tl.int64)[:, None] * RANK + j[None, :], mask=mine[:, None] & (j[None, :] < RANK), other=0.0)
+            at = side + matrix * side_expert + n[:, None] * side_out + j[None, :] * side_rank
+            total = tl.dot(tl.load(at, mask=(n[:, None] < OUT) & (j[None, :] < RANK), other=0.0), tl.trans(narrow), total, input_precision="ieee")
     if weights is not None:
         total *= tl.load(weights + slot, mask=mine, other=0.0).to(tl.float32)[None, :]
     place = out + (slot if SCATTER else m).to(tl.int64)[None, :] * OUT + n[:, None]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeglot.kernels.triton.gemm import Rows
+from moeglot.kernels.triton.gemm import Rows, ranks_at_once
 from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 
 
@@ -18,7 +18,8 @@ def outer(narrow: torch.Tensor, wide: torch.Tensor, rows: Rows, gather: bool = F
     rank, columns, experts = narrow.shape[1], wide.shape[1], len(rows.ends)
     out = torch.empty(experts, rank, columns, device=narrow.device)
     width = 32 if narrow.device.type == "cpu" else 128
-    grid = (experts, triton.cdiv(columns, width))
+    some = ranks_at_once(rank)
+    grid = (experts, triton.cdiv(columns, width), triton.cdiv(rank, some))
     with beside(narrow):
         _outer[grid](
             narrow,
@@ -31,7 +32,7 @@ def outer(narrow: torch.Tensor, wide: torch.Tensor, rows: Rows, gather: bool = F
             GATHER=gather,
             RANK=rank,
             COLUMNS=columns,
-            R=max(16, triton.next_power_of_2(rank)),
+            R=some,
             C=width,
             M=32,
             num_warps=4,
@@ -56,7 +57,7 @@ def _outer(
     M: tl.constexpr,
 ) -> None:
     expert = tl.program_id(0)
-    r, c = tl.arange(0, R), tl.program_id(1) * C + tl.arange(0, C)
+    r, c = tl.program_id(2) * R + tl.arange(0, R), tl.program_id(1) * C + tl.arange(0, C)
     total = tl.zeros([R, C], tl.float32)
     end = tl.load(ends + expert)
     for m0 in range(tl.load(starts + expert), end, M):

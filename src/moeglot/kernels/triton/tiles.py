@@ -1,4 +1,4 @@
-"""Which tiles suit which GPU: how many rows, columns and steps of a product a program takes, and from how many rows an expert on decoding first is cheaper."""
+"""Which tiles suit which GPU: how many rows, columns and steps of a product a program takes."""
 
 from __future__ import annotations
 
@@ -25,26 +25,23 @@ Steps = tuple[tuple[int, Tiles], ...]
 
 @dataclass(frozen=True)
 class Table:
-    """Of one architecture: tiles for four bits and for plain numbers (`steps`), and for FP8, whose scales need registers beside the sum's.
-
-    `crossover`: rows an expert from which decoding all matrices and torch's grouped GEMM are cheaper than decoding tiles again for each run of rows;
-    None where that GEMM is a loop that waits for the host. Reckoned, not measured: decoding a layer takes about as long as its products with 600 rows.
-    """
+    """Of one architecture: tiles for four bits and for plain numbers (`steps`), and for FP8, whose scales need registers beside the sum's."""
 
     steps: Steps
     fp8: Steps
-    crossover: int | None = None
 
 
 FEW = Tiles(16, 128, 64, 4, 4)
 SHORT: Steps = ((16, FEW), (32, Tiles(32, 64, 64, 4, 3)))
 """Where registers and shared memory are short and tensor cores slow against decoding: runs of rows stay short."""
+SINGLE = Tiles(16, 128, 32, 4, 4)
+"""For float32, which takes twice the memory: beside an adapter too, it fits where a program has 99 KB, as on sm_86, 89 and 120."""
 LONG: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 3)), (128, Tiles(128, 128, 64, 8, 3)))
 LONG_FP8: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 8, 3)), (128, Tiles(128, 128, 64, 8, 3)))
 TABLES: dict[str, Table] = {
     "sm_80": Table(SHORT, SHORT),  # and 86, 89
-    "sm_90": Table((*LONG, (256, Tiles(256, 128, 64, 8, 3))), LONG_FP8, 1024),
-    "sm_100": Table(LONG, LONG_FP8[:3], 1024),
+    "sm_90": Table((*LONG, (256, Tiles(256, 128, 64, 8, 3))), LONG_FP8),
+    "sm_100": Table(LONG, LONG_FP8[:3]),  # and 110
     "sm_120": Table(SHORT, SHORT),
 }
 INTERPRETED = Tiles(16, 32, 32, 4, 1)
@@ -64,18 +61,12 @@ def table_of(device: torch.device) -> Table | None:
 
 
 def tiles_for(device: torch.device, rows: float, kind: str, dtype: torch.dtype) -> Tiles:
-    """The tiles for so many rows an expert, on average. float32 takes twice the memory, so its tiles are the smallest."""
+    """The tiles for so many rows an expert, on average."""
     if device.type == "cpu":
         return INTERPRETED
     found = table_of(device)
     assert found, "checked before"
-    steps = found.fp8 if kind == "fp8" else found.steps
     if dtype == torch.float32:
-        return steps[0][1]
+        return SINGLE
+    steps = found.fp8 if kind == "fp8" else found.steps
     return next((tiles for most, tiles in steps if rows <= most), steps[-1][1])
-
-
-def crossover(device: torch.device) -> int | None:
-    """Rows an expert from which decoding first is cheaper, where it ever is."""
-    found = table_of(device) if device.type == "cuda" else None
-    return found.crossover if found else None
