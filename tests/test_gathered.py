@@ -234,7 +234,10 @@ def test_configs_that_differ(ranks: Path) -> None:
     [
         (lambda found: found.pop("decoder.layers.1.self_attention.q_layernorm.weight"), "model.layers.1.self_attn.q_norm.weight is in one of"),
         (lambda found: found.update({ROUTER: found[ROUTER].float()}), "model.layers.1.mlp.gate.weight is not alike in all folders"),
-        (lambda found: found.update({key: found[key].float() for key in found if "layers.1.mlp.experts" in key and "fc1" in key}), "layer 1: linear_fc1 is bfloat16 in"),
+        (
+            lambda found: found.update({key: found[key].float() for key in found if ".1.mlp.experts" in key and "fc1" in key}),
+            "layer 1: linear_fc1 is bfloat16 in",
+        ),
     ],
 )
 def test_tensors_that_are_not_alike(edit: Callable[[Tensors], None], wrong: str, ranks: Path) -> None:
