@@ -28,6 +28,8 @@ SCHEMA = "moeglot/fingerprint/1"
 TOKENS = 4
 NUMBERS = 2
 DIGITS = 9
+ROW = (1 + TOKENS * NUMBERS, 1 + 2 * TOKENS * NUMBERS)
+"""How many numbers an expert has in the file: the scale of the tokens, and what is left of the response to each, or to its negative as well."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Fingerprint:
             experts = {place: tuple(map(float, row)) for place, row in told["experts"].items()}
             sizes = {letter: told["sizes"][letter] for letter in "ehi"}
             if wrong := next((place for place, row in experts.items() if not _usable(place, row)), None):
-                raise ValueError(f"experts[{wrong!r}] is not {1 + TOKENS * NUMBERS} finite numbers of one expert")
+                raise ValueError(f"experts[{wrong!r}] is not {' or '.join(map(str, ROW))} finite numbers of one expert")
             if not isinstance(told["family"], str) or not all(isinstance(size, int) for size in sizes.values()):
                 raise ValueError("its family is no name, or its sizes are no whole numbers")
             return cls(str(path), told["family"], sizes, experts)
@@ -113,7 +115,7 @@ class Fingerprint:
 
 def _usable(place: str, row: tuple[float, ...]) -> bool:
     """A row of a file: of "layer.expert", the scale of the tokens and what is left of the response to them."""
-    return bool(re.fullmatch(r"\d+\.\d+", place)) and len(row) == 1 + TOKENS * NUMBERS and all(map(isfinite, row))
+    return bool(re.fullmatch(r"\d+\.\d+", place)) and len(row) in ROW and all(map(isfinite, row))
 
 
 def refuse_parts(checkpoint: Checkpoint) -> None:

@@ -437,13 +437,13 @@ def test_run_continues_a_text_from_any_format(tmp_path, monkeypatch):
 
     moeglot.convert(BUNDLED, "gpt-oss/original", folder := tmp_path / "original")
     monkeypatch.setattr(sys, "stdout", out := Written())
-    run(str(folder), "And God said", 12, "float32")
+    run(str(folder), ["And God said"], 12, "float32")
     assert out.getvalue().strip() == continue_text(moeglot.open(BUNDLED), "And God said", 12).strip()
     assert sum(bool(piece.strip()) for piece in out.pieces) >= 5  # word by word, as they come
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(UsageError, match="no tokenizer"):
-        run(str(folder), "And God said")
+        run(str(folder), ["And God said"])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------------------------

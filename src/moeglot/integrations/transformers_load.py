@@ -171,9 +171,9 @@ def _placement(device: str | torch.device | int | None, options: Mapping[str, An
 
 
 def _devices(device_map: Any) -> Sequence[Any]:
-    """The devices that a device_map names; none where it names a way to choose them."""
+    """The CUDA devices that a device_map names; whether its other places are any, whoever places the model says."""
     places = [*device_map.values()] if isinstance(device_map, Mapping) else [device_map]
-    return [place for place in places if place not in (None, "disk", "auto", "balanced", "balanced_low_0", "sequential")]
+    return [place for place in places if str(place).startswith("cuda")]
 
 
 def _check_device(device: str | torch.device | int | None) -> None:
