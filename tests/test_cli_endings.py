@@ -124,6 +124,11 @@ def test_output_that_nobody_can_keep(small):
     assert found.returncode == 2
     assert "No space left on device" in found.stderr
     assert found.stderr.count("\n") == 3
+    with open("/dev/full", "w") as full:
+        found = subprocess.run([*RUN, "inspect", small, "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 3)
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *map(str, RUN), "inspect", str(small)], stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:

@@ -66,7 +66,7 @@ app = typer.Typer(
 
 app.add_typer(cli_adapter.app, name="adapter")
 
-out = Console(soft_wrap=not sys.stdout.isatty())
+out = Console(soft_wrap=not (sys.stdout and sys.stdout.isatty()))  # it is None where it was closed, as by `>&-`
 
 
 def _bar(quiet: bool) -> AbstractContextManager[Any]:

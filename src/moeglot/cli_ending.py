@@ -31,6 +31,8 @@ ADVICE = {
 @contextmanager
 def told() -> Iterator[None]:
     """Whatever ends the block is told to the user; what has an exit status ends the process."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal's encoding lacks
@@ -69,9 +71,12 @@ def _flush() -> None:
 def _tell(name: str, error: MoeglotError) -> None:
     if "--json" in sys.argv:
         said = {"schema": "moeglot/error/1", "error": name, "wrong": error.wrong, "known": error.known, "do": error.do}
-        print_json({**said, "exit_status": error.exit_status})
-        _flush()
-        return
+        try:
+            print_json({**said, "exit_status": error.exit_status})
+            _flush()
+            return
+        except OSError:  # what could not be written to may be standard output itself
+            pass
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"[bold red]{name}[/]: ", end="")
     console.print(str(error), markup=False, highlight=False)

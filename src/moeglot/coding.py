@@ -91,6 +91,11 @@ def told_beside(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[st
     return {**config, "quantization_config": {"quant_method": "modelopt", **quantization}}
 
 
+def told_in(quantization: Quantization) -> str:
+    """Which file says it, or may say it: ModelOpt names itself in config.json, and not in the part of its own file that stands for it."""
+    return f"config.json or {MODELOPT_FILE}" if method(quantization) == "modelopt" and "producer" not in quantization else "config.json"
+
+
 def method(quantization: Quantization) -> str:
     """The name of the library that quantization_config is for."""
     return str(quantization.get("quant_method") or "").lower()

@@ -11,9 +11,22 @@ from moeglot.family import Config, Family, dig
 from moeglot.format import ConfigForm, Format
 
 BOOKKEEPING = frozenset(
-    {"_name_or_path", "architectures", "auto_map", "dtype", "initializer_range", "quantization_config", "torch_dtype", "transformers_version", "use_cache"}
+    {
+        *("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache"),
+        *(
+            "initializer_range",
+            "initializer_factor",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "aux_loss_alpha",
+            "router_z_loss_coef",
+            "router_jitter_noise",
+        ),
+        *("attention_dropout", "hidden_dropout", "dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop", "dropout_rate", "classifier_dropout"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
+    }
 )
-"""Keys of config.json that say who wrote a checkpoint, how and for whom; the computation is the same without them."""
+"""Keys of config.json that say who wrote a checkpoint, how it is trained and where a text ends; one token computes the same without them."""
 
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:
@@ -126,7 +139,7 @@ def _put(target: dict[str, Any], path: str, value: Any) -> None:
 
 def differing(mine: Config, theirs: Config, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, value here, value there) of two configs in the Hub's form, where both say something and not the same; what no model computes with is left out."""
-    for key in [key for key in mine if key in theirs and key not in BOOKKEEPING]:
+    for key in [key for key in mine if key in theirs and key not in BOOKKEEPING and not (path and key == "model_type")]:
         here, there = mine[key], theirs[key]
         if isinstance(here, Mapping) and isinstance(there, Mapping):
             yield from differing(here, there, f"{path}{key}.")

@@ -39,7 +39,11 @@ def taking_turns(tensors: list[torch.Tensor], groups: int) -> torch.Tensor:
 
 
 def _all_finite(numbers: torch.Tensor) -> bool:
-    return bool((numbers.float() if numbers.element_size() == 1 else numbers).isfinite().all())
+    return bool(_in_numbers(numbers).isfinite().all())
+
+
+def _in_numbers(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.float() if numbers.element_size() == 1 else numbers
 
 
 class DenseTensor(Protocol):
@@ -89,11 +93,16 @@ class HubTensor:
         assert self.rows is not None
         return in_groups(self.entry.read(), self.groups)[:, self.first : self.first + self.rows].flatten(0, 1)
 
-    def is_finite(self) -> bool:
-        """No number of it is NaN or infinite; some rows at a time. Of other types than floats, nothing is."""
+    def is_sound(self) -> bool:
+        """No number of it is NaN or infinite; some rows at a time. Of other types than floats, nothing is.
+
+        A vector may mask with -inf: a sink, a bias of a router.
+        """
         if not DTYPES[self.dtype].is_float:
             return True
-        if not self.shape or self.groups != 1:
+        if len(self.shape) < 2:
+            return not bool((found := _in_numbers(self.read())).isnan().any() or found.isposinf().any())
+        if self.groups != 1:
             return _all_finite(self.read())
         step = max(1, PIECE * self.shape[0] // max(1, self.entry.nbytes))
         for at in range(0, self.shape[0], step):

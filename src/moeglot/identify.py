@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moeglot.coding import brief, leaves_alone, of_modules
+from moeglot.coding import brief, leaves_alone, of_modules, told_in
 from moeglot.coding import said as quantization
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding, agree
@@ -140,7 +140,7 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
     else:
         yield "config.json has no model_type"
     if method := dig(source.config, "quantization_config.quant_method"):
-        yield f"config.json says quantization_config.quant_method = {method}"
+        yield f"{told_in(quantization(source.config))} says quantization_config.quant_method = {method}"
     if source.torch_dist:
         yield ".metadata has a key for each expert" if source.torch_dist == "single" else ".metadata is that of torch.distributed.checkpoint"
     for form in candidates[:1]:

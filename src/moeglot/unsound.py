@@ -30,7 +30,7 @@ def unsound(checkpoint: Checkpoint) -> Iterator[str]:
             continue
         if lacking := _lacking(checkpoint, name, tensor):
             yield f"{lacking}: missing, and {name} means nothing without it"
-        elif not tensor.is_finite():
+        elif not tensor.is_sound():
             yield f"{name} has NaN or infinite numbers"
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import pickle
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def test_a_disabled_adapter_is_disabled_on_experts_too(task, copied, base_logits
     next(module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)).enable_adapters(False)
     with pytest.raises(UsageError, match="has its adapter disabled"):
         logits(model)
+
+
+def test_pefts_adapter_on_the_body_alone():
+    """It is asked too, and copies of a body need no whole model."""
+    body, tokens = native().base_model, torch.arange(24).view(2, 12)
+    plain = body(tokens).last_hidden_state.detach()
+    for copied in (copy.deepcopy(body), pickle.loads(pickle.dumps(body))):
+        assert torch.equal(copied(tokens).last_hidden_state, plain)
+    wrapped = peft.get_peft_model(body, peft.LoraConfig(**ATTENTION))
+    add_lora(wrapped, r=2)
+    assert relative(fill(wrapped)(input_ids=tokens).last_hidden_state, plain) > POWER
+    with wrapped.disable_adapter():
+        assert relative(wrapped(input_ids=tokens).last_hidden_state, plain) <= LIMIT
 
 
 def test_an_adapter_that_was_merged_is_not_left_out_in_silence(tmp_path):

@@ -171,6 +171,22 @@ def test_a_tensor_that_is_no_expert(tmp_path, name):
         assert [(check.what, name in check.detail) for check in wrong] == [("other tensors", True)]
 
 
+def test_what_no_token_is_computed_with(tmp_path):
+    """Ends of texts, what training looks at, and who wrote it; a sink that is switched off is a number that a model may have."""
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    told = {"eos_token_id": [1, 2], "pad_token_id": 5, "router_aux_loss_coef": 0.5, "attention_dropout": 0.1, "architectures": ["GptOssModel"]}
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, **told}))
+    assert moeglot.compare(tmp_path / "out", BUNDLED).verdict == "holds"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    sinks = "model.layers.0.self_attn.sinks"
+    for value, verdict in ((float("-inf"), "holds"), (float("inf"), "does not hold"), (float("nan"), "does not hold")):
+        tensors[sinks][0] = value
+        save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+        (tmp_path / "out" / "moeglot.json").unlink(missing_ok=True)
+        assert moeglot.verify(tmp_path / "out").verdict == verdict
+
+
 @pytest.mark.parametrize(("key", "value"), [("swiglu_limit", 3.0), ("num_experts_per_tok", 1), ("rope_theta", 1.0), ("rope_scaling", {"factor": 2.0})])
 def test_a_config_that_computes_something_else(tmp_path, key, value):
     moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "out")

@@ -13,7 +13,7 @@ FAMILY = Family(
     sparse=SparseLayers(kinds=("layers_block_type", "hybrid_override_pattern")),
     source=MODELS + "nemotron_h/modeling_nemotron_h.py",
     first_wins=("h",),
-    words={"layers_block_type": {"linear_attention": "mamba", "full_attention": "attention"}},
+    words={key: {"linear_attention": "mamba", "full_attention": "attention"} for key in ("layers_block_type", "mtp_layers_block_type")},
 )
 
 EXPERTS = "backbone.layers.{layer}.mixer.experts.{expert}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -200,20 +200,26 @@ def swap(
 
 
 class _AsPeftSays:
-    """A hook of the body of a model, since PEFT before 0.21 calls none of the whole model's. It keeps nothing alive, and follows copies."""
+    """A hook of the body of a model, since PEFT before 0.21 calls none of the whole model's; it asks whichever of both PEFT is on.
+
+    It keeps nothing alive. A copy of the whole model has a hook that asks the copy; one of the body alone asks the body.
+    """
 
     def __init__(self, whole: Any) -> None:
-        self.__setstate__(whole)
+        self.whole: Callable[[], Any] = (lambda: None) if whole is None else weakref.ref(whole)
 
-    def __call__(self, *_: Any) -> None:
-        if (whole := self.whole()) is not None:
-            as_peft_says(whole)
+    def __call__(self, body: Any, *_: Any) -> None:
+        whole = self.whole()
+        as_peft_says(whole if getattr(whole, "peft_config", None) else body)
 
-    def __getstate__(self) -> Any:
-        return self.whole()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _AsPeftSays:
+        return _AsPeftSays(memo.get(id(self.whole())))
 
-    def __setstate__(self, whole: Any) -> None:
-        self.whole = weakref.ref(whole)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _AsPeftSays, (None,), (self.whole(),)
+
+    def __setstate__(self, state: tuple[Any]) -> None:
+        self.whole = _AsPeftSays(*state).whole
 
 
 def as_peft_says(model: Any) -> None:
