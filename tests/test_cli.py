@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import pty
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
+from terminal import shown
 
 from moeglot.demo import BUNDLED
 
@@ -199,18 +198,7 @@ def test_wrong_use(arguments, words, tmp_path):
 
 def test_a_terminal_gets_tables_and_a_bar(tmp_path):
     """In a pseudo-terminal: colours, a bar with rate and time left; in a pipe (all other tests) none of them."""
-    leader, follower = pty.openpty()
-    command = [*RUN, "convert", str(BUNDLED), str(tmp_path / "out"), "--to", "gpt-oss/transformers"]
-    process = subprocess.Popen(command, stdout=follower, stderr=follower, env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"})
-    os.close(follower)
-    shown = b""
-    try:
-        while chunk := os.read(leader, 4096):
-            shown += chunk
-    except OSError:  # the other end is closed
-        pass
-    assert process.wait() == 0
-    text = shown.decode()
+    text = shown([*RUN, "convert", str(BUNDLED), str(tmp_path / "out"), "--to", "gpt-oss/transformers"], "xterm-256color", 140).decode()
     assert "\x1b[" in text
     assert "writing" in text
     assert "━" in text

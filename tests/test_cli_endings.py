@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import pty
 import re
 import resource
 import shutil
@@ -17,6 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from synthetic import write_checkpoint
+from terminal import shown
 
 import moeglot
 from moeglot.demo import BUNDLED
@@ -175,20 +175,9 @@ def _other_end(pipe, process):
 def test_a_name_is_shown_as_it_is(name, small, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     folder = small.rename(tmp_path / name)
-    shown = os.fsencode(name) if "\udcff" not in name else b"n\\udcff"
-    leader, follower = pty.openpty()
-    command = [*RUN, "inspect", folder, "--html", tmp_path / "page.html"]
-    process = subprocess.Popen(command, stdout=follower, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "dumb", "COLUMNS": "300"})
-    os.close(follower)
-    said = b""
-    try:
-        while chunk := os.read(leader, 4096):
-            said += chunk
-    except OSError:  # the other end is closed
-        pass
-    assert process.wait() == 0
-    assert shown in said
-    assert shown.decode() in html.unescape((tmp_path / "page.html").read_text())
+    as_it_is = os.fsencode(name) if "\udcff" not in name else b"n\\udcff"
+    assert as_it_is in shown([*RUN, "inspect", folder, "--html", tmp_path / "page.html"], "dumb", 300, errors=False)
+    assert as_it_is.decode() in html.unescape((tmp_path / "page.html").read_text())
     assert json.loads(run("inspect", folder, "--json").stdout)["path"] == str(folder)
 
 

@@ -83,7 +83,7 @@ def _find(path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ..
                 record = records["data/0"]
                 with archive.open(record):  # whose header is then the directory's
                     start = _content(file, record.header_offset)
-        except (zipfile.BadZipFile, KeyError, OSError, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error) as error:
+        except (zipfile.BadZipFile, KeyError, OSError, RuntimeError, EOFError, ValueError, struct.error) as error:
             raise refuse(f"no saved tensor ({error})") from error
         if not _is_plain(said, dtype, shape) or order != b"little":
             raise refuse("another tensor, or one that is not contiguous")
