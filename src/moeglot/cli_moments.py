@@ -17,7 +17,7 @@ def moments(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The checkpoint: a folder or a Hub id.", show_default=False)],
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, or JSONL.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.", show_default=False)],
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to read at most.")] = 65536,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="How many tokens to read at most.")] = 65536,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 512,
     format: FormatOption = None,
     json: JsonOption = False,
@@ -31,7 +31,8 @@ def moments(
 
     tokenizer = tokenizer_of(base)
     model = load(base, "float32", format=format, native=True)
-    rows = data.read(text, tokenizer, length, 0.0).train.tokens[: max(1, tokens // length)]
+    length = min(length, tokens)
+    rows = data.read(text, tokenizer, length, 0.0).train.tokens[: tokens // length]
     with bar(json) as progress:
         found = gather(model, rows, output, progress)
     if not found.sums:

@@ -16,6 +16,7 @@ from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 
 DEEPSEEK_4 = "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash"
+AUTOFP8 = "https://github.com/neuralmagic/AutoFP8/blob/main/auto_fp8/quantize.py"
 DEEPSEEK = "https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md"
 BITSANDBYTES = "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py"
 MODELOPT = "https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/unified_export_hf.py"
@@ -70,6 +71,28 @@ FP8_QSCALE = replace(
     stacked={},
     source="https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_finegrained_fp8.py",
     about="FP8 E4M3 with `.qscale_weight`, Mistral's name",
+)
+
+
+def _read_autofp8(said: Quantization, module: str) -> Encoding | None:
+    declared = method(said) == "fp8" and "weight_block_size" not in said and said.get("activation_scheme") in ("static", "dynamic")
+    return FP8((WHOLE, WHOLE)) if declared else None
+
+
+def _write_autofp8(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(kept)}
+
+
+AUTOFP8_TENSOR = replace(
+    FP8_TENSOR,
+    name="autofp8",
+    stacked={},
+    read=_read_autofp8,
+    write=_write_autofp8,
+    source=AUTOFP8,
+    about="AutoFP8's and vLLM's FP8 E4M3 with one scale for a matrix",
+    judges=("compressed-tensors",),
+    kept="ignored_layers",
 )
 
 
@@ -186,7 +209,7 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 
 CODINGS = (
-    *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, DEEPSEEK_FP4),
+    *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, AUTOFP8_TENSOR, DEEPSEEK_FP4),
     *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP8, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
     *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, NF4, FP4),
 )

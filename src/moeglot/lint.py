@@ -255,6 +255,11 @@ DEFECTS = (
         lambda c: _stacked(c) and c.format.coding is not None and not _coded(c, "nf4", "fp4"),
     ),
     Defect(
+        "transformers",
+        "it knows FP8 with `weight_scale_inv` alone: it leaves these scales aside as unexpected tensors, or refuses; vLLM and `moeglot.load` read it",
+        lambda c: c.format.coding is not None and c.format.coding.name == "autofp8",
+    ),
+    Defect(
         "transformers 5.23",
         "it dequantizes NVFP4 experts without their global scale, so that they are too large by it, without a word",
         lambda c: _coded(c, "nvfp4:compressed-tensors"),

@@ -70,6 +70,43 @@ def test_stacked_experts_are_not_decoded(plain, coding, tmp_path):
     assert float((model.model.layers[1].mlp.experts.gate_up_proj.data.float() - gate_up).norm() / gate_up.norm()) > 0.5
 
 
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_what_autofp8_writes(plain, scheme, tmp_path):
+    """Every Linear module but a few, attention too; https://github.com/neuralmagic/AutoFP8 (quantize.py). compressed-tensors decodes such a matrix, transformers does not."""
+    from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    scheme_of = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True))
+    written, decoded = {}, {}
+    for key, tensor in load_file(plain / "model.safetensors").items():
+        written[key] = decoded[key] = tensor
+        if key.endswith("_proj.weight"):
+            inverse = 448 / tensor.abs().amax()
+            written[key] = (tensor * inverse).clamp(-448, 448).to(torch.float8_e4m3fn)
+            written[f"{key}_scale"] = inverse.float().reciprocal()
+            state = {"weight": written[key], "weight_scale": written[f"{key}_scale"].view(1)}
+            decoded[key] = FloatQuantizationCompressor.decompress(state, scheme_of)["weight"].float()
+            if scheme == "static":
+                written[key.replace("weight", "input_scale")] = torch.tensor(0.5)
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": scheme, "ignored_layers": ["lm_head"]}
+    for name, tensors, told in (("given", written, config), ("decoded", decoded, {**config, "quantization_config": None})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    given = moeglot.open(tmp_path / "given")
+    assert given.format.name == f"{HUB}+autofp8"
+    assert any("leaves these scales aside" in finding.what for finding in moeglot.lint(given, sample=False))
+    right = families.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.float32))
+    for native in (False, True):
+        found = families.logits(moeglot.load(tmp_path / "given", "float32", native=native))
+        assert float((found - right).norm() / right.norm()) < 1e-5
+    stock = load(plain).float()
+    assert float((families.logits(stock) - right).norm() / right.norm()) > 1e-3  # the power of it
+    moeglot.convert(tmp_path / "given", HUB, tmp_path / "float32", encode="float32")
+    assert all(torch.equal(a, b) for a, b in zip(experts_of(tmp_path / "float32"), experts_of(tmp_path / "decoded"), strict=True))
+
+
 @pytest.mark.parametrize("name", ["laguna", "hy-v3"])
 def test_modules_of_another_name_in_memory(name, tmp_path):
     """What is left in floats is left alone under the names that its readers look for, wherever the disk has others."""

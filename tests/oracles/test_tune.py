@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dropout, tmp_path):
     assert not (tmp_path / "killed" / "adapter").exists()
     with pytest.raises(OutputExists):
         trained(BUNDLED, tmp_path / "killed", recipe=recipe)
-    with pytest.raises(UsageError, match="another recipe"):
+    with pytest.raises(UsageError, match=r"another recipe\n.* says {'rate': 0.\d+}\n"):
         trained(BUNDLED, tmp_path / "killed", recipe=Recipe(**{**vars(recipe), "rate": 1e-4}), resume=True)
     _, again = trained(BUNDLED, tmp_path / "killed", recipe=recipe, resume=True)
     assert again.losses == whole.losses

@@ -235,10 +235,10 @@ class _Run:
         shutil.rmtree(self.out / "checkpoints" / "partial", ignore_errors=True)
         begun = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
         for key in ("base", "data", "recipe", "held"):
-            if begun.get(key) != getattr(self.record, key):
-                raise UsageError(
-                    f"{self.out} was begun with another {key}", f"{RECORD} says {begun.get(key)}", "pass what it was begun with, or another folder"
-                )
+            if (before := begun.get(key)) != (now := getattr(self.record, key)):
+                if isinstance(before, dict) and isinstance(now, dict):
+                    before = {name: value for name, value in before.items() if value != now.get(name)} or before
+                raise UsageError(f"{self.out} was begun with another {key}", f"{RECORD} says {before}", "pass what it was begun with, or another folder")
         self.record.before = math.nan if begun["before"] is None else begun["before"]
         if not (found := self._checkpoints()):
             return
