@@ -72,7 +72,10 @@ def test_stacked_experts_are_not_decoded(plain, coding, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_what_autofp8_writes(plain, scheme, tmp_path):
-    """Every Linear module but a few, attention too; https://github.com/neuralmagic/AutoFP8 (quantize.py). compressed-tensors decodes such a matrix, transformers does not."""
+    """Every Linear module but a few, attention too; compressed-tensors decodes such a matrix, transformers does not.
+
+    https://github.com/neuralmagic/AutoFP8 (quantize.py)
+    """
     from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
