@@ -36,7 +36,7 @@ LAYERS = (
     {"adapter_identify", "adapter_parts"},
     {"adapter_targets"},
     {"adapter"},
-    {"adapter_written"},
+    {"adapter_written", "adapter_proof"},
     {"adapter_convert", "merging"},
     {"checks", "experts", "loss", "unsound", "ropes"},
     {"certified"},

@@ -49,9 +49,12 @@ def test_convert(folder, tmp_path):
     assert moeglot.open_adapter(tmp_path / "vllm", folder / "base").convention.name == "per-expert"
     again = told("adapter", "convert", folder / "tinker", tmp_path / "vllm", "--base", folder / "base", "--to", "peft", status=2)
     assert again["error"] == "OutputExists"
+    (tmp_path / "unsloth.partial").mkdir()  # where a merge to the same name keeps what it has done
+    (tmp_path / "unsloth.partial" / "journal").touch()
     plain = run("adapter", "convert", tmp_path / "vllm", tmp_path / "unsloth", "--base", folder / "base", "--to", "unsloth").stdout
     assert "8 tensors, peft" in plain
-    assert not (tmp_path / "unsloth.partial").exists()
+    assert (tmp_path / "unsloth.partial" / "journal").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"vllm", "unsloth", "unsloth.partial"}
     assert told("adapter", "convert", folder / "tinker", tmp_path / "x", "--base", folder / "base", "--to", "nobody", status=2)["error"] == "UsageError"
 
 

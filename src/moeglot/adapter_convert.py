@@ -1,19 +1,19 @@
-"""Write an adapter in another convention: which rank and scale each pair gets, what has to be folded, padded or put side by side, and the proof."""
+"""Write an adapter in another convention: which rank and scale each pair gets, what has to be folded, padded or put side by side."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeglot import newfile
 from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS
 from moeglot.adapter_parts import Dense, Pair, Replaced
+from moeglot.adapter_proof import LIMIT, changes
 from moeglot.adapter_written import Module, reader_name, whole_name, written_config
 from moeglot.conventions import Convention, target
 from moeglot.direct import allocate
@@ -25,9 +25,6 @@ from moeglot.shards import ShardPlan, Slot, tensor_bytes, write_at
 
 if TYPE_CHECKING:
     import torch
-
-LIMIT = 1e-6
-"""Of the relative difference of two changes: the rounding of a float32 product of scale and factor."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +85,13 @@ def convert_adapter(adapter: Adapter, to: str, out: str | Path) -> Conversion:
     if os.path.lexists(out):
         raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or remove it yourself")
     plan = plan_conversion(adapter, to)
-    work = out.with_name(out.name + ".partial")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    _write(plan, work)
-    worst = max(changes(adapter, open_adapter(work, adapter.base)), default=0.0)
-    if not worst <= LIMIT:
-        raise NotVerified(
-            f"{work}: the changes differ by {worst:.1e}", f"at most {LIMIT:.0e} is rounding", "keep the source, and report this with both configs"
-        )
-    work.rename(out)
+    with newfile.folder(out) as work:
+        _write(plan, work)
+        worst = max(changes(adapter, open_adapter(work, adapter.base)), default=0.0)
+        if not worst <= LIMIT:
+            what = f"{out}: the changes differ by {worst:.1e}, and nothing is kept"
+            raise NotVerified(what, f"at most {LIMIT:.0e} is rounding", f"keep the source, and report this with its {CONFIG}")
+        work.rename(out)
     return plan
 
 
@@ -269,32 +262,3 @@ def _pad(tensor: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], axis) if shape[axis] else tensor
-
-
-# --- proof ---------------------------------------------------------------------------------------------------------------------------
-
-
-def changes(a: Adapter, b: Adapter) -> Iterator[float]:
-    """The relative difference of the changes that two adapters make, for every expert, module and replaced tensor; the products are never formed."""
-    import torch
-
-    for key in {**a.pairs, **b.pairs}:
-        yield difference(a.factors(*key), b.factors(*key))
-    for name in {**a.dense, **b.dense}:
-        yield difference(a.dense[name].factors(), b.dense[name].factors()) if name in a.dense and name in b.dense else float("inf")
-    for name in {**a.replaced, **b.replaced}:
-        same = name in a.replaced and name in b.replaced and torch.equal(a.replaced[name].entry.read(), b.replaced[name].entry.read())
-        yield 0.0 if same else float("inf")
-
-
-def difference(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """‖L R − L' R'‖ / ‖L R‖ from Gram matrices in float64; 0 if both are zero."""
-    import torch
-
-    def norm(left: torch.Tensor, right: torch.Tensor) -> float:
-        left, right = left.double(), right.double()
-        return sqrt(max(float(((left.mT @ left) * (right @ right.mT)).sum()), 0.0))
-
-    found = norm(torch.cat([one[0], -other[0]], 1), torch.cat([one[1], other[1]]))
-    size = norm(*one)
-    return found / size if size else (0.0 if found == 0 else float("inf"))

@@ -1,8 +1,9 @@
-"""A new file: refused where something is before there is work to lose, and then there as a whole or not at all."""
+"""A new file or folder: refused where something is before there is work to lose, and then there as a whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,16 @@ def making(path: Path) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, to be renamed to it; where that does not happen, it is removed with all that is in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as around:
+        made = Path(around) / path.name
+        made.mkdir()  # with the permissions of any other: those of a temporary folder are for its owner alone
+        yield made
 
 
 def write(path: Path, text: str) -> None:

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.adapter_convert import difference
+from moeglot import adapter_convert
 from moeglot.adapter_evidence import cluster
+from moeglot.adapter_proof import difference
 from moeglot.conventions import CONVENTIONS, READERS, Convention
+from moeglot.errors import NotVerified
 from moeglot.factors import fit, holds, join, lay, places, recognizes, shapes, take
 from moeglot.formats import FAMILIES
 
@@ -152,6 +154,27 @@ def test_factors_for_all_experts_are_kept_or_repeated(tmp_path):
     assert not any("repeated" in note for note in kept.notes)
     assert load_file(tmp_path / "tinker" / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight"].shape[0] == 1
     assert any("repeated 4 times" in note for note in moeglot.convert_adapter(found, "peft", tmp_path / "peft").notes)
+
+
+WRITTEN = ("experts.w2.lora_B.weight", "k_proj.lora_A.weight", "k_proj.lora_B.bias", "lm_head.weight")
+
+
+@pytest.mark.parametrize("wrong", WRITTEN)
+def test_what_was_written_wrong_is_no_adapter(wrong, tmp_path, monkeypatch):
+    """The proof sees each kind of tensor; scales of their own are folded into factors and biases alike."""
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "gpt-oss/transformers", {"e": 4, "h": 64, "i": 32}))
+    made = WRITERS["tinker"][2](Job("gpt-oss", 4, 64, 32, 3))
+    module = "base_model.model.model.layers.1.self_attn.k_proj."
+    made.tensors |= {module + "lora_A.weight": torch.randn(3, 64), module + "lora_B.weight": torch.randn(32, 3), module + "lora_B.bias": torch.randn(32)}
+    made.tensors["base_model.model.lm_head.weight"] = torch.randn(32, 64)
+    made.config |= {"lora_bias": True, "modules_to_save": ["lm_head"], "alpha_pattern": {"k_proj": 2}}
+    found = moeglot.open_adapter(made.save(tmp_path / "adapter"), base)
+    moeglot.convert_adapter(found, "tinker", tmp_path / "right")
+    tensors = adapter_convert._tensors
+    monkeypatch.setattr(adapter_convert, "_tensors", lambda plan: ((key, of.roll(1, 0) if key.endswith(wrong) else of) for key, of in tensors(plan)))
+    with pytest.raises(NotVerified, match="differ by"):
+        moeglot.convert_adapter(found, "tinker", tmp_path / "wrong")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "right"}
 
 
 def test_the_difference_of_two_changes():

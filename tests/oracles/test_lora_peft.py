@@ -10,9 +10,9 @@ from test_transformers import logits, model_of, relative
 
 import moeglot
 from moeglot.conventions import target
-from moeglot.errors import AdapterError, HalfAdapter, OutputExists, UsageError
+from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
-from moeglot.nn import add_lora, experts_of, load_adapter, remove_lora, save_adapter
+from moeglot.nn import adapters, add_lora, experts_of, load_adapter, remove_lora, save_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -105,6 +105,17 @@ def test_any_convention_is_put_on_encoded_experts(tmp_path):
         plain = moeglot.load(folder, dtype="float32", native=True)
         again = load_adapter(plain, tmp_path / reader, convention=target(reader, True)[0].name).eval()
         assert relative(logits(again), expected) <= LIMIT, reader
+
+
+def test_what_was_saved_wrong_is_no_adapter(tmp_path, monkeypatch):
+    folder = base_of("gpt-oss", "openai", "neither", tmp_path)
+    model = adapted(folder, attention=False)
+    (tmp_path / "adapter.peft.partial").mkdir()  # somebody else's
+    lay = adapters.lay
+    monkeypatch.setattr(adapters, "lay", lambda *given: [tensor.roll(1, 0) for tensor in lay(*given)])
+    with pytest.raises(NotVerified, match="is off by"):
+        save_adapter(model, tmp_path / "adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "base", "adapter.peft.partial"}
 
 
 def test_what_is_not_saved_or_loaded(tmp_path):

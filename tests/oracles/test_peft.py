@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_transformers import logits, model_of, relative
 
 import moeglot
-from moeglot.adapter_convert import changes
+from moeglot.adapter_proof import changes
 from moeglot.conventions import CONVENTIONS
 
 peft = pytest.importorskip("peft")

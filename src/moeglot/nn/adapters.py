@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from moeglot import newfile
 from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS, AdapterConfig
-from moeglot.adapter_convert import convert_adapter, difference
+from moeglot.adapter_convert import convert_adapter
+from moeglot.adapter_proof import LIMIT, difference
 from moeglot.adapter_written import Module, reader_name, whole_name, written_config
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
@@ -25,8 +26,6 @@ from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, pla
 from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
 
-LIMIT = 1e-6
-"""Of the relative difference between a change in memory and the same change re-read."""
 READER = "transformers-5"
 FIRST = (".lora_A.weight", ".lora_embedding_A")
 """How PEFT's keys of the first factors of other modules end: [r, in] of either."""
@@ -45,7 +44,6 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     live = {module.layer: module for module in experts_of(model).values() if module.adapters}
     if not live:
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
-    work = out.with_name(out.name + ".peft.partial")  # convert_adapter has a .partial of its own
     said, tensors = _of_peft(model)
     modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(FIRST)]
     for place, lora, pair in _of_experts(live, checkpoint):
@@ -55,18 +53,16 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     said = {"bias": "none", **said, "task_type": said.get("task_type") or "CAUSAL_LM", "inference_mode": True}
     said["base_model_name_or_path"] = checkpoint.source.reference
     config = written_config(said, checkpoint, PEFT, modules, whole)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})
-    (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    adapter = open_adapter(work, checkpoint)
-    _prove(adapter, live, work)
     family = checkpoint.format.family
-    if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
-        work.rename(out)
-    else:
-        convert_adapter(adapter, to, out)
-        shutil.rmtree(work)
+    with newfile.folder(out) as work:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})
+        (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        adapter = open_adapter(work, checkpoint)
+        _prove(adapter, live, out)
+        if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
+            work.rename(out)
+        else:
+            convert_adapter(adapter, to, out)
     return out
 
 
@@ -123,7 +119,7 @@ def _left(lora: Lora, role: str, expert: int) -> torch.Tensor:
     return lora.b.detach()[expert].chunk(len(lora.roles))[lora.roles.index(role)]
 
 
-def _prove(adapter: Adapter, live: Mapping[int, Experts], folder: Path) -> None:
+def _prove(adapter: Adapter, live: Mapping[int, Experts], out: Path) -> None:
     for layer, module in live.items():
         for lora in module.adapters.values():
             for role in lora.roles:
@@ -131,7 +127,7 @@ def _prove(adapter: Adapter, live: Mapping[int, Experts], folder: Path) -> None:
                     mine = (_left(lora, role, expert).float().cpu() * lora.scale, lora.a.detach()[expert].float().cpu())
                     off = difference(mine, adapter.factors(layer, role, expert))
                     if not off <= LIMIT:
-                        what = f"{folder}: layer {layer}, {role} of expert {expert} is off by {off:.1e}"
+                        what = f"{out}: layer {layer}, {role} of expert {expert} is off by {off:.1e}"
                         raise NotVerified(what, "the change was re-read from disk", "keep the model, and report this")
 
 
