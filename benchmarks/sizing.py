@@ -24,6 +24,7 @@ import torch
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.checks import keep_heap_small
 from moeglot.stream import threads
 from moeglot.work import Work
 
@@ -143,6 +144,7 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "sizing.json")
     given = arguments.parse_args()
     torch.set_num_threads(1)
+    keep_heap_small()  # as the command line does
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,17 +1,21 @@
-"""What a conversion may hold in memory, and what looking at a checkpoint may not even import."""
+"""What a conversion may hold in memory, what it leaves behind in its caller's process, and what looking at a checkpoint may not even import."""
 
 import compileall
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.demo import BUNDLED
 from moeglot.kernels import backend
+from moeglot.units import estimate
 
 SIZES = {"e": 4, "h": 2880, "i": 2880, "q": 64, "k": 8, "d": 64, "v": 256}
 LARGEST = 2 * SIZES["i"] * SIZES["h"] * 2
@@ -57,6 +61,31 @@ def test_it_does_so_with_small_matrices_too(kernels, workers, tmp_path):
     peak_of(source, tmp_path / "first", *options, MOEGLOT_KERNELS=kernels)
     peak = peak_of(source, tmp_path / "out", *options, MOEGLOT_KERNELS=kernels)
     assert 50e6 < peak < 4 * sizes["i"] * sizes["h"] * 2 * workers + 210e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_torch_computes_with_as_many_threads_as_before(tmp_path):
+    """In threads that have not computed yet, which have the number that any thread set last."""
+    found: list[int] = []
+
+    def look() -> None:
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for work in (
+            lambda: moeglot.verify(BUNDLED, BUNDLED),
+            lambda: moeglot.compare(BUNDLED, BUNDLED),
+            lambda: moeglot.write_part(moeglot.plan(BUNDLED, "gpt-oss/transformers"), tmp_path / "out", "1/1"),
+            lambda: estimate(moeglot.plan(BUNDLED, "gpt-oss/transformers", encode="f16")),
+        ):
+            work()
+            look()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3, 3, 3, 3]
 
 
 def test_inspect_of_fifty_thousand_tensors_reads_headers_only(tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.shards import let_go
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -56,8 +60,6 @@ def each_expert(
     sample: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Any]:
     """`work(layer, expert)` for each expert, or for those of a sample, in order, on threads, a few at a time."""
-    from concurrent.futures import ThreadPoolExecutor
-
     places = sample or [(layer, expert) for layer in checkpoint.layers for expert in range(checkpoint.sizes["e"])]
 
     def run(layer: int, expert: int) -> Any:
@@ -66,7 +68,7 @@ def each_expert(
         finally:
             let_go()
 
-    with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
+    with workers_of_one_thread(workers) as pool:
         window = [pool.submit(run, *place) for place in places[: 2 * workers]]
         for n in range(len(places)):
             result = window.pop(0).result()
@@ -77,8 +79,33 @@ def each_expert(
             yield result
 
 
+@contextmanager
+def workers_of_one_thread(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads under which torch starts none of its own, which would only fight for the same cores; afterwards the caller has as many as before.
+
+    What one thread sets is torch's number for every thread that has not computed yet: the caller's next ones, and the caller's own.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=one_thread) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_thread() -> None:
+    """For a worker of ours, or a process that is one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def keep_heap_small() -> None:
-    """Have glibc give every freed buffer of 2 MB or more back to the system, and start no heap for each thread.
+    """Have glibc give every freed buffer of 2 MB or more back to the system, and start no heap for each thread: for good, so for processes of ours alone.
 
     Its own threshold rises to 32 MB, and the heap then fills with holes; so does each of several heaps, and what one thread freed is no use to another.
     Some MB at the end of the heap stay, or the next run of rows would have them cleared again.
@@ -90,10 +117,3 @@ def keep_heap_small() -> None:
         mallopt(M_MMAP_THRESHOLD, 2 << 20)
         mallopt(M_TRIM_THRESHOLD, 8 << 20)
         mallopt(M_ARENA_MAX, 1)
-
-
-def one_thread() -> None:
-    """Each worker of ours is one thread; torch's own threads under it would only fight for the same cores."""
-    import torch
-
-    torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Progress, keep_heap_small
+from moeglot.checks import Progress
 from moeglot.direct import no_space
 from moeglot.errors import LossRefused, Unfinished, UsageError
 from moeglot.identify import written_marks
@@ -158,7 +158,6 @@ def _of_all_parts(plan: Plan, work: Work, progress: Progress) -> Progress:
 
 def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progress: Progress | None = None, threshold: float = THRESHOLD) -> Certificate:
     """Once all parts of a plan are written: re-read the output, verify and certify it, and give it its name. Raises `Unfinished`, naming parts that are not."""
-    keep_heap_small()
     work, count = Work(out), _count(workers)
     if not work.folder.exists():
         raise Unfinished(f"no part of {out} is written", f"there is no {work.folder}", "pass --part 1/N and so on first, or neither --part nor --finalize")
@@ -179,7 +178,6 @@ def _count(workers: int | None) -> int:
 
 def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:
     """Before a byte is written: refuse what is expected to be lost; returns how many threads are to work."""
-    keep_heap_small()
     count = _count(workers)
     if not allow_loss or plan.change:
         expected = estimate(plan)

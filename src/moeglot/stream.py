@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moeglot.checks import Progress, one_thread
+from moeglot.checks import Progress, workers_of_one_thread
 from moeglot.direct import Output
 from moeglot.errors import LossRefused
 from moeglot.loss import Loss
@@ -78,13 +78,13 @@ def threads(count: int, device: str | None = None) -> Engine:
     """A few units under way at a time, on threads of this process; the first error stops the rest. `device`: where codes are decoded."""
 
     def engine(plan: Plan, folder: Path, units: Sequence[Unit], allow_loss: bool) -> Iterator[tuple[Unit, Loss]]:
-        from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+        from concurrent.futures import FIRST_COMPLETED, Future, wait
 
         from moeglot.kernels import backend
 
         files = Files(plan, folder)
         waiting, under_way = iter(units), dict[Future[Loss], Unit]()
-        with backend.on(device), ThreadPoolExecutor(count, initializer=one_thread) as pool:
+        with backend.on(device), workers_of_one_thread(count) as pool:
             try:
                 while True:
                     while len(under_way) < 2 * count and (unit := next(waiting, None)):

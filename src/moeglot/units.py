@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from moeglot import scratch
-from moeglot.checks import one_thread
+from moeglot.checks import workers_of_one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoding import WHOLE, Encoded, Encoding, Parts
@@ -188,11 +188,9 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
 
 def estimate(plan: Plan) -> Plan:
     """The plan with the relative error of each lossy step, and what survives of an adapter's change, measured on a few of its experts; once."""
-    from concurrent.futures import ThreadPoolExecutor
-
     if plan.estimated:
         return plan
-    with ThreadPoolExecutor(1, initializer=one_thread) as pool:
+    with workers_of_one_thread(1) as pool:
         return pool.submit(_estimated, plan).result()
 
 
