@@ -377,3 +377,16 @@ def test_a_folder_of_somebody_else_is_refused(small: Path, tmp_path: Path) -> No
     with pytest.raises(OutputExists, match="files and no journal"):
         resume(small, tmp_path / "out")
     assert (folder / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_whatever_decides_the_bytes_is_in_the_digest(small: Path, tmp_path: Path) -> None:
+    """Also where names, sizes and config.json of the output are the same."""
+    adapters = [WRITERS["tinker"][2](Job("gpt-oss", 2, 64, 64, 3, layers=1, seed=seed)).save(tmp_path / f"adapter{seed}") for seed in range(2)]
+    moments = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for path in moments:
+        path.write_bytes(b"moments")
+    roundings = ["nearest", "stochastic:1", "stochastic:2", "delta", *(f"gptq:{path}" for path in moments)]
+    ways: list[dict[str, Any]] = [{"encode": "mxfp4"}, {"encode": "mxfp4:ocp"}]
+    ways += [{"adapter": adapter, "round": rounding} for adapter in adapters for rounding in roundings]
+    digests = [moeglot.plan(small, "gpt-oss/openai", **way).digest for way in ways]
+    assert len({*digests}) == len(ways)

@@ -37,6 +37,7 @@ class Change:
     def identity(self) -> tuple[object, ...]:
         """What decides the bytes of a merge besides base and target."""
         files = sorted({entry.path for entry in self.adapter.files.entries.values()})
+        files += [Path(self.rounding.moments)] if self.rounding.moments else []
         told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return told, self.adapter.config.raw, self.adapter.convention and self.adapter.convention.name, self.rounding
 
