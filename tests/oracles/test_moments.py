@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 import moeglot
 from moeglot.nn.data import read
-from moeglot.nn.moments import gather
+from moeglot.nn.module import Experts
+from moeglot.nn.moments import Moments, gather
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -59,6 +60,17 @@ def test_they_are_those_of_transformers_own_modules(bundled, rows, tmp_path):
     assert found.keys() == reached.keys()
     assert len(found) > 40
     assert max(float((found[key] - tensor).norm() / tensor.norm()) for key, tensor in reached.items()) < 1e-5
+
+
+def test_divided_experts_go_under_their_own_numbers(bundled):
+    """A process that holds experts 2 to 5 counts them from 0; what others hold is below 0 or beyond."""
+    base = moeglot.open(bundled)
+    hidden, index = torch.randn(6, base.sizes["h"]), torch.tensor([[4, 5], [6, 7], [4, 1]]).repeat(2, 1)
+    whole, part = Moments(), Moments()
+    whole.watch(Experts.of(base, 2), hidden, index)
+    part.watch(Experts.of(base, 2, experts=range(2, 6)), hidden, index - 2)
+    assert set(part.sums) == {f"layers.2.experts.{n}.{name}" for n in (4, 5) for name in ("hidden", "intermediate")}
+    assert all(torch.equal(tensor, whole.sums[key]) for key, tensor in part.sums.items())
 
 
 @pytest.mark.skipif(not FIVE, reason="once is enough")

@@ -28,12 +28,12 @@ class Moments:
         self.tokens: dict[str, int] = {}
 
     def watch(self, module: Experts, hidden: torch.Tensor, index: torch.Tensor) -> None:
-        """hidden [t, h], index int [t, k]: adds what a call of an experts module gives to each expert."""
+        """hidden [t, h], index int [t, k]: adds what a call of an experts module gives to each expert that is in it."""
         for expert in torch.unique(index).tolist():
-            if expert < module.num_experts:
-                given = hidden[(index == expert).any(-1)].float()
-                self._add(moments_key(module.layer, expert, "up"), given)
-                self._add(moments_key(module.layer, expert, "down"), _inner(module, expert, given))
+            if 0 <= expert < module.num_experts:
+                given, number = hidden[(index == expert).any(-1)].float(), module.lines[0].first + expert
+                self._add(moments_key(module.layer, number, "up"), given)
+                self._add(moments_key(module.layer, number, "down"), _inner(module, expert, given))
 
     def _add(self, key: str, given: torch.Tensor) -> None:
         found = given.mT @ given
