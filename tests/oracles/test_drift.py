@@ -51,6 +51,30 @@ def test_every_name_that_the_class_has_for_a_size_is_known(family):
         assert {alias for alias, name in part.attribute_map.items() if name == names[0]} <= {*names}
 
 
+def defaults(family):
+    """(config key, what we take where config.json lacks it, what its config class takes); the class leaves out of the file what is its default."""
+    config = CONFIG_MAPPING[family.model_types[0]]()
+
+    def theirs(path):
+        found = config
+        for key in path.split("."):
+            found = found.get(key) if isinstance(found, dict) else getattr(found, key, None)
+        return found
+
+    told = [family.activation.function, *family.activation.numbers.values(), *([family.sparse.first] if family.sparse.first else [])]
+    for key, ours in told:
+        if key is not None and (value := theirs(key)) is not None:
+            yield key, ours, value
+        elif (key, ours) == family.sparse.first and (kinds := theirs("mlp_layer_types")) is not None:
+            yield key, ours, [kind == "sparse" for kind in kinds].index(True)
+
+
+def test_what_a_config_does_not_say_is_what_its_class_takes():
+    found = [(family.name, *told) for family in FAMILIES if family.model_types[0] in CONFIG_MAPPING for told in defaults(family)]
+    assert len(found) > 100
+    assert [told for told in found if told[2] != told[3]] == []
+
+
 def formats_of(family):
     """Those of the Hub and of transformers itself."""
     return [form for form in PLAIN if form.family == family and not form.closed and not form.asked]

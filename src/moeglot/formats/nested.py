@@ -41,7 +41,7 @@ QWEN4 = family("qwen4-exp", under=TEXT, e=EXPERTS)
 GLM4V = family("glm4v-moe", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
 UNLIMITED_OCR = family("unlimited-ocr", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
 DEEPSEEK_OCR2 = family("deepseek-ocr2", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
-KIMI = family("kimi-k25", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
+KIMI = family("kimi-k25", under=TEXT, e=ROUTED, sparse=first_dense(default=3))
 MINIMAX_M3 = family(
     "minimax-m3-vl",
     under=TEXT,
@@ -51,7 +51,7 @@ MINIMAX_M3 = family(
     activation=CLAMPED,
     others={"s": "shared_intermediate_size", "f": "dense_intermediate_size"},
 )
-MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=ROUTED, sparse=first_dense())
+MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
 
 LANGUAGE = {"model.language_model.{rest}": "language_model.model.{rest}", "lm_head.{rest}": "language_model.lm_head.{rest}"}
 PROJECTOR = {"model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}"}
