@@ -154,7 +154,7 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
     elif loss.values:
         yield f"no value of {loss.values:,} changed"
     if loss.undetermined:
-        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks have no code above 3: their values do not show their scale, so their bytes may not return"
+        yield f"{loss.undetermined:,} of {loss.blocks:,} blocks have values that other codes and scales give as well, so their bytes may not return"
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------------------------
