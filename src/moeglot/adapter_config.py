@@ -96,6 +96,14 @@ class AdapterConfig:
         """Which biases were trained: "none", "all", or "lora_only", those of the modules that are adapted."""
         return str(self.raw.get("bias") or "none")
 
+    def since(self, minor: int) -> bool | None:
+        """PEFT 0.`minor` or a later one wrote it. None: it does not say, or was between two releases ("0.18.1.dev0" has some of what became 0.19)."""
+        found = re.fullmatch(r"(\d+)\.(\d+)\.(.+)", str(self.raw.get("peft_version")))
+        if not found:
+            return None
+        release = int(found[1]), int(found[2])
+        return None if "dev" in found[3] and release == (0, minor - 1) else release >= (0, minor)
+
     def scale(self, name: str, rank: int) -> float:
         """The scale of a module or parameter, from the rank that its tensors have."""
         alpha = float(self._pattern("alpha_pattern", name, self.alpha))
@@ -141,14 +149,13 @@ class AdapterConfig:
         only, patterns = self.raw.get("layers_to_transform"), self.raw.get("layers_pattern") or [r"[^.]*"]
         if only is None or only == []:
             return True
-        release = re.match(r"0\.(\d+)\.", str(self.raw.get("peft_version")))
-        before = ".*" if release is None or int(release[1]) < 20 else ".*?"
+        before = ".*?" if self.since(20) else ".*"
         found = [_compiled(rf"{before}\.{pattern}\.(\d+)\.").match(f".{name}") for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         number = next((match[1] for match in found if match), None)
         return number is not None and int(number) in (only if isinstance(only, list) else [only])
 
     def check(self) -> None:
-        """Raises `UnsupportedAdapter` for what is more than LoRA, and `BrokenFile` for values that are none of that key."""
+        """Raises `UnsupportedAdapter` for what is more than LoRA, and `BrokenFile` for values of the wrong type."""
         for key, kinds in TYPES.items():
             value = self.raw.get(key)
             numbers = value.values() if isinstance(value, dict) and key.endswith("_pattern") else ()

@@ -96,15 +96,14 @@ def _traces(config: AdapterConfig, family: Family) -> list[tuple[str, Callable[[
         return [
             (f"{CONFIG} has no peft_version and full names in target_parameters, as Megatron-Bridge writes it", lambda convention: convention == GROUPED_TURNED)
         ]
-    found = re.fullmatch(r"0\.(\d+)\.\d+", str(version))
-    if not found or turns_differ(family):
+    on_second = config.since(19)
+    if on_second is None or turns_differ(family):
         return []
-    if int(found[1]) >= 19 and _is_fused_by_peft(config):
+    if on_second and _is_fused_by_peft(config):
         return [(f"{CONFIG} has the rank_pattern that PEFT >= 0.19 makes of an adapter with one module an expert", lambda convention: convention == PEFT)]
-    on_first = int(found[1]) < 19
-    if not on_first and in_out(family):
+    if on_second and in_out(family):
         return []
-    side = "out" if on_first and not in_out(family) else "in"
+    side = "in" if on_second or in_out(family) else "out"
     order = "[e, in, out]" if in_out(family) else "[e, out, in]"
     return [(f"{CONFIG} says peft_version = {version}, which lays A on the {side} axis of {order}", lambda convention: convention.turned == (side == "out"))]
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.adapter_config import AdapterConfig
 from moeglot.conventions import CONVENTIONS
 
 LIMIT = 1e-5
@@ -96,6 +97,7 @@ WORDS = {
     "unsloth's mark, rank-major": ("PEFT", "qwen3-moe", "h=2i", {"lora_B_layout": "rank_major"}, "peft"),
     "unsloth's mark on gpt-oss": ("PEFT", "gpt-oss", "square", {"lora_B_layout": "rank_major"}, "peft"),
     "mark and PEFT 0.18": ("PEFT 0.18 on [e, out, in]", "qwen3-moe", "2h=i", {"lora_B_layout": "rank_major", "peft_version": "0.18.1"}, "peft-turned"),
+    "mark and PEFT 0.19": ("PEFT", "qwen3-moe", "2h=i", {"lora_B_layout": "rank_major", "peft_version": "0.19.0"}, "peft"),
     "our mark": ("unsloth_zoo with PEFT 0.18", "mixtral", "neither", {"moeglot_convention": "grouped-turned"}, "grouped-turned"),
     "Megatron-Bridge's full names": ("Megatron-Bridge", "qwen3-moe", "square", {}, "grouped-turned"),
     "names": ("tinker", "gpt-oss", "square", {}, "tinker"),
@@ -115,11 +117,13 @@ def test_what_decides(word, tmp_path):
     assert worst(found, made) <= LIMIT
 
 
+TURNS = {"peft", "peft-turned"}
 OPEN = {
     "packing without a mark": ("PEFT", "qwen3-moe", "neither", {"peft_version": "0.21.2"}, False, {"peft", "grouped"}),
     "the same from PEFT 0.18": ("PEFT 0.18 on [e, out, in]", "qwen3-moe", "neither", {"peft_version": "0.18.1"}, False, {"peft-turned", "grouped-turned"}),
     "a non-square sibling decides the turn": ("PEFT", "gpt-oss", "square", {"peft_version": "0.21.2"}, False, {"peft", "grouped"}),
-    "square down alone on gpt-oss": ("PEFT", "gpt-oss", "square", {"lora_B_layout": "rank_major", "peft_version": "0.21.2"}, True, {"peft", "peft-turned"}),
+    "square down alone on gpt-oss": ("PEFT", "gpt-oss", "square", {"lora_B_layout": "rank_major", "peft_version": "0.21.2"}, True, TURNS),
+    "square down alone, between 0.18 and 0.19": ("PEFT", "qwen3-moe", "square", {"lora_B_layout": "rank_major", "peft_version": "0.18.1.dev0"}, True, TURNS),
     "the same without any word": ("PEFT", "gpt-oss", "square", {}, True, {"peft", "peft-turned", "grouped", "grouped-turned"}),
 }
 
@@ -136,6 +140,14 @@ def test_what_stays_open_is_refused(case, tmp_path):
     named = refused.value.wrong.partition(" read as ")[2].partition(",")[0]
     assert set(named.split(" or ")) == expected
     assert "--convention" in refused.value.do
+
+
+@pytest.mark.parametrize(("version", "last"), [(None, True), ("0.19.1", True), ("0.20.0", False), ("0.20.1.dev0", False), ("1.0.0", False)])
+def test_which_number_in_a_name_is_the_layers(version, last):
+    """PEFT before 0.20 took the last one, which may be an expert's."""
+    config = AdapterConfig({"target_modules": ["down_proj"], "layers_to_transform": [1], "peft_version": version})
+    assert config.names_module("model.layers.0.mlp.experts.1.down_proj") == last
+    assert config.names_module("model.layers.1.mlp.experts.0.down_proj") != last
 
 
 def test_with_rank_one_both_packings_are_the_same(tmp_path):
