@@ -147,6 +147,13 @@ def test_stacked_experts_are_no_linear_modules(tmp_path):
         moeglot.open(folder(tmp_path / "b", "qwen3-moe/hub", declared))
 
 
+def test_a_pattern_that_is_none(tmp_path):
+    """What it was to leave alone, nobody knows."""
+    declared = {"quant_method": "compressed-tensors", "config_groups": {"a": GROUP}, "ignore": ["re:.*experts[.*", "lm_head"]}
+    with pytest.raises(Contradiction, match=r"(?s)'re:\.\*experts\[\.\*', which is no regular expression.*unterminated"):
+        moeglot.open(folder(tmp_path / "a", quantization=declared))
+
+
 def test_the_first_place_that_says_something(tmp_path):
     source = folder(tmp_path, "qwen3-moe/hub")
     moeglot.convert(source, "qwen3-moe/hub+fp8-block", tmp_path / "coded", allow_loss=True)

@@ -186,8 +186,9 @@ def _names(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], module) is not None
-        except re.error:
-            return False
+        except re.error as error:
+            wrong = f"quantization_config names modules by {pattern!r}, which is no regular expression"
+            raise Contradiction(wrong, str(error), "take config.json from the checkpoint's producer") from error
     return pattern == module
 
 
