@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import lcm, prod
 from typing import TYPE_CHECKING
 
+from moeglot.dtypes import weight_dtype
 from moeglot.errors import TensorMismatch
 from moeglot.survival import Survival
 
@@ -246,9 +247,12 @@ class Encoded:
         }
         return Encoded(self.encoding, parts, tuple(len(run) if n == axis else size for n, size in enumerate(self.shape)))
 
-    def decode(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Values [..., out, in], in `out` if it is given; raises `TensorMismatch` if the parts themselves declare another shape."""
-        values = self.encoding.decode(self.parts, dtype, out)
+    def decode(self, dtype: str | torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Values [..., out, in], in `out` if it is given; `dtype`: float32, bfloat16, float16 or float64.
+
+        Raises `UsageError` for another dtype, and `TensorMismatch` if the parts themselves declare another shape.
+        """
+        values = self.encoding.decode(self.parts, weight_dtype(dtype), out)
         if tuple(values.shape) != self.shape:
             raise TensorMismatch(
                 f"parts of {self.encoding} declare a tensor of shape {list(values.shape)}, not {list(self.shape)}",
@@ -282,7 +286,7 @@ class LazyEncoded:
         experts = [self[expert].parts for expert in range(len(self))]
         return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
 
-    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, dtype: str | torch.dtype) -> torch.Tensor:
         """Values [e, out, in]; reads everything."""
         import torch
 
