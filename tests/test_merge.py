@@ -207,8 +207,9 @@ def test_into_other_encodings(base, tmp_path):
 @pytest.mark.parametrize("rounding", ["stochastic:1", "delta"])
 def test_other_roundings_keep_what_the_nearest_loses(rounding, tmp_path):
     made = case(tmp_path, "gpt-oss", "mxfp4", "square", strength=0.02)
-    with pytest.raises(moeglot.LossRefused, match="survives rounding to mxfp4"):
+    with pytest.raises(moeglot.LossRefused, match="survives rounding to mxfp4") as refused:
         moeglot.merge(made.base, made.adapter, tmp_path / "refused")
+    assert "pass --to gpt-oss/transformers --encode bf16; or --round stochastic" in refused.value.do
     assert not (tmp_path / "refused").exists()
     rec = {}
     for name in ("nearest", rounding):

@@ -22,6 +22,7 @@ from moeglot.merging import Change
 from moeglot.misreadings import right
 from moeglot.plan import Plan
 from moeglot.survival import OTHERS, Survival, added
+from moeglot.targets import in_floats
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, how
 
 def _ways_out(plan: Plan, plain: bool, rounding: str) -> Iterator[str]:
     exact = all(source.fits_in(Plain("BF16")) for step in plan.steps for source in step.sources)
-    yield "pass --encode float32" if plain else f"pass --encode bf16{'' if exact else ' --allow-loss'}"
+    yield "pass --encode float32" if plain else f"pass --to {' or '.join(in_floats(plan.target))} --encode bf16{'' if exact else ' --allow-loss'}"
     if not plain and plan.target.coding and plan.target.coding.kept:
         yield "or --keep-touched bf16"
     yield "or --round " + ", ".join(kind for kind in ("stochastic", "delta", "gptq:FILE") if not kind.startswith(rounding))
