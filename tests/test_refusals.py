@@ -960,7 +960,10 @@ def test_a_work_folder_of_another_conversion_is_not_resumed(tmp_path: Path, sour
 
     with pytest.raises(KeyboardInterrupt):
         moeglot.convert(source, "mixtral/transformers-5", tmp_path / "out", progress=stop)
-    with untouched(tmp_path), refused(OutputExists, "out.partial belongs to another conversion", "source, target or shard size", "repeat the first command"):
+    with (
+        untouched(tmp_path),
+        refused(OutputExists, "out.partial belongs to another conversion", "source, target, adapter, rounding or shard size", "repeat the first command"),
+    ):
         moeglot.convert(source, "mixtral/hub", tmp_path / "out", resume=True)
 
 

@@ -185,13 +185,13 @@ def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) 
         expected = estimate(plan)
         if not allow_loss:
             _refuse_expected_loss(expected)
-        refuse_lost(plan, expected.expected_survival, threshold, "measured on a few of its experts")
+        refuse_lost(plan, expected.expected_survival, threshold)
     return count
 
 
 def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
     losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
-    refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
+    refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, work.folder)
     _write_rest(plan, work.files)
     certificate = certify(plan, work.files, losses, count, progress)
     work.finish()

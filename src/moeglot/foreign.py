@@ -37,7 +37,7 @@ def check_root(name: str, folder: Location) -> None:
 def check_adapter(name: str, folder: Location, files: Collection[str]) -> None:
     """Raises `CheckpointError` for an adapter, or a folder of some, that is passed as a model. `files`: the names of the safetensors files in the folder."""
     config, tensors = ADAPTER
-    inside = sorted(folder.iterdir(), key=lambda path: path.name) if not files else []
+    inside: list[Location] = sorted(folder.iterdir(), key=lambda path: path.name) if not files else []
     if any(path.suffix in PICKLES for path in inside):
         return
     found = [path for path in [folder, *inside] if {*files} <= {tensors} and (path / config).is_file()]
