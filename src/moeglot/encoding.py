@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from moeglot.dtypes import weight_dtype
-from moeglot.errors import TensorMismatch
+from moeglot.errors import TensorMismatch, UsageError
 from moeglot.survival import Survival
 
 if TYPE_CHECKING:
@@ -271,6 +271,8 @@ class LazyEncoded:
     load: Callable[[int], Encoded] = field(repr=False)
 
     def __getitem__(self, expert: int) -> Encoded:
+        if not isinstance(expert, SupportsIndex):
+            raise UsageError(f"[{expert!r}] of a tensor on disk", "it is read one expert at a time", f"an expert is a number from 0 to {len(self) - 1}")
         if not -len(self) <= expert < len(self):
             raise IndexError(f"expert {expert} of {len(self)}")
         return self.load(expert % len(self))

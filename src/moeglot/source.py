@@ -34,14 +34,14 @@ class Source:
 
     name: str
     folder: Location
-    shards: tuple[Location, ...]
+    shards: tuple[Location, ...] = field(repr=False)
     entries: Mapping[str, Entry] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     metadata: tuple[Mapping[str, str], ...] = field(repr=False)
     single: bool = False
     torch_dist: Literal["", "stacked", "single"] = ""
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
-    ranks: tuple[Source, ...] = ()
+    ranks: tuple[Source, ...] = field(default=(), repr=False)
     """What each of its folders holds, if it has one for each process of several, and nothing itself."""
 
     @property
