@@ -181,6 +181,7 @@ def test_fingerprint(bf16, turned, tmp_path):
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--encode", "mxfp4-pack"), ["is a variant of a format", "pass --to FORMAT+mxfp4-pack"]),
         (("convert", BUNDLED, "out", "--to", "mixtral/hub"), ["stores mixtral, this is gpt-oss", "--to one of: gpt-oss/openai"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/transformers", "--encode", "mxfp4"), ["cannot hold mxfp4", "--to gpt-oss/openai"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--encode", "bf16"), ["cannot hold bfloat16", "pass --to gpt-oss/transformers\n"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--encode", "fp5"), ["'fp5' is not an encoding", "known: ", "--encode"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--shard-size", "big"), ["is no size", "--shard-size 5GB"]),
         (("inspect", "no/such/place"), ["no such file or folder"]),

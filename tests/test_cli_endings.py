@@ -236,6 +236,7 @@ def test_labels_of_a_plot_lie_apart():
         (("compare", BUNDLED, ""), ["'' is no path"]),
         (("adapter", "inspect", "", "--base", BUNDLED), ["'' is no path"]),
         (("adapter", "inspect", BUNDLED / "config.json", "--base", BUNDLED), ["a file", "an adapter is a folder", f"pass the folder that it is in: {BUNDLED}"]),
+        (("moments", BUNDLED, "text.txt", "-o", "m.json"), ["m.json: not named .safetensors", "pass -o m.safetensors"]),
         (("run", BUNDLED, "--prompt", "And", "--prompt", "But"), ["2 prompts", "once for each"]),
         (("run", BUNDLED, "--prompt", "And", "--convention", "peft"), ["--adapter"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--convention", "peft"), ["--adapter"]),
@@ -253,10 +254,32 @@ def test_what_python_may_pass(small, tmp_path):
         moeglot.plan(moeglot.open(small), "qwen3-moe/hub", shard_size="1MB").shards
         == moeglot.plan(moeglot.open(small), "qwen3-moe/hub", shard_size=10**6).shards
     )
-    wrong = {"lossy": True, "shard_size": "big", "encode": 32}
+    wrong = {"lossy": True, "shard_size": "big", "encode": 32, "workers": "2", "engine": "ray", "format": 3}
     for name, value in wrong.items():
         with pytest.raises(moeglot.UsageError, match=f"{name}|big"):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
     with pytest.raises(moeglot.UsageError, match="is no path"):
         moeglot.open(None)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_python_may_pass_in_the_place_of_names(small, tmp_path):
+    """A Format for its name and a checkpoint for its path; what is neither is told in a line."""
+    hub = next(form for form in moeglot.formats() if form.name == "qwen3-moe/hub")
+    opened = moeglot.open(small, hub)
+    assert moeglot.plan(opened, hub).digest == moeglot.plan(small, "qwen3-moe/hub").digest
+    assert moeglot.lint(small) == moeglot.lint(opened)
+    for value in (opened, opened.source, hub, moeglot.plan(opened, hub)):
+        assert len(repr(value)) < 300
+    tensor, made = opened.experts(opened.layers[0])["down"], moeglot.plan(opened, hub)
+    for attempt in (
+        lambda: tensor[0:2],
+        lambda: moeglot.verify(opened, 3),
+        lambda: moeglot.open(opened),
+        lambda: moeglot.write_part(made, tmp_path / "out", (2, 2)),
+    ):
+        with pytest.raises(moeglot.UsageError) as refused:
+            attempt()
+        assert len(str(refused.value)) < 600
+    with pytest.raises(moeglot.TensorMismatch, match="layer '0' has no experts"):
+        opened.experts("0")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot import Plan
+from moeglot.convert import carry_out
 from moeglot.floats import values
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -207,8 +209,9 @@ def test_into_other_encodings(base, tmp_path):
 @pytest.mark.parametrize("rounding", ["stochastic:1", "delta"])
 def test_other_roundings_keep_what_the_nearest_loses(rounding, tmp_path):
     made = case(tmp_path, "gpt-oss", "mxfp4", "square", strength=0.02)
-    with pytest.raises(moeglot.LossRefused, match="survives rounding to mxfp4"):
+    with pytest.raises(moeglot.LossRefused, match="survives rounding to mxfp4") as refused:
         moeglot.merge(made.base, made.adapter, tmp_path / "refused")
+    assert "pass --to gpt-oss/transformers --encode bf16; or --round stochastic" in refused.value.do
     assert not (tmp_path / "refused").exists()
     rec = {}
     for name in ("nearest", rounding):
@@ -216,6 +219,24 @@ def test_other_roundings_keep_what_the_nearest_loses(rounding, tmp_path):
         assert certificate.document["merge"]["rounding"] == name
         rec[name] = certificate.document["merge"]["survived"]["down"]["rec"]
     assert rec["nearest"] < 0.3 < 0.6 < rec[rounding] < 1.2
+
+
+def test_a_merge_that_is_found_lost_once_it_is_written(tmp_path):
+    """What it says to do can be done: with another rounding the folder is in the way, with a lower threshold it is gone on with."""
+    made = case(tmp_path, "gpt-oss", "mxfp4", "square", strength=0.02)
+    out = tmp_path / "out"
+
+    def planned(rounding: str) -> Plan:
+        """As if the few experts that are looked at before had said nothing."""
+        return replace(moeglot.plan(made.base, adapter=made.adapter, round=rounding), estimated=True)
+
+    with pytest.raises(moeglot.LossRefused, match="measured on all that was written") as refused:
+        carry_out(planned("nearest"), out)
+    assert refused.value.do.startswith(f"remove {out}.partial, then pass --to")
+    assert refused.value.do.endswith("or keep it, and pass --resume with a lower --threshold, if that is meant")
+    with pytest.raises(moeglot.OutputExists, match="rounding"):
+        carry_out(planned("stochastic"), out, resume=True)
+    assert carry_out(planned("nearest"), out, resume=True, threshold=0).report.verdict == "holds"
 
 
 def test_what_is_touched_can_stay_in_bfloat16(tmp_path):

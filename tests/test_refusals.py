@@ -845,6 +845,20 @@ def test_nothing_to_read(tmp_path: Path) -> None:
         moeglot.open(tmp_path / "config.json")
 
 
+def test_an_adapter_is_no_checkpoint(tmp_path: Path) -> None:
+    """A folder of one, what `tune` leaves around it, and its file; but tensors that are no adapter's are read."""
+    (adapter := tmp_path / "tuned" / "adapter").mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    for path in (tmp_path / "tuned", adapter, adapter / "adapter_model.safetensors"):
+        with refused(CheckpointError, f"{path}: a LoRA adapter", f"adapter_config.json is in {adapter},", f"`moeglot merge MODEL {adapter} OUT`"):
+            moeglot.open(path)
+    folder = write_checkpoint(tmp_path / "m", "mixtral/hub", layers=1)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    (folder / "adapter_model.safetensors").unlink()
+    assert moeglot.open(folder).format.name == "mixtral/hub"
+
+
 # --- the output --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -946,7 +960,10 @@ def test_a_work_folder_of_another_conversion_is_not_resumed(tmp_path: Path, sour
 
     with pytest.raises(KeyboardInterrupt):
         moeglot.convert(source, "mixtral/transformers-5", tmp_path / "out", progress=stop)
-    with untouched(tmp_path), refused(OutputExists, "out.partial belongs to another conversion", "source, target or shard size", "repeat the first command"):
+    with (
+        untouched(tmp_path),
+        refused(OutputExists, "out.partial belongs to another conversion", "source, target, adapter, rounding or shard size", "repeat the first command"),
+    ):
         moeglot.convert(source, "mixtral/hub", tmp_path / "out", resume=True)
 
 

@@ -83,10 +83,14 @@ class Adapter:
     def factors(self, layer: int, role: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(left [out, r], right [r, in]) in float32, the scale in left, so that left @ right is the change; r = 0 where nothing changes.
 
-        Reads this expert's factors and no others; raises `BadNumbers` if they are not finite.
+        Reads this expert's factors and no others; raises `BadNumbers` if they are not finite, and `UsageError` for an expert that the base does not have.
         """
         if found := self.pairs.get((layer, role, expert)):
             return found.factors(role, expert)
+        roles, experts = self.base.format.family.roles, range(self.base.sizes["e"])
+        if layer not in self.base.layers or role not in roles or expert not in experts:
+            known = f"the base has layers {self.base.layers}, roles {', '.join(roles)}, experts 0 to {len(experts) - 1}"
+            raise UsageError(f"layer {layer!r}, role {role!r}, expert {expert!r}: the base has no such matrix", known, "name one of these")
         import torch
 
         line = self.base.format.line_of(role)

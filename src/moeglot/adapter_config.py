@@ -12,11 +12,12 @@ from typing import Any
 
 from moeglot import hub
 from moeglot.errors import AdapterError, BrokenFile, PickleRefused, UnsupportedAdapter
+from moeglot.foreign import ADAPTER
 from moeglot.remote import location, on_disk
 from moeglot.shards import Entry, read_header
 from moeglot.source import read_json
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER
 PREFIX = "base_model.model."
 MARK = "moeglot_convention"
 """Key of our mark in adapter_config.json."""

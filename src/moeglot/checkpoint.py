@@ -6,7 +6,7 @@ import gc
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -36,7 +36,7 @@ class Checkpoint:
 
     source: Source
     format: Format
-    identification: Identification
+    identification: Identification = field(repr=False)
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ class Checkpoint:
     def experts(self, layer: int) -> dict[str, LazyEncoded]:
         """role -> [e, out, in] of a layer, lazily: indexing by expert reads that expert's bytes and no others."""
         if layer not in self.layers:
-            raise TensorMismatch(f"layer {layer} has no experts", f"experts are in layers {self.layers}; {self.known}", "choose one of these")
+            raise TensorMismatch(f"layer {layer!r} has no experts", f"experts are in layers {self.layers}; {self.known}", "choose one of these, an int")
         found = {}
         for line in self.format.stored:
             encoding = self.encoding(line, layer)
@@ -238,7 +238,7 @@ def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
     return checkpoint.problems()
 
 
-def open(path: str | Path, format: str | None = None, *, headers_only: bool = False) -> Checkpoint:
+def open(path: str | Path, format: str | Format | None = None, *, headers_only: bool = False) -> Checkpoint:
     """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for. A folder that has one for
     each process of several is what they hold together.
 
@@ -256,7 +256,7 @@ def open(path: str | Path, format: str | None = None, *, headers_only: bool = Fa
         return _opened(source, format, headers_only)
 
 
-def _opened(source: Source, format: str | None, headers_only: bool) -> Checkpoint:
+def _opened(source: Source, format: str | Format | None, headers_only: bool) -> Checkpoint:
     if online := transformed(said(source.config)):
         raise UnknownFormat(
             f"{source.name}: its weights are for activations that are transformed as the model computes",

@@ -24,6 +24,8 @@ def moments(
 ) -> None:
     """Gather the second moments of the experts' inputs over a text; the experts stay encoded in memory."""
     newfile.check(output, "-o")
+    if output.suffix != ".safetensors":
+        raise UsageError(f"{output}: not named .safetensors", "that is what is written", f"pass -o {output.with_suffix('.safetensors')}")
     from moeglot.cli_progress import bar
     from moeglot.live import load
     from moeglot.nn import data

@@ -71,7 +71,12 @@ def tokenizer_of(path: str) -> Any:
     except ImportError as error:
         raise UsageError("moeglot run needs transformers", str(error), "pip install 'moeglot[transformers]'") from error
     source = read_source(path)
+    do = "put the producer's tokenizer files beside the tensors"
     try:
-        return AutoTokenizer.from_pretrained(on_disk(source.folder, "its tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(on_disk(source.folder, "its tokenizer"))
     except (OSError, ValueError, ImportError) as error:  # the last where it then looks for a tokenizer of another kind
-        raise UsageError(f"{path}: no tokenizer is here", str(error).strip().split("\n")[0], "put the producer's tokenizer files beside the tensors") from error
+        raise UsageError(f"{path}: no tokenizer is here", " ".join(str(error).split()), do) from error
+    if len(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}) < 2:  # every text would be end-of-text tokens
+        known = f"transformers makes a {type(tokenizer).__name__} of config.json alone, and it knows no word"
+        raise UsageError(f"{path}: no tokenizer is here", known, do)
+    return tokenizer

@@ -17,6 +17,7 @@ from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress
 from moeglot.direct import no_space
 from moeglot.errors import LossRefused, Unfinished, UsageError
+from moeglot.format import Format
 from moeglot.identify import written_marks
 from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
@@ -43,14 +44,14 @@ EVERY = 2.0
 
 def convert(
     source: Checkpoint | str | Path,
-    to: str,
+    to: str | Format,
     out: str | Path,
     *,
     encode: str | None = None,
     adapter: Adapter | str | Path | None = None,
     round: str = "nearest",
     keep_touched: str | None = None,
-    format: str | None = None,
+    format: str | Format | None = None,
     allow_loss: bool = False,
     shard_size: int | str = SHARD_SIZE,
     workers: int | None = None,
@@ -94,6 +95,8 @@ def carry_out(
     `device` as in `convert`. `engine`: what runs the units, by default threads.
     """
     place = location(out)
+    if engine and not callable(engine):
+        raise UsageError(f"{engine!r} is no engine", "an engine carries out the units of a plan", "pass moeglot.integrations.ray.engine(), or none")
     if engine and isinstance(place, Remote):
         raise UsageError(
             f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
@@ -171,8 +174,8 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
 
 
 def _count(workers: int | None) -> int:
-    if workers is not None and workers < 1:
-        raise UsageError(f"{workers} workers", "a conversion needs at least one", "pass --workers 1 or more")
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise UsageError(f"{workers!r} workers", "a conversion needs at least one, and an int", "pass --workers 1 or more")
     return workers or default_workers()
 
 
@@ -183,13 +186,13 @@ def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) 
         expected = estimate(plan)
         if not allow_loss:
             _refuse_expected_loss(expected)
-        refuse_lost(plan, expected.expected_survival, threshold, "measured on a few of its experts")
+        refuse_lost(plan, expected.expected_survival, threshold)
     return count
 
 
 def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
     losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
-    refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
+    refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, work.folder)
     _write_rest(plan, work.files)
     certificate = certify(plan, work.files, losses, count, progress)
     work.finish()

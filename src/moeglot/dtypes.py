@@ -78,3 +78,12 @@ def by_torch_name(name: str) -> DType:
             return dtype
     known = ", ".join(DTYPES[name].torch_name for name in WEIGHT_DTYPES)
     raise UsageError(f"{name!r} is not a number type", f"weights are stored as {known}", "use one of these names")
+
+
+def weight_dtype(asked: str | torch.dtype) -> torch.dtype:
+    """`"float32"` or torch.float32, as it is in torch; raises `UsageError` for one not of `WEIGHT_DTYPES`, which a cast alone does not reach."""
+    found = by_torch_name(asked).torch if isinstance(asked, str) else asked
+    if not (found.is_floating_point and found.itemsize > 1):
+        known = ", ".join(DTYPES[name].torch_name for name in WEIGHT_DTYPES)
+        raise UsageError(f"values as {found}", "a number of that type needs a scale, and a cast has none", f"choose one of {known}")
+    return found

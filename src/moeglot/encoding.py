@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import lcm, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
-from moeglot.errors import TensorMismatch
+from moeglot.dtypes import weight_dtype
+from moeglot.errors import TensorMismatch, UsageError
 from moeglot.survival import Survival
 
 if TYPE_CHECKING:
@@ -246,9 +247,12 @@ class Encoded:
         }
         return Encoded(self.encoding, parts, tuple(len(run) if n == axis else size for n, size in enumerate(self.shape)))
 
-    def decode(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Values [..., out, in], in `out` if it is given; raises `TensorMismatch` if the parts themselves declare another shape."""
-        values = self.encoding.decode(self.parts, dtype, out)
+    def decode(self, dtype: str | torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Values [..., out, in], in `out` if it is given; `dtype`: float32, bfloat16, float16 or float64.
+
+        Raises `UsageError` for another dtype, and `TensorMismatch` if the parts themselves declare another shape.
+        """
+        values = self.encoding.decode(self.parts, weight_dtype(dtype), out)
         if tuple(values.shape) != self.shape:
             raise TensorMismatch(
                 f"parts of {self.encoding} declare a tensor of shape {list(values.shape)}, not {list(self.shape)}",
@@ -267,6 +271,8 @@ class LazyEncoded:
     load: Callable[[int], Encoded] = field(repr=False)
 
     def __getitem__(self, expert: int) -> Encoded:
+        if not isinstance(expert, SupportsIndex):
+            raise UsageError(f"[{expert!r}] of a tensor on disk", "it is read one expert at a time", f"an expert is a number from 0 to {len(self) - 1}")
         if not -len(self) <= expert < len(self):
             raise IndexError(f"expert {expert} of {len(self)}")
         return self.load(expert % len(self))
@@ -282,7 +288,7 @@ class LazyEncoded:
         experts = [self[expert].parts for expert in range(len(self))]
         return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
 
-    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, dtype: str | torch.dtype) -> torch.Tensor:
         """Values [e, out, in]; reads everything."""
         import torch
 

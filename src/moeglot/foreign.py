@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 
 from moeglot.errors import AmbiguousFormat, BrokenFile, CheckpointError, PickleRefused
 from moeglot.remote import Location
@@ -16,6 +17,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """What Megatron-LM has beside the folders of its iterations: the number of the last one, or "release"."""
 NOT_RUN = "loading a pickle runs the code in it; moeglot never does"
 SAVE_SAFELY = "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT calls an adapter's config and tensors."""
 SAVE_AGAIN = "have Megatron load it and save it with --ckpt-format torch_dist, which moeglot reads"
 
 
@@ -29,6 +32,19 @@ def check_root(name: str, folder: Location) -> None:
         which = f"iter_{int(said):07}" if re.fullmatch("[0-9]+", said) else said or inner[-1]
         known = f"{TRACKER} says {said}" if said else f"{METADATA} is in {', '.join(inner[:3])}"
         raise CheckpointError(f"{name}: a folder of Megatron's checkpoints, and none itself", known, f"pass {name}/{which}, with the model's config.json in it")
+
+
+def check_adapter(name: str, folder: Location, files: Collection[str]) -> None:
+    """Raises `CheckpointError` for an adapter, or a folder of some, that is passed as a model. `files`: the names of the safetensors files in the folder."""
+    config, tensors = ADAPTER
+    inside: list[Location] = sorted(folder.iterdir(), key=lambda path: path.name) if not files else []
+    if any(path.suffix in PICKLES for path in inside):
+        return
+    found = [path for path in [folder, *inside] if {*files} <= {tensors} and (path / config).is_file()]
+    if found:
+        where = str(found[0])
+        do = f"pass the model that it is for; `moeglot merge MODEL {where} OUT` folds it in, `moeglot adapter inspect {where} --base MODEL` says what it is"
+        raise CheckpointError(f"{name}: a LoRA adapter, and no checkpoint", f"{config} is in {where}, and no weights of a model", do)
 
 
 def refuse_two(name: str, other: str) -> AmbiguousFormat:

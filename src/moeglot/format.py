@@ -148,6 +148,9 @@ class Format:
         if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
             raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
 
+    def __repr__(self) -> str:
+        return f"Format({self.name!r})"
+
     def sized(self, sizes: Sizes) -> Format:
         """This format with the numbers of the experts of a second group known."""
         lines = tuple(replace(line, offset=sizes["e"]) if line.offset == BEHIND else line for line in self.stored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
@@ -23,6 +23,7 @@ POWER = 100.0
 TOKENS = 8
 
 
+@runtime_checkable
 class Side(Protocol):
     """A second opinion on what each expert computes."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, product
 from typing import Any
@@ -28,7 +28,7 @@ AGAIN = "write them again, of one model and for one division"
 class Gathered(Checkpoint):
     """What all `ranks` hold together; each is the checkpoint of one folder. What several hold is read from each of them and compared."""
 
-    ranks: tuple[Checkpoint, ...]
+    ranks: tuple[Checkpoint, ...] = field(repr=False)
 
     def problems(self) -> Iterator[Exception]:
         for rank in self.ranks:

@@ -97,13 +97,13 @@ class Identification:
         )
 
 
-def identify(path: Source | str | Path, format: str | None = None) -> Identification:
+def identify(path: Source | str | Path, format: str | Format | None = None) -> Identification:
     """Ask the user, our mark, the producer's marks. Raises `Contradiction` where two declarations disagree."""
     source = path if isinstance(path, Source) else read_source(path, headers_only=True)
     source = source.ranks[0] if source.ranks else source
     if format is not None:
         form = _settled(by_name(format), source)
-        return Identification(form, (f"--format {format}",), (form,), {})
+        return Identification(form, (f"--format {form.name}",), (form,), {})
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")

@@ -21,7 +21,9 @@ from moeglot.loss import Loss
 from moeglot.merging import Change
 from moeglot.misreadings import right
 from moeglot.plan import Plan
+from moeglot.remote import Location
 from moeglot.survival import OTHERS, Survival, added
+from moeglot.targets import in_floats
 
 if TYPE_CHECKING:
     import torch
@@ -63,28 +65,30 @@ def by_layer(found: Survived) -> dict[int, dict[str, Survival]]:
     return {layer: sums(found, [place for place in found if not isinstance(place, str) and place[0] == layer]) for layer in layers}
 
 
-def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, how: str) -> None:
-    """Raises `LossRefused` if less than `threshold` of the change survives in some role."""
+def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, written: Location | None = None) -> None:
+    """Raises `LossRefused` if less than `threshold` of the change survives in some role. `written`: the folder that holds all of it, if not a sample."""
     lost = {role: survival for role, survival in found.items() if survival.change and survival.rec < threshold}
     if not lost or plan.change is None:
         return
     role, worst = min(lost.items(), key=lambda item: item[1].rec)
     steps = [step for step in plan.steps if role in step.line.roles or (role == OTHERS and not step.line.is_plain)]
     encodings = sorted({str(step.target) for step in steps}) or ["their float type"]
+    ways = "; ".join(_ways_out(plan, all(isinstance(step.target, Plain) for step in steps), plan.change.rounding.kind))
+    meant = "a lower --threshold, if that is meant"
     raise LossRefused(
         f"{worst.rec:.1%} of the adapter's change in {role} survives rounding to {' and '.join(encodings)}; {threshold:.0%} is the least that passes",
-        f"{how}; the change is {worst.rho:.2g} of the weights",
-        "; ".join(_ways_out(plan, all(isinstance(step.target, Plain) for step in steps), plan.change.rounding.kind)),
+        f"measured on {'all that was written' if written else 'a few of its experts'}; the change is {worst.rho:.2g} of the weights",
+        f"remove {written}, then {ways}; or keep it, and pass --resume with {meant}" if written else f"{ways}; or {meant}",
     )
 
 
 def _ways_out(plan: Plan, plain: bool, rounding: str) -> Iterator[str]:
     exact = all(source.fits_in(Plain("BF16")) for step in plan.steps for source in step.sources)
-    yield "pass --encode float32" if plain else f"pass --encode bf16{'' if exact else ' --allow-loss'}"
+    yield "pass --encode float32" if plain else f"pass --to {' or '.join(in_floats(plan.target))} --encode bf16{'' if exact else ' --allow-loss'}"
     if not plain and plan.target.coding and plan.target.coding.kept:
         yield "or --keep-touched bf16"
     yield "or --round " + ", ".join(kind for kind in ("stochastic", "delta", "gptq:FILE") if not kind.startswith(rounding))
-    yield "or serve the adapter apart; or a lower --threshold, if that is meant"
+    yield "or serve the adapter apart"
 
 
 # --- read again ----------------------------------------------------------------------------------------------------------------------

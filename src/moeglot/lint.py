@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from moeglot import ropes
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoint import Checkpoint, open
 from moeglot.coding import WEIGHT, method, said
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings.bnb4 import BNB4
@@ -37,8 +38,9 @@ class Finding:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def lint(checkpoint: Checkpoint, *, sample: bool = True) -> tuple[Finding, ...]:
+def lint(checkpoint: Checkpoint | str | Path, *, sample: bool = True) -> tuple[Finding, ...]:
     """Every finding, from headers and, with `sample`, from a few experts; of what several processes hold together, those of each, told once."""
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     if isinstance(checkpoint, Gathered):
         return tuple({(finding.about, finding.what): finding for rank in checkpoint.ranks for finding in lint(rank, sample=sample)}.values())
     checks: list[Callable[[Checkpoint], Iterator[Finding]]] = [_unquantized, _orphans, _mixed, _unaligned, _strides, _loaders]

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.certificate import Certificate
+from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Progress
 from moeglot.errors import UsageError
+from moeglot.format import Format
 from moeglot.plan import SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -16,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: str | Path,
+    path: Checkpoint | str | Path,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | int | None = None,
-    format: str | None = None,
+    format: str | Format | None = None,
     *,
     native: bool = False,
     encode: str | None = None,
@@ -31,7 +33,7 @@ def load(
 ) -> Any:
     """A stock transformers model that computes what the checkpoint says, from any format and encoding; evaluation mode.
 
-    `path`: a folder, a safetensors file or a Hub id. `dtype`: float32, bfloat16 or float16; without it, the one that config.json declares.
+    `path`: a folder, a safetensors file, a Hub id or a Checkpoint. `dtype`: float32, bfloat16 or float16; without it, the one that config.json declares.
     `device`: where the whole model goes, the CPU by default. `options` go to `from_pretrained`: `device_map`, `attn_implementation` and so on; a native
     model is divided as `device_map` and `max_memory` say, by the bytes that it holds.
     Experts are decoded one at a time, straight into the parameters, so that memory holds the model and little more.
@@ -58,7 +60,7 @@ def save(
     model: Any,
     out: str | Path,
     *,
-    to: str,
+    to: str | Format,
     encode: str | None = None,
     allow_loss: bool = False,
     shard_size: int = SHARD_SIZE,

@@ -9,6 +9,7 @@ from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress
 from moeglot.convert import carry_out
+from moeglot.format import Format
 from moeglot.kept import THRESHOLD
 from moeglot.plan import SHARD_SIZE, plan
 from moeglot.stream import Engine
@@ -22,12 +23,12 @@ def merge(
     adapter: Adapter | str | Path,
     out: str | Path,
     *,
-    to: str | None = None,
+    to: str | Format | None = None,
     encode: str | None = None,
     round: str = "nearest",
     keep_touched: str | None = None,
     convention: str | None = None,
-    format: str | None = None,
+    format: str | Format | None = None,
     threshold: float = THRESHOLD,
     allow_loss: bool = False,
     shard_size: int | str = SHARD_SIZE,

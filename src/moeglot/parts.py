@@ -25,13 +25,13 @@ class Part:
             raise _no_part(str(self), "; with --part auto RANK and WORLD_SIZE, or the numbers of a SLURM array, say which one this process is")
 
     @classmethod
-    def of(cls, text: str, environment: Mapping[str, str] = os.environ) -> Part:
+    def of(cls, text: object, environment: Mapping[str, str] = os.environ) -> Part:
         """`"2/8"`, or `"auto"` for what the launcher of this process says; raises `UsageError`."""
         if text == AUTO:
             return _launched(environment)
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        found = re.fullmatch(r"(\d+)/(\d+)", str(text))
         if not found:
-            raise _no_part(text)
+            raise _no_part(str(text))
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:

@@ -125,6 +125,9 @@ class Plan:
     settled: dict[tuple[str, int], Encoding] = field(default_factory=dict, compare=False, repr=False)
     """(key of a stored line, layer) -> its encoding, where that takes a look at all experts and one has been taken."""
 
+    def __repr__(self) -> str:
+        return f"Plan({self.source.source.name!r}, {self.source.format.name} to {self.target.name})"
+
     def merges(self, step: Step, expert: int) -> bool:
         """An adapter's change is added to this slice."""
         return self.change is not None and self.change.touches(step.line, step.layer, expert)
@@ -179,7 +182,7 @@ class Plan:
 
 def plan(
     source: Checkpoint | str | Path,
-    to: str | None = None,
+    to: str | Format | None = None,
     *,
     encode: str | None = None,
     adapter: Adapter | str | Path | None = None,
@@ -200,10 +203,10 @@ def plan(
     change = _change(source, adapter, round, share or source.share)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
-        raise UsageError(f"{to} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
+        raise UsageError(f"{target.name} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
-        raise UsageError(f"{source.format.name} cannot become {to}", reason, "have the library that reads both load the one and save the other")
+        raise UsageError(f"{source.format.name} cannot become {target.name}", reason, "have the library that reads both load the one and save the other")
     source = shared(source, target, share)
     target, kept = arranged(source, target), None
     if keep_touched and change:

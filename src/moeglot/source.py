@@ -14,7 +14,7 @@ from typing import Any, Literal
 from moeglot import hub
 from moeglot.coding import MODELOPT_FILE, told_beside
 from moeglot.errors import BrokenFile, CheckpointError
-from moeglot.foreign import PICKLES, check_root, refuse_file, refuse_none, refuse_two
+from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.share import Share
@@ -34,14 +34,14 @@ class Source:
 
     name: str
     folder: Location
-    shards: tuple[Location, ...]
+    shards: tuple[Location, ...] = field(repr=False)
     entries: Mapping[str, Entry] = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     metadata: tuple[Mapping[str, str], ...] = field(repr=False)
     single: bool = False
     torch_dist: Literal["", "stacked", "single"] = ""
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
-    ranks: tuple[Source, ...] = ()
+    ranks: tuple[Source, ...] = field(default=(), repr=False)
     """What each of its folders holds, if it has one for each process of several, and nothing itself."""
 
     @property
@@ -93,6 +93,7 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     if local.is_file():
         if local.suffix != ".safetensors":
             raise refuse_file(local)
+        check_adapter(str(path), local.parent, [local.name])
         return replace(_read(str(path), local.parent, (local,), headers_only), single=True)
     if isinstance(local, Remote) and not local.is_dir():
         raise CheckpointError(f"{path}: nothing is there", "the store has no such file or folder", "check the URL")
@@ -109,7 +110,9 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
         if beside := next((one.name for one in _listed(local) if one.suffix == ".safetensors"), None):
             raise refuse_two(str(path), beside)
         return _read_torch_dist(str(path), local)
-    if shards := tuple(_shards(local, _root(local))):
+    shards = tuple(_shards(local, _root(local)))
+    check_adapter(str(path), local, [shard.name for shard in shards])
+    if shards:
         return _read(str(path), local, shards, headers_only)
     check_root(str(path), local)
     if folders := _folders(local):

@@ -64,7 +64,9 @@ class Store:
             raise OutputExists(f"{self.folder} has files and no journal", "it may be somebody else's", "remove it yourself, or choose another OUT")
         if any(said["plan"] != plan.digest for said in told.values()):
             raise OutputExists(
-                f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
+                f"{self.folder} belongs to another conversion",
+                "its journal has another source, target, adapter, rounding or shard size",
+                "repeat the first command, or remove it",
             )
 
     def _read(self) -> dict[str, Loss]:

@@ -218,8 +218,19 @@ def widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
     raise Contradiction(f"{line.key}: its roles come as {names}", "one tensor has one dtype, and neither holds the other", "pass --encode float32")
 
 
+def in_floats(target: Format) -> list[str]:
+    """The layouts with matrices in floats that stand for a quantized format: its own, or those that most software reads, or all."""
+    forms = [form for form in of_family(target.family) if form.is_plain and not form.asked and form.alone == target.alone]
+    own = [form for form in forms if form.name == target.name.partition("+")[0]]
+    return [form.name for form in own or [form for form in forms if "transformers" in form.reads] or forms]
+
+
+def _codes(form: Format, wanted: Encoding) -> bool:
+    return any(line.encoding.name == wanted.name for line in form.stored)
+
+
 def cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
-    able = [form.name for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
+    able = in_floats(target) if isinstance(wanted, Plain) else [form.name for form in of_family(target.family) if _codes(form, wanted)]
     do = f"pass --to {' or '.join(able)}" if able else f"leave --encode out; no format of {target.family.name} that we know holds {wanted.name}"
     return UsageError(
         f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do

@@ -59,7 +59,9 @@ def _side(subject: Checkpoint, against: Checkpoint | str | Path | Side | None) -
         return live(subject)
     if isinstance(against, (str, Path)) and Path(against).suffix == ".json":
         return Fingerprint.load(against)
-    return open(against) if isinstance(against, (str, Path)) else against
+    if against is None or isinstance(against, (Checkpoint, Fingerprint, Side)):
+        return against
+    return open(against)
 
 
 def side_name(other: Checkpoint | Side) -> str:

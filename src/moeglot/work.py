@@ -139,7 +139,9 @@ class Work:
             raise foreign("its journal is not one of ours") from error
         if said != plan.digest:
             raise OutputExists(
-                f"{self.folder} belongs to another conversion", "its journal has another source, target or shard size", "repeat the first command, or remove it"
+                f"{self.folder} belongs to another conversion",
+                "its journal has another source, target, adapter, rounding or shard size",
+                "repeat the first command, or remove it",
             )
 
     def _refuse_output(self) -> None:

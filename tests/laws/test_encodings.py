@@ -124,6 +124,15 @@ def test_row_blocks_are_the_whole(encoding):
     assert torch.equal(torch.cat(pieces), encoded.decode(torch.float32))
 
 
+@pytest.mark.parametrize("asked", [torch.int8, torch.float8_e4m3fn, "int8", "float"])
+def test_values_come_in_a_float_type_or_not_at_all(asked):
+    """int8 of small numbers would be zeros."""
+    encoded = make_parts(MXFP4(), (128, 128), 3)
+    assert torch.equal(encoded.decode("bfloat16"), encoded.decode(torch.bfloat16))
+    with pytest.raises(UsageError):
+        encoded.decode(asked)
+
+
 @EACH
 def test_experts_are_encoded_one_by_one(encoding):
     values = torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(2)) * torch.tensor([1.0, 30.0, 0.01])[:, None, None]

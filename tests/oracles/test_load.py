@@ -247,7 +247,7 @@ def test_the_bundled_model(tmp_path):
             found = model(input_ids=torch.tensor([golden["tokens"]])).logits[0, -1]
         assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
     assert getattr(model.config, "quantization_config", None) is None
-    assert moeglot.load(BUNDLED).dtype == torch.bfloat16  # config.json says so
+    assert moeglot.load(moeglot.open(BUNDLED)).dtype == torch.bfloat16  # config.json says so
 
 
 # --- what its own loader makes of the same folders -------------------------------------------------------------------------------------

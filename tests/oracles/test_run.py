@@ -50,6 +50,27 @@ def test_the_likeliest_words_and_drawn_ones(expected):
     assert said(str(BUNDLED), "--temperature", "1.5", "--seed", "4") != drawn
 
 
+@pytest.mark.parametrize(
+    ("verb", "model_type"), [("run", "mixtral"), ("run", "switch_transformers"), ("run", "olmoe"), ("tune", "olmoe"), ("moments", "olmoe")]
+)
+def test_a_folder_without_a_tokenizer(verb: str, model_type: str, tmp_path: Path):
+    """For some models transformers makes an empty tokenizer of config.json alone, and every line of a text would be one end-of-text token."""
+    (folder := tmp_path / "model").mkdir()
+    shutil.copy(BUNDLED / "model.safetensors", folder)
+    (folder / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    (text := tmp_path / "text.txt").write_text("In the beginning was the Word\n" * 100)
+    asked = {
+        "run": ["--prompt", PROMPT],
+        "tune": ["--data", str(text), "--out", str(tmp_path / "out")],
+        "moments": [str(text), "-o", str(tmp_path / "m.safetensors")],
+    }
+    found = CliRunner().invoke(app, [verb, str(folder), *asked[verb]])
+    assert isinstance(found.exception, moeglot.UsageError), (found.output, found.exception)
+    assert "no tokenizer is here" in found.exception.wrong
+    assert not found.exception.known.endswith(":")
+    assert model_type == "mixtral" or "knows no word" in found.exception.known
+
+
 def test_a_chat_template(expected, tmp_path: Path):
     """The answer alone is printed; a model without a template is refused before its weights are read."""
     refused("no chat template", "--chat")

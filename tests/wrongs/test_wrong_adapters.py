@@ -291,6 +291,14 @@ def test_factors_that_are_not_finite(tmp_path):
         adapter.factors(0, "gate", 0)
 
 
+@pytest.mark.parametrize("key", [(9, "gate", 0), (0, "gaet", 0), (0, "gate", 99), (0, "gate", -1)])
+def test_factors_of_what_the_base_does_not_have(key, tmp_path):
+    """They are refused, and not told as no change."""
+    path, _, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
+    with pytest.raises(moeglot.UsageError, match="no such matrix"):
+        moeglot.open_adapter(path, base, "peft").factors(*key)
+
+
 def test_several_adapters_in_a_folder(tmp_path):
     path, made, base = make(tmp_path, "tinker", "qwen3-moe", "neither")
     Adapter(made.tensors, made.config).save(path / "second")

@@ -68,8 +68,11 @@ def formats() -> tuple[Format, ...]:
     return (*PLAIN, *(variant for form in PLAIN for variant in variants(form)))
 
 
-def by_name(name: str) -> Format:
-    """`"gpt-oss/openai"` -> its Format; raises `UsageError` with the names that are known."""
+def by_name(name: str | Format) -> Format:
+    """`"gpt-oss/openai"`, or the Format of that name -> the Format, with what a file settles open; raises `UsageError` with the names that are known."""
+    name = name.name if isinstance(name, Format) else name
+    if not isinstance(name, str):
+        raise UsageError(f"{name!r} is not a format", "a format is named by text", "`moeglot formats` says what each one is")
     for form in PLAIN:
         if form.name == name:
             return form

@@ -49,10 +49,10 @@ class Native:
 
 
 def load(
-    path: str | Path,
+    path: Checkpoint | str | Path,
     dtype: str | torch.dtype | None,
     device: str | torch.device | int | None,
-    format: str | None,
+    format: str | Format | None,
     options: Mapping[str, Any],
     native: Native | None = None,
     share: Rank | None = None,
@@ -64,7 +64,7 @@ def load(
         )
     for place in (device, *_devices(options.get("device_map"))):
         _check_device(place)
-    checkpoint = open(path, format)
+    checkpoint = path if isinstance(path, Checkpoint) else open(path, format)
     mine = share.of(checkpoint.sizes["e"]) if share else None
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)

@@ -66,7 +66,9 @@ def hold(name: str, tensor: torch.Tensor) -> HeldEntry:
     return found
 
 
-def save(model: Any, out: Path, to: str, encode: str | None, allow_loss: bool, shard_size: int, workers: int | None, progress: Progress | None) -> Certificate:
+def save(
+    model: Any, out: Path, to: str | Format, encode: str | None, allow_loss: bool, shard_size: int, workers: int | None, progress: Progress | None
+) -> Certificate:
     """See `moeglot.save`."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_of(model, Path(folder))
