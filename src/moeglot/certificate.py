@@ -45,6 +45,7 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
     """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`, or `BadNumbers`
     for what was broken before. `losses`: by unit."""
     report = _verify(plan, folder, losses, threads, progress)
+    plan.check_unchanged()
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
         raise NotVerified(
@@ -53,6 +54,7 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
             "report this as a bug; the folder keeps its temporary name",
         )
     document = _document(plan, folder, losses, report, threads)
+    plan.check_unchanged()  # what was hashed is what was read
     write_json(folder / CERTIFICATE, document)
     return Certificate(folder, document, report, by_verb(plan, losses), survived(plan, losses))
 

@@ -180,6 +180,7 @@ def _count(workers: int | None) -> int:
 def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:
     """Before a byte is written: refuse what is expected to be lost; returns how many threads are to work."""
     keep_heap_small()
+    plan.check_unchanged()
     count = _count(workers)
     if not allow_loss or plan.change:
         expected = estimate(plan)

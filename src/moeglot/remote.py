@@ -70,6 +70,10 @@ class Remote:
     def parent(self) -> Remote:
         return Remote(self.url.rstrip("/").rpartition("/")[0])
 
+    def refresh(self) -> None:
+        """Ask the store itself again, where its library would answer from what it has listed."""
+        self._store[0].invalidate_cache()
+
     def stat(self) -> Stat:
         fs, path = self._store
         with _refusals(self.url):

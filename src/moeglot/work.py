@@ -21,10 +21,10 @@ from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import allocate, no_space
 from moeglot.errors import OutputExists, UsageError
 from moeglot.loss import Loss
+from moeglot.mapped import forget_mappings
 from moeglot.parts import Part
 from moeglot.plan import Plan, Unit
 from moeglot.remote import local_only
-from moeglot.shards import forget_mappings
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
 
