@@ -109,15 +109,15 @@ def test_transforms_of_activations_are_in_no_weight(location, tmp_path):
             moeglot.open(source)
 
 
-@pytest.mark.parametrize("gone", [1, 2, 3])
-def test_a_shard_that_is_missing_without_an_index(gone, tmp_path):
+@pytest.mark.parametrize(("first", "gone"), [(1, 1), (1, 2), (1, 3), (0, 1), (0, 2)])
+def test_a_shard_that_is_missing_without_an_index(first, gone, tmp_path):
     source = folder(tmp_path)
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     last = {name: tensors.pop(name) for name in ("lm_head.weight", "model.norm.weight")}
     names = list(tensors)
     parts = [{name: tensors[name] for name in names[:5]}, {name: tensors[name] for name in names[5:]}, last]
-    for n, part in enumerate(parts, 1):
+    for n, part in enumerate(parts, first):
         save_file(part, source / f"model-{n:05}-of-00003.safetensors", {"format": "pt"})
     assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
     (source / f"model-{gone:05}-of-00003.safetensors").unlink()
@@ -318,6 +318,9 @@ CHANGES = {
     "chat_template.jinja is missing": lambda folder: (folder / "chat_template.jinja").unlink(),
     "additional_chat_templates/rag.jinja is missing": lambda folder: (folder / "additional_chat_templates" / "rag.jinja").unlink(),
     "not\\udcff.txt is missing": lambda folder: (folder / os.fsdecode(b"not\xff.txt")).unlink(),
+    "generation_config.json is not in moeglot.json": lambda folder: (folder / "generation_config.json").write_text("{}"),
+    "tokenizer_config.json is not in moeglot.json": lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
+    "modeling_ours.py is not in moeglot.json": lambda folder: (folder / "modeling_ours.py").write_text(""),
     "-of-00013.safetensors is missing, model.safetensors.index.json is not as": without_a_shard,
 }
 

@@ -194,9 +194,8 @@ def _check_numbers(names: Sequence[str]) -> None:
         if found := NUMBERED.fullmatch(name):
             there.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
     for (stem, count), numbers in there.items():
-        if 0 in numbers:
-            continue  # whoever counts from 0 may mean the last number by the second
-        if missing := sorted(set(range(1, min(count, MOST) + 1)) - numbers):
+        first = 0 if 0 in numbers else 1  # whoever counts from 0 may mean the last number by the second; those before it are there either way
+        if missing := sorted(set(range(first, min(count, MOST) + first)) - numbers):
             wrong = f"{stem}: {len(missing)} of {count} files are missing, first number {missing[0]}"
             raise BrokenFile(wrong, f"the names say how many there are, and there is no {INDEX}", "fetch the missing files, or the index")
 
