@@ -344,6 +344,24 @@ def test_a_model_card_may_be_edited_after_a_conversion(certified, tmp_path):
     assert "README.md is not as moeglot.json certifies it, which no program reads" in check.detail
 
 
+def test_a_tokenizer_may_be_saved_beside_a_model_that_was_certified_without_one(tmp_path):
+    """As whoever calls `moeglot.save` does; it is told."""
+    moeglot.convert(folder(tmp_path), "qwen3-moe/hub", tmp_path / "out")
+    (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
+    check = moeglot.verify(tmp_path / "out").checks[-1]
+    assert (check.what, check.verdict) == ("as certified", "holds")
+    assert "; tokenizer_config.json is not in moeglot.json" in check.detail
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_certificate_of_a_file_that_no_folder_can_hold(name, certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    told = json.loads((out / "moeglot.json").read_text())
+    told["output"]["sha256"][name] = "0"
+    (out / "moeglot.json").write_text(json.dumps(told))
+    assert (moeglot.verify(out).checks[-1].verdict, moeglot.verify(out).verdict) == ("does not hold", "does not hold")
+
+
 def test_a_certificate_is_no_fingerprint(certified):
     with pytest.raises(UsageError, match="a certificate, not a fingerprint") as found:
         moeglot.verify(certified, certified / "moeglot.json")

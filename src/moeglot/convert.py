@@ -16,7 +16,7 @@ from moeglot.certificate import Certificate, certify, read_certificate, write_js
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress, keep_heap_small
 from moeglot.direct import no_space
-from moeglot.errors import LossRefused, Unfinished, UsageError
+from moeglot.errors import LossRefused, NotVerified, Unfinished, UsageError
 from moeglot.identify import written_marks
 from moeglot.kept import THRESHOLD, refuse_lost
 from moeglot.loss import Loss
@@ -116,7 +116,7 @@ def carry_out(
             return read_certificate(work.out)
         with _full_disk_told(plan, work):
             losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
-            return _finalize(plan, work, losses, count, progress, threshold)
+            return _finalize(plan, work, losses, count, progress, threshold, resumed=bool(done))
 
 
 def write_part(
@@ -150,7 +150,7 @@ def _of_all_parts(plan: Plan, work: Work, progress: Progress) -> Progress:
     def tell(what: str, done: int, of: int) -> None:
         nonlocal again
         if time.monotonic() >= again or done == of:
-            progress(what, sum(nbytes[key] for key in work.named()), total)
+            progress(what, sum(nbytes.get(key, 0) for key in work.named()), total)
             again = time.monotonic() + EVERY
 
     return tell
@@ -168,7 +168,7 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
             return read_certificate(work.out)
         _refuse_unfinished(plan, work, done)
         with _full_disk_told(plan, work):
-            return _finalize(plan, work, done, count, progress, threshold)
+            return _finalize(plan, work, done, count, progress, threshold, resumed=True)
 
 
 def _count(workers: int | None) -> int:
@@ -190,11 +190,19 @@ def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) 
     return count
 
 
-def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
+def _finalize(
+    plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float, *, resumed: bool
+) -> Certificate:
     losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
     refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, f"measured on all that was written to {work.files}, which --resume finishes")
     _write_rest(plan, work.files)
-    certificate = certify(plan, work.files, losses, count, progress)
+    try:
+        certificate = certify(plan, work.files, losses, count, progress)
+    except NotVerified as error:
+        if not resumed:
+            raise
+        do = f"an earlier run wrote a part of it: if its machine stopped, remove {work.folder} and begin again; else report this as a bug"
+        raise NotVerified(error.wrong, error.known, do) from error
     work.finish()
     return replace(certificate, out=work.out)
 

@@ -102,6 +102,13 @@ class Remote:
             names = [PurePosixPath(str(found)).name for found in fs.ls(path, detail=False)]
         return (self / name for name in sorted(set(names)))
 
+    def files(self) -> list[Remote]:
+        """All that is below it, as deep as it lies; nothing where nothing is there."""
+        fs, path = self._store
+        with _refusals(self.url):
+            self.refresh()
+            return [self / found.removeprefix(path.rstrip("/") + "/") for found in sorted(fs.find(path))]
+
     def range(self, start: int, count: int) -> bytearray:
         """`count` bytes from `start`: one request, and no more bytes than these."""
         fs, path = self._store
