@@ -51,7 +51,7 @@ def cut(file: Path) -> None:
     os.truncate(file, 5000)
 
 
-@pytest.mark.parametrize("change", [replace, cut])
+@pytest.mark.parametrize("change", [replace, cut, Path.unlink])
 @pytest.mark.parametrize(
     "use",
     [

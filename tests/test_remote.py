@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -295,11 +299,34 @@ def test_the_command_line_takes_the_url_as_it_is(source: Path) -> None:
         ("memory://nothing/here", CheckpointError, "nothing is there"),
         ("nonsense://x/y", UsageError, "no store that could be opened"),
         ("memory://models", CheckpointError, "no safetensors file is here"),
+        ("blockcache::memory://models/gpt-oss", UsageError, "a cache of blocks may be wrong"),
+        ("simplecache::cached::memory://models/gpt-oss", UsageError, "a cache of blocks may be wrong"),
     ],
 )
 def test_what_is_not_there(url: str, error: type[Exception], match: str, store: str) -> None:
     with pytest.raises(error, match=match):
         moeglot.open(url)
+
+
+@pytest.mark.parametrize(("path", "match"), [("", "no folders that could be listed"), ("/model-00001-of-00002.safetensors", "gives no ranges")])
+def test_a_server_of_plain_http(path: str, match: str, source: Path) -> None:
+    """Python's own lists no folder as a store does, and sends whole files."""
+    pytest.importorskip("aiohttp")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(source.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, 0.01)
+        with pytest.raises(CheckpointError, match=match):
+            moeglot.open(f"http://127.0.0.1:{server.server_address[1]}/{source.name}{path}")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("header", [{"a\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}, {"__metadata__": {"a": "\udfff"}}])
+def test_half_a_character_in_a_header(header: dict[str, Any], store: str) -> None:
+    """On a disk, the library refuses it."""
+    text = json.dumps(header).encode()
+    fsspec.filesystem("memory").pipe_file("/models/half/model.safetensors", len(text).to_bytes(8, "little") + text)
+    with pytest.raises(BrokenFile, match="the header is no JSON object"):
+        moeglot.open("memory://models/half")
 
 
 def test_a_store_of_pickles(store: str) -> None:
@@ -336,7 +363,7 @@ def test_a_source_that_changed_in_its_store_is_another(store: str, source: Path,
 
 def test_what_is_a_url() -> None:
     assert isinstance(location("s3://bucket/key"), Remote)
-    assert isinstance(location("blockcache::s3://bucket/key"), Remote)
+    assert isinstance(location("simplecache::s3://bucket/key"), Remote)
     assert location("file:///data/x") == Path("/data/x")
     assert location("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
     assert location("/data/a:/b") == Path("/data/a:/b")

@@ -94,6 +94,7 @@ def carry_out(
     `device` as in `convert`. `engine`: what runs the units, by default threads.
     """
     place = location(out)
+    _refuse_inside(plan, place)
     if engine and isinstance(place, Remote):
         raise UsageError(
             f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
@@ -136,6 +137,7 @@ def write_part(
     """
     part = part if isinstance(part, Part) else Part.of(part)
     work = Work(out)
+    _refuse_inside(plan, work.out)
     count = _begin(plan, allow_loss, workers, threshold)
     with work.part_session(plan, part) as done, _full_disk_told(plan, work):
         stream(plan, work, done, part.units(plan), threads(count), allow_loss, progress and _of_all_parts(plan, work, progress))
@@ -169,6 +171,14 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
         _refuse_unfinished(plan, work, done)
         with _full_disk_told(plan, work):
             return _finalize(plan, work, done, count, progress, threshold, resumed=True)
+
+
+def _refuse_inside(plan: Plan, out: Location) -> None:
+    """A folder beside those of the ranks would be taken for that of one more."""
+    source = plan.source.source
+    inside, folder = (place.resolve() if isinstance(place, Path) else place for place in (out.parent, source.folder))
+    if source.ranks and inside == folder:
+        raise UsageError(f"OUT {out} lies in the source", f"each folder in {source.name} is what one process holds", "choose an OUT elsewhere")
 
 
 def _count(workers: int | None) -> int:

@@ -23,7 +23,10 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, path: Location) -> State:
-        now = path.stat()
+        try:
+            now = path.stat()
+        except FileNotFoundError:
+            return GONE
         return cls(now.st_size, now.st_mtime_ns, getattr(now, "st_ino", 0))
 
     def __reduce__(self) -> tuple[type[State], tuple[int, int, int]]:
@@ -32,8 +35,11 @@ class State(NamedTuple):
     def check(self, path: Location, now: State) -> None:
         """Raises `BrokenFile` where the file is another by now."""
         if now[:2] != self[:2] or (self.inode and now.inode != self.inode):
-            known = f"it had {self.size} bytes then and has {now.size}; somebody has written it meanwhile"
+            known = "it is gone" if now == GONE else f"it had {self.size} bytes then and has {now.size}; somebody has written it meanwhile"
             raise BrokenFile(f"{path.name}: not the file any more whose header was read", known, "start again, once nobody writes to its folder")
+
+
+GONE = State(-1, 0, 0)
 
 
 def check_unchanged(files: Iterable[tuple[Location, State]]) -> None:

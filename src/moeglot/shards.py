@@ -116,6 +116,8 @@ def read_header(path: Location, *, ask_library: bool = True) -> tuple[dict[str, 
         raw = file.read(length)
     try:
         header = parse(raw.decode("utf-8"))
+        if b"\\u" in raw:  # half a pair of surrogates is no text, and in no file that we could write
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _refuse(path, "the header is no JSON object", str(error).split("\n")[0]) from error
     if not isinstance(header, dict):

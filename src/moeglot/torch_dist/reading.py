@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile
-from moeglot.mapped import State
+from moeglot.mapped import GONE, State
 from moeglot.remote import Location
 from moeglot.shards import Entry
 from moeglot.torch_dist.blobs import find_numbers
@@ -156,7 +156,7 @@ def _described(key: str, described: Record, stored: Mapping[tuple[str, Shape], t
             raise _refuse(key, f"the chunk at {offsets} is in no file", f"{METADATA} has {len(stored)} places")
         path, at, length = stored[key, offsets]
         if path not in states:
-            states[path] = State.of(path) if path.is_file() else State(-1, 0, 0)
+            states[path] = State.of(path) if path.is_file() else GONE
         if states[path].size < at + length:
             raise _refuse(path.name, "missing or too short", f"{key} has {length} bytes at {at} in it")
         if length < prod(sizes) * DTYPES[dtype].size:
