@@ -23,6 +23,7 @@ LAYERS = (
     {"codings"},
     {"formats", "conventions"},
     {"factors"},
+    {"mapped"},
     {"shards", "config", "hub"},
     {"direct", "views", "digests"},
     {"torch_dist"},

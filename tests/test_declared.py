@@ -109,15 +109,15 @@ def test_transforms_of_activations_are_in_no_weight(location, tmp_path):
             moeglot.open(source)
 
 
-@pytest.mark.parametrize("gone", [1, 2, 3])
-def test_a_shard_that_is_missing_without_an_index(gone, tmp_path):
+@pytest.mark.parametrize(("first", "gone"), [(1, 1), (1, 2), (1, 3), (0, 1), (0, 2)])
+def test_a_shard_that_is_missing_without_an_index(first, gone, tmp_path):
     source = folder(tmp_path)
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     last = {name: tensors.pop(name) for name in ("lm_head.weight", "model.norm.weight")}
     names = list(tensors)
     parts = [{name: tensors[name] for name in names[:5]}, {name: tensors[name] for name in names[5:]}, last]
-    for n, part in enumerate(parts, 1):
+    for n, part in enumerate(parts, first):
         save_file(part, source / f"model-{n:05}-of-00003.safetensors", {"format": "pt"})
     assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
     (source / f"model-{gone:05}-of-00003.safetensors").unlink()
@@ -325,6 +325,9 @@ CHANGES = {
     "chat_template.jinja is missing": lambda folder: (folder / "chat_template.jinja").unlink(),
     "additional_chat_templates/rag.jinja is missing": lambda folder: (folder / "additional_chat_templates" / "rag.jinja").unlink(),
     "not\\udcff.txt is missing": lambda folder: (folder / os.fsdecode(b"not\xff.txt")).unlink(),
+    "generation_config.json is not in moeglot.json": lambda folder: (folder / "generation_config.json").write_text("{}"),
+    "tokenizer_config.json is not in moeglot.json": lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
+    "modeling_ours.py is not in moeglot.json": lambda folder: (folder / "modeling_ours.py").write_text(""),
     "-of-00013.safetensors is missing, model.safetensors.index.json is not as": without_a_shard,
 }
 
@@ -346,6 +349,24 @@ def test_a_model_card_may_be_edited_after_a_conversion(certified, tmp_path):
     check = moeglot.verify(out).checks[-1]
     assert (check.what, check.verdict) == ("as certified", "holds")
     assert "README.md is not as moeglot.json certifies it, which no program reads" in check.detail
+
+
+def test_a_tokenizer_may_be_saved_beside_a_model_that_was_certified_without_one(tmp_path):
+    """As whoever calls `moeglot.save` does; it is told."""
+    moeglot.convert(folder(tmp_path), "qwen3-moe/hub", tmp_path / "out")
+    (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
+    check = moeglot.verify(tmp_path / "out").checks[-1]
+    assert (check.what, check.verdict) == ("as certified", "holds")
+    assert "; tokenizer_config.json is not in moeglot.json" in check.detail
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_certificate_of_a_file_that_no_folder_can_hold(name, certified, tmp_path):
+    out = Path(shutil.copytree(certified, tmp_path / "out"))
+    told = json.loads((out / "moeglot.json").read_text())
+    told["output"]["sha256"][name] = "0"
+    (out / "moeglot.json").write_text(json.dumps(told))
+    assert (moeglot.verify(out).checks[-1].verdict, moeglot.verify(out).verdict) == ("does not hold", "does not hold")
 
 
 def test_a_certificate_is_no_fingerprint(certified):

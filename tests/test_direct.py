@@ -11,7 +11,8 @@ import torch
 from moeglot import scratch
 from moeglot.dense import HubTensor
 from moeglot.direct import LARGE, PIECE, Output
-from moeglot.shards import Entry, let_go
+from moeglot.mapped import let_go
+from moeglot.shards import Entry
 
 PAGE = 4096
 

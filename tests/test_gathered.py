@@ -76,6 +76,25 @@ def same(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def test_ranks_of_which_one_has_no_certificate(ranks: Path) -> None:
+    """Nothing says what its files were; and what is said of the others stays so."""
+    (ranks / "rank1" / "moeglot.json").unlink()
+    found = moeglot.verify(ranks)
+    assert (found.verdict, found.checks[-1].what) == ("cannot tell", "as certified")
+    assert "rank1 has no moeglot.json" in found.checks[-1].detail
+    (ranks / "rank0" / "generation_config.json").write_text("{}")
+    assert moeglot.verify(ranks).verdict == "does not hold"
+
+
+def test_an_output_among_the_ranks(ranks: Path) -> None:
+    """It would be one more of them."""
+    plan = moeglot.plan(ranks, "qwen3-moe/hub")
+    for make in (lambda out: moeglot.convert(ranks, "qwen3-moe/hub", out), lambda out: moeglot.write_part(plan, out, "1/2")):
+        with pytest.raises(UsageError, match="lies in the source"):
+            make(ranks / "rank0" / ".." / "out")
+    assert sorted(path.name for path in ranks.iterdir()) == ["rank0", "rank1"]
+
+
 def test_another_division_straight_from_this_one(source: Path, ranks: Path, tmp_path: Path) -> None:
     place = {"pp_rank": 1, "pp_size": 2, "ep_rank": 3, "ep_size": 4, "tp_size": 1}
     pickle.loads(pickle.dumps(moeglot.plan(ranks, "qwen3-moe/megatron-te", **place)))  # as tasks of a cluster get it

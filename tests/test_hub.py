@@ -245,3 +245,9 @@ def test_inspect_fetches_headers_alone(hub: Hub, tmp_path: Path) -> None:
     assert json.loads(there.stdout) | {"path": ""} == json.loads(here.stdout) | {"path": ""}
     assert not list(tmp_path.rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 20_000
+
+
+def test_a_revision_is_fetched_by_whoever_wants_it() -> None:
+    with pytest.raises(moeglot.UsageError, match="no revision is taken") as found:
+        moeglot.open("owner/model@v1.0")
+    assert "hf download owner/model --revision v1.0" in str(found.value)

@@ -295,3 +295,12 @@ def test_a_merge_in_parts(source: Path, tmp_path: Path) -> None:
     moeglot.finalize(plan, out)
     assert tree(out) == tree(tmp_path / "local")
     shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(("file", "text"), [("parts", "garbage"), ("journal-1-of-2", '{"unit": 1}\n'), ("journal-1-of-2", "[]\n")])
+def test_a_damaged_journal_of_a_part(file: str, text: str, plan: moeglot.Plan, tmp_path: Path) -> None:
+    moeglot.write_part(plan, tmp_path / "out", "1/2")
+    (tmp_path / "out.partial" / file).write_text(text)
+    for go_on in (lambda: moeglot.write_part(plan, tmp_path / "out", "2/2"), lambda: moeglot.finalize(plan, tmp_path / "out")):
+        with pytest.raises(OutputExists, match="this journal is damaged"):
+            go_on()

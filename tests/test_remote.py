@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from counting import READ, total, upload
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import BrokenFile, CheckpointError, OutputExists, PickleRefused, UsageError
+from moeglot.errors import BrokenFile, CheckpointError, OutputError, OutputExists, PickleRefused, UsageError
 from moeglot.remote import Remote, local_only, location
 from moeglot.source import read_source
 from moeglot.store import Store, shards_of
@@ -156,6 +161,52 @@ def test_an_output_in_a_store_is_that_on_a_disk(size: int, source: Path, out: st
     assert moeglot.compare(out, source).verdict == "holds"
 
 
+def below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_folder_of_templates_goes_to_a_store(source: Path, out: str, tmp_path: Path) -> None:
+    """What lies deeper is moved as well; and nothing is removed that was not."""
+    with_templates = Path(shutil.copytree(source, tmp_path / "source"))
+    (with_templates / "additional_chat_templates").mkdir()
+    (with_templates / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    moeglot.convert(with_templates, TO, tmp_path / "disk")
+    moeglot.convert(with_templates, TO, out)
+    fs = fsspec.filesystem("memory")
+    assert {path.removeprefix("/made/out/"): fs.cat_file(path) for path in fs.find("/made")} == below(tmp_path / "disk")
+
+
+def test_what_could_not_be_moved_is_not_removed(source: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Remote, "move", lambda *_: None)
+        with pytest.raises(OutputError, match="was not moved to"):
+            moeglot.convert(source, TO, out)
+    moeglot.convert(source, TO, out, resume=True)
+    assert stored("/made") == stored("/made/out")
+
+
+def test_an_empty_work_folder_beside_the_output_of_another_model(source: Path, out: str, tmp_path: Path) -> None:
+    """It is not said to be the output of this one; of the model that it was made of, it is."""
+    other = write_checkpoint(tmp_path / "other", "gpt-oss/openai", {"e": 8}, layers=2, seed=1)
+    moeglot.convert(other, TO, out)
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/made/out.partial/nothing", b"")
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        moeglot.convert(source, TO, out, resume=True)
+    assert moeglot.convert(other, TO, out, resume=True).report.verdict == "holds"
+    assert stored("/made") == stored("/made/out")
+
+
+@pytest.mark.parametrize("text", ['{"pl', "[]", '{"plan": "x"}', '{"plan": "PLAN", "units": {"x": [0]}}'])
+def test_a_damaged_journal_in_a_store(text: str, source: Path, out: str) -> None:
+    begun(source, out, 60)
+    fs = fsspec.filesystem("memory")
+    digest = moeglot.plan(source, TO, shard_size=SMALL).digest
+    fs.pipe_file(fs.find("/made/out.partial/journal")[0], text.replace("PLAN", digest).encode())
+    with pytest.raises(OutputExists, match="this journal is damaged"):
+        moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+
+
 @pytest.mark.parametrize("after", [1, 9, 30, 60])
 def test_an_upload_that_died_goes_on(after: int, source: Path, out: str, tmp_path: Path) -> None:
     """Shards that are there are neither made nor sent again."""
@@ -178,15 +229,26 @@ def test_an_upload_that_died_goes_on(after: int, source: Path, out: str, tmp_pat
     assert stored("/made") == stored("/made/out")
 
 
-def test_an_upload_that_died_while_it_got_its_name(source: Path, out: str, tmp_path: Path) -> None:
-    moeglot.convert(source, TO, out, shard_size=SMALL)
-    whole, fs = stored("/made/out"), fsspec.filesystem("memory")
-    for name in sorted(whole)[-2:]:  # the last shard, and the certificate
-        fs.mv(f"/made/out/{name}", f"/made/out.partial/checkpoint/{name}")
-    assert fs.exists("/made/out.partial/checkpoint/moeglot.json")
+@pytest.mark.parametrize("at", ["tokenizer.json", "moeglot.json", "the journal"])
+def test_an_upload_that_died_while_it_got_its_name(at: str, source: Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its last file, before its certificate, or before what is left was removed."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=SMALL)
+    move = Remote.move
+
+    def dying(path: Remote, *to: Remote) -> None:
+        if path.name == at or not to:
+            raise RuntimeError("died")
+        move(path, *to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Remote, "move", dying)
+        patched.setattr(Remote, "remove", dying)
+        with pytest.raises(RuntimeError, match="died"):
+            moeglot.convert(source, TO, out, shard_size=SMALL)
+    assert stored("/made/out.partial")
     moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
-    assert stored("/made/out") == whole
-    assert stored("/made") == whole
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out")
 
 
 def test_wrong_bytes_in_a_store_do_not_hold(source: Path, out: str) -> None:
@@ -237,11 +299,34 @@ def test_the_command_line_takes_the_url_as_it_is(source: Path) -> None:
         ("memory://nothing/here", CheckpointError, "nothing is there"),
         ("nonsense://x/y", UsageError, "no store that could be opened"),
         ("memory://models", CheckpointError, "no safetensors file is here"),
+        ("blockcache::memory://models/gpt-oss", UsageError, "a cache of blocks may be wrong"),
+        ("simplecache::cached::memory://models/gpt-oss", UsageError, "a cache of blocks may be wrong"),
     ],
 )
 def test_what_is_not_there(url: str, error: type[Exception], match: str, store: str) -> None:
     with pytest.raises(error, match=match):
         moeglot.open(url)
+
+
+@pytest.mark.parametrize(("path", "match"), [("", "no folders that could be listed"), ("/model-00001-of-00002.safetensors", "gives no ranges")])
+def test_a_server_of_plain_http(path: str, match: str, source: Path) -> None:
+    """Python's own lists no folder as a store does, and sends whole files."""
+    pytest.importorskip("aiohttp")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(source.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, 0.01)
+        with pytest.raises(CheckpointError, match=match):
+            moeglot.open(f"http://127.0.0.1:{server.server_address[1]}/{source.name}{path}")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("header", [{"a\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}, {"__metadata__": {"a": "\udfff"}}])
+def test_half_a_character_in_a_header(header: dict[str, Any], store: str) -> None:
+    """On a disk, the library refuses it."""
+    text = json.dumps(header).encode()
+    fsspec.filesystem("memory").pipe_file("/models/half/model.safetensors", len(text).to_bytes(8, "little") + text)
+    with pytest.raises(BrokenFile, match="the header is no JSON object"):
+        moeglot.open("memory://models/half")
 
 
 def test_a_store_of_pickles(store: str) -> None:
@@ -278,7 +363,7 @@ def test_a_source_that_changed_in_its_store_is_another(store: str, source: Path,
 
 def test_what_is_a_url() -> None:
     assert isinstance(location("s3://bucket/key"), Remote)
-    assert isinstance(location("blockcache::s3://bucket/key"), Remote)
+    assert isinstance(location("simplecache::s3://bucket/key"), Remote)
     assert location("file:///data/x") == Path("/data/x")
     assert location("openai/gpt-oss-20b") == Path("openai/gpt-oss-20b")
     assert location("/data/a:/b") == Path("/data/a:/b")

@@ -286,6 +286,64 @@ def test_an_output_that_the_journal_does_not_certify_is_somebodys(small: Path, h
     assert (partial(out) / "journal").read_bytes() == journal
 
 
+def test_an_empty_work_folder_beside_the_output_of_another_model(small: Path, calm: Undisturbed, tmp_path: Path) -> None:
+    """It is not said to be the output of this one; nor is what was merged. Of the model that it was made of, it is."""
+    other = write_checkpoint(tmp_path / "source", "gpt-oss/openai", {"e": 2}, layers=1, seed=1)
+    out = tmp_path / "out"
+    moeglot.convert(other, TO, out, shard_size=SMALL_SHARD_SIZE)
+    partial(out).mkdir()
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        resume(small, out)
+    certificate = (out / "moeglot.json").read_text()
+    (out / "moeglot.json").write_text(certificate.replace("{", '{"merge": {},', 1))
+    with pytest.raises(OutputExists, match="overwrites nothing"):
+        resume(other, out)
+    (out / "moeglot.json").write_text(certificate)
+    resume(other, out)
+    assert not partial(out).exists()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, truncate, lambda path: path.write_bytes(bytes(path.stat().st_size))], ids=["gone", "cut", "zeros"])
+def test_files_that_lost_bytes_are_not_gone_on_with(lose: Callable[[Path], None], small: Path, out: Path) -> None:
+    """What the journal says of them is not so any more, and no number of attempts would end otherwise."""
+    lose(max((partial(out) / "checkpoint").glob("*.safetensors")))
+    with pytest.raises(OutputExists, match="is missing, or is not as long") as found:
+        resume(small, out)
+    assert f"remove {partial(out)}" in str(found.value)
+
+
+def test_what_is_written_wrong_by_an_earlier_run_is_told(small: Path, out: Path) -> None:
+    """The journal says that it is written: what a machine that stopped never sent to its disk."""
+    shard = min((partial(out) / "checkpoint").glob("*.safetensors"))
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size - 500)
+        file.write(bytes(500))
+    with pytest.raises(moeglot.NotVerified, match=r"remove .* and begin again"):
+        resume(small, out)
+
+
+DAMAGE = {
+    "torn": '{"unit": "x", "lo\n',
+    "no line": "[1]\n",
+    "row": '{"unit": "x", "loss": [0]}\n',
+    "text": '{"unit": "x", "loss": ["a", {}]}\n',
+    "none": '{"unit": 1}\n',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_journal(line: str, small: Path, out: Path) -> None:
+    journal = partial(out) / "journal"
+    text = journal.read_text()
+    journal.write_text(text[: text.rfind("\n") + 1] + line)
+    with pytest.raises(OutputExists, match="this journal is damaged"):
+        resume(small, out)
+
+
 @pytest.mark.parametrize("name", [".", "file/out"])
 def test_a_place_where_nothing_can_be_written(small: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -332,7 +332,8 @@ def test_threads_that_open_several_files_at_once_each_read_their_own(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
 
-    from moeglot.shards import forget_mappings, read_header
+    from moeglot.mapped import forget_mappings
+    from moeglot.shards import read_header
 
     entries = []
     for n in range(8):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeglot.certified import source_files
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.digests import CERTIFICATE, digests
@@ -45,6 +46,7 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
     """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`, or `BadNumbers`
     for what was broken before. `losses`: by unit."""
     report = _verify(plan, folder, losses, threads, progress)
+    plan.check_unchanged()
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
         raise NotVerified(
@@ -53,6 +55,7 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
             "report this as a bug; the folder keeps its temporary name",
         )
     document = _document(plan, folder, losses, report, threads)
+    plan.check_unchanged()  # what was hashed is what was read
     write_json(folder / CERTIFICATE, document)
     return Certificate(folder, document, report, by_verb(plan, losses), survived(plan, losses))
 
@@ -189,17 +192,15 @@ def report_json(report: Report) -> dict[str, Any]:
 
 def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report, threads: int) -> dict[str, Any]:
     source = plan.source
-    whole = source.share == source.source.share  # else the shards hold what other processes have, too, which is not read
-    files = [*(source.source.shards if whole else ()), *(p for p in [source.source.home / "config.json"] if p.exists())]
-    of_rank = "{0.parent.name}/{0.name}" if source.source.ranks else "{0.name}"
+    files = source_files(source)
     templates = folder / TEMPLATES
     written = {path.name: path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE}
     written |= {f"{TEMPLATES}/{path.name}": path for path in (templates.iterdir() if templates.is_dir() else ())}
-    hashes = digests([*files, *written.values()], threads)
+    hashes = digests([*files.values(), *written.values()], threads)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
-        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {of_rank.format(path): hashes[path] for path in files}},
+        "source": {"format": source.format.name, "evidence": list(source.evidence), "sha256": {name: hashes[path] for name, path in files.items()}},
         "output": {
             "format": plan.target.name,
             **({"share": share_json(source)} if source.share else {}),

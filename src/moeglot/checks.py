@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.shards import let_go
+from moeglot.mapped import let_go
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

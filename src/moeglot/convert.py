@@ -16,7 +16,7 @@ from moeglot.certificate import Certificate, certify, read_certificate, write_js
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress
 from moeglot.direct import no_space
-from moeglot.errors import LossRefused, Unfinished, UsageError
+from moeglot.errors import LossRefused, NotVerified, Unfinished, UsageError
 from moeglot.format import Format
 from moeglot.identify import written_marks
 from moeglot.kept import THRESHOLD, refuse_lost
@@ -97,6 +97,7 @@ def carry_out(
     place = location(out)
     if engine and not callable(engine):
         raise UsageError(f"{engine!r} is no engine", "an engine carries out the units of a plan", "pass moeglot.integrations.ray.engine(), or none")
+    _refuse_inside(plan, place)
     if engine and isinstance(place, Remote):
         raise UsageError(
             f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
@@ -119,7 +120,7 @@ def carry_out(
             return read_certificate(work.out)
         with _full_disk_told(plan, work):
             losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
-            return _finalize(plan, work, losses, count, progress, threshold)
+            return _finalize(plan, work, losses, count, progress, threshold, resumed=bool(done))
 
 
 def write_part(
@@ -139,6 +140,7 @@ def write_part(
     """
     part = part if isinstance(part, Part) else Part.of(part)
     work = Work(out)
+    _refuse_inside(plan, work.out)
     count = _begin(plan, allow_loss, workers, threshold)
     with work.part_session(plan, part) as done, _full_disk_told(plan, work):
         stream(plan, work, done, part.units(plan), threads(count), allow_loss, progress and _of_all_parts(plan, work, progress))
@@ -153,7 +155,7 @@ def _of_all_parts(plan: Plan, work: Work, progress: Progress) -> Progress:
     def tell(what: str, done: int, of: int) -> None:
         nonlocal again
         if time.monotonic() >= again or done == of:
-            progress(what, sum(nbytes[key] for key in work.named()), total)
+            progress(what, sum(nbytes.get(key, 0) for key in work.named()), total)
             again = time.monotonic() + EVERY
 
     return tell
@@ -170,7 +172,15 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
             return read_certificate(work.out)
         _refuse_unfinished(plan, work, done)
         with _full_disk_told(plan, work):
-            return _finalize(plan, work, done, count, progress, threshold)
+            return _finalize(plan, work, done, count, progress, threshold, resumed=True)
+
+
+def _refuse_inside(plan: Plan, out: Location) -> None:
+    """A folder beside those of the ranks would be taken for that of one more."""
+    source = plan.source.source
+    inside, folder = (place.resolve() if isinstance(place, Path) else place for place in (out.parent, source.folder))
+    if source.ranks and inside == folder:
+        raise UsageError(f"OUT {out} lies in the source", f"each folder in {source.name} is what one process holds", "choose an OUT elsewhere")
 
 
 def _count(workers: int | None) -> int:
@@ -181,6 +191,7 @@ def _count(workers: int | None) -> int:
 
 def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:
     """Before a byte is written: refuse what is expected to be lost; returns how many threads are to work."""
+    plan.check_unchanged()
     count = _count(workers)
     if not allow_loss or plan.change:
         expected = estimate(plan)
@@ -190,11 +201,19 @@ def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) 
     return count
 
 
-def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float) -> Certificate:
+def _finalize(
+    plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float, *, resumed: bool
+) -> Certificate:
     losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
     refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, work.folder)
     _write_rest(plan, work.files)
-    certificate = certify(plan, work.files, losses, count, progress)
+    try:
+        certificate = certify(plan, work.files, losses, count, progress)
+    except NotVerified as error:
+        if not resumed:
+            raise
+        do = f"an earlier run wrote a part of it: if its machine stopped, remove {work.folder} and begin again; else report this as a bug"
+        raise NotVerified(error.wrong, error.known, do) from error
     work.finish()
     return replace(certificate, out=work.out)
 

@@ -11,7 +11,8 @@ from moeglot.coding import WEIGHT, Quantization, brief
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encoding import Encoded, Encoding, agree
 from moeglot.errors import BadNumbers, TensorMismatch, UnknownFormat
-from moeglot.shards import Entry, let_go
+from moeglot.mapped import let_go
+from moeglot.shards import Entry
 from moeglot.views import cut, window
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moeglot.errors import NoSpace
+from moeglot.mapped import let_go
 from moeglot.remote import Location
-from moeglot.shards import ALIGNMENT, Piece, let_go, tensor_bytes, write_at
+from moeglot.shards import ALIGNMENT, Piece, tensor_bytes, write_at
 
 if TYPE_CHECKING:
     import torch

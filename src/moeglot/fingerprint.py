@@ -145,4 +145,5 @@ def fingerprint(checkpoint: Checkpoint | str | Path) -> Fingerprint:
             scale = float(f"{loudness(model, tokens, matrix):.{DIGITS}g}")
             seen = project(number, expert, model.forward(tokens * scale, matrix))
             found[f"{number}.{expert}"] = (scale, *(float(f"{n:.{DIGITS}g}") for n in seen.tolist()))
+    subject.source.check_unchanged()
     return Fingerprint(subject.source.name, subject.format.family.name, {letter: whole_sizes(subject)[letter] for letter in "ehi"}, found)

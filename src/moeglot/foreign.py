@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 
 from moeglot.errors import AmbiguousFormat, BrokenFile, CheckpointError, PickleRefused
-from moeglot.remote import Location
+from moeglot.remote import Location, Remote
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -71,6 +71,9 @@ def refuse_file(path: Location) -> CheckpointError:
     """A file that is none of safetensors."""
     if path.suffix in PICKLES:
         return PickleRefused(f"{path.name}: never loaded", f"it is a pickle, and {NOT_RUN}", "save it as safetensors first, with the framework that wrote it")
+    if isinstance(path, Remote) and re.match("https?://", path.url):
+        known = "over http there are no folders that could be listed, and its name does not end in .safetensors"
+        return CheckpointError(f"{path}: not a safetensors file", known, "pass the address of one file, config.json beside it, or copy the folder here first")
     return CheckpointError(f"{path.name}: not a safetensors file", f"its name ends in {path.suffix or 'nothing'}", "pass a .safetensors file or its folder")
 
 

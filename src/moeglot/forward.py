@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.experts import Expert, Matrix, loudness, probe_tokens, relative_error
+from moeglot.mapped import let_go
 from moeglot.misreadings import Misreading, combined, misreadings, right
-from moeglot.shards import let_go
 
 if TYPE_CHECKING:
     import torch

@@ -75,6 +75,9 @@ def _json(name: str, file: str) -> dict[str, Any]:
 @contextmanager
 def _refusals(name: str) -> Iterator[None]:
     """huggingface_hub's errors in our three lines."""
+    if at := re.fullmatch(rf"({HUB_ID.pattern})@([^@]+)", name):
+        do = f"fetch it with `hf download {at[1]} --revision {at[2]} --local-dir FOLDER`, and pass FOLDER"
+        raise UsageError(f"{name}: no such file or folder, and no revision is taken", "of a repository on the Hub, moeglot asks for its main branch", do)
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{name}: no such file or folder", "it is no Hub id (owner/name) either", "check the path")
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError

@@ -42,6 +42,9 @@ class Loss:
 
     @classmethod
     def of_row(cls, row: Sequence[Any]) -> Loss:
+        """Raises `ValueError` and its like for what `row` did not make."""
+        if not all(isinstance(number, (int, float)) for number in row[:-1]):
+            raise ValueError(f"{row[:-1]} are not numbers")
         return replace(cls(*row[:-1]), survived={role: Survival(*of) for role, of in row[-1].items()})
 
     @property

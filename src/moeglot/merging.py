@@ -15,6 +15,7 @@ from moeglot.errors import BadNumbers, TensorMismatch, UnsupportedAdapter, Usage
 from moeglot.floats import values
 from moeglot.folding import Move, Piece, fold
 from moeglot.layout import Stored
+from moeglot.mapped import check_unchanged
 from moeglot.rounding import Rounding
 from moeglot.shards import Entry, read_header
 from moeglot.survival import Survival
@@ -32,6 +33,10 @@ class Change:
 
     adapter: Adapter
     rounding: Rounding
+
+    def check_unchanged(self) -> None:
+        """Raises `BrokenFile` unless the adapter and the moments are those that were opened."""
+        check_unchanged(found for entries in (self.adapter.files.entries, self._measured) for entry in entries.values() for found in entry.files)
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -132,6 +132,12 @@ class Plan:
         """An adapter's change is added to this slice."""
         return self.change is not None and self.change.touches(step.line, step.layer, expert)
 
+    def check_unchanged(self) -> None:
+        """Raises `BrokenFile` unless what it reads are the files that were opened."""
+        self.source.source.check_unchanged()
+        if self.change:
+            self.change.check_unchanged()
+
     @property
     def nbytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)

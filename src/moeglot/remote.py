@@ -21,6 +21,8 @@ from moeglot.errors import CheckpointError, MoeglotError, OutputError, UsageErro
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://.+")
 COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 """What `pathlib` makes of a URL."""
+BLOCKS = re.compile(r"(^|::)(blockcache|cached)::")
+"""What fsspec calls it."""
 CHANGED = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
 """What stores call the mark of a file's state, the surest first."""
 
@@ -70,6 +72,10 @@ class Remote:
     def parent(self) -> Remote:
         return Remote(self.url.rstrip("/").rpartition("/")[0])
 
+    def refresh(self) -> None:
+        """Ask the store itself again, where its library would answer from what it has listed."""
+        self._store[0].invalidate_cache()
+
     def stat(self) -> Stat:
         fs, path = self._store
         with _refusals(self.url):
@@ -98,15 +104,21 @@ class Remote:
             names = [PurePosixPath(str(found)).name for found in fs.ls(path, detail=False)]
         return (self / name for name in sorted(set(names)))
 
+    def files(self) -> list[Remote]:
+        """All that is below it, as deep as it lies; nothing where nothing is there."""
+        fs, path = self._store
+        with _refusals(self.url):
+            self.refresh()
+            return [self / found.removeprefix(path.rstrip("/") + "/") for found in sorted(fs.find(path))]
+
     def range(self, start: int, count: int) -> bytearray:
         """`count` bytes from `start`: one request, and no more bytes than these."""
         fs, path = self._store
         with _refusals(self.url):
             found = bytearray(fs.cat_file(path, start=start, end=start + count))
         if len(found) != count:
-            raise CheckpointError(
-                f"{self.name}: {len(found)} bytes from {start}, asked for {count}", str(self), "the file changed while it was read; start again"
-            )
+            do = "the file changed while it was read; start again" if len(found) < count else "its server gives no ranges of a file: copy it here first"
+            raise CheckpointError(f"{self.name}: {len(found)} bytes from {start}, asked for {count}", str(self), do)
         return found
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
@@ -179,7 +191,14 @@ def location(path: str | Path) -> Location:
     for local in ("file://", "local://"):
         if text.startswith(local):
             return Path(text.removeprefix(local))
-    return Remote(text) if isinstance(path, str) and URL.fullmatch(text) else Path(path)
+    if not isinstance(path, str) or not URL.fullmatch(text):
+        return Path(path)
+    if BLOCKS.search(text):
+        known = "fsspec fills its cache of blocks from many threads without a lock, and a block that is there is not asked for again once the file is another"
+        raise UsageError(
+            f"{text}: bytes that pass through a cache of blocks may be wrong", known, "leave the cache out of the URL, or copy the folder here first"
+        )
+    return Remote(text)
 
 
 def local_only(path: str | Path, what: str) -> Path:

@@ -10,7 +10,7 @@ import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, compress
 from math import prod
 from operator import eq, itemgetter, mul, ne, sub
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile
+from moeglot.mapped import State, mapping
 from moeglot.remote import Location, Remote
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ class Entry(NamedTuple):
     path: Location
     start: int
     end: int
+    state: State | None = None
+    """Of the file, when its header was read."""
+
+    @property
+    def files(self) -> tuple[tuple[Location, State], ...]:
+        """Where it lies, and the state in which that file was then."""
+        return ((self.path, self.state),) if self.state else ()
 
     @property
     def nbytes(self) -> int:
@@ -59,36 +67,14 @@ class Entry(NamedTuple):
         offset = self.start + first * prod(self.shape[1:]) * size
         if isinstance(self.path, Remote):
             return torch.frombuffer(self.path.range(offset, prod(shape) * size), dtype=dtype).view(shape)
-        now = self.path.stat()
-        mapping = _mapping(self.path, now.st_ino, now.st_mtime_ns)
+        now = State.of(self.path)
+        if self.state:
+            self.state.check(self.path, now)
+        mapped = mapping(self.path, now)
         if ALIGNMENT < prod(shape) * size <= SLICE and hasattr(mmap, "MADV_WILLNEED"):
             page = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            mapping.madvise(mmap.MADV_WILLNEED, page, offset + prod(shape) * size - page)
-        return torch.frombuffer(mapping, dtype=dtype, count=prod(shape), offset=offset).view(shape)
-
-
-@cache
-def _mapping(path: Path, inode: int, changed: int) -> mmap.mmap:
-    """One map for each state of a file, so that one that was replaced is read anew."""
-    with open(path, "rb") as file:
-        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: torch wants a writable buffer, nothing writes to it
-    _maps.append(found)
-    return found
-
-
-_maps: list[mmap.mmap] = []
-
-
-def let_go() -> None:
-    """Pages of mapped files that were touched count as ours until we say so; whoever needs one again reads it again."""
-    for found in _maps if hasattr(mmap, "MADV_DONTNEED") else ():
-        found.madvise(mmap.MADV_DONTNEED)
-
-
-def forget_mappings() -> None:
-    """Drop all maps, because files are about to be renamed."""
-    _mapping.cache_clear()
-    _maps.clear()
+            mapped.madvise(mmap.MADV_WILLNEED, page, offset + prod(shape) * size - page)
+        return torch.frombuffer(mapped, dtype=dtype, count=prod(shape), offset=offset).view(shape)
 
 
 def _refuse(path: Location, what: str, known: str) -> BrokenFile:
@@ -119,7 +105,7 @@ def read_header(path: Location, *, ask_library: bool = True) -> tuple[dict[str, 
     """
     if not path.is_file():
         raise _refuse(path, "no file", "it is a folder, a device or a link to nothing")
-    size = path.stat().st_size
+    size = (state := State.of(path)).size
     with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":
@@ -130,6 +116,8 @@ def read_header(path: Location, *, ask_library: bool = True) -> tuple[dict[str, 
         raw = file.read(length)
     try:
         header = parse(raw.decode("utf-8"))
+        if b"\\u" in raw:  # half a pair of surrogates is no text, and in no file that we could write
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _refuse(path, "the header is no JSON object", str(error).split("\n")[0]) from error
     if not isinstance(header, dict):
@@ -137,7 +125,7 @@ def read_header(path: Location, *, ask_library: bool = True) -> tuple[dict[str, 
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _refuse(path, "__metadata__ is no map from text to text", f"it is {str(metadata)[:80]}")
-    entries = describe(path, header, 8 + length)
+    entries = describe(path, header, 8 + length, state)
     lying = sorted(entries.values(), key=itemgetter(4, 5))
     *before, end = 8 + length, *map(itemgetter(5), lying)
     for entry, at in compress(zip(lying, before, strict=True), map(ne, map(itemgetter(4), lying), before)):
@@ -161,8 +149,8 @@ def _ask_safetensors(path: Path) -> None:
         raise _refuse(path, "refused by the safetensors library", str(error)) from error
 
 
-def describe(path: Location, header: Mapping[str, Any], base: int) -> dict[str, Entry]:
-    """Tensors' descriptions in a header -> name -> Entry; `base`: where the data starts in the file. Raises `BrokenFile`.
+def describe(path: Location, header: Mapping[str, Any], base: int, state: State | None = None) -> dict[str, Entry]:
+    """Tensors' descriptions in a header -> name -> Entry; `base`: where the data starts in the file, `state`: that of the file. Raises `BrokenFile`.
 
     All are looked at together, and each by itself where one is wrong, to say which and why.
     """
@@ -176,12 +164,12 @@ def describe(path: Location, header: Mapping[str, Any], base: int) -> dict[str, 
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:
-        return {name: _describe(path, name, value, base) for name, value in header.items()}
-    rows = zip(header, dtypes, shapes, [path] * len(shapes), map(base.__add__, starts), map(base.__add__, ends), strict=True)
+        return {name: _describe(path, name, value, base, state) for name, value in header.items()}
+    rows = zip(header, dtypes, shapes, [path] * len(shapes), map(base.__add__, starts), map(base.__add__, ends), [state] * len(shapes), strict=True)
     return dict(zip(header, map(Entry._make, rows), strict=True))
 
 
-def _describe(path: Location, name: str, value: Any, base: int) -> Entry:
+def _describe(path: Location, name: str, value: Any, base: int, state: State | None = None) -> Entry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         known = DTYPES.get(dtype)
@@ -193,7 +181,7 @@ def _describe(path: Location, name: str, value: Any, base: int) -> Entry:
         raise _refuse(path, f"{name} has a shape or an offset that is no whole number", f"{str(value)[:120]}")
     if end - start != (nbytes := prod(shape) * known.size):
         raise _refuse(path, f"{name} has {end - start} bytes", f"its shape {list(shape)} of {dtype} needs {nbytes}")
-    return Entry._make((name, dtype, shape, path, base + start, base + end))
+    return Entry._make((name, dtype, shape, path, base + start, base + end, state))
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------------------

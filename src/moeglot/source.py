@@ -15,6 +15,7 @@ from moeglot import hub
 from moeglot.coding import MODELOPT_FILE, told_beside
 from moeglot.errors import BrokenFile, CheckpointError
 from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
+from moeglot.mapped import check_unchanged
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.share import Share
@@ -43,6 +44,12 @@ class Source:
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
     ranks: tuple[Source, ...] = field(default=(), repr=False)
     """What each of its folders holds, if it has one for each process of several, and nothing itself."""
+
+    def check_unchanged(self) -> None:
+        """Raises `BrokenFile` unless its files are those that were opened."""
+        check_unchanged(found for entry in self.entries.values() for found in entry.files)
+        if _config(self.home) not in ({}, self.config):
+            raise BrokenFile("config.json: not what it was when it was read", "somebody has written it meanwhile", "start again, once nobody does")
 
     @property
     def home(self) -> Location:
@@ -90,6 +97,8 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
     A Hub id is fetched by huggingface_hub: whole, or with `headers_only` just what `inspect` needs, so that no tensor can be read.
     """
     local = location(path)
+    if isinstance(local, Remote):
+        local.refresh()
     if local.is_file():
         if local.suffix != ".safetensors":
             raise refuse_file(local)
@@ -188,9 +197,8 @@ def _check_numbers(names: Sequence[str]) -> None:
         if found := NUMBERED.fullmatch(name):
             there.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
     for (stem, count), numbers in there.items():
-        if 0 in numbers:
-            continue  # whoever counts from 0 may mean the last number by the second
-        if missing := sorted(set(range(1, min(count, MOST) + 1)) - numbers):
+        first = 0 if 0 in numbers else 1  # whoever counts from 0 may mean the last number by the second; those before it are there either way
+        if missing := sorted(set(range(first, min(count, MOST) + first)) - numbers):
             wrong = f"{stem}: {len(missing)} of {count} files are missing, first number {missing[0]}"
             raise BrokenFile(wrong, f"the names say how many there are, and there is no {INDEX}", "fetch the missing files, or the index")
 

@@ -9,16 +9,18 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from moeglot.certified import made_of
 from moeglot.digests import CERTIFICATE
 from moeglot.direct import allocate
-from moeglot.errors import OutputExists
+from moeglot.errors import OutputError, OutputExists
 from moeglot.loss import Loss
 from moeglot.plan import Plan, Unit
 from moeglot.remote import Remote
 from moeglot.stream import Engine
+from moeglot.work import damaged, losses
 
 
 class Store:
@@ -28,14 +30,22 @@ class Store:
         self.out = Remote(out.url.rstrip("/"))
         self.folder = Remote(self.out.url + ".partial")
         self.files, self.journal = self.folder / "checkpoint", self.folder / "journal"
+        self._verified: bool | None = None
 
     def renamed(self, plan: Plan) -> bool:
         """An earlier run of this plan had its output verified, and was killed while it gave it its name."""
+        if self._verified is None:
+            self._verified = self.folder.exists() and self._certified(plan)
         return self._verified
 
-    @cached_property
-    def _verified(self) -> bool:
-        return self.folder.exists() and ((self.files / CERTIFICATE).exists() or (not self.files.exists() and (self.out / CERTIFICATE).exists()))
+    def _certified(self, plan: Plan) -> bool:
+        """Journals of this plan say that the certificate that waits is its own. One that has its name is asked of what it was made, except of a merge."""
+        told = bool(self._told())
+        if self.files.files():
+            return told and (self.files / CERTIFICATE).exists()
+        if plan.change:
+            return told and (self.out / CERTIFICATE).exists()
+        return made_of(plan.source, self.out, {shard.file: shard.header for shard in plan.shards})
 
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
@@ -46,21 +56,21 @@ class Store:
                     f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
                 )
             self._check_ours(plan)
-        if self.out.exists() and not self._verified:
+        if self.out.exists() and not self.renamed(plan):
             raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
-        self._losses = {} if self._verified else self._read()
+        self._losses = {} if self.renamed(plan) else self._read()
         shards = shards_of(plan)
         yield {key: loss for key, loss in self._losses.items() if shards[key] <= self._uploaded}
 
-    def _told(self) -> dict[str, dict[str, object]]:
+    def _told(self) -> dict[str, dict[str, Any]]:
         """Shard -> what its journal says."""
         if not self.journal.exists():
             return {}
-        return {path.name.removesuffix(".json"): json.loads(path.read_text()) for path in self.journal.iterdir()}
+        return {path.name.removesuffix(".json"): _said(path) for path in self.journal.iterdir()}
 
     def _check_ours(self, plan: Plan) -> None:
         told = self._told()
-        if not told and self.files.exists() and not self._verified:
+        if not told and self.files.files():
             raise OutputExists(f"{self.folder} has files and no journal", "it may be somebody else's", "remove it yourself, or choose another OUT")
         if any(said["plan"] != plan.digest for said in told.values()):
             raise OutputExists(
@@ -73,9 +83,7 @@ class Store:
         found: dict[str, Loss] = {}
         self._uploaded: set[str] = set()
         for file, said in self._told().items():
-            units = said["units"]
-            assert isinstance(units, dict)
-            found |= {key: Loss.of_row(row) for key, row in units.items()}
+            found |= losses(self.journal / f"{file}.json", said["units"].items())
             self._uploaded.add(file)
         return found
 
@@ -114,10 +122,19 @@ class Store:
 
     def finish(self) -> None:
         """Give each file its name, the certificate last. Killed in between, a resumed run goes on with that."""
-        files = sorted(self.files.iterdir(), key=lambda path: path.name == CERTIFICATE) if self.files.exists() else []
-        for path in files:
-            path.move(self.out / path.name)
+        for path in sorted(self.files.files(), key=lambda path: path.name == CERTIFICATE):
+            path.move(self.out / path.url.removeprefix(f"{self.files.url}/"))
+        if left := self.files.files():
+            raise OutputError(f"{left[0]} was not moved to {self.out}", f"so says the store, of {len(left)} files", "pass --resume to go on")
         self.folder.remove()
+
+
+def _said(path: Remote) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return {"plan": str(found["plan"]), "units": dict(found["units"])}
+    except (ValueError, TypeError, LookupError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def shards_of(plan: Plan) -> dict[str, set[str]]:

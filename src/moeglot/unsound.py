@@ -9,7 +9,7 @@ from moeglot.coding import said
 from moeglot.dense import DecodedTensor, HubTensor
 from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.shards import let_go
+from moeglot.mapped import let_go
 
 
 def unsound(checkpoint: Checkpoint) -> Iterator[str]:

@@ -49,6 +49,7 @@ def verify(
     if other is not None:
         side = checkpoint_side(other) if isinstance(other, Checkpoint) else other
         checks += forward(subject, side, workers=workers, progress=progress)
+    _check_unchanged(subject, other)
     return Report(subject.source.name, "itself" if other is None else side_name(other), tuple(checks))
 
 
@@ -259,4 +260,11 @@ def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: 
     mine, theirs = (x if isinstance(x, Checkpoint) else open(x) for x in (a, b))
     theirs = alongside(mine, theirs)
     checks = (values(mine, theirs, workers=workers, progress=progress), others(mine, theirs), settings(mine, theirs))
+    _check_unchanged(mine, theirs)
     return Report(mine.source.name, theirs.source.name, checks)
+
+
+def _check_unchanged(*compared: Checkpoint | Side | None) -> None:
+    for one in compared:
+        if isinstance(one, Checkpoint):
+            one.source.check_unchanged()

@@ -12,19 +12,20 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeglot.certified import begins, made_of
 from moeglot.digests import CERTIFICATE, sha256
-from moeglot.direct import allocate, no_space
+from moeglot.direct import File, allocate, no_space
 from moeglot.errors import OutputExists, UsageError
 from moeglot.loss import Loss
+from moeglot.mapped import forget_mappings
 from moeglot.parts import Part
 from moeglot.plan import Plan, Unit
-from moeglot.remote import local_only
-from moeglot.shards import forget_mappings
+from moeglot.remote import Location, local_only
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
 
@@ -41,14 +42,17 @@ class Work:
         self.journal = self.folder / "journal"
         self.parts = self.folder / "parts"
         self._lock = threading.Lock()
+        self._made: bool | None = None
 
     def renamed(self, plan: Plan) -> bool:
         """An earlier run of this plan gave the output its name and was killed before it had cleaned up."""
         if self.files.exists() or not (self.folder.is_dir() and os.path.lexists(self.out)):
             return False
         told = _lines(self.journal) if self.journal.is_file() else []
-        if not told:
-            return all(_begins(self.out / shard.file, shard.header) for shard in plan.shards)
+        if not told:  # killed at its very end; or the folder is anybody's, and so is OUT
+            if self._made is None:
+                self._made = plan.change is None and made_of(plan.source, self.out, {shard.file: shard.header for shard in plan.shards})
+            return self._made
         noted, certificate = [line["certified"] for line in told if "certified" in line], self.out / CERTIFICATE
         return bool(noted) and certificate.is_file() and sha256(certificate) == noted[-1]
 
@@ -78,7 +82,7 @@ class Work:
             with _locked(self.parts) as said:
                 self._check_ours(plan)
                 self._refuse_output()  # it may have got its name meanwhile
-                if said and said != str(part.count):
+                if said and self.parts_begun() != part.count:
                     raise OutputExists(
                         f"{self.folder} was begun in {said} parts", f"this is part {part}", f"pass --part i/{said}, or --resume for all the rest"
                     )
@@ -105,15 +109,18 @@ class Work:
 
     def parts_begun(self) -> int | None:
         """How many parts the work was divided into; None if it was not."""
-        return int(self.parts.read_text() or 0) or None if self.parts.exists() else None
+        said = self.parts.read_text(errors="replace") if self.parts.exists() else ""
+        if said and not said.isdecimal():
+            raise damaged(self.parts, f"it should be the number of parts, and says {said[:40]!r}")
+        return int(said or 0) or None
 
     def named(self) -> set[str]:
         """The units that some journal names by now."""
-        return {*_units(_lines(self.journal)), *self._of_parts()}
+        return {*_units(self.journal, _lines(self.journal)), *self._of_parts()}
 
     def _of_parts(self) -> dict[str, Loss]:
         """What the journals of the parts name; a line that is being written is no line yet."""
-        return {unit: loss for path in sorted(self.folder.glob("journal-*")) for unit, loss in _units(_lines(path)).items()}
+        return {unit: loss for path in sorted(self.folder.glob("journal-*")) for unit, loss in _units(path, _lines(path)).items()}
 
     def _check_ours(self, plan: Plan) -> None:
         """Touches nothing; raises `OutputExists` unless the folder is what a run of this plan leaves when it is killed."""
@@ -168,7 +175,10 @@ class Work:
             for shard in plan.shards:
                 allocate(self.files / shard.file, shard)
             self._note({"allocated": True})
-        return _units(told)
+        elif lost := next((path for shard in plan.shards if not _whole_file(path := self.files / shard.file, shard)), None):
+            known = "its journal says that all files were there at their full size; what else is gone from it, nothing says"
+            raise OutputExists(f"{lost} is missing, or is not as long as it was", known, f"remove {self.folder} and begin again")
+        return _units(self.journal, told)
 
     def _note(self, line: Mapping[str, Any]) -> None:
         data = memoryview((json.dumps(line) + "\n").encode())
@@ -196,14 +206,6 @@ class Work:
         self.folder.rmdir()
 
 
-def _begins(path: Path, header: bytes) -> bool:
-    """The file is there and has this header."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[str]:
     """What a file says, while nobody else who asks may; waits for whoever has it."""
@@ -213,10 +215,25 @@ def _locked(path: Path) -> Iterator[str]:
         yield file.read()
 
 
+def _whole_file(path: Path, shard: File) -> bool:
+    return begins(path, shard.frames[0][1]) and path.stat().st_size == shard.nbytes
+
+
+def damaged(path: Location, why: object) -> OutputExists:
+    """A file of the work folder does not say what we write there."""
+    return OutputExists(f"{path}: this journal is damaged", str(why), "remove the folder that it lies in, and begin again")
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a journal; what follows the last newline was torn by a kill, or is being written."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except ValueError as error:
+        raise damaged(path, error) from error
+    if strange := [line for line in found if not isinstance(line, dict)]:
+        raise damaged(path, f"it says {strange[0]}")
+    return found
 
 
 def _whole(path: Path) -> list[dict[str, Any]]:
@@ -227,5 +244,13 @@ def _whole(path: Path) -> list[dict[str, Any]]:
     return _lines(path)
 
 
-def _units(lines: list[dict[str, Any]]) -> dict[str, Loss]:
-    return {line["unit"]: Loss.of_row(line["loss"]) for line in lines if "unit" in line}
+def _units(path: Path, lines: list[dict[str, Any]]) -> dict[str, Loss]:
+    return losses(path, [(line["unit"], line.get("loss")) for line in lines if "unit" in line])
+
+
+def losses(path: Location, rows: Iterable[tuple[str, Any]]) -> dict[str, Loss]:
+    """What a journal at `path` says of units."""
+    try:
+        return {unit: Loss.of_row(row) for unit, row in rows}
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise damaged(path, f"of a unit, {type(error).__name__}: {error}") from error

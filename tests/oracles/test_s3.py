@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from counting import READ, total, upload
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import CheckpointError
+from moeglot.errors import BrokenFile, CheckpointError
 
 s3fs = pytest.importorskip("s3fs")
 server_of = pytest.importorskip("moto.server")
@@ -80,6 +81,30 @@ def test_an_output_on_s3_is_that_on_a_disk(bucket: str, source: Path, tmp_path: 
     assert found == tree(tmp_path / "disk")
     assert not fs.exists("models/made/out.partial")
     assert moeglot.verify("s3://models/made/out", str(source)).verdict == "holds"
+
+
+def test_a_folder_of_templates_goes_to_s3(source: Path, bucket: str, tmp_path: Path) -> None:
+    with_templates = Path(shutil.copytree(source, tmp_path / "source"))
+    (with_templates / "additional_chat_templates").mkdir()
+    (with_templates / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    moeglot.convert(with_templates, TO, "s3://models/templates/out")
+    fs = fsspec.filesystem("s3")
+    fs.invalidate_cache()
+    assert fs.cat_file("models/templates/out/additional_chat_templates/rag.jinja") == b"{{ messages }}"
+    assert not fs.find("models/templates/out.partial")
+
+
+def test_a_source_that_is_replaced_on_s3(bucket: str, source: Path, tmp_path: Path) -> None:
+    """s3fs remembers what it listed; it is asked again."""
+    fs = fsspec.filesystem("s3")
+    upload(fs, source, "models/replaced")
+    found = moeglot.open("s3://models/replaced")
+    shard = max(source.glob("*.safetensors"))
+    key = f"models/replaced/{shard.name}"
+    fsspec.filesystem("s3", skip_instance_cache=True).pipe_file(key, shard.read_bytes()[:-1] + b"x")  # as another process does
+    with pytest.raises(BrokenFile, match="not the file any more"):
+        moeglot.convert(found, TO, tmp_path / "out")
+    assert moeglot.verify(moeglot.open("s3://models/replaced")).verdict == "holds", "opened again, it is the new one"
 
 
 def test_looking_reads_headers_alone(bucket: str, source: Path) -> None:

@@ -100,6 +100,7 @@ def load(
         for layer in checkpoint.layers:
             module = model.get_submodule(transformers_native.path_of(chosen, layer))
             transformers_parallel.dispatch(share, module, torch.device(device or "cpu"))
+    checkpoint.source.check_unchanged()
     give_back()
     return model
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BrokenFile
+from moeglot.mapped import GONE, State
+from moeglot.remote import Location
 from moeglot.shards import Entry
 from moeglot.torch_dist.blobs import find_numbers
 from moeglot.torch_dist.boxes import Box, overlapping
@@ -40,10 +42,11 @@ class Chunk(NamedTuple):
     path: Path
     at: int
     length: int
+    state: State
 
     def read(self, dtype: str) -> torch.Tensor:
         start = find_numbers(self.path, self.at, self.length, dtype, self.sizes)
-        return Entry(str(self.path), dtype, self.sizes, self.path, start, start + prod(self.sizes) * DTYPES[dtype].size).read()
+        return Entry(str(self.path), dtype, self.sizes, self.path, start, start + prod(self.sizes) * DTYPES[dtype].size, self.state).read()
 
 
 class Run(NamedTuple):
@@ -65,6 +68,10 @@ class ChunkedEntry(Entry):
     """A tensor that lies in one chunk or in several."""
 
     runs: tuple[Run, ...]
+
+    @property
+    def files(self) -> tuple[tuple[Location, State], ...]:
+        return tuple((run.chunk.path, run.chunk.state) for run in self.runs)
 
     def read(self, first: int = 0, rows: int | None = None) -> torch.Tensor:
         """As `Entry.read`: a view where one chunk has all of it, a copy where several have."""
@@ -142,19 +149,19 @@ def _described(key: str, described: Record, stored: Mapping[tuple[str, Shape], t
     dtype = next((one.name for one in DTYPES.values() if one.torch_name == named), None)
     if shape is None or dtype is None:
         raise _refuse(key, "it has no shape or no dtype that we know", f"its properties are {named}")
-    chunks, ends = [], dict[Path, int]()
+    chunks, states = [], dict[Path, State]()
     for one in described.chunks:
         offsets, sizes = numbers(one.offsets), numbers(one.sizes)
         if offsets is None or sizes is None or (key, offsets) not in stored:
             raise _refuse(key, f"the chunk at {offsets} is in no file", f"{METADATA} has {len(stored)} places")
         path, at, length = stored[key, offsets]
-        if path not in ends:
-            ends[path] = path.stat().st_size if path.is_file() else -1
-        if ends[path] < at + length:
+        if path not in states:
+            states[path] = State.of(path) if path.is_file() else GONE
+        if states[path].size < at + length:
             raise _refuse(path.name, "missing or too short", f"{key} has {length} bytes at {at} in it")
         if length < prod(sizes) * DTYPES[dtype].size:
             raise _refuse(key, f"the chunk at {list(offsets)} is too short", f"{METADATA} says {list(sizes)} of {dtype}, and {length} bytes")
-        chunks.append(Chunk(offsets, sizes, path, at, length))
+        chunks.append(Chunk(offsets, sizes, path, at, length, states[path]))
     _check_cover(key, shape, chunks)
     return dtype, shape, chunks
 
