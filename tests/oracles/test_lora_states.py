@@ -79,6 +79,79 @@ def test_a_disabled_adapter_is_disabled_on_experts_too(task, copied, base_logits
         logits(model)
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_backward_after_a_reference_is_of_the_pass_before_it(reentrant):
+    """DPO's order. Checkpointing computes layers again in backward, when the last pass was one without adapters."""
+    tokens, found = torch.arange(24).view(2, 12), []
+    for referred in (False, True):
+        model = both().train()
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        if referred:
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=tokens, use_cache=False)
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert all(relative(grad, found[0][name]) <= LIMIT for name, grad in found[1].items())
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload", "experts alone"])
+def test_what_was_disabled_is_back(way):
+    model, untouched = both(), both()
+    with model.disable_adapter():
+        logits(model)
+    found = []
+    for one in (model, untouched):
+        alone = way == "experts alone"
+        found.append(Experts.forward(next(iter(experts_of(one).values())), *routed()) if alone else logits(getattr(one, way)()))
+    assert torch.equal(*found)
+
+
+def test_another_adapter_of_pefts_is_one_without_the_experts(base_logits):
+    model = both()
+    live = logits(model)
+    model.add_adapter("other", peft.LoraConfig(**ATTENTION))  # zero
+    model.set_adapter("other")
+    assert relative(logits(model), base_logits) <= LIMIT
+    model.base_model.set_adapter(["default", "other"])
+    assert relative(logits(model), live) <= LIMIT
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    with pytest.raises(UsageError, match="'default' is gone"):
+        logits(model)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_copy_of_pefts_adapter_is_what_both_were_then(trained):
+    """As TRL makes a reference: the adapter's copy, which is a copy of PEFT's half alone."""
+    model = both() if trained else peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION))
+    if not trained:
+        add_lora(model, r=3)
+        model.eval()
+    before = logits(model)
+    model.add_adapter("ref", peft.LoraConfig(**ATTENTION))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), before)
+    model.set_adapter("default")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name and ".ref." not in name:
+                parameter.add_(0.1)
+    assert relative(logits(model), before) > POWER
+    model.set_adapter("ref")
+    if trained:
+        with pytest.raises(UsageError, match="'ref' began as a copy of 'default'"):
+            logits(model)
+    else:
+        assert torch.equal(logits(model), before)
+
+
 def test_pefts_adapter_on_the_body_alone():
     """It is asked too, and copies of a body need no whole model."""
     body, tokens = native().base_model, torch.arange(24).view(2, 12)

@@ -22,7 +22,7 @@ from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
 from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places
-from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, peft_layers, plain
+from moeglot.nn.lora import Lora, experts_of, freeze, peft_active, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
 
 LIMIT = 1e-6
@@ -165,10 +165,11 @@ def load_adapter(
             _put(adapter, layer, live[layer], dropout)
         if adapter.dense or adapter.replaced:
             model = _with_peft(adapter, model, Path(folder) / "dense", trainable)
+    beside = next(iter(peft_active(model)), "")
     mine = [parameter for module in live.values() for parameter in module.lora.parameters()]
     for module in live.values():
         for lora in module.adapters.values():
-            lora.trains = trainable
+            lora.trains, lora.beside = trainable, beside
     if trainable and not peft_configs(model):
         freeze(model, mine)
     for parameter in mine:
