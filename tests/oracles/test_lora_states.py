@@ -173,6 +173,54 @@ def test_an_adapter_that_was_merged_is_not_left_out_in_silence(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+CHANGED = {
+    "merged before": "q_proj.weight is not what the base has|no longer on the model",  # PEFT before 0.21 leaves its config there
+    "trained": "lm_head.weight trains",
+    "changed": "router.weight is not what the base has",
+    "resized": "embed_tokens.weight is not what the base has",
+}
+
+
+@pytest.mark.parametrize("way", CHANGED)
+def test_what_an_adapter_would_leave_out_is_not_left_out_in_silence(way, tmp_path):
+    """The base that it names, with it, would be another model than the one that was trained."""
+    model = native()
+    if way == "merged before":
+        model = fill(peft.get_peft_model(model, peft.LoraConfig(**ATTENTION))).merge_and_unload()
+    elif way == "resized":
+        model.resize_token_embeddings(1030)
+    add_lora(model, r=3)
+    if way == "trained":
+        model.lm_head.weight.requires_grad_(True)
+    elif way == "changed":
+        with torch.no_grad():
+            model.model.layers[0].mlp.router.weight.mul_(1.1)
+    with pytest.raises(UsageError, match=CHANGED[way]):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["merged for a while", "a whole module", "cast", "loaded, not to train"])
+def test_what_an_adapter_does_not_leave_out_is_saved(way, tmp_path):
+    if way == "loaded, not to train":
+        save_adapter(both(), tmp_path / "first", base=BUNDLED)
+        model = load_adapter(native(), tmp_path / "first")
+    else:
+        model = both(modules_to_save=["lm_head"] if way == "a whole module" else None)
+    with torch.no_grad():
+        if way == "merged for a while":
+            model.merge_adapter()
+        elif way == "a whole module":
+            next(parameter for name, parameter in model.named_parameters() if "modules_to_save" in name).mul_(1.1)
+        elif way == "cast":
+            for parameter in model.parameters():
+                parameter.data = parameter.to(torch.bfloat16).float()
+    live = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(native(), tmp_path / "adapter").eval()
+    assert relative(logits(again), live) <= (LIMIT if way != "cast" else 0.05)
+
+
 @pytest.mark.parametrize("way", ["another name", "transformers' own add_adapter"])
 def test_ways_to_put_pefts_adapter_on(way, tmp_path):
     model, config = native(), peft.LoraConfig(**ATTENTION)

@@ -24,6 +24,7 @@ from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists,
 from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places
 from moeglot.nn.lora import Lora, experts_of, freeze, peft_active, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
+from moeglot.nn.unsaved import check_saved
 
 LIMIT = 1e-6
 """Of the relative difference between a change in memory and the same change re-read."""
@@ -47,12 +48,13 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
     work = out.with_name(out.name + ".peft.partial")  # convert_adapter has a .partial of its own
     said, tensors = _of_peft(model)
+    check_saved(model, tensors.values(), checkpoint)
     modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(FIRST)]
     for place, lora, pair in _of_experts(live, checkpoint):
         tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
         modules.append(Module(place.name, lora.rank, lora.scale, True))
     whole = [name.removeprefix(PREFIX) for name in tensors if "lora_" not in name]
-    said = {"bias": "none", **said, "task_type": said.get("task_type") or "CAUSAL_LM", "inference_mode": True}
+    said = {"bias": "none", **said, "task_type": said.get("task_type") or _task(model), "inference_mode": True}
     said["base_model_name_or_path"] = checkpoint.source.reference
     config = written_config(said, checkpoint, PEFT, modules, whole)
     shutil.rmtree(work, ignore_errors=True)
@@ -77,6 +79,12 @@ def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Check
     if not path:
         raise UsageError("which checkpoint is this adapter for?", "the model does not say where it was loaded from", "pass base=PATH")
     return open_checkpoint(path)
+
+
+def _task(model: torch.nn.Module) -> str | None:
+    """What PEFT is to wrap the base as; as a classifier it would want a head in the adapter, so as a model of no task."""
+    can_generate = getattr(model, "can_generate", None)
+    return "CAUSAL_LM" if can_generate is None or can_generate() else None
 
 
 def _of_peft(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
