@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import moeglot
 from moeglot.cli import app
 from moeglot.demo import BUNDLED
-from moeglot.errors import BadNumbers, BrokenFile, OutputExists, UsageError
+from moeglot.errors import BadNumbers, BrokenFile, HalfAdapter, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn import add_lora, experts_of, load_adapter
 from moeglot.nn.data import Data, Rows, read
@@ -214,6 +214,17 @@ def test_modules_that_are_none_are_named_with_those_that_are(modules, told, tmp_
     pytest.importorskip("peft")
     with pytest.raises(UsageError, match=rf"(?s){told}.*k_proj, lm_head, o_proj, q_proj"):
         trained(BUNDLED, tmp_path / "out", recipe=Recipe(steps=1, length=16, modules=modules))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_saved_is_not_trained(tmp_path):
+    pytest.importorskip("peft")
+    model = moeglot.load(BUNDLED, "float32")
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    with pytest.raises(HalfAdapter, match="embeddings are one tensor"):
+        trained(tmp_path / "tied", tmp_path / "out", recipe=Recipe(steps=1, length=16, modules=("lm_head",)))
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,30 +47,41 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     live = {module.layer: module for module in experts_of(model).values() if module.adapters}
     if not live:
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
-    work = out.with_name(out.name + ".peft.partial")  # convert_adapter has a .partial of its own
     said, tensors = _of_peft(model)
     check_saved(model, tensors.values(), checkpoint)
+    work, family = out.with_name(out.name + ".peft.partial"), checkpoint.format.family  # convert_adapter has a .partial of its own
+    try:
+        _write(work, live, checkpoint, {**said, "task_type": said.get("task_type") or _task(model)}, tensors)
+        adapter = open_adapter(work, checkpoint)
+        _prove(adapter, live, work)
+        if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
+            work.rename(out)
+        else:
+            convert_adapter(adapter, to, out)
+    except NotVerified:
+        raise  # it says where that is
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _write(work: Path, live: Mapping[int, Experts], base: Checkpoint, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """A PEFT folder of what PEFT has on other modules, and of the experts' adapters."""
     modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(FIRST)]
-    for place, lora, pair in _of_experts(live, checkpoint):
+    for place, lora, pair in _of_experts(live, base):
         tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
         modules.append(Module(place.name, lora.rank, lora.scale, True))
     whole = [name.removeprefix(PREFIX) for name in tensors if "lora_" not in name]
-    said = {"bias": "none", **said, "task_type": said.get("task_type") or _task(model), "inference_mode": True}
-    said["base_model_name_or_path"] = checkpoint.source.reference
-    config = written_config(said, checkpoint, PEFT, modules, whole)
+    said = {"bias": "none", **said, "inference_mode": True, "base_model_name_or_path": base.source.reference}
+    config = written_config(said, base, PEFT, modules, whole)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})
+    places = Counter(tensor.data_ptr() for tensor in tensors.values())  # what PEFT ties is stored twice
+    copies = {name: tensor.detach().clone() if places[tensor.data_ptr()] > 1 else tensor.detach() for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in copies.items()}, work / TENSORS, {"format": "pt"})
     (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    adapter = open_adapter(work, checkpoint)
-    _prove(adapter, live, work)
-    family = checkpoint.format.family
-    if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
-        work.rename(out)
-    else:
-        convert_adapter(adapter, to, out)
-        shutil.rmtree(work)
-    return out
 
 
 def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Checkpoint:
