@@ -270,6 +270,26 @@ def test_a_second_adapter_is_refused(tmp_path):
     assert not any(module.lora for module in experts_of(wrapped).values())
 
 
+@pytest.mark.parametrize("way", ["Trainer's", "another adapter", "all of the model"])
+def test_half_of_what_trains_is_not_loaded_in_silence(way, tmp_path):
+    """Trainer keeps of a PEFT model what PEFT saves, and resumes from that."""
+    model = both()
+    model.save_pretrained(tmp_path / "half")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if way == "another adapter":
+        model.load_adapter(tmp_path / "half", "other", is_trainable=True)
+    elif way == "all of the model":
+        model.load_state_dict(model.state_dict())
+    else:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.mul_(2)
+        with pytest.raises(UsageError, match="nothing for the adapter of the experts"):
+            model.load_adapter(tmp_path / "half", "default", is_trainable=True)
+        assert all(torch.equal(parameter, before[name] * (2 if "lora" in name else 1)) for name, parameter in model.named_parameters())
+
+
 # --- what trains ---------------------------------------------------------------------------------------------------------------------------
 
 

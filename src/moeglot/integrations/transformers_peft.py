@@ -18,6 +18,7 @@ def follow(model: torch.nn.Module) -> None:
     body: Any = model.base_model
     body.register_forward_pre_hook(_AsPeftSays(model))
     body.register_forward_hook(_forget, always_call=True)
+    body.register_load_state_dict_pre_hook(_check_loaded)
 
 
 class _AsPeftSays:
@@ -48,6 +49,20 @@ def _forget(body: torch.nn.Module, *_: Any) -> None:
     for module in body.modules():
         if isinstance(module, Experts) and module.muted:
             module.muted = False
+
+
+def _check_loaded(body: torch.nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raises `UsageError` where PEFT's half of what trains is loaded and the experts' is not, as from one of Trainer's checkpoints of a PEFT model."""
+    loras = [lora for module in _experts(body) for lora in module.adapters.values() if lora.trains]
+    beside = {lora.beside or "default" for lora in loras}
+    mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
+    theirs = [key for key in state if "lora_" in key and not beside.isdisjoint(key.split("."))]
+    if theirs and state.keys().isdisjoint(prefix + name for name, parameter in body.named_parameters() if id(parameter) in mine):
+        raise UsageError(
+            f"{theirs[0]} is loaded, and nothing for the adapter of the experts, which trains beside it",
+            "PEFT saves its own alone, and Trainer's checkpoints of a PEFT model hold no more",
+            "keep both with moeglot.nn.save_adapter, and load them with load_adapter(model, path, trainable=True)",
+        )
 
 
 def as_peft_says(model: Any) -> None:
