@@ -173,6 +173,8 @@ class AdapterConfig:
         for key, why in REFUSED.items():
             if self.raw.get(key):
                 raise _unsupported(f"{key} = {self.raw[key]}", why)
+        if self.raw.get("ensure_weight_tying") and (tied := [name for name in self.saved if name.endswith(("embed_tokens", "lm_head"))]):
+            raise _unsupported(f"ensure_weight_tying, and {tied[0]} in modules_to_save", "that replaces two uses of one tensor")
         init = self.raw.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
             raise _unsupported(f"init_lora_weights = {init}", "that start also changes the base, so the adapter belongs to a base that is not stored")

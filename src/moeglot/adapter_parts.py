@@ -138,6 +138,9 @@ def _no_module(module: str, base: Checkpoint) -> HalfAdapter:
         why = f"{base.known}; its modules may have other names in memory, which moeglot does not know: {form.alone}"
         do = "merge what is no expert with PEFT, and the experts' part of the adapter with moeglot; an adapter is never half applied"
         return HalfAdapter(f"{module}: adapted, and no tensor on disk is called so", why, do)
+    if OUTPUT.startswith(module.rpartition(".")[2]):
+        what = f"{module}: adapted, and the base's input and output embeddings are one tensor"
+        return HalfAdapter(what, f"there is no {OUTPUT}; {base.known}", "train without it, or untie the base first: copy the embedding to lm_head.weight")
     do = "check that the base is the one that it was trained on; an adapter is never half applied"
     return HalfAdapter(f"{module}: adapted, and the base has no such module", base.known, do)
 

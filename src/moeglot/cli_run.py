@@ -44,8 +44,9 @@ def run(
     from transformers import TextStreamer
 
     ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    options = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
+    options |= {"num_beams": 1, "num_return_sequences": 1, "tokenizer": tokenizer}  # one text is streamed, whatever generation_config.json says
     model.generate(
         input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **options
     )
@@ -53,11 +54,18 @@ def run(
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
     """int64 [1, t]; raises `UsageError` where there is no token, or no template."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UsageError("the prompt is no text in UTF-8", f"it is {prompt!a}", "pass it in UTF-8")
     if chat and not tokenizer.chat_template:
         raise UsageError("--chat, and the model has no chat template", "its tokenizer's files have none", "leave --chat out: the text is then continued")
     if chat:
+        from moeglot.nn.data import REFUSES
+
         said = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        try:
+            return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        except REFUSES as error:
+            raise UsageError("the chat template does not take the prompt", str(error), "leave --chat out: the text is then continued") from error
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[-1]:
         raise UsageError("the prompt is empty", "the tokenizer makes no token of it", 'pass --prompt "Some words"')

@@ -84,6 +84,17 @@ def test_stock_auto_classes_find_the_base(to, attention, tmp_path, monkeypatch):
         assert relative(logits(found), expected) <= LIMIT, auto
 
 
+def test_an_adapter_of_a_classifier(tmp_path):
+    """Stock PEFT wraps it as a model of no task: as one that generates it cannot, and as a classifier it wants a head in the adapter."""
+    config = model_of("gpt-oss", *SIZES["neither"]).config
+    config.pad_token_id = 0
+    transformers.GptOssForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", attention=False)
+    save_adapter(model, tmp_path / "adapter", to=READER)
+    dense = moeglot.load(tmp_path / "base", dtype="float32")
+    assert relative(logits(peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()), logits(model)) <= LIMIT
+
+
 @pytest.mark.parametrize("targets", [("gate",), ("up",), ("down",), ("up", "down")], ids="-".join)
 def test_some_targets(targets, tmp_path):
     folder = base_of("gpt-oss", "openai", "h=2i", tmp_path)

@@ -79,6 +79,79 @@ def test_a_disabled_adapter_is_disabled_on_experts_too(task, copied, base_logits
         logits(model)
 
 
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_backward_after_a_reference_is_of_the_pass_before_it(reentrant):
+    """DPO's order. Checkpointing computes layers again in backward, when the last pass was one without adapters."""
+    tokens, found = torch.arange(24).view(2, 12), []
+    for referred in (False, True):
+        model = both().train()
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        if referred:
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=tokens, use_cache=False)
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert all(relative(grad, found[0][name]) <= LIMIT for name, grad in found[1].items())
+
+
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload", "experts alone"])
+def test_what_was_disabled_is_back(way):
+    model, untouched = both(), both()
+    with model.disable_adapter():
+        logits(model)
+    found = []
+    for one in (model, untouched):
+        alone = way == "experts alone"
+        found.append(Experts.forward(next(iter(experts_of(one).values())), *routed()) if alone else logits(getattr(one, way)()))
+    assert torch.equal(*found)
+
+
+def test_another_adapter_of_pefts_is_one_without_the_experts(base_logits):
+    model = both()
+    live = logits(model)
+    model.add_adapter("other", peft.LoraConfig(**ATTENTION))  # zero
+    model.set_adapter("other")
+    assert relative(logits(model), base_logits) <= LIMIT
+    model.base_model.set_adapter(["default", "other"])
+    assert relative(logits(model), live) <= LIMIT
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    with pytest.raises(UsageError, match="'default' is gone"):
+        logits(model)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_copy_of_pefts_adapter_is_what_both_were_then(trained):
+    """As TRL makes a reference: the adapter's copy, which is a copy of PEFT's half alone."""
+    model = both() if trained else peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION))
+    if not trained:
+        add_lora(model, r=3)
+        model.eval()
+    before = logits(model)
+    model.add_adapter("ref", peft.LoraConfig(**ATTENTION))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ref." in name:
+                parameter.copy_(model.get_parameter(name.replace(".ref.", ".default.")))
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), before)
+    model.set_adapter("default")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name and ".ref." not in name:
+                parameter.add_(0.1)
+    assert relative(logits(model), before) > POWER
+    model.set_adapter("ref")
+    if trained:
+        with pytest.raises(UsageError, match="'ref' began as a copy of 'default'"):
+            logits(model)
+    else:
+        assert torch.equal(logits(model), before)
+
+
 def test_pefts_adapter_on_the_body_alone():
     """It is asked too, and copies of a body need no whole model."""
     body, tokens = native().base_model, torch.arange(24).view(2, 12)
@@ -98,6 +171,54 @@ def test_an_adapter_that_was_merged_is_not_left_out_in_silence(tmp_path):
     with pytest.raises(UsageError, match="no longer on the model"):
         save_adapter(model.merge_and_unload(), tmp_path / "adapter", base=BUNDLED)
     assert not list(tmp_path.iterdir())
+
+
+CHANGED = {
+    "merged before": "q_proj.weight is not what the base has|no longer on the model",  # PEFT before 0.21 leaves its config there
+    "trained": "lm_head.weight trains",
+    "changed": "router.weight is not what the base has",
+    "resized": "embed_tokens.weight is not what the base has",
+}
+
+
+@pytest.mark.parametrize("way", CHANGED)
+def test_what_an_adapter_would_leave_out_is_not_left_out_in_silence(way, tmp_path):
+    """The base that it names, with it, would be another model than the one that was trained."""
+    model = native()
+    if way == "merged before":
+        model = fill(peft.get_peft_model(model, peft.LoraConfig(**ATTENTION))).merge_and_unload()
+    elif way == "resized":
+        model.resize_token_embeddings(1030)
+    add_lora(model, r=3)
+    if way == "trained":
+        model.lm_head.weight.requires_grad_(True)
+    elif way == "changed":
+        with torch.no_grad():
+            model.model.layers[0].mlp.router.weight.mul_(1.1)
+    with pytest.raises(UsageError, match=CHANGED[way]):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["merged for a while", "a whole module", "cast", "loaded, not to train"])
+def test_what_an_adapter_does_not_leave_out_is_saved(way, tmp_path):
+    if way == "loaded, not to train":
+        save_adapter(both(), tmp_path / "first", base=BUNDLED)
+        model = load_adapter(native(), tmp_path / "first")
+    else:
+        model = both(modules_to_save=["lm_head"] if way == "a whole module" else None)
+    with torch.no_grad():
+        if way == "merged for a while":
+            model.merge_adapter()
+        elif way == "a whole module":
+            next(parameter for name, parameter in model.named_parameters() if "modules_to_save" in name).mul_(1.1)
+        elif way == "cast":
+            for parameter in model.parameters():
+                parameter.data = parameter.to(torch.bfloat16).float()
+    live = logits(model)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(native(), tmp_path / "adapter").eval()
+    assert relative(logits(again), live) <= (LIMIT if way != "cast" else 0.05)
 
 
 @pytest.mark.parametrize("way", ["another name", "transformers' own add_adapter"])
@@ -147,6 +268,26 @@ def test_a_second_adapter_is_refused(tmp_path):
     with pytest.raises(UsageError, match="PEFT has an adapter"):
         load_adapter(wrapped, tmp_path / "adapter", base=BUNDLED)
     assert not any(module.lora for module in experts_of(wrapped).values())
+
+
+@pytest.mark.parametrize("way", ["Trainer's", "another adapter", "all of the model"])
+def test_half_of_what_trains_is_not_loaded_in_silence(way, tmp_path):
+    """Trainer keeps of a PEFT model what PEFT saves, and resumes from that."""
+    model = both()
+    model.save_pretrained(tmp_path / "half")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if way == "another adapter":
+        model.load_adapter(tmp_path / "half", "other", is_trainable=True)
+    elif way == "all of the model":
+        model.load_state_dict(model.state_dict())
+    else:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.mul_(2)
+        with pytest.raises(UsageError, match="nothing for the adapter of the experts"):
+            model.load_adapter(tmp_path / "half", "default", is_trainable=True)
+        assert all(torch.equal(parameter, before[name] * (2 if "lora" in name else 1)) for name, parameter in model.named_parameters())
 
 
 # --- what trains ---------------------------------------------------------------------------------------------------------------------------

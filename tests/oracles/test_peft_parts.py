@@ -196,6 +196,22 @@ def test_embeddings_that_are_one_tensor_though_nothing_says_so(options, tmp_path
         moeglot.merge(tmp_path / "base", adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("given", [{"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {"target_modules": ["embed_tokens", "lm_head"]}])
+def test_what_changes_both_uses_of_one_tensor_is_refused(given, tmp_path):
+    """PEFT then has two names for one tensor; before it trains where the config says so, else before anything is left behind."""
+    model_of(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    native = moeglot.load(tmp_path / "base", "float32", native=True)
+    model = peft.get_peft_model(native, peft.LoraConfig(r=2, **{"target_modules": ATTENTION, **given}))
+    if "modules_to_save" in given:
+        with pytest.raises(UnsupportedAdapter, match="ensure_weight_tying"):
+            add_lora(model, r=2)
+        return
+    add_lora(model, r=2)
+    with pytest.raises(HalfAdapter, match="one tensor"):
+        save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
+    assert not list(tmp_path.glob("adapter*"))
+
+
 def test_biases_of_factors_are_no_part_of_a_folder_with_experts(tmp_path):
     model_of().save_pretrained(tmp_path / "base")
     native = moeglot.load(tmp_path / "base", "float32", native=True)

@@ -1,5 +1,6 @@
 """`moeglot run`: the words of transformers' own generate, drawn or likeliest, and what a chat template makes of a prompt."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def test_a_chat_template(expected, tmp_path: Path):
     asked = f"{PROMPT}, and he said, I"
     assert asked + said(str(folder), "--chat") == expected(asked, do_sample=False)
     assert said(str(folder)) == expected(PROMPT, do_sample=False)
+
+
+@pytest.mark.parametrize("config", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"stop_strings": ["pray"]}], ids=str)
+def test_one_text_is_streamed_whatever_generation_config_says(config, expected, tmp_path: Path):
+    shutil.copytree(BUNDLED, folder := tmp_path / "own")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0, **config}))
+    whole = expected(PROMPT, do_sample=False)
+    end = "pray" if "stop_strings" in config else whole
+    assert said(str(folder)) == whole[: whole.index(end) + len(end)]
+
+
+def test_a_prompt_that_is_no_text():
+    found = CliRunner().invoke(app, ["run", str(BUNDLED), "--prompt", "\udcff"])
+    assert "no text in UTF-8" in str(found.exception)
 
 
 def test_experts_that_are_encoded_on_the_way(tmp_path: Path):

@@ -49,6 +49,28 @@ def test_sft(attention, tmp_path):
         assert relative(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits) <= 1e-5
 
 
+def test_dpo_against_a_reference_that_stays(tmp_path):
+    """TRL computes it in each step with a copy of PEFT's adapter, or beforehand: the losses are the same."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    rows = datasets.Dataset.from_list([{"prompt": "In the beginning", "chosen": f" God created {n}", "rejected": f" man destroyed {n}"} for n in range(8)])
+    found = {}
+    for before in (False, True):
+        torch.manual_seed(0)
+        model = moeglot.load(BUNDLED, "float32", native=True)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        add_lora(model, r=4)
+        arguments = trl.DPOConfig(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=5e-3, save_strategy="no", report_to=[], use_cpu=True, bf16=False,
+            logging_steps=1, disable_tqdm=True, seed=0, max_length=64, warmup_steps=0, precompute_ref_log_probs=before, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": True},
+        )  # fmt: skip
+        trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        found[before] = torch.tensor([float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry])
+    assert found[True][-1] < found[True][0] - 0.1
+    assert relative(found[False], found[True]) <= 1e-4
+
+
 SAID = [{"role": "user", "content": "In the beginning "}, {"role": "assistant", "content": "God created"}]
 CALL = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 TEMPLATE = (

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import moeglot
 from moeglot.cli import app
 from moeglot.demo import BUNDLED
-from moeglot.errors import BadNumbers, BrokenFile, OutputExists, UsageError
+from moeglot.errors import BadNumbers, BrokenFile, HalfAdapter, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn import add_lora, experts_of, load_adapter
 from moeglot.nn.data import Data, Rows, read
@@ -217,6 +217,17 @@ def test_modules_that_are_none_are_named_with_those_that_are(modules, told, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_what_could_not_be_saved_is_not_trained(tmp_path):
+    pytest.importorskip("peft")
+    model = moeglot.load(BUNDLED, "float32")
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    with pytest.raises(HalfAdapter, match="embeddings are one tensor"):
+        trained(tmp_path / "tied", tmp_path / "out", recipe=Recipe(steps=1, length=16, modules=("lm_head",)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_stock_peft_computes_what_was_trained(bf16, tmp_path):
     peft = pytest.importorskip("peft")
     trained(BUNDLED, tmp_path / "out", recipe=Recipe(**{**vars(RECIPE), "steps": 6, "modules": ("q_proj", "v_proj"), "checkpointing": True}))
@@ -286,9 +297,10 @@ def test_the_command(tmp_path):
 
 def test_what_is_no_text_is_refused(tmp_path):
     words, path = tokenizer(), tmp_path / "data.jsonl"
-    for text, words_of_it in (('{"text": 1}', "keys text"), ("[1]", "list"), ("{", "no JSON")):
+    deep, half = f'{{"text": {"[" * 100_000}{"]" * 100_000}}}', r'{"prompt": "And \ud800", "completion": "it"}'
+    for text, words_of_it in (('{"text": 1}', "keys text"), ("[1]", "list"), ("{", "no JSON"), (deep, "no JSON"), (half, "a surrogate alone")):
         path.write_text(text)
-        with pytest.raises(BrokenFile, match=words_of_it):
+        with pytest.raises(BrokenFile, match=f"line 1: .*{words_of_it}"):
             read(path, words, 8, 0.1)
     (tmp_path / "data.jsonl.bak").write_text('\n{"text": "And it came to pass"}\n')
     with pytest.raises(UsageError, match="first line is a JSON object"):
@@ -296,7 +308,8 @@ def test_what_is_no_text_is_refused(tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "And"}]}')
     with pytest.raises(UsageError, match="no chat template"):
         read(path, words, 8, 0.1)
-    words.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('users begin') }}{% endif %}{{ messages[0].content + '' }}"
+    begin = "{% if messages[0].role != 'user' %}{{ raise_exception('users begin') }}{% endif %}"
+    words.chat_template = begin + "{{ messages[0].content + '' }}{% if 1 / (2 - messages | length) %}{% endif %}"
     for row, words_of_it in {
         '{"messages": [{"role": "system", "content": "And"}]}': "line 2: the chat template.*users begin",
         '{"messages": [{"role": "user", "content": 3}]}': "line 2: the chat template.*int",
@@ -304,12 +317,16 @@ def test_what_is_no_text_is_refused(tmp_path):
         '{"messages": [{"content": "And"}]}': 'line 2: a message is keys content.*"role"',
         '{"messages": [{"from": "human", "value": "And"}]}': 'line 2: .*ShareGPT.*"role": "user"',
         '{"conversations": [{"from": "human", "value": "And"}]}': 'line 2: .*ShareGPT.*"messages"',
+        '{"messages": [{"role": "user", "content": "And"}, {"role": "user", "content": "And"}]}': "line 2: the chat template.*zero",
         '{"prompt": [], "completion": []}': "line 2: no message",
         '{"messages": [{"role": "user", "content": "And"}], "tools": "["}': "line 2: the chat template",
     }.items():
         path.write_text(f'{{"text": "And"}}\n{row}')
         with pytest.raises(UsageError, match=f"(?s){words_of_it}"):
             read(path, words, 8, 0.1)
+    row = {"messages": [{"role": "user", "content": "And God said"}], "chat_template_kwargs": {"return_tensors": "pt", "tokenize": False}}
+    path.write_text("\n".join([json.dumps(row), r'{"text": "\ud83d\ude00"}']))  # ours are kept, and a pair is a character
+    assert len(read(path, words, 4, 0.0).train)
     path.write_text(json.dumps({"text": "And God said"}))
     with pytest.raises(UsageError, match="rows of 64"):
         read(path, words, 64, 0.1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,13 +17,13 @@ from moeglot.codings import CODINGS
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
 from moeglot.encodings.plain import Plain
-from moeglot.errors import HalfAdapter, UsageError
+from moeglot.errors import UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
+from moeglot.integrations import transformers_peft
 from moeglot.integrations.transformers import VERSION
 from moeglot.integrations.transformers_state import Lazy, expert_names
 from moeglot.layout import Stored
-from moeglot.nn.lora import peft_layers
 from moeglot.nn.module import Experts
 from moeglot.plan import Plan
 
@@ -189,81 +188,12 @@ def swap(
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
-    body: Any = model.base_model
-    body.register_forward_pre_hook(_AsPeftSays(model))
+    transformers_peft.follow(model)
     if encode and not converted:
         raise UsageError(
             f"encode={encode!r} converted nothing",
             f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}",
             "name fewer modules",
-        )
-
-
-class _AsPeftSays:
-    """A hook of the body of a model, since PEFT before 0.21 calls none of the whole model's; it asks whichever of both PEFT is on.
-
-    It keeps nothing alive. A copy of the whole model has a hook that asks the copy; one of the body alone asks the body.
-    """
-
-    def __init__(self, whole: Any) -> None:
-        self.whole: Callable[[], Any] = (lambda: None) if whole is None else weakref.ref(whole)
-
-    def __call__(self, body: Any, *_: Any) -> None:
-        whole = self.whole()
-        as_peft_says(whole if getattr(whole, "peft_config", None) else body)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _AsPeftSays:
-        return _AsPeftSays(memo.get(id(self.whole())))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _AsPeftSays, (None,), (self.whole(),)
-
-    def __setstate__(self, state: tuple[Any]) -> None:
-        self.whole = _AsPeftSays(*state).whole
-
-
-def as_peft_says(model: Any) -> None:
-    """Before a native model computes: adapters of experts are left out where PEFT leaves out its own (`disable_adapter`), as a reference model is computed.
-
-    An adapter that PEFT has in its config for experts, and that is on none, is an error: PEFT itself only warns.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        return
-    layers = peft_layers(model)
-    muted = bool(layers) and all(layers.values())
-    for module in model.modules():
-        if isinstance(module, Experts):
-            if module.lora and not muted and any(layers.values()):
-                some = next(name for name, disabled in layers.items() if disabled)
-                raise UsageError(f"{some} has its adapter disabled, and others have not", "adapters of experts follow PEFT's", "use model.disable_adapter()")
-            module.muted = muted
-    model.adapted_by_peft = True
-    if model.training and torch.is_grad_enabled() and not muted:
-        _check_trained(model, layers)
-    for config in configs.values():
-        paths = {target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()}
-        for name, module in model.named_modules() if paths else ():
-            if isinstance(module, Experts) and not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
-                raise HalfAdapter(
-                    f"{name} has no adapter, and PEFT's config says that it has one",
-                    "PEFT knows no parameters of encoded experts, and left its factors out with a warning",
-                    "load it with moeglot.nn.load_adapter(model, path)",
-                )
-
-
-def _check_trained(model: torch.nn.Module, layers: Iterable[str]) -> None:
-    """Raises `UsageError` where PEFT's adapter trains and the one of the experts does not, though it was put there to train."""
-    frozen = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Experts) and any(lora.trains and not lora.a.requires_grad for lora in module.adapters.values())
-    ]
-    if frozen and any(parameter.requires_grad for name in layers for parameter in model.get_submodule(name).parameters()):
-        raise UsageError(
-            f"{frozen[0]}: its adapter is frozen, and PEFT's trains",
-            "PEFT freezes what it finds when it wraps a model",
-            "call get_peft_model first and add_lora after it, or requires_grad_(True) on what add_lora returned",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
 from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places
-from moeglot.nn.lora import Lora, experts_of, freeze, peft_configs, peft_layers, plain
+from moeglot.nn.lora import Lora, experts_of, freeze, peft_active, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
+from moeglot.nn.unsaved import check_saved
 
 READER = "transformers-5"
 FIRST = (".lora_A.weight", ".lora_embedding_A")
@@ -45,18 +47,11 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     if not live:
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
     said, tensors = _of_peft(model)
-    modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(FIRST)]
-    for place, lora, pair in _of_experts(live, checkpoint):
-        tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
-        modules.append(Module(place.name, lora.rank, lora.scale, True))
-    whole = [name.removeprefix(PREFIX) for name in tensors if "lora_" not in name]
-    said = {"bias": "none", **said, "task_type": said.get("task_type") or "CAUSAL_LM", "inference_mode": True}
-    said["base_model_name_or_path"] = checkpoint.source.reference
-    config = written_config(said, checkpoint, PEFT, modules, whole)
+    check_saved(model, tensors.values(), checkpoint)
+    said["task_type"] = said.get("task_type") or _task(model)
     family = checkpoint.format.family
     with newfile.folder(out) as work:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, work / TENSORS, {"format": "pt"})
-        (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        _write(work, live, checkpoint, said, tensors)
         adapter = open_adapter(work, checkpoint)
         _prove(adapter, live, out)
         if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
@@ -66,6 +61,21 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     return out
 
 
+def _write(work: Path, live: Mapping[int, Experts], base: Checkpoint, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """A PEFT folder of what PEFT has on other modules, and of the experts' adapters."""
+    modules = [_module(name, tensor, said) for name, tensor in tensors.items() if name.endswith(FIRST)]
+    for place, lora, pair in _of_experts(live, base):
+        tensors |= {PREFIX + place.a: pair[0], PREFIX + place.b: pair[1]}
+        modules.append(Module(place.name, lora.rank, lora.scale, True))
+    whole = [name.removeprefix(PREFIX) for name in tensors if "lora_" not in name]
+    said = {"bias": "none", **said, "inference_mode": True, "base_model_name_or_path": base.source.reference}
+    config = written_config(said, base, PEFT, modules, whole)
+    places = Counter(tensor.data_ptr() for tensor in tensors.values())  # what PEFT ties is stored twice
+    copies = {name: tensor.detach().clone() if places[tensor.data_ptr()] > 1 else tensor.detach() for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in copies.items()}, work / TENSORS, {"format": "pt"})
+    (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Checkpoint:
     if isinstance(base, Checkpoint):
         return base
@@ -73,6 +83,12 @@ def _base(model: torch.nn.Module, base: Checkpoint | str | Path | None) -> Check
     if not path:
         raise UsageError("which checkpoint is this adapter for?", "the model does not say where it was loaded from", "pass base=PATH")
     return open_checkpoint(path)
+
+
+def _task(model: torch.nn.Module) -> str | None:
+    """What PEFT is to wrap the base as; as a classifier it would want a head in the adapter, so as a model of no task."""
+    can_generate = getattr(model, "can_generate", None)
+    return "CAUSAL_LM" if can_generate is None or can_generate() else None
 
 
 def _of_peft(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -161,10 +177,11 @@ def load_adapter(
             _put(adapter, layer, live[layer], dropout)
         if adapter.dense or adapter.replaced:
             model = _with_peft(adapter, model, Path(folder) / "dense", trainable)
+    beside = next(iter(peft_active(model)), "")
     mine = [parameter for module in live.values() for parameter in module.lora.parameters()]
     for module in live.values():
         for lora in module.adapters.values():
-            lora.trains = trainable
+            lora.trains, lora.beside = trainable, beside
     if trainable and not peft_configs(model):
         freeze(model, mine)
     for parameter in mine:

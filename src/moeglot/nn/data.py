@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,10 @@ from moeglot.errors import BrokenFile, UsageError
 KEYS = ("text", "prompt and completion", "messages")
 READ = -100
 """The label of a token that is read and not learned, as torch and transformers have it."""
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape in JSON that is half of a pair, and no character without the other half."""
+REFUSES = (TemplateError, TypeError, ValueError, ArithmeticError)
+"""What a chat template raises that does not take what it is given."""
 Document = tuple[list[int], int]
 """Tokens, and how many of the first are read and not learned."""
 
@@ -117,7 +122,11 @@ def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[Document]:
         where = f"{path}, line {n}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+            if HALF.search(line):
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise BrokenFile(f"{where}: a surrogate alone, half a character", str(error), "write it whole, or leave the line out") from error
+        except (ValueError, RecursionError) as error:
             raise BrokenFile(f"{where}: no JSON", str(error), "JSONL has one object in each line") from error
         if not isinstance(row, dict):
             raise BrokenFile(f"{where}: {type(row).__name__}", "JSONL has one object in each line", f"give each line {' or '.join(KEYS)}")
@@ -167,9 +176,10 @@ def _chat(where: str, said: list[Any], row: dict[str, Any], tokenizer: Any, *, p
     tools = row.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
-        options = {"tools": tools, **(row.get("chat_template_kwargs") or {}), "add_generation_prompt": prompt, "tokenize": True, "return_dict": True}
+        options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        options |= {"add_generation_prompt": prompt, "tokenize": True, "return_dict": True, "return_tensors": None}
         found: list[int] = tokenizer.apply_chat_template(said, **options)["input_ids"]
-    except (TemplateError, TypeError, ValueError) as error:
+    except REFUSES as error:
         raise UsageError(f"{where}: the chat template does not take this", str(error), "change the line, or leave it out") from error
     return found
 

@@ -30,6 +30,10 @@ class Lora(torch.nn.Module):
         self.roles, self.targets, self.rank, self.alpha, self.dropout = roles, tuple(role for role in roles if role in targets), rank, alpha, dropout
         self.trains = False
         """It was put here to train: PEFT freezes it when it wraps the model later."""
+        self.beside = ""
+        """The name of PEFT's adapter that it was put beside; it is left out where that is not active. Empty: PEFT had none."""
+        self.copied: set[str] = set()
+        """Names of PEFT's adapters that were copies of that one while this was not zero."""
         self.a = torch.nn.Parameter(torch.empty(experts, rank, inner, dtype=torch.float32))
         self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank, dtype=torch.float32))
         bound = 1 / math.sqrt(inner)  # as torch.nn.Linear starts, and PEFT with it
@@ -75,12 +79,13 @@ def add_lora(
     if busy := [name or "it" for name, module in found.items() if module.lora]:
         raise UsageError(f"{busy[0]} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
     added: list[torch.nn.Parameter] = []
+    beside = next(iter(peft_active(model)), "")
     for name, module in found.items():
         if module.post_expert_norm is not None:
             raise UsageError(f"{name}: no gradient goes through these experts", "their family has a norm after each expert", "leave the experts frozen")
         for place, lora in make(module, r, alpha if alpha is not None else 2 * r, targets, dropout).items():
             module.lora[place] = lora.to(module.lines[0].device)
-            lora.trains = True
+            lora.trains, lora.beside = True, beside
             added += lora.parameters()
     if not added:
         raise UsageError(f"no expert has {' or '.join(targets)}", f"the family is {next(iter(found.values())).family}", "choose other targets")
@@ -113,6 +118,12 @@ def peft_configs(model: torch.nn.Module) -> dict[str, Any]:
 def peft_layers(model: torch.nn.Module) -> dict[str, bool]:
     """Name of a module that PEFT adapted -> whether its adapter is left out now."""
     return {name: module.disable_adapters for name, module in model.named_modules() if isinstance(getattr(module, "disable_adapters", None), bool)}
+
+
+def peft_active(model: torch.nn.Module) -> list[str]:
+    """Names of PEFT's adapters that are active on some module, the first one first."""
+    layers: list[Any] = [model.get_submodule(name) for name in peft_layers(model)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
 
 def plain(config: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,6 +101,8 @@ def tune(
     if resume:
         run.restore()
     if math.isnan(record.before):
+        with tempfile.TemporaryDirectory() as trial:  # what could not be saved is not trained
+            save_adapter(run.model, Path(trial) / "adapter", base=base)
         out.mkdir(parents=True, exist_ok=resume)
         record.write(out)
         record.before = run.held_out()

@@ -1,0 +1,165 @@
+"""What PEFT says of its adapters on a native model, asked before the model computes: whether the experts' adapter is left out too, or cannot be right."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from moeglot.errors import HalfAdapter, UsageError
+from moeglot.nn.lora import peft_active, peft_layers
+from moeglot.nn.module import Experts
+
+
+def follow(model: torch.nn.Module) -> None:
+    """Have the experts of a model ask PEFT whenever it computes, and forget the answer afterwards."""
+    body: Any = model.base_model
+    body.register_forward_pre_hook(_AsPeftSays(model))
+    body.register_forward_hook(_forget, always_call=True)
+    body.register_load_state_dict_pre_hook(_check_loaded)
+
+
+class _AsPeftSays:
+    """A hook of the body of a model, since PEFT before 0.21 calls none of the whole model's; it asks whichever of both PEFT is on.
+
+    It keeps nothing alive. A copy of the whole model has a hook that asks the copy; one of the body alone asks the body.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        self.whole: Callable[[], Any] = (lambda: None) if whole is None else weakref.ref(whole)
+
+    def __call__(self, body: Any, *_: Any) -> None:
+        whole = self.whole()
+        as_peft_says(whole if getattr(whole, "peft_config", None) else body)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _AsPeftSays:
+        return _AsPeftSays(memo.get(id(self.whole())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _AsPeftSays, (None,), (self.whole(),)
+
+    def __setstate__(self, state: tuple[Any]) -> None:
+        self.whole = _AsPeftSays(*state).whole
+
+
+def _forget(body: torch.nn.Module, *_: Any) -> None:
+    """What was left out of this pass is there again: backward computes checkpointed layers of an earlier pass once more, and asks nobody."""
+    for module in body.modules():
+        if isinstance(module, Experts) and module.muted:
+            module.muted = False
+
+
+def _check_loaded(body: torch.nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raises `UsageError` where PEFT's half of what trains is loaded and the experts' is not, as from one of Trainer's checkpoints of a PEFT model."""
+    loras = [lora for module in _experts(body) for lora in module.adapters.values() if lora.trains]
+    beside = {lora.beside or "default" for lora in loras}
+    mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
+    theirs = [key for key in state if "lora_" in key and not beside.isdisjoint(key.split("."))]
+    if theirs and state.keys().isdisjoint(prefix + name for name, parameter in body.named_parameters() if id(parameter) in mine):
+        raise UsageError(
+            f"{theirs[0]} is loaded, and nothing for the adapter of the experts, which trains beside it",
+            "PEFT saves its own alone, and Trainer's checkpoints of a PEFT model hold no more",
+            "keep both with moeglot.nn.save_adapter, and load them with load_adapter(model, path, trainable=True)",
+        )
+
+
+def as_peft_says(model: Any) -> None:
+    """Before a native model computes: adapters of experts are left out where PEFT leaves out its own (`disable_adapter`), as a reference model is computed,
+    and where the one that they were put beside is not active (`set_adapter`).
+
+    An adapter that PEFT has in its config for experts, and that is on none, is an error: PEFT itself only warns.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return
+    layers = peft_layers(model)
+    muted = bool(layers) and all(layers.values())
+    if not muted and any(layers.values()) and any(module.lora for module in _experts(model)):
+        some = next(name for name, disabled in layers.items() if disabled)
+        raise UsageError(f"{some} has its adapter disabled, and others have not", "adapters of experts follow PEFT's", "use model.disable_adapter()")
+    muted = muted or _is_another(model, configs, layers)
+    for module in _experts(model):
+        module.muted = muted
+    model.adapted_by_peft = True
+    if model.training and torch.is_grad_enabled() and not muted:
+        _check_trained(model, layers)
+    for config in configs.values():
+        paths = {target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()}
+        for name, module in model.named_modules() if paths else ():
+            if isinstance(module, Experts) and not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
+                raise HalfAdapter(
+                    f"{name} has no adapter, and PEFT's config says that it has one",
+                    "PEFT knows no parameters of encoded experts, and left its factors out with a warning",
+                    "load it with moeglot.nn.load_adapter(model, path)",
+                )
+
+
+def _experts(model: torch.nn.Module) -> list[Experts]:
+    return [module for module in model.modules() if isinstance(module, Experts)]
+
+
+# --- several adapters of PEFT's ----------------------------------------------------------------------------------------------------------
+
+
+def _is_another(model: torch.nn.Module, configs: Mapping[str, Any], layers: Iterable[str]) -> bool:
+    """Another adapter of PEFT's is active than the one that the experts' was put beside: theirs is no part of it.
+
+    TRL copies an adapter to "ref" and computes its reference with that. Where the experts' change was zero then, it is left out. Where it was not, it belongs
+    to the copy until one of both has moved; after that there is no right answer, and `UsageError` is raised.
+    """
+    loras = [lora for module in _experts(model) for lora in module.adapters.values()]
+    active = peft_active(model)
+    mine = {lora.beside or next(iter(configs)) for lora in loras}
+    if not active or not mine - set(active):
+        return False
+    name = sorted(mine - set(active))[0]
+    if name not in configs:
+        raise UsageError(
+            f"PEFT's adapter {name!r} is gone, and that of the experts was put beside it",
+            f"PEFT has {', '.join(map(repr, configs))}",
+            "remove_lora(model) takes it off the experts",
+        )
+    copies = [other for other in active if _is_copy(model, layers, name, other)]
+    if copies and any(bool(lora.b.any()) for lora in loras):
+        for lora in loras:
+            lora.copied.update(copies)
+        return False
+    if moved := sorted(set(active) & {other for lora in loras for other in lora.copied} - set(copies)):
+        raise UsageError(
+            f"PEFT's adapter {moved[0]!r} began as a copy of {name!r}, and of the experts' adapter there is no copy",
+            "it was not zero then, and has been trained since",
+            "compute the reference before training (TRL: precompute_ref_log_probs=True), or merge first and train a new adapter",
+        )
+    return True
+
+
+def _is_copy(model: torch.nn.Module, layers: Iterable[str], name: str, other: str) -> bool:
+    """PEFT's two adapters hold the same numbers."""
+    found = False
+    for layer in layers:
+        parameters = dict(model.get_submodule(layer).named_parameters())
+        for key, parameter in parameters.items():
+            kind, _, rest = key.partition(".")
+            if rest.split(".")[0] == name:
+                copy = parameters.get(f"{kind}.{other}{rest.removeprefix(name)}")
+                found = copy is not None and copy.shape == parameter.shape and torch.equal(copy, parameter)
+                if not found:
+                    return False
+    return found
+
+
+def _check_trained(model: torch.nn.Module, layers: Iterable[str]) -> None:
+    """Raises `UsageError` where PEFT's adapter trains and the one of the experts does not, though it was put there to train."""
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Experts) and any(lora.trains and not lora.a.requires_grad for lora in module.adapters.values())
+    ]
+    if frozen and any(parameter.requires_grad for name in layers for parameter in model.get_submodule(name).parameters()):
+        raise UsageError(
+            f"{frozen[0]}: its adapter is frozen, and PEFT's trains",
+            "PEFT freezes what it finds when it wraps a model",
+            "call get_peft_model first and add_lora after it, or requires_grad_(True) on what add_lora returned",
+        )
