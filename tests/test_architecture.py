@@ -29,7 +29,7 @@ LAYERS = (
     {"torch_dist"},
     {"foreign"},
     {"source", "dense"},
-    {"hub_names"},
+    {"hub_names", "declared"},
     {"identify", "structure", "profiles", "outline"},
     {"evidence"},
     {"checkpoint", "gathered", "adapter_config", "adapter_evidence"},

@@ -139,6 +139,38 @@ def test_experts_that_are_left_alone(declared, layout, tmp_path):
     assert moeglot.open(folder(tmp_path, layout, ALONE[declared])).format.name == layout
 
 
+W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+STRANGE = {
+    "INT8": (
+        "int4-pack",
+        ("config_groups", "group_0", "weights"),
+        {**W4, "num_bits": 8},
+        "'num_bits': 8, 'type': 'int', 'strategy': 'group', 'group_size': 32",
+    ),
+    "INT4 in no groups": ("int4-pack", ("config_groups", "group_0", "weights"), {**W4, "strategy": "token"}, "'strategy': 'token'"),
+    "W4A8": ("nvfp4-modelopt", ("quant_algo",), "W4A8_NVFP4_FP8", "'quant_algo': 'W4A8_NVFP4_FP8'}; of modelopt moeglot decodes nvfp4-modelopt, fp8-modelopt"),
+    "FP8 without a word on its blocks": ("fp8-block", (), {"quant_method": "fp8"}, "{'quant_method': 'fp8'}; of fp8 moeglot decodes fp8-block"),
+}
+
+
+@pytest.mark.parametrize("declared", STRANGE)
+def test_codings_that_are_not_known_are_no_contradiction(declared, tmp_path):
+    coding, path, value, told = STRANGE[declared]
+    moeglot.convert(folder(tmp_path, "qwen3-moe/hub"), f"qwen3-moe/hub+{coding}", tmp_path / "coded", allow_loss=True)
+    (tensors,) = (tmp_path / "coded").glob("*.safetensors")
+    save_file(load_file(tensors), tensors, {"format": "pt"})
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    place = config
+    for key in ("quantization_config", *path)[:-1]:
+        place = place[key]
+    place[("quantization_config", *path)[-1]] = value
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnknownFormat, match="quantized in a way that moeglot does not know") as refused:
+        moeglot.open(tmp_path / "coded")
+    assert told in refused.value.known
+    assert f"those of qwen3-moe/hub+{coding}" in refused.value.known
+
+
 def test_stacked_experts_are_no_linear_modules(tmp_path):
     """No producer lists them among those that are left alone; of modules he does."""
     declared = {"quant_method": "compressed-tensors", "config_groups": {"a": GROUP}, "ignore": ["lm_head"]}

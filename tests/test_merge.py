@@ -39,14 +39,14 @@ class Case:
     changes: dict
 
 
-def base_of(folder, family, base, size):
+def base_of(folder, family, base, size, encode=None):
     h, i = SIZES[size]
     plain = write_checkpoint(folder / "plain", PLAIN[family], {"e": EXPERTS, "h": h, "i": i}, dtype=torch.bfloat16)
     if base == "bf16":
         return plain
-    suffix, encode = BASES[base]
+    suffix, usual = BASES[base]
     to = "gpt-oss/openai" if (family, base) == ("gpt-oss", "mxfp4") else LINEAR[family] + ("+mxfp4-pack" if base == "mxfp4" else suffix)
-    moeglot.convert(plain, to, folder / "base", encode=encode, allow_loss=True)
+    moeglot.convert(plain, to, folder / "base", encode=encode or usual, allow_loss=True)
     return folder / "base"
 
 
@@ -278,6 +278,30 @@ def test_all_that_is_touched_can_stay_in_bfloat16(tmp_path, base):
     for (layer, role, expert), change in made.changes.items():
         wanted = matrix(made.base, role, layer, expert) + change
         assert float((matrix(merged, role, layer, expert) - wanted).norm() / wanted.norm()) < 3e-3
+
+
+@pytest.mark.parametrize(("base", "encode"), [("int4", "int4:64"), ("nvfp4", None), ("nf4", None)])
+@pytest.mark.parametrize("only", ["down_proj", "gate_up_proj"])
+def test_a_role_that_is_touched_in_every_layer_can_stay_in_bfloat16(tmp_path, base, encode, only):
+    """The other roles stay quantized, byte for byte, and so does what config.json says of them."""
+    folder = base_of(tmp_path, "qwen3-moe", base, "square", encode)
+    opened, (h, i) = moeglot.open(folder), SIZES["square"]
+    made = WRITERS["PEFT"][2](Job("qwen3-moe", EXPERTS, h, i, RANK))
+    wrapper = ".base_layer.lora" if only == "gate_up_proj" else "experts.lora"
+    made.tensors = {key.replace(".base_layer", ""): tensor for key, tensor in made.tensors.items() if wrapper in key}
+    made.config["target_parameters"] = [f"mlp.experts.{only}"]
+    adapter = moeglot.open_adapter(made.save(tmp_path / "adapter"), opened, "peft")
+    assert moeglot.merge(opened, adapter, tmp_path / "out", keep_touched="bf16", allow_loss=True).report.verdict == "holds"
+    merged = moeglot.open(tmp_path / "out")
+    assert merged.format.name == opened.format.name
+    for (layer, role, expert), change in made.changes.items():
+        touched = (role == "down") == (only == "down_proj")
+        before, after = matrix(opened, role, layer, expert), matrix(merged, role, layer, expert)
+        wanted = before + change * touched
+        assert float((after - wanted).norm() / wanted.norm()) < (3e-3 if touched else 1e-12)
+    said = [json.loads((where / "config.json").read_text())["quantization_config"] for where in (folder, tmp_path / "out")]
+    key = opened.format.coding.kept
+    assert {**said[0], key: None} == {**said[1], key: None}
 
 
 def test_quantized_attention_that_becomes_bfloat16(tmp_path):

@@ -107,6 +107,14 @@ def brief(quantization: Quantization) -> str:
     return str(told or "nothing")
 
 
+def told_of(quantization: Quantization, module: str) -> str:
+    """What it says of one module in a few words."""
+    weights = groups(quantization, module) if by_compressed_tensors(quantization) else None
+    asked = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
+    told = {key: weights[key] for key in asked if weights.get(key) is not None} if weights else {}
+    return f"{brief(quantization)}, weights {told}" if told else brief(quantization)
+
+
 def leaves_alone(quantization: Quantization, module: str) -> bool:
     """quantization_config says that this module is not quantized: it, or one that it is in, is named or matches a pattern; or others alone are listed."""
     layers = quantization.get("quantized_layers")

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from moeglot.coding import brief, leaves_alone, of_modules, told_in
 from moeglot.coding import said as quantization
+from moeglot.coding import told_in
 from moeglot.config import hub_config
-from moeglot.encoding import Encoding, agree
+from moeglot.declared import First, first_tensors, lines_there, refuted, settled, unknown
+from moeglot.encoding import agree
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.family import dig
 from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name, of_family, variants
 from moeglot.layout import Sizes, Stored
-from moeglot.shards import Entry
 from moeglot.share import SHARE, Share
 from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
 """Key of our mark in a safetensors header; `moeglot.share` has that of files that are one process's."""
-First = Mapping[tuple[tuple[str, ...], str], Entry]
-"""(roles, part) of a line -> the first tensor that there is of it."""
 NO_CONFIG = "there is no config.json"
 LISTED = 6
 """Formats that a refusal says no to one by one; of more, those whose names of tensors are not in the file go without saying."""
@@ -31,11 +29,11 @@ LISTED = 6
 
 @dataclass(frozen=True)
 class Refutation:
-    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there; "asked": nothing does,
-    but only its producer can say that it is this one.
+    """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there; "quantization":
+    they are, and what is declared is no coding that we know; "asked": nothing does, but only its producer can say that it is this one.
     """
 
-    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json", "asked"]
+    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json", "quantization", "asked"]
     why: str
 
     def __str__(self) -> str:
@@ -77,6 +75,12 @@ class Identification:
                 f"{''.join(fits)}take config.json from the producer; "
                 "if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
+        if strange := next(((form, refutation) for form, refutation in self.ruled_out.items() if refutation.by == "quantization"), None):
+            raise UnknownFormat(
+                f"{name}: the experts are quantized in a way that moeglot does not know",
+                f"{strange[1]}; key names and dtypes are those of {strange[0]}; {'; '.join(self.evidence)}",
+                "if config.json lacks something, take the producer's: no size is taken from a shape; else have its own library decode it first",
+            )
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if len(known) > LISTED:  # those with the right names are the nearest
             known = {form: refutation for form, refutation in known.items() if refutation.by != "names"} or dict(list(known.items())[:LISTED])
@@ -102,7 +106,7 @@ def identify(path: Source | str | Path, format: str | Format | None = None) -> I
     source = path if isinstance(path, Source) else read_source(path, headers_only=True)
     source = source.ranks[0] if source.ranks else source
     if format is not None:
-        form = _settled(by_name(format), source)
+        form = settled(by_name(format), source)
         return Identification(form, (f"--format {form.name}",), (form,), {})
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
@@ -119,10 +123,10 @@ def identify(path: Source | str | Path, format: str | Format | None = None) -> I
                 str(ruled_out[form.name]),
                 "the folder was changed after moeglot wrote it; pass --format if you know what it is now",
             )
-        return Identification(_settled(form, source), (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
+        return Identification(settled(form, source), (f"the safetensors header says {MARK} = {form.name}",), (form,), ruled_out)
     if sum(form.name not in ruled_out for form in known) > 1:
         ruled_out |= {form.name: refutation for form in known if form.name not in ruled_out and (refutation := _misnamed(form, source))}
-    candidates = tuple(_settled(form, source) for form in known if form.name not in ruled_out)
+    candidates = tuple(settled(form, source) for form in known if form.name not in ruled_out)
     evidence = tuple(_producer_marks(source, candidates))
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
 
@@ -145,8 +149,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield ".metadata has a key for each expert" if source.torch_dist == "single" else ".metadata is that of torch.distributed.checkpoint"
     for form in candidates[:1]:
         yield from (f"config.json says {key} = {value}" for key, value in form.config.told.items() if value is not None)
-        line = form.stored[0]
-        key = next(key for key in source.entries if (found := form.match(key)) and found[:2] == (line, line.encoding.parts[0].name))
+        lines = [(line, line.encoding.parts[0].name) for line in form.all_lines]  # a line that is left alone everywhere has no tensor
+        key = next(key for line in lines for key in source.entries if (found := form.match(key)) and found[:2] == line)
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
 
 
@@ -167,9 +171,10 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     config = hub_config(source.config, form)
     sizes = form.family.held_sizes(config, source.share)
     form = form.sized(sizes)
-    said, layers = quantization(source.config), form.family.held_layers(config, source.share)
-    first = _first_tensors(form, source, layers, sizes, said)
-    for line in form.stored:
+    layers = form.family.held_layers(config, source.share)
+    first = first_tensors(form, source, layers, sizes)
+    lines = lines_there(form, source, layers, first)
+    for line in lines:
         for part in line.encoding.parts:
             if (line.roles, part.name) not in first:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
@@ -177,30 +182,17 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
                 return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
     if wrong := next((key for key, value in form.config.told.items() if source.config.get(key) != value), None):
         return Refutation("config.json", f"{wrong} is {source.config.get(wrong)}, not {form.config.told[wrong]}")
-    if refuted := _quantization_refutation(form, said, layers, first):
-        return refuted
-    settled = _settled(form, source)
-    return _shape_refutation(settled, sizes, _first_tensors(settled, source, layers, sizes, said) if form.coding else first)
+    if why := unknown(form, lines, source, first):
+        return Refutation("quantization", why)
+    if why := refuted(form, lines, source, layers, first):
+        return Refutation("config.json", why)
+    fits = settled(form, source)
+    there = tuple(line for line in fits.stored if any(line.roles == mine.roles for mine in lines))
+    return _shape_refutation(there, sizes, first_tensors(fits, source, layers, sizes) if form.coding else first)
 
 
 def _unasked(form: Format) -> Refutation | None:
     return Refutation("asked", form.asked) if form.asked else None
-
-
-def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:
-    """What config.json's quantization_config says against this format."""
-    if form.coding:
-        if any(_declared(form, line, said, first) is None for line in form.stored if not line.is_plain):
-            return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {brief(said)}")
-        return None
-    method = said.get("quant_method")
-    expected = form.config.quantization["quant_method"] if form.config.quantization else None
-    alone = [any(leaves_alone(said, line.module(layer)) for line in form.stored) for layer in layers]
-    if method is None or method == expected or all(alone):
-        return None
-    if not any(line.per_expert for line in form.stored) and (method == "bitsandbytes" or (of_modules(said) and not any(alone))):
-        return None  # they quantize Linear modules, and leave stacked experts as they are without a word
-    return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
 
 
 def _misnamed(form: Format, source: Source) -> Refutation | None:
@@ -214,84 +206,8 @@ def _misnamed(form: Format, source: Source) -> Refutation | None:
     return None
 
 
-def _declared(form: Format, line: Stored, said: Mapping[str, Any], first: First) -> Encoding | None:
-    """What quantization_config says of the module that the first tensor of a line belongs to."""
-    assert form.coding
-    entry = next((entry for (key, _), entry in first.items() if key == line.roles), None)
-    found = form.match(entry.name) if entry else None
-    return form.coding.declares(said, line.module(found[2]) if found else line.module(0))
-
-
-def _settled(form: Format, source: Source) -> Format:
-    """The format with the encodings that config.json declares and the file's tensors settle, in the layers that it does not leave alone."""
-    if not form.coding and len(form.family.groups) == 1:
-        return form
-    config, said = hub_config(source.config, form), quantization(source.config)
-    sizes, layers = form.family.held_sizes(config, source.share), form.family.held_layers(config, source.share)
-    form = form.sized(sizes)
-    if not form.coding:
-        return form
-    first = _first_tensors(form, source, layers, sizes, said, every=True)
-
-    def settle(line: Stored) -> Encoding:
-        found = {part: (entry.dtype, entry.shape) for (key, part), entry in first.items() if key == line.roles}
-        encoding = _declared(form, line, said, first) or line.encoding
-        return encoding.as_stored(found, line.leading) if found.keys() >= {part.name for part in encoding.parts} else encoding
-
-    return replace(form, unlike=_unlike(form, said, layers, sizes)).with_encodings(settle)
-
-
-def _unlike(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], sizes: Sizes) -> dict[int, tuple[Stored, ...]]:
-    """Layer -> its lines, for the layers that quantization_config leaves alone, in part or in whole."""
-    plain = by_name(form.name.partition("+")[0]).sized(sizes).stored
-    found = {}
-    for layer in layers:
-        lines = tuple(other if leaves_alone(said, line.module(layer)) else line for line, other in zip(form.stored, plain, strict=True))
-        if any(line.is_plain != other.is_plain for line, other in zip(lines, form.stored, strict=True)):
-            found[layer] = lines
-        for module in [line.module(layer) for line in lines if not line.is_plain]:
-            if form.coding and form.coding.read(said, module) is None:
-                raise Contradiction(
-                    f"{module} is declared in another way than {form.coding.name}",
-                    f"the layers before it are {form.name}; one format has one coding for the experts that are quantized",
-                    "convert such layers with the producer's tool first",
-                )
-    return found
-
-
-def _first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, said: Mapping[str, Any], every: bool = False) -> First:
-    """(roles, part) -> its tensor in the first layer that has one, of the first expert that has one; with `every`, of optional parts too.
-
-    A coded line is not looked for in layers whose experts quantization_config leaves alone.
-    """
-    found: dict[tuple[tuple[str, ...], str], Entry] = {}
-    for line in form.stored:
-        wanted = line.names if every else line.suffixes
-        suffixes = {part: suffix for part, suffix in wanted.items() if _is_somewhere(line.key + suffix, source)}
-        needed = line.suffixes.keys() & suffixes.keys()  # what is nowhere is not looked for in every layer
-        for layer in layers if suffixes else ():
-            if form.coding and not line.is_plain and leaves_alone(said, line.module(layer)):
-                continue
-            for expert in range(min(sizes["e"], len(source.entries)) if line.per_expert else 1):  # of more, none has all of its tensors
-                stem = line.stem(layer, expert)
-                for part, suffix in suffixes.items():
-                    if stem + suffix in source.entries:
-                        found.setdefault((line.roles, part), source.entries[stem + suffix])
-                if all((line.roles, part) in found for part in needed):
-                    break
-            if all((line.roles, part) in found for part in needed):
-                break
-    return found
-
-
-def _is_somewhere(template: str, source: Source) -> bool:
-    """Some tensor's name begins and ends as this template does."""
-    first, last = template.partition(".")[0], template[template.rfind(".") + 1 :]
-    return ("{" in first or first in source.first_names) and ("{" in last or last in source.last_names)
-
-
-def _shape_refutation(form: Format, sizes: Sizes, first: First) -> Refutation | None:
-    for line in form.stored:
+def _shape_refutation(lines: tuple[Stored, ...], sizes: Sizes, first: First) -> Refutation | None:
+    for line in lines:
         for part in line.encoding.parts:
             if (entry := first.get((line.roles, part.name))) is None:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")

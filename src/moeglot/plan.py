@@ -223,7 +223,9 @@ def plan(
         for layer in source.layers
         for line in target.lines(layer)
     )
-    target = target.with_encodings(lambda line: next(step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain))
+    target = target.with_encodings(
+        lambda line: next((step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain), line.encoding)
+    )
     dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, words)
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]

@@ -7,7 +7,7 @@ from itertools import islice, repeat
 from operator import itemgetter
 from typing import Any
 
-from moeglot.coding import WEIGHT
+from moeglot.coding import WEIGHT, leaves_alone, said
 from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.encoding import agree
 from moeglot.encodings.plain import Plain
@@ -37,7 +37,9 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
             if None not in there and all(dtype in dtypes and agree(shape, stored) for dtype, stored in {*map(_declared, there)}):
                 continue
             for key, entry in zip(some, there, strict=True):
-                if entry and entry.dtype in part.dtypes and entry.dtype not in dtypes:
+                if odd := _otherwise(key, form, source, known):
+                    yield odd
+                elif entry and entry.dtype in part.dtypes and entry.dtype not in dtypes:
                     yield _mixed(entry, dtypes[0], known)
                 elif entry:
                     yield from _tensor_problems(entry, line, part.name, sizes, form, known)
@@ -62,6 +64,22 @@ def _mixed(entry: Entry, other: str, known: str) -> TensorMismatch:
         f"{entry.name}: {entry.dtype}, and experts before it in this layer are {other}",
         f"each layer is moved with one type for all of its experts; {known}",
         "store them alike: the wider type loses nothing",
+    )
+
+
+def _otherwise(key: str, form: Format, source: Source, known: str) -> TensorMismatch | None:
+    """Where quantization_config leaves this expert alone and not the first of its layer, or the first alone."""
+    line, _, layer, expert = (form.coding and form.match(key)) or (None, "", 0, None)
+    if line is None or not expert:
+        return None
+    module, first = line.module(layer, expert), line.module(layer)
+    here, there = ("left alone" if leaves_alone(said(source.config), name) else "quantized" for name in (module, first))
+    if here == there:
+        return None
+    return TensorMismatch(
+        f"{module}: quantization_config says that it is {here}, and {first} {there}",
+        f"{known}; in one format the experts of a layer are stored alike",
+        "quantize all experts of the layer with the producer's tool, or none of them",
     )
 
 

@@ -144,7 +144,7 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
     matrices = [(key, parts[0].name) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
     named = {name: None for key, hub in matrices for name in (key, *aliases(hub, target.family)[1:])}  # readers look for modules, some by disk names
     kept = experts + [name.removesuffix(WEIGHT) for name in named]
-    encoding = next(line.encoding for line in target.stored if not isinstance(line.encoding, Plain))
+    encoding = next(line.encoding for layer in source.layers for line in target.lines(layer) if not line.is_plain)
     return {"quantization_config": target.coding.write(encoding, kept)}
 
 
@@ -176,13 +176,13 @@ def keeps(source: Checkpoint, target: Format) -> bool:
     if not mine and not theirs and source.format.is_plain and target.is_plain:
         return bool(said(source.source.config))  # of what is no expert, whether we can read it or not
     declared = bool(said(source.source.config))  # a live model may declare nothing: what is no expert is decoded in it
-    return bool(mine and theirs and declared and mine.name == theirs.name and _kinds(source.format) == _kinds(target))
+    return bool(mine and theirs and declared and mine.name == theirs.name and _kinds(source.format, source) >= _kinds(target, source))
 
 
-def _kinds(form: Format) -> set[tuple[object, ...]]:
-    """How its quantized lines are coded: their encoding, and the types of its parts; not how long a text among them is."""
-    coded = [line.encoding for line in form.stored if not isinstance(line.encoding, Plain)]
-    return {(encoding.name, *((part.name, part.dtypes) for part in encoding.parts)) for encoding in coded}
+def _kinds(form: Format, source: Checkpoint) -> set[tuple[object, ...]]:
+    """How its quantized roles are coded: their encoding, and the types of its parts; not how long a text among them is."""
+    coded = {(role, line.encoding) for layer in source.layers for line in form.lines(layer) if not line.is_plain for role in line.roles}
+    return {(role, encoding.name, *((part.name, part.dtypes) for part in encoding.parts)) for role, encoding in coded}
 
 
 def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
@@ -194,10 +194,10 @@ def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple
         found = line.encoding.like(wanted) if wanted else line.encoding
         same = {encoding for encoding in sources if encoding.kind == line.encoding.kind}
         return line.encoding.like(same.pop()) if len(same) == 1 and not wanted else found
-    if wanted and not isinstance(wanted, Plain):
-        raise cannot_hold(target, line.encoding, wanted)
-    if wanted:
+    if isinstance(wanted, Plain):
         return wanted
+    if wanted and not target.coding:
+        raise cannot_hold(target, line.encoding, wanted)
     if all(isinstance(encoding, Plain) for encoding in sources):
         return widest(line, sources)
     return Plain(float_type(source))

@@ -191,6 +191,15 @@ def test_nested_absmax_are_close():
     assert (one_scale - plain["scale"]).abs().mean() > 2 * error.mean()
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_sums_in_float32_keep_the_dtype_that_decoding_rounds_to(nested):
+    encoding, values = BNB4(nested=nested), torch.randn(32, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    parts, sums = encoding.encode(values), values.float() * 1.5
+    for found in (encoding.encode_like(parts, sums), encoding.rescaled(parts, sums, torch.ones(32, 64, dtype=torch.bool))):
+        assert QuantState.read(found["state"]).dtype == "BF16"
+        assert encoding.check(found) is None
+
+
 def test_wrong_readings_are_seen():
     """The power of these laws: each wrong reading is off by most of the weights, rows of very different size or not."""
     random = torch.Generator().manual_seed(0)

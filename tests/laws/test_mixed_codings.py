@@ -9,7 +9,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.codings import CODINGS
-from moeglot.errors import LossRefused, MoeglotError
+from moeglot.errors import LossRefused, MoeglotError, TensorMismatch
 from moeglot.units import estimate
 
 HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
@@ -18,15 +18,16 @@ KEEPING = [coding for coding in CODINGS if coding.kept and not coding.families]
 LAYERS = 3
 
 
-def mixed(folder, coding, left=(1,), layout=HUB):
-    """A checkpoint whose layers `left` are not quantized, as its producer writes it: no mark of ours, modules listed by name."""
+def mixed(folder, coding, left=(1,), layout=HUB, named="_proj", encode=None):
+    """A checkpoint whose layers `left` are not quantized, as its producer writes it: no mark of ours, modules listed by name. `named`: only these."""
     plain = write_checkpoint(folder / "plain", layout, SIZES, LAYERS)
-    moeglot.convert(plain, f"{layout}+{coding.name}", folder / "whole", allow_loss=True)
+    moeglot.convert(plain, f"{layout}+{coding.name}", folder / "whole", encode=encode, allow_loss=True)
     tensors, given = load_file(folder / "whole" / "model.safetensors"), load_file(plain / "model.safetensors")
     here = tuple(f"model.layers.{layer}.mlp.experts." for layer in left)
-    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(here)} | {key: given[key] for key in given if key.startswith(here)}
+    alone = [{key for key in names if key.startswith(here) and named in key} for names in (tensors, given)]
+    kept = {key: tensor for key, tensor in tensors.items() if key not in alone[0]} | {key: given[key] for key in alone[1]}
     config = json.loads((folder / "whole" / "config.json").read_text())
-    modules = sorted({key.removesuffix(".weight") for key in given if key.startswith(here)})
+    modules = sorted({key.removesuffix(".weight") for key in alone[1]})
     config["quantization_config"][coding.kept] = [*config["quantization_config"].get(coding.kept, ()), *modules]
     (folder / "mixed").mkdir()
     save_file(kept, folder / "mixed" / "model.safetensors", {"format": "pt"})
@@ -58,6 +59,22 @@ def test_it_is_read_and_returns_as_it_is(coding, left, tmp_path):
     certificate = moeglot.convert(source, source.format.name, tmp_path / "again")
     assert certificate.report.verdict == "holds"
     assert same(source.source.folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("role", ["gate", "down"])
+@pytest.mark.parametrize("coding", KEEPING, ids=lambda coding: coding.name)
+def test_a_role_that_is_left_alone_in_every_layer(coding, role, tmp_path):
+    """llm-compressor's recipes name such by pattern. The numbers are those of the two checkpoints that it was put together from."""
+    encode = "int4:64" if coding.name == "int4-pack" else None
+    folder = mixed(tmp_path, coding, range(LAYERS), named=f"{role}_proj", encode=encode)
+    source, whole, given = moeglot.open(folder), moeglot.open(tmp_path / "whole"), moeglot.open(tmp_path / "plain")
+    assert source.format.name == f"{HUB}+{coding.name}"
+    for each in ("gate", "up", "down"):
+        found, expected = source.experts(1)[each][2], (given if each == role else whole).experts(1)[each][2]
+        assert torch.equal(found.decode(torch.float32), expected.decode(torch.float32))
+    certificate = moeglot.convert(source, source.format.name, tmp_path / "again")
+    assert certificate.report.verdict == "holds"
+    assert same(folder, tmp_path / "again")
 
 
 @pytest.mark.parametrize("coding", [c for c in KEEPING if c.stacked and not any(part.flat for part in c.encoding.parts)], ids=lambda c: c.name)
@@ -206,3 +223,37 @@ def test_modelopts_list_of_what_is_quantized_how(tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
     with pytest.raises(MoeglotError):
         moeglot.open(folder)
+
+
+def test_one_role_in_other_groups_and_all_alike_again(tmp_path):
+    """A role's group size is declared by a group of its own; coded as the others are, the declaration is no longer the source's."""
+    whole = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "int4-pack"), encode="int4:64")
+    other = tmp_path / "other"
+    moeglot.convert(tmp_path / "plain", f"{HUB}+int4-pack", other, encode="int4:32", allow_loss=True)
+    found = {name: tensor for name, tensor in tensors(whole).items() if "down_proj" not in name or "layers.1." in name}
+    save_file(found | {name: tensor for name, tensor in tensors(other).items() if "down_proj" in name and "layers.1." not in name}, whole / "model.safetensors")
+    config = json.loads((whole / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    groups = {"a": group, "b": {**group, "targets": ["re:.*down_proj$"], "weights": {**group["weights"], "group_size": 32}}}
+    config["quantization_config"] |= {"config_groups": groups}
+    (whole / "config.json").write_text(json.dumps(config))
+    assert moeglot.convert(whole, f"{HUB}+int4-pack", tmp_path / "same").report.verdict == "holds"
+    assert same(whole, tmp_path / "same")
+    moeglot.convert(whole, f"{HUB}+int4-pack", tmp_path / "alike", encode="int4:32", allow_loss=True)
+    said = json.loads((tmp_path / "alike" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["group_size"] for group in said.values()] == [32]
+    groups["b"]["targets"] = ["re:.*layers\\.2\\..*"]
+    (whole / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoeglotError, match=r"layers\.2\.mlp\.experts\.0\.gate_proj is declared as int4:32, and such of layers before it as int4:64"):
+        moeglot.open(whole)
+
+
+@pytest.mark.parametrize(("alone", "quantized"), [(2, 0), (0, 1)])
+@pytest.mark.parametrize("name", ["int4-pack", "fp8-channel"])
+def test_an_expert_that_is_left_alone(alone, quantized, name, tmp_path):
+    """The experts of a layer are stored alike: the refusal says which is which, not that a list lacks what it has."""
+    folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == name), named=f".{alone}.up_proj")
+    with pytest.raises(TensorMismatch, match=r"experts\.\d\.up_proj: quantization_config says .* and \S+experts\.0\.up_proj") as refused:
+        moeglot.open(folder)
+    assert f"experts.{max(alone, quantized)}.up_proj" in refused.value.wrong
+    assert "experts of a layer are stored alike" in refused.value.known

@@ -24,9 +24,11 @@ SIZES = {"e": 3, "h": 128, "i": 128}
 LAYOUTS = ["qwen3-moe/hub", "qwen3-moe/transformers-5"]
 
 
-def made(tmp_path: Path, layout: str, kind: str, nested: bool, also: str = ".experts.") -> tuple[Path, dict[str, torch.Tensor]]:
+def made(
+    tmp_path: Path, layout: str, kind: str, nested: bool, also: str = ".experts.", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Path, dict[str, torch.Tensor]]:
     """A checkpoint whose experts bitsandbytes quantized, and matrices that are named `also`; and its tensors as bitsandbytes decodes them."""
-    plain = write_checkpoint(tmp_path / "plain", layout, SIZES, dtype=torch.bfloat16)
+    plain = write_checkpoint(tmp_path / "plain", layout, SIZES, dtype=dtype)
     decoded, stored = load_file(plain / "model.safetensors"), {}
     for name, tensor in decoded.items():
         if ".experts." not in name and (also not in name or tensor.dim() < 2):
@@ -177,3 +179,33 @@ def test_a_stack_is_written_from_nested_experts(tmp_path):
     written = moeglot.convert(source, "qwen3-moe/transformers-5+nf4", tmp_path / "stack", encode="nf4:nested", allow_loss=True)
     assert written.report.verdict == "holds"
     assert 0 < sum(written.losses.values(), Loss()).relative < 0.05
+
+
+@pytest.mark.parametrize(("dtype", "nested"), [("bfloat16", True), ("float16", True), ("bfloat16", False)])
+def test_a_merge_into_experts_and_attention(tmp_path, dtype, nested):
+    """The library reads the sums, in the dtype that its quant_state said before, also where sums lie beyond their absmax."""
+    source, before = made(tmp_path, "qwen3-moe/hub", "nf4", nested, also="self_attn", dtype=getattr(torch, dtype))
+    modules = [key.removesuffix(".weight") for key in before if "down_proj" in key or "q_proj" in key]
+    factors, generator = {}, torch.Generator().manual_seed(3)
+    for name in modules:
+        rows, columns = before[f"{name}.weight"].shape
+        a, b = torch.randn(4, columns, generator=generator), torch.randn(rows, 4, generator=generator) * 0.02
+        factors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj", "q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    certificate = moeglot.merge(source, folder, tmp_path / "out", threshold=0)
+    assert certificate.report.verdict == "holds"
+    assert all(role["clipped"] for role in certificate.document["merge"]["survived"].values())
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name in modules:
+        key = f"{name}.weight"
+        state = {"weight" + suffix: after[key + suffix] for suffix in names("nf4").values() if suffix and key + suffix in after}
+        read = bitsandbytes.functional.QuantState.from_dict(state, device=torch.device("cpu"))
+        assert read.dtype == getattr(torch, dtype)
+        a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        wanted = before[key].double() + b @ a
+        found = bitsandbytes.functional.dequantize_4bit(after[key], read).double()
+        assert float((found - wanted).norm() / wanted.norm()) < 0.15, "what NF4 itself costs"

@@ -230,16 +230,17 @@ class BNB4(Encoding):
         return {**parts, "packed": bnb4.pack(self.grid(parts, tuple(values.shape)).kept(values, kept).flatten(), self.kind)}
 
     def encode_like(self, parts: Parts, values: torch.Tensor) -> Parts:
-        """The dtype that decoding rounds to stays, but for nested absmax, whose offset is said beside it."""
+        """The dtype that decoding rounds to stays."""
         fresh = self.encode(values)
-        return fresh if self.nested else {**fresh, "state": parts["state"]}
+        state = QuantState.read(fresh["state"])
+        return {**fresh, "state": replace(state, dtype=QuantState.read(parts["state"]).dtype).write(self.state_bytes)}
 
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
-        """Nested absmax are coded anew as a whole, as differences from the offset that they have."""
+        """Nested absmax are coded anew as a whole, as differences from the offset that they have; the quant_state stays, dtype and spelling."""
         from moeglot.kernels.lattice import any_in_flat, chosen
 
         if self.nested:
-            return replace(self, offset=QuantState.read(parts["state"]).offset).encode(values)
+            return {**replace(self, offset=QuantState.read(parts["state"]).offset).encode(values), "state": parts["state"]}
         fresh = self.encode(values)
         return {**parts, "scale": chosen(any_in_flat(beyond, self.blocksize), fresh["scale"], parts["scale"])}
 
