@@ -63,7 +63,7 @@ def one(name: str, figures: Iterable[Figure], path: Path, where: Results) -> Non
             write(path, where | {"figures": rows})
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        rows.append({"case": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        rows.append({"case": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]})
         write(path, where | {"figures": rows})
 
 
@@ -78,7 +78,7 @@ def every(names: Iterable[str], command: Command, path: Path, limit: float = LIM
             error = _run(command(name, part), left) if left > 1 else "no time was left for it"
             if part.exists():
                 found = json.loads(part.read_text())
-        rows = [*results["figures"], *found["figures"], *([{"case": name, "error": error}] if error else [])]
+        rows = [*results["figures"], *found["figures"], *([{"case": name, "failed": error}] if error else [])]
         results = found | results | {"figures": rows}
         write(path, results)
     return results
@@ -97,14 +97,14 @@ def _run(command: list[str], seconds: float) -> str | None:
 
 
 def show(console: Console, results: Results) -> None:
-    table = Table("case", "what", "against", "ours, µs", "ratio", "wanted", "")
+    table = Table("case", "what", "against", "ours, µs", "ratio", "wanted", "error", "usual", "")
     for row in results["figures"]:
-        if "error" in row:
-            table.add_row(row["case"], row["error"], "", "", "", "", "failed")
+        if "failed" in row:
+            table.add_row(row["case"], row["failed"], *[""] * 6, "failed")
             continue
-        sign = "≥" if row["more"] else "≤"
-        verdict = "holds" if row["holds"] else "does not hold"
-        table.add_row(row["case"], row["name"], row["against"], f"{row['ours_us']:.1f}", f"{row['ratio']:.2f}", f"{sign} {row['wanted']}", verdict)
+        wanted = "" if row["wanted"] is None else f"{'≥' if row['more'] else '≤'} {row['wanted']}"
+        numbers = f"{row['ours_us']:.1f}", f"{row['ratio']:.2f}", wanted, f"{row['error']:.1e}", f"{row['usual']:.1e}"
+        table.add_row(row["case"], row["name"], row["against"], *numbers, "holds" if row["holds"] else "does not hold")
     console.print(table)
     console.print(", ".join(f"{name} {results.get(name, 'unknown')}" for name in ("device", "torch", "triton")))
 
