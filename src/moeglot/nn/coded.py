@@ -86,6 +86,14 @@ def product(
     return out
 
 
+def decode(coded: Matrices, out: torch.Tensor) -> torch.Tensor:
+    """MXFP4 or FP8 as numbers in `out` [e, rows, columns], which is returned; nothing waits for the device."""
+    assert coded.scale is not None
+    if coded.kind == gemm.MXFP4:
+        return dequant.mxfp4(coded.codes, coded.scale, out)
+    return dequant.fp8(coded.codes, coded.scale, coded.block, out)
+
+
 def _decoded_first(line: Held, coded: Matrices | None, x: torch.Tensor, rows: Rows, along: bool) -> torch.Tensor:
     """x [n, in] -> [n, out]: all matrices decoded, which memory is free again afterwards, and torch's grouped GEMM. Rows of nobody are anything."""
     if coded is None:
@@ -93,11 +101,7 @@ def _decoded_first(line: Held, coded: Matrices | None, x: torch.Tensor, rows: Ro
     elif coded.scale is None:
         dense = coded.codes
     else:
-        dense = torch.empty(coded.shape, dtype=x.dtype, device=x.device)
-        if coded.kind == gemm.MXFP4:
-            dequant.mxfp4(coded.codes, coded.scale, dense)
-        else:
-            dequant.fp8(coded.codes, coded.scale, coded.block, dense)
+        dense = decode(coded, torch.empty(coded.shape, dtype=x.dtype, device=x.device))
     return functional.grouped_mm(aligned(x), aligned(dense.mT if along else dense), offs=rows.ends)
 
 
