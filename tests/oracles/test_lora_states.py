@@ -290,6 +290,26 @@ def test_half_of_what_trains_is_not_loaded_in_silence(way, tmp_path):
         assert all(torch.equal(parameter, before[name] * (2 if "lora" in name else 1)) for name, parameter in model.named_parameters())
 
 
+def test_an_adapter_that_fsdp_divided_is_saved_once_it_is_whole(tmp_path):
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model = native()
+    add_lora(model, r=2)
+    live = logits(fill(model))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model)
+        with pytest.raises(UsageError, match=r"divided among processes(?s:.*)unshard\(\)"):
+            save_adapter(model, tmp_path / "adapter")
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        save_adapter(model, tmp_path / "adapter")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert relative(logits(load_adapter(native(), tmp_path / "adapter").eval()), live) <= LIMIT
+
+
 # --- what trains ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def check_saved(model: torch.nn.Module, written: Iterable[torch.Tensor], base: Checkpoint) -> None:
     """Raises `UsageError` for such a tensor; `written`: what of PEFT's is saved. Weights are compared if the model was loaded from the base itself."""
     loras = [module for module in model.modules() if isinstance(module, Lora)]
+    _check_whole(model, loras)
     mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
     theirs = {tensor.data_ptr() for tensor in written}
     training = any(lora.a.requires_grad for lora in loras)
@@ -36,6 +37,17 @@ def check_saved(model: torch.nn.Module, written: Iterable[torch.Tensor], base: C
         tensor = stored.get(name) or (next((stored[of] for of in stored if of.endswith(INPUT)), None) if name.endswith(OUTPUT) else None)
         if tensor is not None and not _holds(live, tensor, name.endswith((INPUT, OUTPUT))):
             raise UsageError(f"{name} is not what the base has under that name", f"the adapter would name {base.source.name} as its base; {KNOWN}", DO)
+
+
+def _check_whole(model: torch.nn.Module, loras: Sequence[Lora]) -> None:
+    """Raises `UsageError` for parameters that FSDP has divided among processes."""
+    parts = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+    if parts or any(lora.a.ndim != 3 for lora in loras):
+        raise UsageError(
+            f"{next(iter(parts), 'the adapter')} is divided among processes",
+            "FSDP holds a part of each parameter, and an adapter is written whole",
+            "on all processes call unshard() of every FSDPModule (FSDP1: be within summon_full_params), then save_adapter on one",
+        )
 
 
 def _own(model: torch.nn.Module, theirs: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
