@@ -43,7 +43,7 @@ LAYERS = (
     {"misreadings", "targets", "lint"},
     {"dense_plan", "dist_plan"},
     {"plan"},
-    {"forward", "units", "parts"},
+    {"forward", "pairs", "units", "parts"},
     {"work"},
     {"stream"},
     {"fingerprint"},
