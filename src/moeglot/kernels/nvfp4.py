@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import torch
 
@@ -85,7 +86,7 @@ def encode(values: torch.Tensor, rules: Rules, whole: float | None = None) -> tu
     `whole`: the global, where it is not to be each matrix's own.
     """
     leading = values.shape[:-2]
-    found = [_encode(matrix, rules, whole) for matrix in values.reshape(-1, *values.shape[-2:])]
+    found = [_encode(matrix, rules, whole) for matrix in values.reshape(prod(leading), *values.shape[-2:])]
     packed, scale, by = (torch.stack(parts) for parts in zip(*found, strict=True))
     return packed.view(*leading, *packed.shape[1:]), scale.view(*leading, *scale.shape[1:]), by.view(*leading, 1, 1)
 
@@ -116,7 +117,7 @@ def _encode(matrix: torch.Tensor, rules: Rules, whole: float | None) -> tuple[to
             continue
         quotients = given / factor.unsqueeze(-1)
         packed[some] = e2m1.packed(e2m1.nearest(quotients, "even"))
-    return packed.view(len(matrix), -1), scale.view(len(matrix), -1), by
+    return packed.view(len(matrix), matrix.shape[1] // 2), scale.view(len(matrix), matrix.shape[1] // GROUP), by
 
 
 def _runs(groups: torch.Tensor) -> list[slice]:
@@ -220,7 +221,8 @@ def from_powers(packed: torch.Tensor, power: torch.Tensor, rules: Rules, whole: 
 
     `whole`: the global, where it is not to be each matrix's own.
     """
-    pairs = zip(packed.reshape(-1, *packed.shape[-3:]), power.reshape(-1, *power.shape[-2:]), strict=True)
+    count = prod(power.shape[:-2])
+    pairs = zip(packed.reshape(count, *packed.shape[-3:]), power.reshape(count, *power.shape[-2:]), strict=True)
     found = [power_of([pair], rules) if whole is None else whole for pair in pairs]
     if None in found:
         return None
