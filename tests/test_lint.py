@@ -98,6 +98,7 @@ def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
         (lambda path: _coded(path, "fp8-block", {"e": 2, "h": 192, "i": 192}), "transformers 5.23", "10 % off"),
         (lambda path: _coded(path, "fp8-block", SIZES), "transformers 5.5", "drops the FP8 scales"),
         (lambda path: _coded(path, "nf4", SIZES), "transformers 5.5", "packed bytes"),
+        (lambda path: _coded(path, "int4-pack", SIZES, "int4:32:asymmetric"), "transformers 5.23", "INT4 experts with zero points"),
         (lambda path: _coded(path, "nf4", {"e": 4, "h": 96, "i": 96}), "bitsandbytes 0.50", "AVX512"),
     ],
 )
@@ -124,9 +125,19 @@ def test_a_rope_that_an_older_release_takes_by_default(form, theta, tmp_path):
     assert "rope_theta" in findings(_with_rope_parameters(tmp_path / "c", 5e5, form))["misread by transformers 4.57"].figures["takes"]
 
 
-def _coded(path, coding, sizes):
-    moeglot.convert(write_checkpoint(path.parent / "before", HUB, sizes, 1), f"{HUB}+{coding}", path, allow_loss=True)
+def _coded(path, coding, sizes, encode=None):
+    moeglot.convert(write_checkpoint(path.parent / "before", HUB, sizes, 1), f"{HUB}+{coding}", path, encode=encode, allow_loss=True)
     return path
+
+
+@pytest.mark.parametrize(("coding", "whole"), [("nvfp4-pack", "weight_global_scale"), ("nvfp4-modelopt", "weight_scale_2")])
+def test_globals_that_servers_take_for_both(coding, whole, tmp_path):
+    folder = _coded(tmp_path / "a", coding, SIZES)
+    assert "globals of gate and up" not in findings(folder)
+    change(folder, lambda tensors: tensors[f"model.layers.0.mlp.experts.3.up_proj.{whole}"].mul_(1.25))
+    found = findings(folder)["globals of gate and up"]
+    assert found.figures["expert"] == 3
+    assert "vLLM and TensorRT-LLM take one for both" in found.what
 
 
 def test_an_unknown_family_is_outlined_and_refused(plain):

@@ -6,14 +6,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
-from moeglot.layout import Stored
+from moeglot.layout import SECOND, Stored
 
 WEIGHT = ".weight"
+JOINED = ("gate", "up")
+"""What vLLM and TensorRT-LLM make one matrix of."""
 
 Quantization = Mapping[str, Any]
 """config.json's quantization_config."""
@@ -46,6 +49,8 @@ class Coding:
     """How the same producer codes matrices that are no routed experts, if otherwise."""
     kept: str = ""
     """The key of quantization_config that lists modules which stay as they are, if it has one."""
+    common: tuple[str, ...] = ()
+    """The roles of an expert that servers join to one matrix, and for which they then take what one of them has one of."""
 
     def codes(self, family: str, lines: Sequence[Stored]) -> bool:
         """It can code a plain layout of this family: every matrix lies upright, under a key that it has names for."""
@@ -57,9 +62,12 @@ class Coding:
         """A line of a plain layout as this producer stores it; vectors stay as they are."""
         if not isinstance(line.encoding, Plain) or len(line.role_axes.split()) != 2:
             return line
+        group = SECOND if line.roles[0].startswith(SECOND) else ""
+        common = tuple(group + role for role in self.common)
+        coded = partial(replace, line, encoding=self.encoding, common=common if set(common) & set(line.roles) else ())
         if line.key.endswith(WEIGHT):
-            return replace(line, key=line.key.removesuffix(WEIGHT), encoding=self.encoding, names=self.linear)
-        return replace(line, encoding=self.encoding, names=self.stacked)
+            return coded(key=line.key.removesuffix(WEIGHT), names=self.linear)
+        return coded(names=self.stacked)
 
     def declares(self, quantization: Quantization, module: str) -> Encoding | None:
         """The encoding that quantization_config declares for a module; None if it leaves the module alone, or says something else."""

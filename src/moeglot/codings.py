@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import WEIGHT, Coding, Quantization, method
+from moeglot.coding import JOINED, WEIGHT, Coding, Quantization, method
 from moeglot.codings_compressed import FP8_BLOCK_COMPRESSED, FP8_CHANNEL, FP8_TENSOR, IGNORED, INT4_PACK, MXFP4_PACK, MXFP8, NVFP4_PACK
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
@@ -158,6 +158,7 @@ NVFP4_MODELOPT = Coding(
     about="ModelOpt's NVFP4, whose second scale multiplies",
     judges=("nvidia-modelopt",),
     kept=IGNORED,
+    common=JOINED,
 )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import Coding, Quantization, compressed, declare_compressed
+from moeglot.coding import JOINED, Coding, Quantization, compressed, declare_compressed
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.int4 import INT4
@@ -120,6 +120,7 @@ NVFP4_PACK = Coding(
     about="compressed-tensors' nvfp4-pack-quantized, whose global scale divides",
     judges=("compressed-tensors",),
     kept=IGNORED,
+    common=JOINED,
 )
 
 

@@ -12,12 +12,16 @@ from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.merging import Change
 from moeglot.shards import Slot
 from moeglot.share import Rank, Share
-from moeglot.targets import float_type, keeps
+from moeglot.targets import float_type
 
 
-def dense_tensors(source: Checkpoint, target: Format, dtype: str | None, change: Change | None, words: int | None = None) -> dict[str, tuple[DenseTensor, ...]]:
-    """Key in the target -> the Hub tensors whose rows it holds. `words`: how many rows the embedding of the whole model is to have, if padding is added."""
-    left = dict[str, DenseTensor](source.dense) if keeps(source, target) else source.decoded(dtype or float_type(source))
+def dense_tensors(
+    source: Checkpoint, target: Format, dtype: str | None, change: Change | None, stays: bool, words: int | None = None
+) -> dict[str, tuple[DenseTensor, ...]]:
+    """Key in the target -> the Hub tensors whose rows it holds. `stays`: quantized ones stay so. `words`: how many rows the embedding of the whole model is to
+    have, if padding is added.
+    """
+    left = dict[str, DenseTensor](source.dense) if stays else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
     made: dict[str, tuple[DenseTensor, ...]] = {}
     taken: list[tuple[Dense, dict[str, str]]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm, prod
 from typing import TYPE_CHECKING, SupportsIndex
@@ -104,9 +104,8 @@ class Encoding(ABC):
     def parts(self) -> tuple[Part, ...]: ...
 
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> Encoding:
-        """This encoding with what a spec leaves open (a scale's dtype, whether there is an input scale) settled by the tensors of a file.
-
-        `found`: part -> (dtype, shape) of the tensors that are there; `leading`: how many axes a part with one entry for a matrix has before it.
+        """This encoding with what a spec leaves open (a scale's dtype, an input scale) settled by a file's tensors: part -> (dtype, shape).
+        `leading`: how many axes a part with one entry for a matrix has before it.
         """
         return self
 
@@ -145,6 +144,18 @@ class Encoding(ABC):
     def nearest(self, parts: Parts, other: Encoding) -> Parts | None:
         """Where `recode` gives None: the same codes under scales that move values by their last places; None if there is no such way."""
         return None
+
+    def common(self, matrices: Sequence[torch.Tensor]) -> Encoding:
+        """This encoding with what it has one of for a matrix settled for several, as if they were one: values [out, in] of each."""
+        return self
+
+    def common_codes(self, matrices: Sequence[Parts], other: Encoding) -> Encoding | None:
+        """As `common` of the other encoding, for `recode` of all of these to it; None if that cannot be."""
+        return other
+
+    def raised(self, parts: Parts, beside: Iterable[tuple[Parts, float]]) -> Parts:
+        """The same values under what is large enough for the numbers of several matrices, each (its parts, its largest number); may raise `LossRefused`."""
+        return parts
 
     @property
     def is_joint(self) -> bool:

@@ -41,6 +41,7 @@ class Stored:
 
     `offset`: how much larger the expert's number is in the key than among its group. `shaped`: the axes of the shape that the file declares, where that is
     not how the numbers lie. `also`: axes that its producer gives the same tensor under another setting, so that reading it by these is a mistake that happens.
+    `common`: the roles of an expert that are coded under one, for all of them, of what their encoding has one of for a matrix.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Stored:
     offset: int = 0
     shaped: str = ""
     also: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         stored = letters(self.groups)

@@ -11,10 +11,10 @@ from typing import Any
 
 from moeglot import ropes
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.coding import WEIGHT, method, said
+from moeglot.coding import method, said
+from moeglot.defects import DEFECTS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
-from moeglot.encodings.bnb4 import BNB4
-from moeglot.encodings.fp8 import FP8
+from moeglot.encoding import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored
@@ -45,7 +45,7 @@ def lint(checkpoint: Checkpoint | str | Path, *, sample: bool = True) -> tuple[F
         return tuple({(finding.about, finding.what): finding for rank in checkpoint.ranks for finding in lint(rank, sample=sample)}.values())
     checks: list[Callable[[Checkpoint], Iterator[Finding]]] = [_unquantized, _orphans, _mixed, _unaligned, _strides, _loaders]
     if sample:
-        checks.append(_numbers)
+        checks += [_numbers, _apart]
     return tuple(finding for check in checks for finding in check(checkpoint))
 
 
@@ -172,6 +172,25 @@ def _absurd(line: Stored, layer: int, largest: Mapping[int, float]) -> Iterator[
             yield Finding("numbers", what, {"layer": layer, "expert": expert, "largest": size})
 
 
+def _apart(c: Checkpoint) -> Iterator[Finding]:
+    """Gate and up of an expert without one global for both, in a few experts of the first and last layer."""
+    for layer in dict.fromkeys((c.layers[0], c.layers[-1])):
+        coded = {role: line for line in c.format.lines(layer) if line.common for role in line.roles}
+        for expert in sorted({0, c.sizes["e"] // 2, c.sizes["e"] - 1}) if len(coded) > 1 else ():
+            matrices = {role: c.split(line, c.stored(line, layer, expert))[role] for role, line in coded.items()}
+            wholes = {role: float(matrix.parts[_single(matrix)].max()) for role, matrix in matrices.items()}
+            if len(set(wholes.values())) > 1:
+                told = ", ".join(f"{role} {value:.4g}" for role, value in wholes.items())
+                what = f"layer {layer}, expert {expert}: different globals ({told}); vLLM and TensorRT-LLM take one for both, and compute with other weights"
+                yield Finding("globals of gate and up", what, {"layer": layer, "expert": expert, "globals": wholes})
+                return
+
+
+def _single(matrix: Encoded) -> str:
+    """The part that the encoding has one entry of for a matrix."""
+    return next(part.name for part in matrix.encoding.parts if part.is_single)
+
+
 # --- loaders ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -183,113 +202,3 @@ def _loaders(c: Checkpoint) -> Iterator[Finding]:
         told = " and ".join(f"takes {key} {found}, where the file says {meant}" for key, found, meant in wrong)
         what = f"it does not know rope_parameters, {told}, and computes other logits"
         yield Finding("misread by transformers 4.57", what, {"reader": "transformers 4.57", "takes": {key: found for key, found, _ in wrong}})
-
-
-@dataclass(frozen=True)
-class Defect:
-    """A reader that takes such a folder wrongly, as measured with that release."""
-
-    reader: str
-    what: str
-    holds: Callable[[Checkpoint], bool] = field(compare=False)
-
-
-def _coded(c: Checkpoint, *names: str) -> bool:
-    return any(line.encoding.name in names for line in c.format.stored)
-
-
-def _square(c: Checkpoint) -> bool:
-    return c.sizes["h"] in (c.sizes["i"], 2 * c.sizes["i"])
-
-
-def _ragged(c: Checkpoint) -> bool:
-    shapes = [(line.expert_shape(c.sizes), line.encoding) for line in c.format.stored]
-    return any(isinstance(e, FP8) and all(e.block) and any(n % b for n, b in zip(shape[-2:], e.block, strict=True)) for shape, e in shapes)
-
-
-def _across_rows(c: Checkpoint) -> bool:
-    """Runs of 4-bit codes that go on in the next row, in rows of a length that a kernel for AVX512 takes."""
-    widths = [(line.expert_shape(c.sizes)[-1], line.encoding) for line in c.format.stored]
-    return any(isinstance(e, BNB4) and n % 16 == 0 and n % e.blocksize for n, e in widths)
-
-
-def _stacked(c: Checkpoint) -> bool:
-    return not any(line.per_expert for line in c.format.stored)
-
-
-DEFECTS = (
-    Defect(
-        "transformers 4.57",
-        "its modules have one matrix for each expert: it finds the stacked tensors unexpected, leaves the experts random and only warns",
-        lambda c: c.format.reads == "transformers 5",
-    ),
-    Defect(
-        "transformers 4.57",
-        "it does not know num_local_experts in this family and takes its default number of experts",
-        lambda c: (
-            c.source.config.get("num_local_experts") is not None
-            and c.format.family.sizes["e"][0] == "num_experts"
-            and c.source.config.get("num_experts") is None
-        ),
-    ),
-    Defect("transformers 4.57", "in float32 or float16 the forward of dequantized MXFP4 crashes; bfloat16 is right", lambda c: _native(c)),
-    Defect(
-        "transformers 5.5",
-        "asked for float32 or float16 it leaves the experts bfloat16 without a word; its save_pretrained then loses them",
-        lambda c: _native(c),
-    ),
-    Defect(
-        "transformers 5.23",
-        "save_pretrained after loading writes bfloat16 under the names of blocks, without scales; save_original_format=False is right",
-        lambda c: _native(c),
-    ),
-    Defect(
-        "transformers 5.5", "on a CPU it drops the FP8 scales: after .to(bfloat16) the experts are too large by their inverse", lambda c: _coded(c, "fp8-block")
-    ),
-    Defect(
-        "transformers 5.23",
-        "dequantizing FP8 with a ragged last block raises, or divides the scales over the wrong rows (192 rows: 10 % off, silently)",
-        _ragged,
-    ),
-    Defect(
-        "transformers 5.23",
-        "on a CPU it decodes no stacked experts: it leaves FP8's scales aside, or the experts random, and only warns of unexpected tensors",
-        lambda c: _stacked(c) and c.format.coding is not None and not _coded(c, "nf4", "fp4"),
-    ),
-    Defect(
-        "transformers",
-        "it knows FP8 with `weight_scale_inv` alone: it leaves these scales aside as unexpected tensors, or refuses; vLLM and `moeglot.load` read it",
-        lambda c: c.format.coding is not None and c.format.coding.name == "autofp8",
-    ),
-    Defect(
-        "transformers 5.23",
-        "it dequantizes NVFP4 experts without their global scale, so that they are too large by it, without a word",
-        lambda c: _coded(c, "nvfp4:compressed-tensors"),
-    ),
-    Defect(
-        "transformers 5.23",
-        "it refuses packed experts that are not quantized everywhere: it looks for codes in the layers that config.json leaves alone too",
-        lambda c: bool(c.format.unlike) and any("packed" in line.names and line.names["packed"] != WEIGHT for line in c.format.stored),
-    ),
-    Defect("transformers 5.5", "it takes the packed bytes of 4-bit experts for weights", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
-    Defect("transformers 5.23", "it refuses 4-bit experts that are stored one by one (size mismatch)", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
-    Defect(
-        "bitsandbytes 0.50",
-        "on a CPU with AVX512 it decodes rows that are no whole number of blocks under the wrong scales, without a word",
-        _across_rows,
-    ),
-    Defect(
-        "transformers 5",
-        "it decides by shape whether to transpose the stacked experts, and with H = I or H = 2 I takes them wrongly",
-        lambda c: c.format.family.name == "qwen3-vl-moe" and _stacked(c) and _square(c),
-    ),
-)
-"""Measured with transformers 4.57.6, 5.5.4 and 5.23.0 and bitsandbytes 0.50.2 on a CPU."""
-
-
-def _native(c: Checkpoint) -> bool:
-    return (
-        c.format.family.name == "gpt-oss"
-        and method(said(c.source.config)) == "mxfp4"
-        and any(dtype not in WEIGHT_DTYPES for line in _matrices(c) for dtype in line.encoding.parts[0].dtypes)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -168,6 +169,11 @@ class Plan:
         ]
         return (*slices, *(self._dense_unit(key, parts) for key, parts in self.dense.items()))
 
+    @cached_property
+    def dense_verbs(self) -> Counter[str | None]:
+        """What is done to tensors that are no experts, and to how many; None where bytes are copied."""
+        return Counter(self._dense_unit(key, parts).verb for key, parts in self.dense.items())
+
     def _dense_unit(self, key: str, parts: tuple[DenseTensor, ...]) -> Unit:
         named = self.target.dense_line(key)
         return Unit(f"{key}|dense", parts=parts, line=named and named[0], nbytes=dense_slot(key, parts).nbytes)
@@ -226,15 +232,16 @@ def plan(
     target = target.with_encodings(
         lambda line: next((step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain), line.encoding)
     )
-    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, words)
+    stays = keeps(source, target) or (kept is not None and source.format.coding is not None and source.has_quantized_others)
+    dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, stays, words)
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
         shards = plan_files(slots, size, stack(source, target), states(source, target, dense))
     else:
         shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share)})
-    config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense)}, target)
-    others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or keeps(source, target))
+    config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense, stays)}, target)
+    others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or stays)
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 

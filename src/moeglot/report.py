@@ -83,7 +83,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "source": {"path": plan.source.source.name, "format": plan.source.format.name, "evidence": list(plan.source.evidence)},
         "target": plan.target.name,
         **({"share": share_json(plan.source)} if plan.source.share else {}),
-        "steps": [{"do": verb, "tensors": n, **_expected(plan, verb)} for verb, n in _verbs(plan).items()],
+        "steps": [*({"do": verb, "tensors": n, **_expected(plan, verb)} for verb, n in _verbs(plan).items()), *_others(plan)],
         "renamed": plan.renamed,
         "config": dict(plan.config),
         "files": {shard.file: shard.nbytes for shard in plan.shards},
@@ -95,6 +95,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def _verbs(plan: Plan) -> Counter[str]:
     return Counter(step.verb for step in plan.steps)
+
+
+def _others(plan: Plan) -> list[dict[str, Any]]:
+    """What is done to the numbers of tensors that are no experts."""
+    found = [(verb, n) for verb, n in plan.dense_verbs.items() if verb]
+    return [{"do": verb, "tensors": n, "loss": "measured", "expected_relative_error": plan.expected_error.get(verb, 0.0)} for verb, n in found]
 
 
 def _expected(plan: Plan, verb: str) -> dict[str, Any]:
@@ -110,9 +116,12 @@ def show_plan(console: Console, plan: Plan) -> None:
         rows.append((verb, f"{count} tensors", loss))
     for role, one in plan.expected_survival.items():
         rows.append(("add the adapter's change", role, f"about {one.rec:.1%} of it survives, as measured on a few experts"))
-    rows.append(
-        ("copy other tensors", f"{len(plan.dense)} tensors", f"byte for byte, {len(plan.renamed)} renamed or joined" if plan.renamed else "byte for byte")
-    )
+    for done, count in plan.dense_verbs.items():
+        if done:
+            error = plan.expected_error.get(done)
+            rows.append((done, f"{count} tensors", f"loses: relative error about {error:.2g}" if error else "every tensor is measured as it is written"))
+            continue
+        rows.append(("copy other tensors", f"{count} tensors", "byte for byte" + (f", {len(plan.renamed)} renamed or joined" if plan.renamed else "")))
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
     rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}{whose}", ("step", "of", "loss"), rows)

@@ -131,12 +131,12 @@ def _left_alone(source: Checkpoint, target: Format) -> list[str]:
     ]
 
 
-def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
-    """quantization_config of the output: the source's own if the quantization stays, else as the target's producer writes it."""
+def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]], stays: bool) -> dict[str, Any]:
+    """quantization_config of the output: the source's own if the quantization `stays`, else as the target's producer writes it."""
     if not target.coding:
-        return {"quantization_config": _sparing(source, target, dict(said(source.source.config)), dense)} if keeps(source, target) else {}
+        return {"quantization_config": _sparing(source, target, dict(said(source.source.config)), dense)} if stays else {}
     experts = _left_alone(source, target)
-    if keeps(source, target):
+    if stays:
         declared = dict(said(source.source.config))
         if unsaid := [module for module in experts if not leaves_alone(declared, module)]:
             declared[target.coding.kept] = [*(declared.get(target.coding.kept) or ()), *unsaid]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
-from moeglot import scratch
+from moeglot import pairs, scratch
 from moeglot.checks import workers_of_one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
@@ -38,7 +38,9 @@ def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
 
 
 def _made(plan: Plan, step: Step, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
+    step = replace(step, target=pairs.settled(plan, step, unit.expert))
     parts, loss = _slice(plan, step, unit.expert)
+    parts = pairs.raised(plan, step, unit.expert, parts)
     if plan.change and unit.merged:
         roles = cache(partial(_roles, plan, step, unit.expert))
         parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, roles, step.moves_codes)

@@ -16,6 +16,7 @@ from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import ENCODINGS
 from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.int4 import INT4
 from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
@@ -350,3 +351,27 @@ def test_turned_matrices_are_the_same_to_the_last_bit(dtype, shape, gap):
                 assert not bits.same(turned, values)
                 assert not bits.same(values, turned)
                 values[row, column] ^= bit
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_parts_of_any_strides_and_matrices_without_rows(name):
+    encoding, values = CODED[name], torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    parts = encoding.encode(values)
+    strided = {part: tensor if part in ("shape", "state") else torch.stack([tensor, tensor], -1)[..., 0] for part, tensor in parts.items()}
+    for kernels in backend.NAMES if backend.installed() else ("torch",):
+        with backend.using(kernels):
+            for dtype in (torch.bfloat16, torch.float32):
+                assert torch.equal(encoding.decode(strided, dtype), encoding.decode(parts, dtype)), (kernels, dtype)
+            assert encoding.decode(encoding.encode(values[:0]), torch.float32).shape == (0, 256)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", ["F32", "BF16", "F16"])
+def test_int4_refuses_the_same_scales(scale, bad):
+    encoding = INT4(32, scale=scale)
+    parts = encoding.encode(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
+    parts["scale"][3, 1] = bad
+    for kernels in backend.NAMES if backend.installed() else ("torch",):
+        for dtype in (torch.bfloat16, torch.float32):
+            with backend.using(kernels), pytest.raises(BadNumbers, match="INT4 scale is NaN or infinite"):
+                encoding.decode(parts, dtype)

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from adapters import WRITERS, Job
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.codings import CODINGS
 from moeglot.errors import LossRefused, MoeglotError, TensorMismatch
+from moeglot.report import plan_json
 from moeglot.units import estimate
 
 HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
@@ -184,6 +186,24 @@ def test_attention_in_fp8_beside_experts_that_are_not_quantized(tmp_path):
     assert same(folder, tmp_path / "back")
     moeglot.convert(folder, f"{HUB}+nf4", tmp_path / "nf4", allow_loss=True)
     assert torch.equal(tensors(tmp_path / "nf4")[f"{ATTENTION}.weight"].float(), given.bfloat16().float())
+
+
+def test_a_merge_that_keeps_all_experts_in_bfloat16_beside_attention_in_fp8(tmp_path):
+    """Nothing of the experts is quantized any more, and what is no expert stays so; decoded on request, the plan counts it apart from what is copied."""
+    folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-pack"), left=())
+    given = attention_in_fp8(folder, {"config_groups": {"attention": GROUP}})
+    base = moeglot.open(folder)
+    made = WRITERS["PEFT"][2](Job("qwen3-moe", SIZES["e"], SIZES["h"], SIZES["i"], 4, layers=LAYERS))
+    adapter = moeglot.open_adapter(made.save(tmp_path / "adapter"), base, "peft")
+    assert moeglot.merge(base, adapter, tmp_path / "out", keep_touched="bf16", allow_loss=True).report.verdict == "holds"
+    found, before = tensors(tmp_path / "out"), tensors(folder)
+    assert all(tensor.dtype == torch.bfloat16 for name, tensor in found.items() if ".experts." in name)
+    assert all(torch.equal(found[name].view(torch.uint8), before[name].view(torch.uint8)) for name in before if ".experts." not in name)
+    merged = moeglot.open(tmp_path / "out")
+    assert merged.format.name == HUB
+    assert torch.equal(merged.decoded("F32")[f"{ATTENTION}.weight"].read(), given)
+    told = plan_json(moeglot.plan(base, HUB, encode="bfloat16", adapter=adapter))
+    assert [(step["do"], step["tensors"]) for step in told["steps"] if "outside" in step["do"]] == [("decode fp8-channel to bfloat16 outside the experts", 1)]
 
 
 ATTENTION = "model.layers.0.self_attn.q_proj"

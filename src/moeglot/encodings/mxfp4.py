@@ -9,7 +9,7 @@ Format: OCP Microscaling Formats (MX) 1.0, 5.3 and 6.3, https://www.opencompute.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -118,6 +118,9 @@ class MXFP4(Encoding):
         assert isinstance(other, MXFP4 | NVFP4)
         packed, scale = _blocks(parts)
         return other._contained(packed, scale) if isinstance(other, MXFP4) else other.from_powers(packed, scale)
+
+    def common_codes(self, matrices: Sequence[Parts], other: Encoding) -> Encoding | None:
+        return other.common_of_powers([_blocks(parts) for parts in matrices]) if isinstance(other, NVFP4) else other
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         from moeglot.kernels import e2m1, mxfp4

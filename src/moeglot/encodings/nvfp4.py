@@ -8,14 +8,16 @@ The inner operation is rounded to float32 first, in both libraries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil, log2
 from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
 from moeglot.encodings.carried import carried_parts, carried_problem, single_of, without_carried
 from moeglot.encodings.plain import Plain
+from moeglot.errors import LossRefused
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ INPUTS = ("input_scale",)
 class NVFP4(Encoding):
     """`single`: the global as a file has it, by default the convention's: no axis for ModelOpt, one for compressed-tensors.
 
+    `whole`: the global to encode under, None for each matrix's own; what `common` settles for several.
     `carried`: a scale of activations that a file may have, under the name `input_scale` in either convention (compressed-tensors' is the reciprocal).
     Encoding: the global makes the largest group's scale 448; each group's scale is the nearest to its largest magnitude / 6; ties of codes go to even.
     Values that were NVFP4 before get scales that reproduce each of them. The values do not tell how a factor was split between the group's scale and
@@ -41,6 +44,7 @@ class NVFP4(Encoding):
     convention: Convention = "modelopt"
     single: tuple[int, ...] | None = None
     carried: tuple[Part, ...] = ()
+    whole: float | None = None
 
     @property
     def name(self) -> str:
@@ -80,8 +84,41 @@ class NVFP4(Encoding):
 
         without_carried(self, self.carried)
         self.parts[1].shape(tuple(values.shape))
-        packed, scale, whole = nvfp4.encode(values, self._rules)
+        packed, scale, whole = nvfp4.encode(values, self._rules, self.whole)
         return {"packed": packed, "scale": scale, "global": whole}
+
+    def common(self, matrices: Sequence[torch.Tensor]) -> NVFP4:
+        from moeglot.kernels import nvfp4
+
+        return replace(self, whole=nvfp4.common(matrices, self._rules))
+
+    def _falls_short(self, parts: Parts, largest: float) -> int:
+        """By how many powers of two the global is too small for a number of this size, whatever the scale of its group."""
+        import torch
+
+        from moeglot.kernels import e2m1, nvfp4
+
+        by = parts["global"] if self.whole is None else torch.tensor(self.whole, dtype=torch.float32)
+        reach = float(self._rules.factor(torch.tensor(nvfp4.LARGEST_SCALE), by).min())
+        return 0 if largest <= reach * e2m1.levels("even").reach[1] else ceil(log2(largest / (reach * nvfp4.LARGEST_CODE)))
+
+    def raised(self, parts: Parts, beside: Iterable[tuple[Parts, float]]) -> Parts:
+        """Powers of two go from the scales to the global, so that no value moves unless a scale becomes too small for E4M3."""
+        import torch
+
+        from moeglot.kernels import nvfp4
+
+        if not (times := max(self._falls_short(one, largest) for one, largest in beside)):
+            return parts
+        scale, by = nvfp4.raised(parts["scale"], parts["global"], times, self._rules)
+        used = (parts["packed"].view(*scale.shape, GROUP // 2) & 0x77).amax(-1) > 0
+        if bool(((scale.to(torch.float32) * 2.0**times != parts["scale"].to(torch.float32)) & used).any()):
+            raise LossRefused(
+                f"with a global that reaches 2^{times} times as far, some scales are smaller than E4M3 has",
+                "gate and up of an expert have one global, and the adapter makes a number of one of them that large",
+                "pass --encode bf16, or ask for an earlier adapter",
+            )
+        return {**parts, "scale": scale, "global": by}
 
     def check(self, parts: Parts) -> str | None:
         import torch
@@ -139,11 +176,18 @@ class NVFP4(Encoding):
         assert isinstance(other, NVFP4)
         return {**parts, **{name: 1 / parts[name] for name in ("global", *(part.name for part in self.carried))}}
 
+    def common_of_powers(self, matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> NVFP4 | None:
+        """As `common`, of MXFP4's packed u8 [out, n, 16] and power u8 [out, n]: then `from_powers` has each. None if E4M3 does not span all of them."""
+        from moeglot.kernels import nvfp4
+
+        whole = nvfp4.power_of(matrices, self._rules)
+        return None if whole is None else replace(self, whole=whole)
+
     def from_powers(self, packed: torch.Tensor, power: torch.Tensor) -> Parts | None:
         """MXFP4's packed u8 [..., n, 16] and power u8 [..., n] with the same values, bit for bit; None if E4M3 does not span the powers."""
         from moeglot.kernels import nvfp4
 
-        found = None if self.carried else nvfp4.from_powers(packed, power, self._rules)
+        found = None if self.carried else nvfp4.from_powers(packed, power, self._rules, self.whole)
         return None if found is None else dict(zip(("packed", "scale", "global"), found, strict=True))
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:

@@ -75,7 +75,7 @@ def decode(
 ) -> torch.Tensor:
     """packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] -> [..., out, in], code × scale in float32.
 
-    `zero` i32 [..., ⌈out / 8⌉, in / group]: the zero points, packed along the rows; (code - zero) × scale.
+    `zero` i32 [..., ⌈out / 8⌉, in / group]: the zero points, packed along the rows; (code - zero) × scale. Raises `TensorMismatch` and `BadNumbers`.
     """
     shape = (*packed.shape[:-1], columns)
     if tuple(scale.shape) != shape_of(shape, block) or packed.shape[-1] != -(-columns // WORD):
@@ -83,6 +83,12 @@ def decode(
             f"packed numbers {list(packed.shape)} and scales {list(scale.shape)} are not those of a matrix with {columns} columns",
             f"eight numbers are packed in an int32, and {block[1] or 'all'} of a row share a scale",
             "check group_size in config.json",
+        )
+    if not bool(scale.isfinite().all()):
+        raise BadNumbers(
+            "an INT4 scale is NaN or infinite",
+            "a value is code × scale, and zero times infinity is no number",
+            "the file is damaged; compare its hash with its producer's",
         )
     values = backend.place(shape, dtype, packed.device, out)
     zeros = None if zero is None else matrices(zero_points(zero, shape[-2]))

@@ -35,8 +35,9 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: t
         found = gpu.mxfp4(backend.there(packed), factors, backend.room(values))
         _refuse_not_finite(factors, found)
         return values if found is values else values.copy_(found)
-    fast = backend.compiled("mxfp4", packed, scale, values)
-    for codes, factors, to in zip(backend.matrices(packed.flatten(-2)), backend.matrices(scale), backend.places(values), strict=True):
+    fast, flat = backend.compiled("mxfp4", packed, scale, values), packed.flatten(-2)
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()  # bytes are taken two and eight at a time
+    for codes, factors, to in zip(backend.matrices(flat), backend.matrices(scale), backend.places(values), strict=True):
         if fast:
             if bad := fast.decode(codes.unflatten(-1, (-1, GROUP // 2)), factors, to):
                 raise _not_finite(bad)

@@ -7,8 +7,10 @@ https://github.com/vllm-project/compressed-tensors (quantization/lifecycle/forwa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 import torch
 
@@ -78,17 +80,30 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: R
     return values
 
 
-def encode(values: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values [..., out, in] of a float type -> packed u8 [..., out, in / 2], scale F8_E4M3 [..., out, in / 16], global float32 [..., 1, 1]."""
+def encode(values: torch.Tensor, rules: Rules, whole: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """values [..., out, in] of a float type -> packed u8 [..., out, in / 2], scale F8_E4M3 [..., out, in / 16], global float32 [..., 1, 1].
+
+    `whole`: the global, where it is not to be each matrix's own.
+    """
     leading = values.shape[:-2]
-    found = [_encode(matrix, rules) for matrix in values.reshape(-1, *values.shape[-2:])]
+    found = [_encode(matrix, rules, whole) for matrix in values.reshape(prod(leading), *values.shape[-2:])]
     packed, scale, by = (torch.stack(parts) for parts in zip(*found, strict=True))
     return packed.view(*leading, *packed.shape[1:]), scale.view(*leading, *scale.shape[1:]), by.view(*leading, 1, 1)
 
 
-def _encode(matrix: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def common(matrices: Sequence[torch.Tensor], rules: Rules) -> float:
+    """The global that all of these have if they are one matrix."""
+    return float(_global([matrix.reshape(-1, GROUP) for matrix in matrices], rules)[0])
+
+
+def _encode(matrix: torch.Tensor, rules: Rules, whole: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     groups = matrix.reshape(-1, GROUP)
-    by, exact = _global(groups, rules)
+    if whole is None:
+        by, exact = _global([groups], rules)
+    else:
+        _largest(groups)
+        by = torch.tensor(whole, dtype=torch.float32)
+        exact = not len(_refuting([groups], by, rules))
     packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8)
     scale = torch.empty(len(groups), dtype=torch.float8_e4m3fn)
     fast = backend.compiled("nvfp4", matrix)
@@ -102,7 +117,7 @@ def _encode(matrix: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Ten
             continue
         quotients = given / factor.unsqueeze(-1)
         packed[some] = e2m1.packed(e2m1.nearest(quotients, "even"))
-    return packed.view(len(matrix), -1), scale.view(len(matrix), -1), by
+    return packed.view(len(matrix), matrix.shape[1] // 2), scale.view(len(matrix), matrix.shape[1] // GROUP), by
 
 
 def _runs(groups: torch.Tensor) -> list[slice]:
@@ -122,18 +137,24 @@ def _products() -> torch.Tensor:
     return products.flip(0)
 
 
-def _global(groups: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, bool]:
-    """The global (0-d) of groups [n, 16]; and whether, under it, every group is reproduced: then the values were NVFP4 before.
-
-    A guess that fails names groups that it does not reproduce, and these rule out nearly all of the other guesses.
-    """
-    amax = torch.stack([groups[some].abs().amax() for some in _runs(groups)]).amax().to(torch.float32)
+def _largest(groups: torch.Tensor) -> torch.Tensor:
+    """float32 (0-d): the largest magnitude, 0 of no groups. Raises `BadNumbers` if it is not finite."""
+    amax = torch.stack([torch.zeros((), dtype=groups.dtype), *(groups[some].abs().amax() for some in _runs(groups))]).amax().to(torch.float32)
     if not bool(amax.isfinite()):
         raise BadNumbers(
             "a weight is NaN or infinite, which NVFP4 cannot hold",
             "neither E2M1 nor a scale in E4M3 has a code for infinity",
             "find where the source lost its numbers; moeglot verify PATH names the tensor",
         )
+    return amax
+
+
+def _global(groups: Sequence[torch.Tensor], rules: Rules) -> tuple[torch.Tensor, bool]:
+    """The global (0-d) of all groups [n, 16]; and whether, under it, every group is reproduced: then the values were NVFP4 before.
+
+    A guess that fails names groups that it does not reproduce, and these rule out nearly all of the other guesses.
+    """
+    amax = torch.stack([_largest(some) for some in groups]).amax()
     usual = rules.whole(amax)
     witnesses = _refuting(groups, usual, rules)
     if not len(witnesses):
@@ -151,15 +172,14 @@ def _global(groups: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, bool]:
             return guesses[0], True
 
 
-def _refuting(groups: torch.Tensor, by: torch.Tensor, rules: Rules) -> torch.Tensor:
+def _refuting(groups: Sequence[torch.Tensor], by: torch.Tensor, rules: Rules) -> torch.Tensor:
     """float32 [k, 16]: up to three groups that no scale reproduces under this global; none if all can be."""
-    for some in _runs(groups):
-        given = groups[some].to(torch.float32)
-        given = given[~_reproduced(given, rules.group(given.abs().amax(-1), by), by, rules)]  # the usual scale is right for most
-        wrong = given[~_fit(given, by.view(1), rules)[1][:, 0]] if len(given) else given
+    for given in (matrix[some].to(torch.float32) for matrix in groups for some in _runs(matrix)):
+        odd = given[~_reproduced(given, rules.group(given.abs().amax(-1), by), by, rules)]  # the usual scale is right for most
+        wrong = odd[~_fit(odd, by.view(1), rules)[1][:, 0]] if len(odd) else odd
         if len(wrong):
             return wrong[:3]
-    return groups[:0].to(torch.float32)
+    return torch.empty(0, GROUP)
 
 
 def _fit(groups: torch.Tensor, by: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,22 +203,38 @@ def _reproduced(groups: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rul
     return (torch.tensor(e2m1.E2M1)[code.int()] * factor == groups.abs()).all(-1)
 
 
-def from_powers(packed: torch.Tensor, power: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def power_of(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], rules: Rules) -> float | None:
+    """packed u8 [out, n, 16] and power u8 [out, n] of MXFP4 -> the global under which all become NVFP4 with the same codes; None if there is none.
+
+    The largest power becomes the scale 2^8 under a global that is a power of two; groups of zeros do not count.
+    """
+    used = torch.cat([(power.int() - 127)[(packed & 0x77).amax(-1) > 0] for packed, power in matrices])
+    lowest, highest = (int(used.min()), int(used.max())) if len(used) else (8, 8)
+    whole = highest - 8
+    if highest - lowest > 17 or not -110 <= whole <= 110:
+        return None
+    return 2.0 ** (-whole if rules.divides else whole)
+
+
+def from_powers(packed: torch.Tensor, power: torch.Tensor, rules: Rules, whole: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """MXFP4's packed u8 [..., out, n, 16] and power u8 [..., out, n] -> the same codes as NVFP4, or None if the powers are too far apart.
 
-    The largest power of a matrix becomes the scale 2^8 under a global that is a power of two; groups of zeros do not count.
+    `whole`: the global, where it is not to be each matrix's own.
     """
-    exponent = power.int() - 127
-    used = (packed & 0x77).amax(-1) > 0
-    lowest = torch.where(used, exponent, 1 << 10).flatten(-2).amin(-1)
-    highest = torch.where(used, exponent, -(1 << 10)).flatten(-2).amax(-1)
-    highest = torch.where(highest < lowest, 8, highest)  # zeros only
-    whole = highest - 8
-    if bool((highest - lowest > 17).any()) or bool((whole < -110).any()) or bool((whole > 110).any()):
+    count = prod(power.shape[:-2])
+    pairs = zip(packed.reshape(count, *packed.shape[-3:]), power.reshape(count, *power.shape[-2:]), strict=True)
+    found = [power_of([pair], rules) if whole is None else whole for pair in pairs]
+    if None in found:
         return None
-    scale = torch.exp2((exponent - whole[..., None, None]).clamp(-9, 8).float()).to(torch.float8_e4m3fn)
-    by = torch.exp2((-whole if rules.divides else whole).float())[..., None, None]
-    return packed.flatten(-2), scale.repeat_interleave(2, -1), by
+    by, powers = torch.tensor(found, dtype=torch.float32).view(*power.shape[:-2], 1, 1), torch.exp2(power.float() - 127)
+    scale = (powers * by if rules.divides else powers / by).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)
+    moved = (rules.factor(scale.to(torch.float32), by) != powers) & ((packed & 0x77).amax(-1) > 0)
+    return None if bool(moved.any()) else (packed.flatten(-2), scale.repeat_interleave(2, -1), by)
+
+
+def raised(scale: torch.Tensor, by: torch.Tensor, times: int, rules: Rules) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale F8_E4M3 and global -> those of the same codes under a global that reaches 2^times as far; the smallest scales may be rounded."""
+    return (scale.to(torch.float32) * 2.0**-times).to(torch.float8_e4m3fn), by * 2.0 ** (-times if rules.divides else times)
 
 
 def changed(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules) -> int:

@@ -13,6 +13,7 @@ from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
 from moeglot.experts import Expert
+from moeglot.floats import exactly
 from moeglot.layout import Stored
 from moeglot.nn import backends, held
 from moeglot.nn.compute import Factors
@@ -225,6 +226,8 @@ def _as_stored(checkpoint: Checkpoint, line: Stored, layer: int) -> Callable[[in
 def _encoded(checkpoint: Checkpoint, line: Stored, encoding: Encoding, layer: int, sizes: Mapping[str, int]) -> Callable[[int], Any]:
     def read(expert: int) -> Any:
         roles = checkpoint.experts(layer)
-        return held.encode(line, encoding, {role: roles[role][expert] for role in line.roles}, sizes)
+        together = [exactly(roles[role][expert]).parts["value"] for role in line.common] if roles.keys() >= set(line.common) else []
+        settled = encoding.common(together) if together else encoding
+        return held.encode(line, settled, {role: roles[role][expert] for role in line.roles}, sizes)
 
     return read
