@@ -55,6 +55,7 @@ def formats_json(formats: Iterable[Format]) -> dict[str, Any]:
                 "about": form.about,
                 "source": form.source,
                 "read_by": form.reads,
+                "unverified": form.family.unverified or None,
                 "stored": [{"key": s.key, "roles": list(s.roles), "axes": s.axes, "encoding": s.encoding.name, "parts": s.suffixes} for s in form.stored],
             }
             for form in formats
