@@ -29,6 +29,7 @@ def test_inspect(folder):
     assert "because\t--convention peft" in plain
     assert "numbers\t" in plain
     assert "down\t3\t2" in plain
+    assert "\n# layers\trole\trank\tscale\n" in plain
 
 
 def test_an_open_convention_is_exit_2_and_says_what_to_type(folder):

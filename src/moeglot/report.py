@@ -29,9 +29,10 @@ COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow
 
 
 def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
-    """A rich table on a terminal; tab-separated lines in a pipe. Text is shown as it is: paths and names may hold what rich would take for markup."""
+    """A rich table on a terminal; tab-separated lines in a pipe, title and header behind a #. Text is shown as it is: names may hold markup of rich."""
     if not console.is_terminal and not console.record:
-        console.file.write(f"# {title}\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows))
+        above = [f"# {title}", *([f"# {named}"] if (named := "\t".join(header).strip("\t")) else [])]
+        console.file.write("".join(f"{line}\n" for line in (*above, *("\t".join(map(str, row)) for row in rows))))
         return
     shown = Table(title=Text(title), title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
