@@ -1,4 +1,4 @@
-"""What the pages say of formats, encodings and files, taken from the code: docs/formats.md, the README's table, the lists in docs/architecture.md.
+"""What the pages say of formats, encodings and files, taken from the code: docs/formats.md, docs/api.md, the README's table, the lists in docs/architecture.md.
 
 `python docs/generate.py` writes them; with `--check` it writes nothing and exits with 1 if one of them is stale.
 """
@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import moeglot
 from moeglot.coding import Coding
 from moeglot.codings import CODINGS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
@@ -37,6 +41,7 @@ def main() -> int:
     """Write, or with --check compare; the exit status."""
     pages = {
         ROOT / "docs" / "formats.md": formats_page(),
+        ROOT / "docs" / "api.md": api_page(),
         ROOT / "README.md": between(ROOT / "README.md", {"formats": table(*readme_table())}),
         ROOT / "docs" / "architecture.md": between(ROOT / "docs" / "architecture.md", {"files": table(*file_table()), "imports": import_rows()}),
     }
@@ -193,6 +198,48 @@ def import_rows() -> str:
     assert isinstance(layers, ast.Tuple)
     rows = [", ".join(ast.literal_eval(name) for name in row.elts) for row in layers.elts if isinstance(row, ast.Set)]
     return "```\n" + "\n".join(rows) + "\n```"
+
+
+def api_page() -> str:
+    """docs/api.md: every public name, with what its docstring says."""
+    named = {name: getattr(moeglot, name) for name in moeglot.__all__ if not name.startswith("_")}
+    errors = {name: value for name, value in named.items() if isinstance(value, type) and issubclass(value, Exception)}
+    others = sorted((name for name in named if name not in errors), key=lambda name: (isinstance(named[name], type), name))
+    head = """# In Python
+
+This page is generated from the docstrings by `docs/generate.py`. Importing `moeglot` does not import torch; that waits until a number is read.
+Letters in brackets are axes: `e` expert, `h` hidden, `i` intermediate, `r` rank; [Concepts](concepts.md#axes-have-letters) has more.
+"""
+    told = [[code(name), (inspect.getdoc(value) or "").split("\n")[0]] for name, value in errors.items()]
+    tail = f"\n## What is refused\n\n[What it refuses](refusals.md) shows the messages.\n\n{table(['exception', 'when'], told)}\n"
+    return head + "".join(_described(f"moeglot.{name}", named[name]) for name in others) + tail
+
+
+def _described(name: str, value: Any) -> str:
+    said = re.sub(r"(?<!\n)\n(?=(`\w+`[^\n`]*)+:|Raises )", "\n\n", str(inspect.getdoc(value)))
+    text = f"\n## {name}\n\n```python\n{_signature(name.rpartition('.')[2], value)}\n```\n\n{said}\n"
+    inner = vars(value).items() if isinstance(value, type) else ()
+    members = [(shape.format(one), member) for one, member in inner if not one.startswith("_") and (shape := _member(member))]
+    return text + "".join(f"\n- {code(shape)}: {' '.join(str(inspect.getdoc(member)).split())}" for shape, member in members) + "\n" * bool(members)
+
+
+def _member(member: Any) -> str:
+    """How a public method or attribute with a docstring is written, "" for what has none of its own."""
+    if isinstance(member, property | cached_property):
+        return "{}" if inspect.getdoc(member) else ""
+    return "{}" + _arguments(member).replace("self, ", "").replace("self", "") if inspect.isfunction(member) and inspect.getdoc(member) else ""
+
+
+def _signature(name: str, value: Any) -> str:
+    return f"{'class ' * isinstance(value, type)}{name}{_arguments(value)}"
+
+
+def _arguments(value: Any) -> str:
+    """A call's arguments as the source writes them, one on each line where they are long."""
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    text = re.sub(r"<factory>", "...", text).removesuffix(" -> None") if isinstance(value, type) else text
+    inner, _, after = text[1:].rpartition(")")
+    return text if len(text) < 120 else "(\n" + "".join(f"    {one},\n" for one in re.split(r", (?=\*|\w+: )", inner)) + ")" + after
 
 
 def formats_page() -> str:
