@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 from moeglot.sizes import size
+from moeglot.version import __version__
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
 
@@ -116,7 +118,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         ("copy other tensors", f"{len(plan.dense)} tensors", f"byte for byte, {len(plan.renamed)} renamed or joined" if plan.renamed else "byte for byte")
     )
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
-    rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
+    rows.append(("carry over", f"{len(plan.others)} file{'s' * (len(plan.others) != 1)}", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}{whose}", ("step", "of", "loss"), rows)
     if plan.change:
         console.print(f"{plan.change.adapter.name}: {plan.change.adapter.known}", highlight=False, markup=False)
@@ -201,8 +203,9 @@ def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) 
 
     body = recorded.export_html(inline_styles=True, code_format='<pre style="font-family:ui-monospace,monospace;line-height:1.4;overflow-x:auto">{code}</pre>')
     style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}h1{font-size:1.3rem}"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{body}'
-    newfile.write(path, page + "".join(plots) + "</html>\n")
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>'
+    made = f"<p>moeglot {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC</p>"
+    newfile.write(path, page + made + body + "".join(plots) + "</html>\n")
 
 
 def plot_checks(checks: Iterable[Check]) -> Iterable[str]:
