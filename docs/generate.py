@@ -1,4 +1,4 @@
-"""What the pages say of formats, encodings and files, taken from the code: docs/formats.md, the README's table, the lists in docs/architecture.md.
+"""What the pages say of formats, encodings and files, taken from the code: docs/formats.md, docs/api.md, the README's table, the lists in docs/architecture.md.
 
 `python docs/generate.py` writes them; with `--check` it writes nothing and exits with 1 if one of them is stale.
 """
@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import moeglot
 from moeglot.coding import Coding
 from moeglot.codings import CODINGS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
@@ -19,7 +23,7 @@ from moeglot.encodings.mxfp4 import RULES
 from moeglot.encodings.plain import Plain
 from moeglot.family import Activation, Family
 from moeglot.format import Format
-from moeglot.formats import FAMILIES, PLAIN
+from moeglot.formats import FAMILIES, PLAIN, variants
 from moeglot.layout import Stored
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +41,7 @@ def main() -> int:
     """Write, or with --check compare; the exit status."""
     pages = {
         ROOT / "docs" / "formats.md": formats_page(),
+        ROOT / "docs" / "api.md": api_page(),
         ROOT / "README.md": between(ROOT / "README.md", {"formats": table(*readme_table())}),
         ROOT / "docs" / "architecture.md": between(ROOT / "docs" / "architecture.md", {"files": table(*file_table()), "imports": import_rows()}),
     }
@@ -99,6 +104,14 @@ MLX = ("kimi-k2", "bailing-moe", "step3p5")
 """Families that transformers does not know and mlx-lm computes with in the tests."""
 
 
+DOCUMENTED = {
+    "vLLM": "what vLLM documents; its own code is not run",
+    "Megatron-Core with transformer-engine": "what Megatron-Core with transformer-engine documents; its own code is not run",
+    "nothing that we know": "the source of the script that writes it; that code is not run",
+}
+"""Readers whose code no test runs -> what stands for it."""
+
+
 def checked_against(form: Format) -> str:
     """Which real library the tests let read this format and compute with it."""
     if form.family.unverified:
@@ -111,8 +124,10 @@ def checked_against(form: Format) -> str:
         return f"megatron-core {', '.join(versions('megatron-core'))}"
     if form.reads == "transformers 5.5":
         return "transformers " + ", ".join(v for v in versions("transformers") if v.startswith("5.5."))
+    if form.reads in DOCUMENTED:
+        return DOCUMENTED[form.reads]
     if form.reads not in ("any transformers", "transformers 5"):
-        return f"what {form.reads} documents; its own code is not run"
+        raise SystemExit(f"say in docs/generate.py what {form.name} is checked against, which {form.reads} reads: a branch of checked_against, or DOCUMENTED")
     if form.family.name in MLX:
         return f"mlx-lm {versions('mlx-lm')[-1]}"
     if form.family.name not in EVERYWHERE:
@@ -160,7 +175,7 @@ def coverage() -> tuple[list[str], list[list[str]]]:
     rows = []
     for form in PLAIN:
         native = " and ".join(sorted({line.encoding.name for line in form.stored if not isinstance(line.encoding, Plain)}))
-        encodings = native or ("any float type, and every variant below" if form.is_upright and not form.closed else "any float type")
+        encodings = native or ("any float type, and every variant below" if form.is_upright and variants(form) else "any float type")
         rows.append([f"[{form.family.name}](#{form.family.name.replace('.', '')})", code(form.name), encodings, form.reads, checked_against(form)])
     return ["family", "format", "encodings", "read by", "verified by"], rows
 
@@ -183,6 +198,48 @@ def import_rows() -> str:
     assert isinstance(layers, ast.Tuple)
     rows = [", ".join(ast.literal_eval(name) for name in row.elts) for row in layers.elts if isinstance(row, ast.Set)]
     return "```\n" + "\n".join(rows) + "\n```"
+
+
+def api_page() -> str:
+    """docs/api.md: every public name, with what its docstring says."""
+    named = {name: getattr(moeglot, name) for name in moeglot.__all__ if not name.startswith("_")}
+    errors = {name: value for name, value in named.items() if isinstance(value, type) and issubclass(value, Exception)}
+    others = sorted((name for name in named if name not in errors), key=lambda name: (isinstance(named[name], type), name))
+    head = """# In Python
+
+This page is generated from the docstrings by `docs/generate.py`. Importing `moeglot` does not import torch; that waits until a number is read.
+Letters in brackets are axes: `e` expert, `h` hidden, `i` intermediate, `r` rank; [Concepts](concepts.md#axes-have-letters) has more.
+"""
+    told = [[code(name), (inspect.getdoc(value) or "").split("\n")[0]] for name, value in errors.items()]
+    tail = f"\n## What is refused\n\n[What it refuses](refusals.md) shows the messages.\n\n{table(['exception', 'when'], told)}\n"
+    return head + "".join(_described(f"moeglot.{name}", named[name]) for name in others) + tail
+
+
+def _described(name: str, value: Any) -> str:
+    said = re.sub(r"(?<!\n)\n(?=(`\w+`[^\n`]*)+:|Raises )", "\n\n", str(inspect.getdoc(value)))
+    text = f"\n## {name}\n\n```python\n{_signature(name.rpartition('.')[2], value)}\n```\n\n{said}\n"
+    inner = vars(value).items() if isinstance(value, type) else ()
+    members = [(shape.format(one), member) for one, member in inner if not one.startswith("_") and (shape := _member(member))]
+    return text + "".join(f"\n- {code(shape)}: {' '.join(str(inspect.getdoc(member)).split())}" for shape, member in members) + "\n" * bool(members)
+
+
+def _member(member: Any) -> str:
+    """How a public method or attribute with a docstring is written, "" for what has none of its own."""
+    if isinstance(member, property | cached_property):
+        return "{}" if inspect.getdoc(member) else ""
+    return "{}" + _arguments(member).replace("self, ", "").replace("self", "") if inspect.isfunction(member) and inspect.getdoc(member) else ""
+
+
+def _signature(name: str, value: Any) -> str:
+    return f"{'class ' * isinstance(value, type)}{name}{_arguments(value)}"
+
+
+def _arguments(value: Any) -> str:
+    """A call's arguments as the source writes them, one on each line where they are long."""
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    text = re.sub(r"<factory>", "...", text).removesuffix(" -> None") if isinstance(value, type) else text
+    inner, _, after = text[1:].rpartition(")")
+    return text if len(text) < 120 else "(\n" + "".join(f"    {one},\n" for one in re.split(r", (?=\*|\w+: )", inner)) + ")" + after
 
 
 def formats_page() -> str:

@@ -1,5 +1,6 @@
 """`moeglot adapter` as a user meets it: exit statuses, JSON, plain lines."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_inspect(folder):
     assert "because\t--convention peft" in plain
     assert "numbers\t" in plain
     assert "down\t3\t2" in plain
+    assert "\n# layers\trole\trank\tscale\n" in plain
 
 
 def test_an_open_convention_is_exit_2_and_says_what_to_type(folder):
@@ -71,7 +73,11 @@ def test_merge(folder, tmp_path):
     assert "because --convention peft, and parameters lie [e, out, in] in qwen3-moe/transformers-5" in plain
     assert "what survived of" in plain
     assert plain.rstrip().endswith("holds")
-    assert "<svg" in (tmp_path / "out.html").read_text()
+    page = (tmp_path / "out.html").read_text()
+    assert f"<h1>moeglot merge {folder / 'base'} {folder / 'peft'} {tmp_path / 'out'}: holds</h1><p>moeglot {moeglot.__version__}, 20" in page
+    widths = [float(width) for width in re.findall(r'<polyline [^>]* stroke-width="([0-9.]+)"', page)]
+    assert len(widths) == 3
+    assert sorted({*widths}, reverse=True) == widths, "lines that lie on each other all show"
     done = told(*given, tmp_path / "again", "--convention", "peft", "--encode", "bf16", "--allow-loss")
     assert done["merge"]["survived"].keys() == {"gate", "up", "down"}
     assert all(one["rec"] > 0.9 for one in done["merge"]["survived"].values())

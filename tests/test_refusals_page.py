@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.demo import BUNDLED
+from moeglot.demo import BUNDLED, write_turned
 
 PAGE = Path(__file__).parents[1] / "docs" / "refusals.md"
+START = PAGE.with_name("index.md")
 BLOCK = re.compile(r"```\n\$ moeglot (.+)\n((?:.*\n)*?)```\n")
 EXPERTS = "model.layers.0.mlp.experts."
 QWEN = {"e": 4, "h": 64, "i": 64}
@@ -95,6 +96,26 @@ def no_size() -> None:
 def transposed() -> None:
     with changed(bf16("transposed")) as tensors:
         tensors[EXPERTS + "down_proj"] = tensors[EXPERTS + "down_proj"].mT.contiguous()
+
+
+def turned() -> None:
+    """As step 4 of `moeglot demo` has it."""
+    moeglot.convert(bundled(), "gpt-oss/transformers", "bf16")
+    write_turned(Path("bf16"), Path("turned"))
+
+
+def concat() -> None:
+    moeglot.convert(bundled(), "gpt-oss/transformers", "concat")
+    with changed("concat") as tensors:
+        for key in [key for key in tensors if ".gate_up_proj" in key]:
+            tensors[key] = tensors[key].unflatten(-1, (-1, 2)).mT.flatten(-2).contiguous()
+    (Path("concat") / "moeglot.json").unlink()
+
+
+def same() -> None:
+    with changed(qwen("same")) as tensors:
+        for key in [key for key in tensors if ".experts." in key]:
+            tensors[key] = tensors[re.sub(r"experts\.\d+", "experts.0", key)].clone()
 
 
 def quant() -> None:
@@ -205,6 +226,10 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect quant", 0): quant,
     ("compare king-james trained", 0): different,
     ("verify trained --against king-james.json", 0): fingerprint,
+    ("inspect turned --deep", 0): turned,
+    ("verify turned --against king-james", 0): turned,
+    ("verify concat --against king-james", 0): concat,
+    ("verify same --against same", 0): same,
     ("inspect no-scales", 0): no_scales,
     ("inspect few", 0): few,
     ("inspect extra", 0): extra,
@@ -262,16 +287,20 @@ def printed(key: tuple[str, int]) -> str:
     return refusal[0] if refusal else re.sub(r"^forward: not checked.*\n", "", out.getvalue(), flags=re.M)
 
 
-@pytest.mark.parametrize("key", MAKERS, ids=lambda key: key[0])
-def test_the_page_shows_what_a_run_prints(key):
-    assert blocks(PAGE.read_text())[key][2] == printed(key)
+SHOWN = [*((PAGE, key) for key in MAKERS), (START, ("verify turned --against king-james", 0))]
+"""Each page with the runs that it shows."""
+
+
+@pytest.mark.parametrize(("page", "key"), SHOWN, ids=lambda value: value[0] if isinstance(value, tuple) else value.stem)
+def test_the_page_shows_what_a_run_prints(page, key):
+    assert blocks(page.read_text())[key][2] == printed(key)
 
 
 def write() -> None:
-    for key in MAKERS:
-        page = PAGE.read_text()
+    for path, key in SHOWN:
+        page = path.read_text()
         block = blocks(page)[key]
-        PAGE.write_text(page[: block.start(2)] + printed(key) + page[block.end(2) :])
+        path.write_text(page[: block.start(2)] + printed(key) + page[block.end(2) :])
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def show_and_carry_out(
     if html:
         recorded = report.recorder()
         report.show_certificate(recorded, certificate)
-        report.write_html(html, f"moeglot merge, {certificate.out}: {certificate.report.verdict}", recorded, plots(certificate.document["merge"], threshold))
+        merged = certificate.document["merge"]
+        title = f"moeglot merge {plan.source.source.name} {merged['adapter']} {certificate.out}: {certificate.report.verdict}"
+        report.write_html(html, title, recorded, plots(merged, threshold))
     return certificate.report.exit_status
 
 

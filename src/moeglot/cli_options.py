@@ -12,7 +12,7 @@ from moeglot import report
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="A folder, a safetensors file, a URL or a Hub id (owner/name).", show_default=False)]
 OutArgument = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write, or the URL of one; it must not exist.", show_default=False)]
-FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself; see `moeglot formats`.")]  # noqa: UP045
+FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What the model is, if it does not say so; see `moeglot formats`.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
 HtmlOption = Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Also write the report to FILE, with plots by layer.")]  # noqa: UP045
 WorkersOption = Annotated[Optional[int], typer.Option("--workers", min=1, help="Threads; by default one for each core, at most 8.")]  # noqa: UP045

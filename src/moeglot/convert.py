@@ -61,15 +61,26 @@ def convert(
     engine: Engine | None = None,
     **ranks: Unpack[Asked],
 ) -> Certificate:
-    """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it. `adapter` and `round` as in `merge`.
+    """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it.
 
+    `source`: a folder, a safetensors file, a URL, a Hub id or a Checkpoint; `format` names what it is where it does not say so itself.
+    `out`: a folder that is not there yet, or the URL of one in a store.
+    `encode`: how the experts' matrices [out, in] are coded there: a float type ("float32", "bfloat16", "float16"), or "mxfp4", "fp8-block", "nf4" and others
+    that the page on formats lists. Without it, as the target stores them: a target in floats has the source's float type, or the one that config.json declares.
+    `adapter`, `round` and `keep_touched` as in `merge`.
+    `allow_loss`: steps may change numbers, by as much as the certificate then states.
+    `shard_size`: how many bytes of tensors a file has at most, as a number or as text in powers of 1000 ("5GB"); a larger tensor has a file of its own.
+    `workers`: threads, by default one for each CPU and 8 at most; the bytes are the same with any number.
+    `resume`: go on with what an interrupted run of the same arguments left in OUT.partial.
+    `progress`: told (what is done, how much, of how much), in bytes while it writes, in experts while it verifies.
     `device`: where MXFP4 and FP8 are decoded, a GPU such as "cuda"; what was written is verified on the CPU all the same.
     `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
     `ranks`: `tp_rank`, `tp_size`, `etp_rank`, `etp_size`, `pp_rank`, `pp_size`, `ep_rank`, `ep_size` (int): what that process loads, where `to` is a state dict
     of Megatron's: of experts, layers, heads, words and rows of other matrices [rank * N / size, (rank + 1) * N / size), experts and layers numbered from 0;
     no others are read. `padded_vocab_size`: how many rows the whole embedding has there; those beyond the words are zeros.
 
-    Raises `MoeglotError`: nothing that this run did not write is touched, and what is not verified keeps its temporary name.
+    Raises `MoeglotError`: `UsageError` for a name that is not known or what the target cannot hold, `LossRefused`, `OutputExists`, `NoSpace`, `NotVerified`,
+    and what `open` raises. Nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size, **ranks)

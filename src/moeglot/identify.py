@@ -156,18 +156,18 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
 
 def _refutation(form: Format, source: Source) -> Refutation | None:
     """Why this cannot be the format, or None."""
-    if (form.container.experts if form.container else "") != source.torch_dist:
-        if source.torch_dist and not form.container and not _refutation(form, replace(source, torch_dist="")):
-            return Refutation("asked", "had torch.distributed.checkpoint save the model")
-        return Refutation("container", f"its experts lie {form.container.experts} in a torch_dist folder" if form.container else "it lies in safetensors files")
-    if source.share and not form.by_rank:
-        return Refutation("container", f"the safetensors header says {SHARE} = {source.share.mark}, and {form.name} is for whole models")
     model_type = source.config.get("model_type")
     if form.config.only:
         if missing := [key for key in form.config.names.values() if key not in source.config]:
             return Refutation("family", f"config.json has no {missing[0]}")
     elif model_type not in form.family.model_types:
         return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
+    if (form.container.experts if form.container else "") != source.torch_dist:
+        if source.torch_dist and not form.container and not _refutation(form, replace(source, torch_dist="")):
+            return Refutation("asked", "had torch.distributed.checkpoint save the model")
+        return Refutation("container", f"its experts lie {form.container.experts} in a torch_dist folder" if form.container else "it lies in safetensors files")
+    if source.share and not form.by_rank:
+        return Refutation("container", f"the safetensors header says {SHARE} = {source.share.mark}, and {form.name} is for whole models")
     config = hub_config(source.config, form)
     sizes = form.family.held_sizes(config, source.share)
     form = form.sized(sizes)

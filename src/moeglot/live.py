@@ -38,7 +38,8 @@ def load(
     model is divided as `device_map` and `max_memory` say, by the bytes that it holds.
     Experts are decoded one at a time, straight into the parameters, so that memory holds the model and little more.
     `native`: experts stay in memory as they are on disk, in `moeglot.nn.Experts`, and are decoded as they are used. `encode` ("mxfp4", "fp8-block", "nf4", ...)
-    quantizes plain ones on the way, except in modules that `modules_to_not_convert` names; `backend` says how they compute, see `moeglot.nn`.
+    quantizes plain ones on the way, except in modules that `modules_to_not_convert` names; `backend` says how they compute: "auto" chooses by device and shape,
+    "reference", "eager", "batched", "grouped" and "triton" are one way each.
     `ep_size`: the processes of torch.distributed divide the experts of each layer, and each reads the bytes of its own alone; the library's strategies bring
     them their tokens. All processes have one batch. `ep_rank`, if it is passed, must be this process's. Needs transformers 5.23.
     Raises `MoeglotError`: `FormatError` where nobody may say what the tensors mean, `CheckpointError` for broken tensors, `NotVerified` where transformers
@@ -71,6 +72,7 @@ def save(
 
     Tensors are taken from the model's `state_dict()`, not from `save_pretrained`. The tokenizer is no part of the model: save it yourself.
     Experts of a native model are the bytes that they hold now: in the format that they were loaded from they stay those, in others they are converted.
+    `encode`, `allow_loss`, `shard_size`, `workers` and `progress` as in `convert`.
     Raises `MoeglotError`, as `convert` does; `UsageError` for an adapter that is not merged, and for experts that processes divide.
     """
     _require("save")

@@ -39,12 +39,15 @@ def merge(
 ) -> Certificate:
     """Write `base` with the change of `adapter` to the folder `out`, say what of the change survived the encoding, verify and certify it.
 
+    `base`: a folder, a safetensors file, a URL, a Hub id or a Checkpoint; `format` names what it is where it does not say so itself.
+    `adapter`: a folder, a Hub id or an Adapter; `convention` says how its factors lie where it does not say so itself.
     `to` is a format and `encode` an encoding, by default the base's own. The sums are float32; `round` says how they get back on the encoding's grid:
     "nearest", "stochastic[:SEED]", "delta" or "gptq:FILE". The base's scales stay, but for blocks in which a sum lies beyond them. Matrices without a
     change are moved as `convert` moves them.
     `keep_touched`: in each layer, matrices that the adapter changes stay in that float type, where the target's config can say so.
-    `engine` as in `convert`.
-    Raises `LossRefused` if less than `threshold` of the change survives in some role; and all that `open_adapter` and `convert` do.
+    `allow_loss`, `shard_size`, `workers`, `resume`, `progress` and `engine` as in `convert`.
+    Raises `LossRefused` if less than `threshold`, from 0 to 1, of the change survives in some role, as what is there projects on it; and all that
+    `open_adapter` and `convert` do.
     """
     from moeglot.adapter import open_adapter
 

@@ -89,7 +89,10 @@ def correlations(title: str, by_layer: Mapping[str, Mapping[int, float]]) -> str
 
 
 def shares(title: str, by_role: Mapping[str, Mapping[int, float]], threshold: float) -> str:
-    """A line of points for each role: the share of its change that was recovered in each layer, and the least that passes."""
+    """A line of points for each role: the share of its change that was recovered in each layer, and the least that passes.
+
+    The first is drawn widest and the last narrowest, so that those that lie on each other all show.
+    """
     layers = sorted({layer for of in by_role.values() for layer in of})
     high = max(1.0, *(value for of in by_role.values() for value in of.values()))
     low = min(0.0, *(value for of in by_role.values() for value in of.values()))
@@ -101,12 +104,13 @@ def shares(title: str, by_role: Mapping[str, Mapping[int, float]], threshold: fl
     shapes.append(f'<path d="M{LEFT} {y(threshold):.1f}H{WIDTH}" stroke="{WRONG}" stroke-dasharray="5 4"/>')
     step = (WIDTH - LEFT) / len(layers)
     for n, (role, of) in enumerate(by_role.items()):
-        colour = COLOURS[n % len(COLOURS)]
+        colour, more = COLOURS[n % len(COLOURS)], len(by_role) - 1 - n
         points = [(LEFT + (layers.index(layer) + 0.5) * step, y(value), layer, value) for layer, value in of.items()]
-        shapes.append(f'<polyline points="{" ".join(f"{x:.1f},{at:.1f}" for x, at, *_ in points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        path = " ".join(f"{x:.1f},{at:.1f}" for x, at, *_ in points)
+        shapes.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{1.5 + 3 * more}"/>')
         for x, at, layer, value in points:
             told = f"<title>layer {layer}, {escape(role)}: {value:.1%}</title>"
-            shapes.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="4" fill="{colour}">{told}</circle>')
+            shapes.append(f'<circle cx="{x:.1f}" cy="{at:.1f}" r="{4 + 2 * more}" fill="{colour}">{told}</circle>')
     shapes += _legend([*((COLOURS[n % len(COLOURS)], role) for n, role in enumerate(by_role)), (WRONG, f"{threshold:.0%}, the least that passes")])
     return _svg(shapes)
 

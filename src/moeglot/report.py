@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 from moeglot.sizes import size
+from moeglot.version import __version__
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
 
 
 def table(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
-    """A rich table on a terminal; tab-separated lines in a pipe. Text is shown as it is: paths and names may hold what rich would take for markup."""
+    """A rich table on a terminal; tab-separated lines in a pipe, title and header behind a #. Text is shown as it is: names may hold markup of rich."""
     if not console.is_terminal and not console.record:
-        console.file.write(f"# {title}\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows))
+        above = [f"# {title}", *([f"# {named}"] if (named := "\t".join(header).strip("\t")) else [])]
+        console.file.write("".join(f"{line}\n" for line in (*above, *("\t".join(map(str, row)) for row in rows))))
         return
     shown = Table(title=Text(title), title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
@@ -55,6 +58,7 @@ def formats_json(formats: Iterable[Format]) -> dict[str, Any]:
                 "about": form.about,
                 "source": form.source,
                 "read_by": form.reads,
+                "unverified": form.family.unverified or None,
                 "stored": [{"key": s.key, "roles": list(s.roles), "axes": s.axes, "encoding": s.encoding.name, "parts": s.suffixes} for s in form.stored],
             }
             for form in formats
@@ -123,7 +127,7 @@ def show_plan(console: Console, plan: Plan) -> None:
             continue
         rows.append(("copy other tensors", f"{count} tensors", "byte for byte" + (f", {len(plan.renamed)} renamed or joined" if plan.renamed else "")))
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
-    rows.append(("carry over", f"{len(plan.others)} files", ", ".join(path.name for path in plan.others)))
+    rows.append(("carry over", f"{len(plan.others)} file{'s' * (len(plan.others) != 1)}", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}{whose}", ("step", "of", "loss"), rows)
     if plan.change:
         console.print(f"{plan.change.adapter.name}: {plan.change.adapter.known}", highlight=False, markup=False)
@@ -208,8 +212,9 @@ def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) 
 
     body = recorded.export_html(inline_styles=True, code_format='<pre style="font-family:ui-monospace,monospace;line-height:1.4;overflow-x:auto">{code}</pre>')
     style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}h1{font-size:1.3rem}"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{body}'
-    newfile.write(path, page + "".join(plots) + "</html>\n")
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>'
+    made = f"<p>moeglot {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC</p>"
+    newfile.write(path, page + made + body + "".join(plots) + "</html>\n")
 
 
 def plot_checks(checks: Iterable[Check]) -> Iterable[str]:

@@ -31,8 +31,12 @@ def verify(
 ) -> Report:
     """Structure and numbers of a checkpoint; with `against`, its values and forward as well.
 
+    `checkpoint`: a Checkpoint, or what `open` takes.
     `against`: another checkpoint, of which the tensors that are no experts and config.json are compared, too; a fingerprint (.json), a `Side`, or
-    "transformers" for the modules of the installed library.
+    "transformers" for the modules of the installed library, which loads the whole model in float32.
+    `workers`: threads. `progress`: told (what is checked, how many experts, of how many).
+    The report's `verdict` is "holds", "does not hold" or "cannot tell"; what is wrong with the numbers is a line of it. Raises what `open` raises, and
+    `Contradiction` where `against` is of another model.
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
@@ -256,7 +260,10 @@ def settings(subject: Checkpoint, other: Checkpoint) -> Check:
 
 
 def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:
-    """Canonical values of two checkpoints, in whichever formats, their other tensors, and what both config.json say."""
+    """Canonical values of two checkpoints, in whichever formats, their other tensors, and what both config.json say.
+
+    `workers` and `progress` as in `verify`.
+    """
     mine, theirs = (x if isinstance(x, Checkpoint) else open(x) for x in (a, b))
     theirs = alongside(mine, theirs)
     checks = (values(mine, theirs, workers=workers, progress=progress), others(mine, theirs), settings(mine, theirs))
