@@ -52,7 +52,7 @@ def refuse_none(name: str, folder: Location, index: str) -> CheckpointError:
 
 
 def refuse_file(path: Location) -> CheckpointError:
-    """A file that is none of safetensors."""
+    """A file that is not a safetensors file."""
     if path.suffix in PICKLES:
         return PickleRefused(f"{path.name}: never loaded", f"it is a pickle, and {NOT_RUN}", "save it as safetensors first, with the framework that wrote it")
     return CheckpointError(f"{path.name}: not a safetensors file", f"its name ends in {path.suffix or 'nothing'}", "pass a .safetensors file or its folder")

@@ -77,7 +77,7 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _routed_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
-    """A module of all experts. A norm after them, which they share, is none of an expert's (Muse Spark), and steps aside."""
+    """A module of all experts. A norm after them, which they share, belongs to no expert (Muse Spark), and is left out."""
     ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
     routed = torch.full((len(tokens), ranks), expert)
     routed[:, 1:] = 1 - min(expert, 1)
