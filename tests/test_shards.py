@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from moeglot import BrokenFile
+from moeglot import BrokenFile, UsageError
 from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
 from moeglot.shards import ALIGNMENT, MAX_HEADER, Entry, Slot, _describe, describe, plan_shards, read_header, tensor_bytes, write_at
+from moeglot.sizes import parse_size
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -349,3 +350,14 @@ def test_threads_that_open_several_files_at_once_each_read_their_own(tmp_path):
         for _ in range(60):
             forget_mappings()
             assert list(pool.map(read, entries)) == [float(n) for n in range(8)]
+
+
+@pytest.mark.parametrize(("told", "nbytes"), [("5GB", 5 * 10**9), ("5GiB", 5 << 30), ("1.5 kiB", 1536), ("2KB", 2000), ("3T", 3 * 10**12), (7, 7), ("1B", 1)])
+def test_sizes(told, nbytes):
+    assert parse_size(told) == nbytes
+
+
+@pytest.mark.parametrize("told", ["", "5iB", "0.4", "0.0004 kB", "0", "-1", "5 PB", "9" * 400, "GB"])
+def test_what_is_no_size(told):
+    with pytest.raises(UsageError, match="is no size"):
+        parse_size(told)

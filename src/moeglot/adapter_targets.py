@@ -65,7 +65,7 @@ def _check_layers(base: Checkpoint, keys: Sequence[str]) -> None:
 def _check_biases(config: AdapterConfig, base: Checkpoint) -> None:
     form = stacked_form(base.format.family)
     for line in form.stored if form else ():
-        if " " not in line.role_axes and config.names_parameter(line.key.format(layer=base.layers[0])):
+        if not line.is_matrix and config.names_parameter(line.key.format(layer=base.layers[0])):
             raise UnsupportedAdapter(f"{line.short}: LoRA on a bias", f"{CONFIG} says so in target_parameters", "train the adapter without it")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +149,11 @@ class Checkpoint:
 
     @cached_property
     def others(self) -> dict[str, Entry]:
-        """name -> tensor, for all that are none of the experts'; those of layers for multi-token prediction are among them."""
+        """name -> tensor, for all that are not the experts'; those of layers for multi-token prediction are among them."""
         found = dict(self.source.entries)
         for _, _, keys in self.format.expert_keys(self.layers, self.sizes):
-            deque(map(found.pop, keys, repeat(None)), maxlen=0)
+            for key in keys:
+                found.pop(key, None)
         return found
 
     @cached_property
@@ -233,11 +233,6 @@ class Checkpoint:
         return {module: parts for module, parts in modules.items() if needed <= parts.keys()}
 
 
-def problems(checkpoint: Checkpoint) -> Iterator[Exception]:
-    """Every structural problem of a checkpoint."""
-    return checkpoint.problems()
-
-
 def open(path: str | Path, format: str | Format | None = None, *, headers_only: bool = False) -> Checkpoint:
     """A folder, a safetensors file or a Hub id -> Checkpoint: headers read, format identified, every expert tensor accounted for. A folder that has one for
     each process of several is what they hold together.
@@ -267,7 +262,7 @@ def _opened(source: Source, format: str | Format | None, headers_only: bool) -> 
     if len(identification.candidates) > 1 and not headers_only:
         identification = _ask_the_numbers(source, identification)
     checkpoint = Checkpoint(source, identification.settled(source.name), identification)
-    found = list(islice(problems(checkpoint), 100))
+    found = list(islice(checkpoint.problems(), 100))
     if found:
         first = found[0]
         if len(found) > 1 and isinstance(first, TensorMismatch):
@@ -280,7 +275,7 @@ def _opened(source: Source, format: str | Format | None, headers_only: bool) -> 
 def _ask_the_numbers(source: Source, found: Identification) -> Identification:
     """Where several formats fit all declarations: the one that the numbers fit, if they contradict all others."""
     candidates = [Checkpoint(source, form, found) for form in found.candidates]
-    if any(next(problems(candidate), None) for candidate in candidates):
+    if any(next(candidate.problems(), None) for candidate in candidates):
         return found
     n, why = decide(candidates) or (None, "nor can the numbers tell")
     return replace(found, format=None if n is None else found.candidates[n], evidence=(*found.evidence, why))

@@ -54,13 +54,13 @@ class Coding:
 
     def codes(self, family: str, lines: Sequence[Stored]) -> bool:
         """It can code a plain layout of this family: every matrix lies upright, under a key that it has names for."""
-        matrices = [line for line in lines if len(line.role_axes.split()) == 2]
+        matrices = [line for line in lines if line.is_matrix]
         named = all(self.stacked if not line.key.endswith(WEIGHT) else self.linear for line in matrices)
         return named and all(line.upright for line in matrices) and family in (self.families or (family,))
 
     def line(self, line: Stored) -> Stored:
         """A line of a plain layout as this producer stores it; vectors stay as they are."""
-        if not isinstance(line.encoding, Plain) or len(line.role_axes.split()) != 2:
+        if not isinstance(line.encoding, Plain) or not line.is_matrix:
             return line
         group = SECOND if line.roles[0].startswith(SECOND) else ""
         common = tuple(group + role for role in self.common)

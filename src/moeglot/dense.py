@@ -200,7 +200,7 @@ class DecodedTensor:
 
 
 def check_codes(tensors: Mapping[str, HubTensor], known: Collection[str], declared: Quantization) -> None:
-    """Raises `UnknownFormat` where config.json says that there are codes, and one of these tensors looks like some and is none of those that we decode."""
+    """Raises `UnknownFormat` where config.json says that there are codes, and one of these tensors looks like some that we do not decode."""
     for name, tensor in tensors.items() if declared else ():
         codes = name.endswith(WEIGHT) and tensor.dtype not in WEIGHT_DTYPES and len(tensor.shape) == 2
         if name not in known and (codes or name.endswith(CODES)):

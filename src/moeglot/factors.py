@@ -48,10 +48,6 @@ class Place:
         return {"e": sizes["e"], "x": x, "y": y * len(self.roles)}
 
 
-def is_matrix(line: Stored) -> bool:
-    return " " in line.role_axes
-
-
 def stacked_form(family: Family) -> Format | None:
     """The format in which a family's experts are stacked parameters in the memory of transformers."""
     found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and not any(line.per_expert for line in form.stored)]
@@ -76,7 +72,7 @@ def per_expert_form(family: Family) -> Format | None:
 def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:
     """The stored matrices that a convention without leaves sits on, in the order in which their module registers them; none if the family has none."""
     form = stacked_form(family) if convention.stacked else per_expert_form(family)
-    return tuple(line for line in form.stored if is_matrix(line)) if form else ()
+    return tuple(line for line in form.stored if line.is_matrix) if form else ()
 
 
 def in_out(family: Family) -> bool:

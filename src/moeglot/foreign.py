@@ -68,7 +68,7 @@ def refuse_none(name: str, folder: Location, index: str) -> CheckpointError:
 
 
 def refuse_file(path: Location) -> CheckpointError:
-    """A file that is none of safetensors."""
+    """A file that is not a safetensors file."""
     if path.suffix in PICKLES:
         return PickleRefused(f"{path.name}: never loaded", f"it is a pickle, and {NOT_RUN}", "save it as safetensors first, with the framework that wrote it")
     if isinstance(path, Remote) and re.match("https?://", path.url):

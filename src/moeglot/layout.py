@@ -62,7 +62,7 @@ class Stored:
         if carried or found != expected:
             raise ValueError(f"{self.key}: {self.roles} need each of {expected} exactly once, in the key or in {self.axes!r}, not {found}")
         if self.shaped and (sorted(letters(parse_axes(self.shaped))) != sorted(stored) or not self.is_plain):
-            raise ValueError(f"{self.key}: a shape {self.shaped!r} is none of floats that lie as {self.axes!r}")
+            raise ValueError(f"{self.key}: a shape {self.shaped!r} is not that of floats that lie as {self.axes!r}")
         if "e" in stored and stored[0] != "e":
             raise ValueError(f"{self.key}: {self.axes!r} must start with e, so that an expert is one run of bytes")
         if "{layer}" not in self.key:

@@ -64,7 +64,7 @@ def _unquantized(c: Checkpoint) -> Iterator[Finding]:
     keys = [key for layer, line in plain for expert in (range(c.sizes["e"]) if line.per_expert else (0,)) for key in line.keys(layer, expert).values()]
     held = sum(c.source.entries[key].nbytes for key in keys)
     four = declared.get("load_in_4bit") or "4" in str(declared.get("quant_algo", "")) or method(declared) in ("mxfp4", "bitsandbytes")
-    bits = 4 if four or any(line.encoding.kind.endswith(("4", "nf4")) for line in c.format.stored) else 8
+    bits = 4 if four or any(line.encoding.kind.endswith("4") for line in c.format.stored) else 8
     saved = held - sum(prod(c.source.entries[key].shape) * bits // 8 for key in keys)
     layers = dict.fromkeys(layer for layer, _ in plain)
     whose = "the experts" if len(layers) == len(c.layers) else f"those of {len(layers)} of {len(c.layers)} layers"

@@ -35,9 +35,9 @@ def right(checkpoint: Checkpoint, layer: int, expert: int) -> Matrix:
     def matrix(role: str) -> Encoded:
         line = checkpoint.format.line_of(role)
         roles = found.get(line.key) or checkpoint.expert(line, layer, expert)
-        if len(line.roles) > 1 and len(line.role_axes.split()) == 2 and line.movable(checkpoint.encoding(line, layer), checkpoint.sizes):
+        if len(line.roles) > 1 and line.is_matrix and line.movable(checkpoint.encoding(line, layer), checkpoint.sizes):
             found[line.key] = roles
-        elif len(line.role_axes.split()) == 2:
+        elif line.is_matrix:
             found.clear()
         return roles[role]
 

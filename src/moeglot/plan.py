@@ -262,7 +262,7 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
 
 def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
     """The float type that config.json declares, if the experts' changed."""
-    weights = {step.target.name for step in steps if isinstance(step.target, Plain) and len(step.line.role_axes.split()) == 2}
+    weights = {step.target.name for step in steps if isinstance(step.target, Plain) and step.line.is_matrix}
     before = declared_dtype(source.config)
     if len(weights) != 1 or before in weights:
         return {}

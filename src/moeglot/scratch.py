@@ -68,8 +68,3 @@ def _references() -> int:
 
 
 _REFERENCES = _references()
-
-
-def forget() -> None:
-    """Let go of this thread's free buffers."""
-    _of_thread.__dict__.pop("buffers", None)

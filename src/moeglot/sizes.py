@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: "5GB" as a number, in powers of 1000, and a number as "5.0 GB"."""
+"""Sizes in bytes as people write them: "5GB" as a number, in powers of 1000, "5GiB" in those of 1024, and a number as "5.0 GB"."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def size(nbytes: float) -> str:
 
 
 def parse_size(size: int | str) -> int:
-    """`"5GB"` -> 5_000_000_000; a number of bytes is itself. Raises `UsageError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", str(size).strip())
-    if not found or not float(found[1]):
-        raise UsageError(f"{size!r} is no size", "a size is a number and kB, MB, GB or TB", "for example --shard-size 5GB")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+    """`"5GB"` -> 5_000_000_000, `"5GiB"` -> 5_368_709_120; a number of bytes is itself. Raises `UsageError`."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", str(size).strip())
+    nbytes = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index((found[2] or " ").upper())) if found else 0
+    if nbytes < 1:
+        raise UsageError(f"{size!r} is no size", "a size is a number and kB, MB, GB or TB, or kiB, MiB, GiB or TiB", "for example --shard-size 5GB")
+    return nbytes

@@ -186,7 +186,7 @@ def _kinds(form: Format, source: Checkpoint) -> set[tuple[object, ...]]:
 
 
 def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
-    if len(line.role_axes.split()) == 1:
+    if not line.is_matrix:
         return widest(line, sources)
     if not isinstance(line.encoding, Plain):
         if wanted and wanted.kind != line.encoding.kind:

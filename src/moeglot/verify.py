@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moeglot import scratch
 from moeglot.certified import as_certified
-from moeglot.checkpoint import Checkpoint, open, problems
+from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
@@ -75,7 +75,7 @@ def side_name(other: Checkpoint | Side) -> str:
 
 def structure(checkpoint: Checkpoint) -> Check:
     """Every key once, shapes as derived from config.json, nothing left over."""
-    found: list[Exception] = list(problems(checkpoint))
+    found: list[Exception] = list(checkpoint.problems())
     if not found:
         try:
             tensors = len(checkpoint.source.entries) - len(checkpoint.others)

@@ -1,7 +1,9 @@
 """LoRA on encoded experts against float64 autograd through dense matrices, written down here; every gradient, and each of them broken on purpose."""
 
+import itertools
 import os
 from functools import cached_property
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +256,29 @@ def test_dropout_is_the_same_in_backward_and_off_in_evaluation(tmp_path):
     module.eval()
     assert torch.equal(module(hidden, index, weights), module(hidden, index, weights))
     assert relative(dropped.detach(), module(hidden, index, weights).detach()) > POWER
+
+
+@pytest.mark.parametrize("targets", [("gate", "up"), ("down",)], ids="-".join)
+def test_dropout_is_the_whole_adapter_on_average(targets, tmp_path):
+    """Of a change so small that the output is linear in it."""
+    module = module_of("qwen3-moe/hub", tmp_path / "base", targets=targets, dropout=0.4).double()
+    hidden, index, weights = (tensor.detach() for tensor in inputs(torch.float64))
+    (lora,) = module.adapters.values()
+    with torch.no_grad():
+        small = lora.b * 1e-6
+        lora.b.zero_()
+        plain = module(hidden, index, weights)
+        lora.b.copy_(small)
+        mean = sum(module(hidden, index, weights) - plain for _ in range(400)) / 400
+        assert relative(mean, module.eval()(hidden, index, weights) - plain) < 0.15
+
+
+def test_each_block_of_each_adapter_has_a_mask_of_its_own(tmp_path):
+    module = module_of("qwen3-moe/hub", tmp_path / "base", dropout=0.5)
+    blocks, x = [SimpleNamespace(experts=slice(n, n + 1)) for n in range(SIZES["e"])], torch.ones(8, 64)
+    masks = [module.factors(roles, seed=7).mask(block, x) for roles in (("gate", "up"), ("down",)) for block in blocks]
+    for one, other in itertools.combinations(masks, 2):
+        assert 0.4 < float((one == other).double().mean()) < 0.6
 
 
 def test_nothing_dense_is_kept(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers.utils import logging
 
 import moeglot
 from moeglot.demo import BUNDLED
@@ -153,6 +155,19 @@ def test_the_bundled_model_computes_the_same_in_every_version(tmp_path):
             found = model(input_ids=torch.tensor([golden["tokens"]])).logits[0, -1]
         assert relative(found, torch.tensor(golden["logits"])) <= LIMIT
     assert AutoConfig.from_pretrained(tmp_path / "bf16").to_dict().get("quantization_config") is None
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_what_the_library_tells_stays_as_the_caller_has_it(bars):
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity(logging.INFO)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        assert moeglot.verify(BUNDLED, "transformers").verdict == "holds"
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == (logging.INFO, bars, not bars)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 has no fused Qwen3-MoE or Mixtral to read")

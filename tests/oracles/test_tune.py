@@ -8,6 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_transformers import relative
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 import moeglot
@@ -102,12 +103,30 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dropout, tmp_path):
         trained(BUNDLED, tmp_path / "killed", recipe=recipe)
     with pytest.raises(UsageError, match=r"another recipe\n.* says {'rate': 0.\d+}\n"):
         trained(BUNDLED, tmp_path / "killed", recipe=Recipe(**{**vars(recipe), "rate": 1e-4}), resume=True)
+    (tmp_path / "text.txt").write_text(TEXT.read_text()[::-1])
+    with pytest.raises(UsageError, match="begun with another data"):
+        trained(BUNDLED, tmp_path / "killed", recipe=recipe, data=tmp_path / "text.txt", resume=True)
     _, again = trained(BUNDLED, tmp_path / "killed", recipe=recipe, resume=True)
     assert again.losses == whole.losses
     assert (again.before, again.after) == (whole.before, whole.after)
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@once
+def test_no_gradient_is_longer_than_one(few, tmp_path):
+    """What the optimizer is given, over all factors together."""
+    lengths: list[float] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: lengths.append(float(torch.cat([of.grad.flatten() for group in optimizer.param_groups for of in group["params"]]).norm()))
+    )
+    try:
+        trained(BUNDLED, tmp_path / "out", recipe=few.recipe, data=few.data)
+    finally:
+        hook.remove()
+    assert len(lengths) == few.recipe.steps
+    assert 0.99 < max(lengths) < 1.0001
 
 
 @once

@@ -31,6 +31,6 @@ FORMATS = (
         JETMOE,
         "jetmoe/jetmoe-8b",
         fused(LAYER + "mlp.", *LINEAR),
-        "the release on the Hub, and the module in memory; the experts of its attention are none of ours",
+        "the release on the Hub, and the module in memory; the experts of its attention are left as they are",
     ),
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.encodings.plain import Plain
@@ -76,7 +77,7 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _routed_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
-    """A module of all experts. A norm after them, which they share, is none of an expert's (Muse Spark), and steps aside."""
+    """A module of all experts. A norm after them, which they share, belongs to no expert (Muse Spark), and is left out."""
     ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
     routed = torch.full((len(tokens), ranks), expert)
     routed[:, 1:] = 1 - min(expert, 1)
@@ -174,6 +175,22 @@ def model_class(config: Any) -> Any:
     )
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers tells of errors alone and draws no bars; afterwards it does what it did before."""
+    verbosity, bars, hub_bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()  # the Hub's, too
+            if not hub_bars:
+                disable_progress_bars()
+
+
 def load(checkpoint: Checkpoint) -> Any:
     """The model in float32, by transformers alone."""
     reads = checkpoint.format.reads
@@ -183,15 +200,14 @@ def load(checkpoint: Checkpoint) -> Any:
             f"that format is for {reads}",
             f"pass --against SRC, or convert to {checkpoint.format.family.name}'s format on the Hub first",
         )
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     quantized = any(not isinstance(line.encoding, Plain) for line in checkpoint.format.stored)
     # MXFP4 in float32 crashes in 4.57 and is silently bfloat16 in 5.5; bfloat16 holds every MXFP4 value, and float32 those.
     options: dict[str, Any] = {"dtype": torch.bfloat16 if quantized else torch.float32, "output_loading_info": True}
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
     folder = on_disk(checkpoint.source.home, "transformers")
-    model, info = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
+    with quiet():
+        model, info = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))
@@ -212,7 +228,7 @@ def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:
     model = load(checkpoint)
     tokenizer = transformers.AutoTokenizer.from_pretrained(on_disk(checkpoint.source.home, "transformers"))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # 4.57 adds token types, which its own generate refuses
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         found = model.generate(
             input_ids=ids,
             attention_mask=ids.new_ones(ids.shape),

@@ -151,7 +151,7 @@ def _upright(source: Format, wanted: Encoding) -> Format:
 
 def upright_axes(line: Stored) -> str:
     """The axes of a line with its matrix turned to [out, in], where it is a matrix that lies the other way."""
-    if line.upright or len(line.role_axes.split()) == 1:
+    if line.upright or not line.is_matrix:
         return line.axes
     turned = line.expert_groups[::-1]
     return written(turned if line.per_expert else (("e",), *turned))

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from moeglot.certificate import Certificate
-from moeglot.checkpoint import Checkpoint, problems
+from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Progress
 from moeglot.coding import WEIGHT, leaves_alone
 from moeglot.codings import CODINGS
@@ -92,7 +92,7 @@ def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
     source = Source(f"the live {type(model).__name__}", folder, (), entries, config, ())
     found = _declared(model, native, config) if native else _identified(source)
     checkpoint = _quantized(Checkpoint(source, found.settled(source.name), found), native)
-    for problem in problems(checkpoint):
+    for problem in checkpoint.problems():
         raise problem
     return checkpoint
 

@@ -115,7 +115,7 @@ def _stacked(source: Checkpoint, step: Step, dtype: DType, experts: range) -> to
     each = whole.view(len(experts), *line.expert_shape(sizes))
     for place, expert in zip(each, experts, strict=True):
         place.copy_(_slice(source, step, expert, dtype))
-    if len(line.role_axes.split()) > 1 and not bool(whole.any()):
+    if line.is_matrix and not bool(whole.any()):
         raise BadNumbers(
             f"{line.keys(step.layer)['value']}: every number of every expert is zero",
             f"layer {step.layer} of {source.source.name}: that is a placeholder, not a weight",

@@ -95,7 +95,7 @@ def decode(coded: Matrices, out: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded_first(line: Held, coded: Matrices | None, x: torch.Tensor, rows: Rows, along: bool) -> torch.Tensor:
-    """x [n, in] -> [n, out]: all matrices decoded, which memory is free again afterwards, and torch's grouped GEMM. Rows of nobody are anything."""
+    """x [n, in] -> [n, out]: all matrices decoded, which memory is free again afterwards, and torch's grouped GEMM. Unassigned rows may hold anything."""
     if coded is None:
         dense = line.dense(range(line.experts), x.dtype)
     elif coded.scale is None:

@@ -85,7 +85,7 @@ def product(
 
     `along`: the sum runs along the stored matrix's columns (x Mᵀ), else along its rows (x M). `gather`: row m reads the token of slot `order[m]`, so that
     x is [t, in]. `scatter`: row m is written to place `order[m]`. `bias` [e, out]; `weights` [t k]: each row is multiplied by that of its slot, at last.
-    Rows of nobody are zero, or stay what they are in `out` [n, out], if it is given. Raises `UsageError` where the kernels cannot run.
+    Unassigned rows are zero, or stay what they are in `out` [n, out], if it is given. Raises `UsageError` where the kernels cannot run.
     """
     check(x.device)
     check_dtype(x.dtype)

@@ -1,0 +1,82 @@
+"""Outputs that this program itself writes wrong: its own proof fails, each part of it by itself, and the output never gets its name."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from adapters import WRITERS, Job
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot import certificate, kept, stream
+from moeglot.errors import LossRefused, NotVerified
+
+SIZES = {"e": 4, "h": 64, "i": 64}
+
+
+def to_a_neighbour(value: torch.Tensor) -> torch.Tensor:
+    """One number becomes the next of its type."""
+    changed = value.clone()
+    changed.view(-1).view(torch.int16 if value.element_size() == 2 else torch.int32)[5] ^= 1
+    return changed
+
+
+def turned(value: torch.Tensor) -> torch.Tensor:
+    return value.mT.contiguous()
+
+
+def spoil(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], *makers: object) -> None:
+    """What is made of every expert's matrix is made wrong: where it is written, or where it is made again for the proof as well."""
+    for maker in makers:
+        make = maker.make
+
+        def wrong(plan, unit, make=make):
+            parts, loss = make(plan, unit)
+            return ({name: change(part) for name, part in parts.items()} if unit.step else parts), loss
+
+        patch.setattr(maker, "make", wrong)
+
+
+def refused(out, told: str, convert: Callable[[], object]) -> None:
+    with pytest.raises(NotVerified, match=told):
+        convert()
+    assert not out.exists()
+
+
+def test_numbers_that_are_moved(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1)
+    spoil(monkeypatch, to_a_neighbour, stream)
+    refused(tmp_path / "out", "does not hold: values", lambda: moeglot.convert(source, "qwen3-moe/transformers-5", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "makers"), [(to_a_neighbour, (stream,)), (turned, (stream, certificate))], ids=["beyond rounding", "an axis hidden in the rounding"]
+)
+def test_numbers_that_are_rounded(change, makers, tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1, dtype=torch.float32)
+    spoil(monkeypatch, change, *makers)
+    told = "values: off the source as bfloat16 rounds it"
+    refused(tmp_path / "out", told, lambda: moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bf16", allow_loss=True))
+
+
+@pytest.mark.parametrize("told", ["while writing it was", "further off than rounding explains"])
+def test_a_change_that_is_merged(told, tmp_path, monkeypatch):
+    """What was written is what the proof makes again: what is in the matrices tells, and so does what the experts compute, each without the other."""
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "qwen3-moe/hub", SIZES, layers=1))
+    adapter = moeglot.open_adapter(WRITERS["PEFT"][2](Job("qwen3-moe", 4, 64, 64, 3, layers=1)).save(tmp_path / "adapter"), base, "peft")
+    spoil(monkeypatch, turned, stream, certificate)
+    if told.startswith("further"):
+        monkeypatch.setattr(kept, "AGREEMENT", float("inf"))
+    refused(tmp_path / "out", told, lambda: moeglot.merge(base, adapter, tmp_path / "out"))
+
+
+def test_a_loss_that_no_sample_shows(tmp_path):
+    """One number of an expert that is not among those that are tried before."""
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1, dtype=torch.float32)
+    tensors = {name: tensor.bfloat16().float() for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors["model.layers.0.mlp.experts.3.up_proj.weight"][2, 3] = 1 + 2**-20
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LossRefused, match=r"layer 0, expert 3: to .* changes 1 of 4096 values"):
+        moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bf16")
+    assert not (tmp_path / "out").exists()
