@@ -12,7 +12,7 @@ PYTEST := -m pytest --durations 5
 export HF_HUB_OFFLINE := 1
 
 .PRECIOUS: .venvs/%/ready
-.PHONY: demo test lint environments matrix matrix-peft bench docs clean
+.PHONY: demo test lint environments matrix matrix-peft bench gpu docs clean
 
 demo: .venv/ready
 	$(BIN)/moeglot demo
@@ -75,6 +75,13 @@ bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	$(BIN)/python benchmarks/sizing.py
 	$(BIN)/python benchmarks/experts.py
 	.venvs/ray/bin/python benchmarks/ray.py
+
+# On a machine with a GPU, whatever Python has torch and Triton there: the tests that need one, and the figures. `make gpu PYTHON=python3 TO=folder`, within 10 minutes.
+TO ?= benchmarks/results
+gpu:
+	mkdir -p $(TO)
+	-PYTHONPATH=src timeout 240 $(PYTHON) $(PYTEST) tests/gpu/test_cuda.py > $(TO)/test_cuda.txt 2>&1; tail -40 $(TO)/test_cuda.txt
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --results $(TO)/gpu.json
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from moeglot.kernels.backend import has_triton
 
-LIMIT = 450.0
+LIMIT = 330.0
 """Seconds for all cases."""
 A_CASE = 120.0
 """Seconds that one case may take."""

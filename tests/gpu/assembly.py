@@ -73,7 +73,7 @@ def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int
     flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True}
     adapter = {"RANK": rank, "LOW": gemm.ranks_at_once(rank), "side_rank": 1}
     numbers = {**SINGLE, "COMPUTE": tl.float32} if "float32" in words else {"COMPUTE": tl.bfloat16}
-    given |= strides | sizes | flags | adapter | {"M": rows, "N": outer, "K": inner} | numbers | (other or {})
+    given |= strides | sizes | flags | adapter | {"M": rows, "N": outer, "K": inner, "TOGETHER": 8} | numbers | (other or {})
     return compiled(gemm._product, given, arch, warps, stages)
 
 

@@ -124,6 +124,7 @@ CASES = {
     "e = h, most experts without tokens": ((32, 32, 32), 3, 2, (0, 31)),
     "no whole tiles": ((3, 160, 96), 37, 3, (1,)),
     "one expert has all tokens": ((4, 64, 32), 40, 1, (0, 1, 3)),
+    "more tiles than stand together": ((4, 64, 64), 70, 2, ()),
     "nobody is here": ((2, 32, 32), 3, 2, (0, 1)),
 }
 LIMIT, POWER = 1e-5, 1e-3

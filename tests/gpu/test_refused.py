@@ -1,6 +1,7 @@
 """What needs a GPU or Triton and has none is refused in three lines, before anything is touched."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moeglot.cli import app
 from moeglot.errors import UsageError
 from moeglot.kernels.backend import has_triton
 from moeglot.nn import Experts
+from moeglot.nn.backends import choose
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, so nothing is refused")
 
@@ -53,3 +55,30 @@ def test_the_backend_by_name_on_a_cpu(tmp_path):
     three_lines(refused.value)
     if interpreted:
         assert module(torch.randn(3, 64), *given).shape == (3, 64)
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed (make matrix-triton)")
+@pytest.mark.parametrize(
+    ("version", "capability", "able"), [("3.6.0", (10, 0), False), ("3.6.0", (11, 0), False), ("3.6.0", (9, 0), True), ("3.10.1", (10, 0), True)]
+)
+def test_a_compiler_that_fails_for_a_gpu_is_not_asked(version, capability, able, tmp_path, monkeypatch):
+    """Triton before 3.7, for sm_100 and 110: absent where it is our choice, refused where it is asked for by name."""
+    import triton
+
+    from moeglot.kernels.triton import tiles
+
+    write_checkpoint(tmp_path / "base", "gpt-oss/openai")
+    module = Experts.of(moeglot.open(tmp_path / "base"), 0)
+    there, index = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16), torch.zeros(3, 1, dtype=torch.long)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(tiles, "table_of", lambda _: tiles.table(capability))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert choose(module, there, index) == ("triton" if able else "batched")
+    module.backend = "triton"
+    if able:
+        assert choose(module, there, index) == "triton"
+        return
+    with pytest.raises(UsageError, match=f"sm_{capability[0]}{capability[1]}") as refused:
+        choose(module, there, index)
+    assert "3.7" in three_lines(refused.value)[2]

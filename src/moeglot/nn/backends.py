@@ -161,14 +161,15 @@ def choose(module: Experts, hidden: torch.Tensor, index: torch.Tensor) -> str:
         launch.check(hidden.device)
         if hidden.device.type == "cuda" and tiles.table_of(hidden.device) is None:
             return "grouped"
+        launch.check_compiler(hidden.device)
         launch.check_dtype(hidden.dtype)
     if name != "auto":
         return name
     if hidden.device.type == "cpu":
         return "eager" if _is_few(module, index) and not module.is_plain(hidden.dtype) else "grouped"
     if hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16 and module.is_encoded and has_triton():
-        from moeglot.kernels.triton import tiles
+        from moeglot.kernels.triton import launch, tiles
 
-        if tiles.table_of(hidden.device) is not None:
+        if tiles.table_of(hidden.device) is not None and launch.compiles_on(hidden.device):
             return "triton"
     return "batched" if index.numel() <= FEW else "grouped"

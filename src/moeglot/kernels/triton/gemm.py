@@ -17,6 +17,8 @@ from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 from moeglot.kernels.triton.tiles import Tiles, tiles_for
 
 PLAIN, MXFP4, FP8 = "plain", "mxfp4", "fp8"
+TOGETHER = 8
+"""Tiles of rows whose programs follow each other, for all parts of their matrices."""
 RANK_AT_ONCE = 64
 """Of an adapter's rank: more of it beside a tile takes more shared memory than there is, and more registers."""
 
@@ -132,6 +134,7 @@ def product(
             M=shape.rows,
             N=shape.outer,
             K=shape.inner,
+            TOGETHER=TOGETHER,
             COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
             num_warps=shape.warps,
             num_stages=shape.stages,
@@ -166,7 +169,7 @@ def _run(starts: tl.tensor, ends: tl.tensor, experts: int, tile: int, M: tl.cons
 @jit
 def _decoded(
     codes: tl.tensor,
-    scales: tl.tensor,
+    scale: tl.tensor,
     r: tl.tensor,
     column: int,
     stride_row: int,
@@ -182,12 +185,11 @@ def _decoded(
     whole: tl.constexpr = HEIGHT % TALL == 0 and WIDTH % WIDE == 0
     if KIND == "mxfp4":
         w = column // 8 + tl.arange(0, WIDE // 8)
-        at, group = codes + r[:, None] * (WIDTH // 32 * 4) + w[None, :], scales + r[:, None] * (WIDTH // 32) + w[None, :] // 4
+        at = codes + r[:, None] * (WIDTH // 32 * 4) + w[None, :]
         if whole:
-            word, scale = tl.load(at), tl.load(group)
+            word = tl.load(at)
         else:
-            here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
-            word, scale = tl.load(at, mask=here, other=0), tl.load(group, mask=here, other=0)
+            word = tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4), other=0)
         found = eight(word, factor_of(scale, COMPUTE))
     elif KIND == "fp8":
         w = column // 4 + tl.arange(0, WIDE // 4)
@@ -199,6 +201,14 @@ def _decoded(
         at = codes + r[:, None] * stride_row + c[None, :] * stride_column
         found = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (c[None, :] < WIDTH), other=0)
     return found
+
+
+@jit
+def _scales(scales: tl.tensor, r: tl.tensor, column: int, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """The scale of each word of a tile of MXFP4; zeros outside. Bytes are too small for an asynchronous copy: they are read a step ahead of their use."""
+    w = column // 8 + tl.arange(0, WIDE // 8)
+    here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
+    return tl.load(scales + r[:, None] * (WIDTH // 32) + w[None, :] // 4, mask=here, other=0)
 
 
 @jit
@@ -238,16 +248,22 @@ def _product(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    TOGETHER: tl.constexpr,
     COMPUTE: tl.constexpr,
 ) -> None:
-    """Rows of one expert times N of its matrix' columns; tiles of rows that share a part of the matrix follow each other."""
+    """Rows of one expert times N of its matrix' columns. Programs that run at the same time take TOGETHER tiles of rows and all parts of their matrices, so
+    that both come from the cache."""
     pid = tl.program_id(0)
-    expert, first, end = _run(starts, ends, experts, pid % tiles, M, EXPERTS)
+    across: tl.constexpr = ((HEIGHT if ALONG else WIDTH) + N - 1) // N
+    group = pid // (TOGETHER * across)
+    several = min(tiles - group * TOGETHER, TOGETHER)
+    within = pid - group * (TOGETHER * across)
+    expert, first, end = _run(starts, ends, experts, group * TOGETHER + within % several, M, EXPERTS)
     if expert >= experts:
         return
     OUT: tl.constexpr = HEIGHT if ALONG else WIDTH
     INNER: tl.constexpr = WIDTH if ALONG else HEIGHT
-    m, n0 = first + tl.arange(0, M), pid // tiles * N
+    m, n0 = first + tl.arange(0, M), within // several * N
     n, mine = n0 + tl.arange(0, N), m < end
     slot = tl.load(order + m, mask=mine, other=0)
     row = (slot // RANKS if GATHER else m).to(tl.int64)
@@ -261,18 +277,24 @@ def _product(
     else:
         codes += matrix * codes_expert
     total = tl.zeros([N, M], tl.float32)
+    ahead = None
+    if KIND == "mxfp4":
+        ahead = _scales(scales, n, 0, HEIGHT, WIDTH, K) if ALONG else _scales(scales, tl.arange(0, K), n0, HEIGHT, WIDTH, N)
     for k0 in range(0, INNER, K):
+        scale = ahead
+        if KIND == "mxfp4":
+            ahead = _scales(scales, n, k0 + K, HEIGHT, WIDTH, K) if ALONG else _scales(scales, k0 + K + tl.arange(0, K), n0, HEIGHT, WIDTH, N)
         k = k0 + tl.arange(0, K)
         near = mine[:, None] if INNER % K == 0 else mine[:, None] & (k[None, :] < INNER)
         some = tl.load(x + row[:, None] * x_row + k[None, :], mask=near, other=0.0)
         if ALONG:
-            tile = _decoded(codes, scales, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
+            tile = _decoded(codes, scale, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
         else:
-            tile = tl.trans(_decoded(codes, scales, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
+            tile = tl.trans(_decoded(codes, scale, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
         if KIND == "fp8":
             r0, c0 = n0 if ALONG else k0, k0 if ALONG else n0
-            scale = tl.load(scales + r0 // BLOCK_HEIGHT * tl.cdiv(WIDTH, BLOCK_WIDTH) + c0 // BLOCK_WIDTH)
-            total += tl.dot(tile, tl.trans(some), input_precision="ieee") * scale
+            block = tl.load(scales + r0 // BLOCK_HEIGHT * tl.cdiv(WIDTH, BLOCK_WIDTH) + c0 // BLOCK_WIDTH)
+            total += tl.dot(tile, tl.trans(some), input_precision="ieee") * block
         else:
             total = tl.dot(tile, tl.trans(some), total, input_precision="ieee")
     if bias is not None:

@@ -32,6 +32,12 @@ def beside(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
+def compiles_on(device: torch.device) -> bool:
+    """All kernels compile for this GPU: before 3.7, Triton fails in its own passes over the product with MXFP4 for sm_100 and 110."""
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 7) or torch.cuda.get_device_capability(device)[0] not in (10, 11)
+
+
 def check(device: torch.device) -> None:
     """Raises `UsageError` where no kernel can run."""
     if not runs_on(device):
@@ -52,3 +58,11 @@ def check_dtype(dtype: torch.dtype) -> None:
             "Triton's interpreter is at work (TRITON_INTERPRET=1), whose products of bfloat16 are wrong",
             "use float32, or unset TRITON_INTERPRET",
         )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises `UsageError` for a GPU that this Triton does not compile all kernels for."""
+    if device.type == "cuda" and not compiles_on(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        wrong = f"the triton kernels do not compile for this GPU (sm_{major}{minor})"
+        raise UsageError(wrong, f"triton {triton.__version__} is installed, whose compiler fails there", "pip install 'triton>=3.7', or choose another backend")

@@ -25,10 +25,14 @@ Steps = tuple[tuple[int, Tiles], ...]
 
 @dataclass(frozen=True)
 class Table:
-    """Of one architecture: tiles for four bits and for plain numbers (`steps`), and for FP8, whose scales need registers beside the sum's."""
+    """Of one architecture: tiles for plain numbers (`steps`), for FP8, whose scales need registers beside the sum's, and for four bits."""
 
     steps: Steps
     fp8: Steps
+    mxfp4: Steps
+
+    def of(self, kind: str) -> Steps:
+        return {"fp8": self.fp8, "mxfp4": self.mxfp4}.get(kind, self.steps)
 
 
 FEW = Tiles(16, 128, 64, 4, 4)
@@ -38,11 +42,14 @@ SINGLE = Tiles(16, 128, 32, 4, 4)
 """For float32, which takes twice the memory: beside an adapter too, it fits where a program has 99 KB, as on sm_86, 89 and 120."""
 LONG: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 4, 3)), (128, Tiles(128, 128, 64, 8, 3)))
 LONG_FP8: Steps = ((16, FEW), (32, Tiles(32, 128, 64, 4, 4)), (64, Tiles(64, 128, 64, 8, 3)), (128, Tiles(128, 128, 64, 8, 3)))
+LONGER: Steps = (*LONG, (256, Tiles(256, 128, 64, 8, 3)))
+LONG_MXFP4: Steps = ((16, Tiles(16, 64, 256, 4, 3)), *LONG[1:3], (128, Tiles(128, 128, 64, 4, 3)), LONGER[-1])
+"""Of so few bits, more of the sum at a time: as many bytes are on their way. Four warps take fewer instructions than eight, and their registers suffice."""
 TABLES: dict[str, Table] = {
-    "sm_80": Table(SHORT, SHORT),  # and 86, 89
-    "sm_90": Table((*LONG, (256, Tiles(256, 128, 64, 8, 3))), LONG_FP8),
-    "sm_100": Table(LONG, LONG_FP8[:3]),  # and 110
-    "sm_120": Table(SHORT, SHORT),
+    "sm_80": Table(SHORT, SHORT, SHORT),  # and 86, 89
+    "sm_90": Table(LONGER, LONG_FP8, LONG_MXFP4),
+    "sm_100": Table(LONG, LONG_FP8[:3], LONG),  # and 110
+    "sm_120": Table(SHORT, SHORT, SHORT),
 }
 INTERPRETED = Tiles(16, 32, 32, 4, 1)
 
@@ -68,5 +75,5 @@ def tiles_for(device: torch.device, rows: float, kind: str, dtype: torch.dtype) 
     assert found, "checked before"
     if dtype == torch.float32:
         return SINGLE
-    steps = found.fp8 if kind == "fp8" else found.steps
+    steps = found.of(kind)
     return next((tiles for most, tiles in steps if rows <= most), steps[-1][1])
