@@ -69,7 +69,6 @@ def test_a_folder_without_a_tokenizer(verb: str, model_type: str, tmp_path: Path
     assert isinstance(found.exception, moeglot.UsageError), (found.output, found.exception)
     assert "no tokenizer is here" in found.exception.wrong
     assert not found.exception.known.endswith(":")
-    assert model_type == "mixtral" or "knows no word" in found.exception.known
 
 
 def test_a_chat_template(expected, tmp_path: Path):
