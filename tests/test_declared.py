@@ -109,6 +109,27 @@ def test_transforms_of_activations_are_in_no_weight(location, tmp_path):
             moeglot.open(source)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ({"name": "rotation", "r1": True, "r2": True, "r3": True, "r4": False, "online_r1_rotation": False, "online_config": None}, ""),
+        ({"name": "awq", "scaling_layers": []}, ""),
+        ({"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": True}, "rotation with r4"),
+        ({"name": "rotation", "r4": False, "online_r1_rotation": True}, "rotation with online_r1_rotation"),
+        ({"name": "rotation", "r4": False, "online_config": {"online_rotation_layers": ["*"]}}, "rotation with online_rotation_layers"),
+        ({"name": "quarot"}, "quarot with r4"),
+        ({"name": "svdquant"}, "branches of low rank"),
+    ],
+)
+def test_what_quark_does_beside_the_weights(algorithm, said, tmp_path):
+    source = folder(tmp_path, quantization={"quant_method": "quark", "algo_config": [algorithm], "global_quant_config": {"weight": {"dtype": "int4"}}})
+    if said:
+        with pytest.raises(UnknownFormat, match=said):
+            moeglot.open(source)
+    else:
+        assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
+
+
 @pytest.mark.parametrize("gone", [1, 2, 3])
 def test_a_shard_that_is_missing_without_an_index(gone, tmp_path):
     source = folder(tmp_path)

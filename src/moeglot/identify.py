@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moeglot.coding import brief, leaves_alone, of_modules, told_in
+from moeglot.coding import leaves_alone, of_modules, told
 from moeglot.coding import said as quantization
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding, agree
@@ -139,8 +139,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield f"config.json says model_type = {model_type}"
     else:
         yield "config.json has no model_type"
-    if method := dig(source.config, "quantization_config.quant_method"):
-        yield f"{told_in(quantization(source.config))} says quantization_config.quant_method = {method}"
+    if dig(source.config, "quantization_config.quant_method"):
+        yield told(quantization(source.config))
     if source.torch_dist:
         yield ".metadata has a key for each expert" if source.torch_dist == "single" else ".metadata is that of torch.distributed.checkpoint"
     for form in candidates[:1]:
@@ -190,15 +190,15 @@ def _unasked(form: Format) -> Refutation | None:
 def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:
     """What config.json's quantization_config says against this format."""
     if form.coding:
-        if any(_declared(form, line, said, first) is None for line in form.stored if not line.is_plain):
-            return Refutation("config.json", f"quantization_config does not say that the experts are {form.coding.name}: it says {brief(said)}")
-        return None
+        coded = [line for line in form.stored if not line.is_plain]
+        whys = (form.coding.refuted(said, _declared(form, line, said, first), map(line.module, layers)) for line in coded)
+        return next((Refutation("config.json", why) for why in whys if why), None)
     method = said.get("quant_method")
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
     alone = [any(leaves_alone(said, line.module(layer)) for line in form.stored) for layer in layers]
     if method is None or method == expected or all(alone):
         return None
-    if not any(line.per_expert for line in form.stored) and (method == "bitsandbytes" or (of_modules(said) and not any(alone))):
+    if not any(line.per_expert for line in form.stored) and (method in ("bitsandbytes", "quark") or (of_modules(said) and not any(alone))):
         return None  # they quantize Linear modules, and leave stacked experts as they are without a word
     return Refutation("config.json", f"quantization_config.quant_method is {method}, the tensors are not quantized that way")
 
