@@ -91,7 +91,7 @@ docs: .venv/ready
 	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
 	touch $@
 
-# Quark asks for much that what we run of it does not import.
+# Quark asks for much that what we run of it does not import. It compiles a kernel when it is imported first, in seconds; without g++ and ninja its tests skip.
 .venvs/quark/ready: private PIP := $(PIP) --no-deps
 
 # Libraries that go beside the packages of .venv: these stand behind their own.

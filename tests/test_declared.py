@@ -109,6 +109,15 @@ def test_transforms_of_activations_are_in_no_weight(location, tmp_path):
             moeglot.open(source)
 
 
+def test_codes_of_matrices_that_lie_in_out(tmp_path):
+    """As ModelOpt exports Llama 4: U8 [e, h / 2, 2 i], two codes of a column in a byte."""
+    name = "language_model.model.layers.{}.feed_forward.experts.gate_up_proj"
+    codes = {name.format(layer).replace(".", "__"): torch.zeros(3, 64, 256, dtype=torch.uint8) for layer in (0, 1)}
+    source = folder(tmp_path, "llama4/hub", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, **codes)
+    with pytest.raises(UnknownFormat, match=r"gate_up_proj is U8, .*; of matrices that lie \[in, out\], no codes are read"):
+        moeglot.open(source)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "said"),
     [

@@ -174,7 +174,8 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
             if (line.roles, part.name) not in first:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
             if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
-                return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
+                turned = "" if line.upright or not said else "; of matrices that lie [in, out], no codes are read"
+                return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}{turned}")
     if wrong := next((key for key, value in form.config.told.items() if source.config.get(key) != value), None):
         return Refutation("config.json", f"{wrong} is {source.config.get(wrong)}, not {form.config.told[wrong]}")
     if refuted := _quantization_refutation(form, said, layers, first):
@@ -190,8 +191,7 @@ def _unasked(form: Format) -> Refutation | None:
 def _quantization_refutation(form: Format, said: Mapping[str, Any], layers: tuple[int, ...], first: First) -> Refutation | None:
     """What config.json's quantization_config says against this format."""
     if form.coding:
-        coded = [line for line in form.stored if not line.is_plain]
-        whys = (form.coding.refuted(said, _declared(form, line, said, first), map(line.module, layers)) for line in coded)
+        whys = (form.coding.refuted(said, _declared(form, line, said, first), map(line.module, layers)) for line in form.stored if not line.is_plain)
         return next((Refutation("config.json", why) for why in whys if why), None)
     method = said.get("quant_method")
     expected = form.config.quantization["quant_method"] if form.config.quantization else None
