@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := megatron transformers-5.5.4 transformers-4.57.6 triton bitsandbytes ray trl torchao modelopt mlx s3
-BESIDE := bitsandbytes mlx trl triton ray s3 megatron
+ENVIRONMENTS := megatron transformers-5.5.4 transformers-4.57.6 triton bitsandbytes ray trl torchao modelopt quark mlx s3
+BESIDE := bitsandbytes mlx trl triton ray s3 megatron quark
 PEFTS := 0.18.1 0.19.1 0.21.2
 CELLS := 5.23.0+0.18.1 5.23.0+0.19.1 4.57.6+0.19.1 4.57.6+0.21.2 5.5.4+0.18.1 5.5.4+0.21.2
 PYTEST := -m pytest --durations 5
@@ -31,11 +31,13 @@ environments: $(ENVIRONMENTS:%=.venvs/%/ready) $(PEFTS:%=.venvs/peft-%/ready)
 # The oracles again, in an environment for each other library and version that we speak to. Each is one process: with --jobs 2, as fast as two cores allow.
 matrix: $(ENVIRONMENTS:%=matrix-%) $(CELLS:%=peft-%)
 
-matrix-torchao matrix-modelopt matrix-mlx matrix-megatron: matrix-%: .venvs/%/ready
+matrix-torchao matrix-modelopt matrix-quark matrix-mlx matrix-megatron: matrix-%: .venvs/%/ready
 	OMP_NUM_THREADS=1 .venvs/$*/bin/python $(PYTEST) tests/oracles/test_$**.py
 
 matrix-bitsandbytes: .venvs/bitsandbytes/ready
 	OMP_NUM_THREADS=1 .venvs/bitsandbytes/bin/python $(PYTEST) tests/oracles/test_bitsandbytes*.py tests/oracles/test_unsloth.py
+
+matrix-quark: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venvs/quark/extensions
 
 # 690 MB installed. Where there is a GPU, the tests that need one run too; elsewhere they say that they are skipped.
 matrix-triton: .venvs/triton/ready
@@ -95,6 +97,9 @@ docs: .venv/ready
 	$(BIN)/python $(PIP) --requirement tests/environments/transformers-5.23.0.txt --editable '.[transformers,fast,test,lint]'
 	$(BIN)/python $(PIP) --no-deps --ignore-requires-python --requirement tests/environments/openai.txt
 	touch $@
+
+# Quark asks for much that what we run of it does not import. It compiles a kernel when it is imported first, in seconds; without g++ and ninja its tests skip.
+.venvs/quark/ready: private PIP := $(PIP) --no-deps
 
 # Libraries that go beside the packages of .venv: these stand behind their own.
 $(BESIDE:%=.venvs/%/ready): .venvs/%/ready: .venv/ready tests/environments/%.txt

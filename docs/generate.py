@@ -120,6 +120,8 @@ def checked_against(form: Format) -> str:
         return f"openai's gpt_oss {', '.join(versions('gpt-oss'))}"
     if form.reads == "unsloth":
         return f"bitsandbytes {versions('bitsandbytes')[-1]} and transformers {versions('transformers')[-1]}; its own code is not run"
+    if form.reads == "AMD's Quark":
+        return f"amd-quark {versions('amd-quark')[-1]}"
     if form.reads == "Megatron-Core":
         return f"megatron-core {', '.join(versions('megatron-core'))}"
     if form.reads == "transformers 5.5":
@@ -337,6 +339,7 @@ What the tests compare, both ways and bit for bit unless said otherwise:
 - MXFP8: ModelOpt writes the same bytes, but for the scale of a group of zeros. compressed-tensors chooses some scales half as large and clips, so only what
   is stored is compared: each decodes the other's to the same bits.
 - INT4, with zero points and without: compressed-tensors writes the same bytes.
+- MXFP4 and FP8 as AMD's Quark {versions("amd-quark")[-1]} stores them: each decodes the other's to the same bits.
 - NF4 and FP4: bitsandbytes {versions("bitsandbytes")[-1]} writes the same bytes, plain and nested.
 - Whole checkpoints: transformers {versions("transformers")[-1]} loads what moeglot quantizes (FP8 by block, channel and tensor, MXFP4, INT4) and holds the
   numbers that moeglot decodes, where each expert has matrices of its own. On a CPU it decodes no stacked experts (bitsandbytes' apart): it warns of unexpected

@@ -19,7 +19,7 @@ LAYERS = (
     {"straddled"},
     {"coding", "family"},
     {"format"},
-    {"codings_compressed"},
+    {"codings_compressed", "codings_quark"},
     {"codings"},
     {"formats", "conventions"},
     {"factors"},

@@ -109,6 +109,36 @@ def test_transforms_of_activations_are_in_no_weight(location, tmp_path):
             moeglot.open(source)
 
 
+def test_codes_of_matrices_that_lie_in_out(tmp_path):
+    """As ModelOpt exports Llama 4: U8 [e, h / 2, 2 i], two codes of a column in a byte."""
+    name = "language_model.model.layers.{}.feed_forward.experts.gate_up_proj"
+    codes = {name.format(layer).replace(".", "__"): torch.zeros(3, 64, 256, dtype=torch.uint8) for layer in (0, 1)}
+    source = folder(tmp_path, "llama4/hub", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, **codes)
+    with pytest.raises(UnknownFormat, match=r"gate_up_proj is U8, .*; of matrices that lie \[in, out\], no codes are read"):
+        moeglot.open(source)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ({"name": "rotation", "r1": True, "r2": True, "r3": True, "r4": False, "online_r1_rotation": False, "online_config": None}, ""),
+        ({"name": "awq", "scaling_layers": []}, ""),
+        ({"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": True}, "rotation with r4"),
+        ({"name": "rotation", "r4": False, "online_r1_rotation": True}, "rotation with online_r1_rotation"),
+        ({"name": "rotation", "r4": False, "online_config": {"online_rotation_layers": ["*"]}}, "rotation with online_rotation_layers"),
+        ({"name": "quarot"}, "quarot with r4"),
+        ({"name": "svdquant"}, "branches of low rank"),
+    ],
+)
+def test_what_quark_does_beside_the_weights(algorithm, said, tmp_path):
+    source = folder(tmp_path, quantization={"quant_method": "quark", "algo_config": [algorithm], "global_quant_config": {"weight": {"dtype": "int4"}}})
+    if said:
+        with pytest.raises(UnknownFormat, match=said):
+            moeglot.open(source)
+    else:
+        assert moeglot.open(source).format.name == "qwen3-moe/transformers-5"
+
+
 @pytest.mark.parametrize(("first", "gone"), [(1, 1), (1, 2), (1, 3), (0, 1), (0, 2)])
 def test_a_shard_that_is_missing_without_an_index(first, gone, tmp_path):
     source = folder(tmp_path)

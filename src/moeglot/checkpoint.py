@@ -255,8 +255,8 @@ def _opened(source: Source, format: str | Format | None, headers_only: bool) -> 
     if online := transformed(said(source.config)):
         raise UnknownFormat(
             f"{source.name}: its weights are for activations that are transformed as the model computes",
-            f"transform_config in config.json says {online}; no weight holds that",
-            "decode it with compressed-tensors, or take a checkpoint whose transforms lie in the weights (R1 and R2 of SpinQuant)",
+            f"{online}; no weight holds that",
+            "decode it with the library that wrote it, or take a checkpoint whose transforms lie in the weights (R1 and R2 of SpinQuant)",
         )
     identification = identify(source, format)
     if len(identification.candidates) > 1 and not headers_only:

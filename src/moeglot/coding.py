@@ -51,6 +51,8 @@ class Coding:
     """The key of quantization_config that lists modules which stay as they are, if it has one."""
     common: tuple[str, ...] = ()
     """The roles of an expert that servers join to one matrix, and for which they then take what one of them has one of."""
+    spelled: bool = False
+    """Meant by its own name alone: where several store an encoding, `--encode` means another."""
 
     def codes(self, family: str, lines: Sequence[Stored]) -> bool:
         """It can code a plain layout of this family: every matrix lies upright, under a key that it has names for."""
@@ -104,6 +106,12 @@ def told_in(quantization: Quantization) -> str:
     return f"config.json or {MODELOPT_FILE}" if method(quantization) == "modelopt" and "producer" not in quantization else "config.json"
 
 
+def told(quantization: Quantization) -> str:
+    """Who is named in it, and where; of Quark, that names no more than itself there, how it codes weights too."""
+    how = f", and of weights {_quark_briefly(quantization)}" if method(quantization) == "quark" else ""
+    return f"{told_in(quantization)} says quantization_config.quant_method = {quantization['quant_method']}{how}"
+
+
 def method(quantization: Quantization) -> str:
     """The name of the library that quantization_config is for."""
     return str(quantization.get("quant_method") or "").lower()
@@ -112,6 +120,8 @@ def method(quantization: Quantization) -> str:
 def brief(quantization: Quantization) -> str:
     """What it says in a few words."""
     told = {key: quantization[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if quantization.get(key) is not None}
+    if method(quantization) == "quark":
+        told |= _quark_briefly(quantization)
     return str(told or "nothing")
 
 
@@ -135,7 +145,9 @@ def leaves_alone(quantization: Quantization, module: str) -> bool:
     kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in _names_in(quantization, key)]
     if any(f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module)) for name in kept):
         return True
-    listed = [*_names_in(quantization, "ignore"), *_names_in(quantization, "exclude_modules")]
+    if method(quantization) == "quark" and _quark_layer(quantization, module).get("weight") is None:
+        return True
+    listed = [*_names_in(quantization, "ignore"), *_names_in(quantization, "exclude_modules"), *_names_in(quantization, "exclude")]
     return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed)
 
 
@@ -184,17 +196,19 @@ def _groups(quantization: Quantization) -> list[Mapping[str, Any]]:
 
 
 def transformed(quantization: Quantization) -> str | None:
-    """What transform_config says is done to activations while the model computes, which no weight holds; None if there is nothing of that kind.
+    """What transform_config, or Quark's algo_config, says is done to activations while the model computes, which no weight holds; None if nothing is.
 
     https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/transform/transform_args.py
     """
+    if method(quantization) == "quark":
+        return _quark_online(quantization)
     declared = quantization.get("transform_config")
     schemes = declared.get("config_groups") if isinstance(declared, Mapping) else None
     for name, scheme in (schemes or {}).items():
         for apply in (scheme.get("apply") or ()) if isinstance(scheme, Mapping) else ():
             where = apply.get("location") if isinstance(apply, Mapping) else apply
             if where not in ("weight_input", "weight_output"):
-                return f"{name}: {scheme.get('type', 'a transform')} at {where}"
+                return f"transform_config in config.json says {name}: {scheme.get('type', 'a transform')} at {where}"
     return None
 
 
@@ -229,3 +243,54 @@ def declare_compressed(format: str, weights: Mapping[str, Any], kept: Sequence[s
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+# --- AMD Quark ---------------------------------------------------------------------------------------------------------------------------
+# https://github.com/amd/quark (quark/torch/quantization/config/config.py; export/main_export/quant_config_parser.py)
+
+
+def quark(quantization: Quantization, module: str, **expected: Any) -> Mapping[str, Any] | None:
+    """The `weight` arguments that Quark declares for a module, if they are what is expected and the file holds codes; of two levels, there are none."""
+    if method(quantization) != "quark" or _quark_export(quantization).get("weight_format", "real_quantized") != "real_quantized":
+        return None
+    weight = _quark_layer(quantization, module).get("weight")
+    return weight if isinstance(weight, Mapping) and all(weight.get(key) == value for key, value in expected.items()) else None
+
+
+def _quark_export(quantization: Quantization) -> Mapping[str, Any]:
+    return _mapping(quantization.get("export"))
+
+
+def _quark_layer(quantization: Quantization, module: str) -> Mapping[str, Any]:
+    """What it says of a module: under the first pattern that names it, else of its class, else of all."""
+    for pattern, said in _mapping(quantization.get("layer_quant_config")).items():
+        if fnmatchcase(module, pattern):
+            return _mapping(said)
+    return _mapping(_mapping(quantization.get("layer_type_quant_config")).get("Linear") or quantization.get("global_quant_config"))
+
+
+def _mapping(said: object) -> Mapping[str, Any]:
+    return said if isinstance(said, Mapping) else {}
+
+
+def _quark_briefly(quantization: Quantization) -> dict[str, Any]:
+    """How it codes weights, where no layer is told apart."""
+    weight = _quark_layer(quantization, "").get("weight")
+    keys = ("dtype", "qscheme", "group_size", "scale_format", "mx_element_dtype")
+    levels = [{key: level[key] for key in keys if level.get(key) is not None} for level in (weight if isinstance(weight, list) else [_mapping(weight)])]
+    held = _quark_export(quantization).get("weight_format", "real_quantized")
+    return {"weight": levels if len(levels) > 1 else levels[0]} | ({} if held == "real_quantized" else {"weight_format": held})
+
+
+def _quark_online(quantization: Quantization) -> str | None:
+    """Rotations before a matrix, and branches beside it; R1 and R2 lie in the weights, R3 turns queries and keys alike."""
+    algorithms = quantization.get("algo_config") or ()
+    for said in map(_mapping, algorithms if isinstance(algorithms, list) else [algorithms]):
+        online = [key for key, usual in (("r4", True), ("online_r1_rotation", False)) if said.get(key, usual)]
+        if _mapping(said.get("online_config")).get("online_rotation_layers"):
+            online.append("online_rotation_layers")
+        if said.get("name") in ("rotation", "quarot") and online:
+            return f"algo_config in config.json says {said['name']} with {' and '.join(online)}"
+        if said.get("name") == "svdquant":
+            return "algo_config in config.json says svdquant, whose branches of low rank stand beside the matrices"
+    return None

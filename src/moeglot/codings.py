@@ -8,6 +8,7 @@ from typing import Any
 
 from moeglot.coding import JOINED, WEIGHT, Coding, Quantization, method
 from moeglot.codings_compressed import FP8_BLOCK_COMPRESSED, FP8_CHANNEL, FP8_TENSOR, IGNORED, INT4_PACK, MXFP4_PACK, MXFP8, NVFP4_PACK
+from moeglot.codings_quark import FP8_CHANNEL_QUARK, FP8_QUARK, MXFP4_QUARK
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
 from moeglot.encodings.bnb4 import BNB4
@@ -179,6 +180,27 @@ FP8_MODELOPT = _modelopt_fp8("fp8-modelopt", "FP8", FP8((WHOLE, WHOLE)), {}, "FP
 MXFP8_MODELOPT = _modelopt_fp8("mxfp8-modelopt", "MXFP8", FP8((1, MX_GROUP), "U8"), {"group_size": MX_GROUP}, "MXFP8")
 
 
+def _read_mxfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
+    return MXFP4(container="packed") if _algorithm(said, module) == "MXFP4" else None
+
+
+def _write_mxfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": "mxfp4", "ignore": list(kept)}
+
+
+MXFP4_MODELOPT = replace(
+    NVFP4_MODELOPT,
+    name="mxfp4-modelopt",
+    encoding=MXFP4(container="packed"),
+    linear={"packed": ".weight", "scale": ".weight_scale"},
+    stacked={},
+    read=_read_mxfp4_modelopt,
+    write=_write_mxfp4_modelopt,
+    about="ModelOpt's MXFP4",
+    spelled=True,
+)
+
+
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +234,7 @@ NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 CODINGS = (
     *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, AUTOFP8_TENSOR, DEEPSEEK_FP4),
     *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP8, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
-    *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, NF4, FP4),
+    *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, MXFP4_MODELOPT),
+    *(MXFP4_QUARK, FP8_QUARK, FP8_CHANNEL_QUARK, NF4, FP4),
 )
 """Every known way to quantize the matrices of a layout."""

@@ -77,7 +77,7 @@ def refuted(form: Format, lines: tuple[Stored, ...], source: Source, layers: tup
     alone = [any(leaves_alone(declared, line.module(layer)) for line in form.stored) for layer in layers]
     if not used or used == expected or all(alone):
         return None
-    if not any(line.per_expert for line in form.stored) and (used == "bitsandbytes" or (of_modules(declared) and not any(alone))):
+    if not any(line.per_expert for line in form.stored) and (used in ("bitsandbytes", "quark") or (of_modules(declared) and not any(alone))):
         return None  # they quantize Linear modules, and leave stacked experts as they are without a word
     return f"quantization_config.quant_method is {declared['quant_method']}, the tensors are not quantized that way"
 

@@ -90,6 +90,11 @@ DEFECTS = (
         lambda c: c.format.coding is not None and c.format.coding.name == "autofp8",
     ),
     Defect(
+        "transformers 5",
+        "without amd-quark it refuses; with it, it decodes no experts: it takes FP8 codes for weights, or leaves the experts random, and warns of scales",
+        lambda c: c.format.coding is not None and method(said(c.source.config)) == "quark",
+    ),
+    Defect(
         "transformers 5.23",
         "it dequantizes NVFP4 experts without their global scale, so that they are too large by it, without a word",
         lambda c: _coded(c, "nvfp4:compressed-tensors"),

@@ -36,7 +36,8 @@ class Part:
     """One stored tensor of an encoding. A matrix [..., out, in] has it as [..., ⌈out / block[0]⌉, ⌈in / block[1]⌉, *trailing].
 
     `ragged`: the last block of an axis may be short. WHOLE in `block`: one entry, whatever the axis' size. If both are WHOLE (`is_single`), a file
-    has the shape `single` in place of the two axes: none, or ones. `flat`: the axes are flattened, and each entry codes so many numbers.
+    has the shape `single` in place of the two axes: none, or ones; if one is, a `bare` part has no axis there in a file.
+    `flat`: the axes are flattened, and each entry codes so many numbers.
     `shared`: one [*trailing] for the whole stored tensor, whatever experts and projections it holds; `trailing` may be ANY there.
     """
 
@@ -48,6 +49,7 @@ class Part:
     single: tuple[int, ...] = ()
     flat: int = 0
     shared: bool = False
+    bare: bool = False
 
     @property
     def is_single(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moeglot.coding import said as quantization
-from moeglot.coding import told_in
+from moeglot.coding import told
 from moeglot.config import hub_config
 from moeglot.declared import First, first_tensors, lines_there, refuted, settled, unknown
 from moeglot.encoding import agree
@@ -143,8 +143,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield f"config.json says model_type = {model_type}"
     else:
         yield "config.json has no model_type"
-    if method := dig(source.config, "quantization_config.quant_method"):
-        yield f"{told_in(quantization(source.config))} says quantization_config.quant_method = {method}"
+    if dig(source.config, "quantization_config.quant_method"):
+        yield told(quantization(source.config))
     if source.torch_dist:
         yield ".metadata has a key for each expert" if source.torch_dist == "single" else ".metadata is that of torch.distributed.checkpoint"
     for form in candidates[:1]:
@@ -179,7 +179,8 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
             if (line.roles, part.name) not in first:
                 return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
             if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
-                return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}")
+                turned = "" if line.upright or not quantization(source.config) else "; of matrices that lie [in, out], no codes are read"
+                return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}{turned}")
     if wrong := next((key for key, value in form.config.told.items() if source.config.get(key) != value), None):
         return Refutation("config.json", f"{wrong} is {source.config.get(wrong)}, not {form.config.told[wrong]}")
     if why := unknown(form, lines, source, first):

@@ -169,7 +169,9 @@ class Stored:
         if part.is_single and not part.shared:
             letters = [letter for group in self.groups for letter in group if letter in "ep"]
             return (*self._shape(((letter,) for letter in letters), sizes), *part.single, *part.trailing)
-        return self._part_shape(parse_axes(self.shaped or self.axes), part, sizes)
+        groups = parse_axes(self.shaped or self.axes)
+        shape = self._part_shape(groups, part, sizes)
+        return tuple(size for size, block in zip(shape, part.blocks(len(groups)), strict=True) if block) if part.bare else shape
 
     def slice_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
         """Shape of a part of one expert's slice, every axis kept: where a block is WHOLE, an axis of two projections is 2 long and any other 1."""

@@ -45,6 +45,7 @@ def variant(target: Format, wanted: Encoding | None) -> Format:
     if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
         return target
     coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.kind == wanted.kind]
+    coded = [form for form in coded if form.coding and not form.coding.spelled]
     named = [form for form in coded if form.coding and form.coding.name == wanted.name]
     coded = named or [form for form in coded if form.coding and form.coding.encoding.name == wanted.name] or coded
     if len(coded) > 1:

@@ -1,7 +1,9 @@
-"""How the golden files of encodings were made: compressed by compressed-tensors 0.20.0 and quantized by transformers 5.23.0, or by ModelOpt 0.47.0.
+"""How the golden files of encodings were made: compressed by compressed-tensors 0.20.0 and quantized by transformers 5.23.0, by ModelOpt 0.47.0, or by AMD's
+Quark 0.13, which compiles what quantizes to FP4 when it is imported.
 
 Each file holds, under NAME/, the tensors as the library stores them and `values`, what it decodes them to in the type that it returns.
-Run in the environment of tests/environments that has the library: python tests/golden/make_encodings.py compressed-tensors | transformers | nvidia-modelopt
+Run in the environment of tests/environments that has the library:
+python tests/golden/make_encodings.py compressed-tensors | transformers | nvidia-modelopt | amd-quark
 """
 
 import sys
@@ -84,9 +86,21 @@ def nvidia_modelopt() -> dict[str, Tensors]:
     return {"nvfp4": {"weight": tensor._quantized_data, "weight_scale": scale, "weight_scale_2": whole, "values": values}}
 
 
+def amd_quark() -> dict[str, Tensors]:
+    from quark.torch import ModelQuantizer
+    from quark.torch.export.nn.modules.qparamslinear import QParamsLinear
+    from quark.torch.quantization.config.config import OCP_MXFP4Spec, QConfig, QLayerConfig
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False, dtype=torch.bfloat16))
+    model[0].weight.data.copy_(weights())
+    quantizer = ModelQuantizer(QConfig(global_quant_config=QLayerConfig(weight=OCP_MXFP4Spec(ch_axis=-1, is_dynamic=False).to_quantization_spec())))
+    linear = QParamsLinear(quantizer.freeze(quantizer.quantize_model(model))[0], custom_mode="quark")
+    return {"mxfp4": {"weight": linear.weight.data, "weight_scale": linear.weight_quantizer.scale, "values": linear._get_qweight(linear.weight).data}}
+
+
 if __name__ == "__main__":
     library = sys.argv[1]
-    made = {"compressed-tensors": compressed_tensors, "transformers": transformers, "nvidia-modelopt": nvidia_modelopt}[library]()
+    made = {"compressed-tensors": compressed_tensors, "transformers": transformers, "nvidia-modelopt": nvidia_modelopt, "amd-quark": amd_quark}[library]()
     for kind in sorted({name.split("-")[0] for name in made}):
         tensors = {f"{name}/{part}": tensor.contiguous() for name in made if name.split("-")[0] == kind for part, tensor in made[name].items()}
         path = Path(__file__).with_name(f"{library}-{version(library)}-{kind}.safetensors")

@@ -39,6 +39,7 @@ FILES = [
     Golden("transformers-5.23.0-fp8", "fp8-block-16x32", FP8((16, 32)), {"weight": "weight", "weight_scale_inv": "scale"}),
     Golden("transformers-5.23.0-fp8", "fp8-block-16x32-ue8m0", FP8((16, 32)), {"weight": "weight", "weight_scale_inv": "scale"}),
     Golden("nvidia-modelopt-0.47.0-nvfp4", "nvfp4", NVFP4("modelopt"), {"weight": "packed", "weight_scale": "scale", "weight_scale_2": "global"}),
+    Golden("amd-quark-0.13-mxfp4", "mxfp4", MXFP4(container="packed"), {"weight": "packed", "weight_scale": "scale"}),
 ]
 
 

@@ -33,7 +33,10 @@ transformers.utils.logging.disable_progress_bar()
 LIMIT, POWER = 1e-5, 1e-2
 SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (3, 64, 32), "mixtral": (2, 64, 32)}
 """Family -> e, h, i: square, or gate and up together square, so that no shape tells how a matrix lies."""
-CODINGS = ("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4")
+CODINGS = (
+    *("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4"),
+    *("mxfp4-modelopt", "mxfp4-quark", "fp8-quark", "fp8-channel-quark"),
+)
 EXPERTS = {
     "qwen3-moe": "model.layers.{layer}.mlp.experts.{}.{}_proj.weight",
     "mixtral": "model.layers.{layer}.block_sparse_moe.experts.{}.{}.weight",
@@ -53,6 +56,8 @@ def nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 def spread(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """FP8's scales: one for all, one for each row, or one for each block of 128 × 128, the last of which may be short."""
+    if scale.shape == (rows,):
+        return scale.float()[:, None]
     if scale.ndim < 2 or scale.shape[-2:] == (rows, 1):
         return scale.float()
     return scale.float().repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]

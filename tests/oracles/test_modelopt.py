@@ -1,4 +1,4 @@
-"""NVFP4, FP8 and MXFP8 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
+"""NVFP4, FP8, MXFP8 and MXFP4 in NVIDIA's ModelOpt: its quantizer and ours write the same bytes, and each decodes the other's to the same bits."""
 
 import json
 import shutil
@@ -116,9 +116,8 @@ def test_the_other_convention_and_mxfp4():
     assert torch.equal(dequantized(MXFP4().recode(mxfp4, ours)), MXFP4().decode(mxfp4, torch.float32))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """(The folder that `export_hf_checkpoint` writes of a model in FP8, the same matrices as its own quantizers round them.)"""
+def export(folder: Path, settings: dict) -> dict:
+    """`export_hf_checkpoint` writes a folder -> name of each quantized matrix: (what rounds it, the matrix before it)."""
     from modelopt.torch import quantization
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -128,12 +127,45 @@ def exported(tmp_path_factory):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, architectures=["Qwen3MoeForCausalLM"]), dtype=torch.float32).eval()
     tokens = torch.randint(0, 128, (8, 64))
-    quantization.quantize(model, quantization.FP8_DEFAULT_CFG, lambda model: model(tokens))
+    quantization.quantize(model, settings, lambda model: model(tokens))
     coded = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quantizer") and module.weight_quantizer.is_enabled}
     before = {name: module.weight.detach().clone() for name, module in coded.items()}
-    folder = tmp_path_factory.mktemp("modelopt") / "fp8"
     export_hf_checkpoint(model, dtype=torch.float32, export_dir=folder)  # which gives gate and up one scale
-    return folder, {f"{name}.weight": module.weight_quantizer(before[name]).detach() for name, module in coded.items()}
+    return {f"{name}.weight": (module.weight_quantizer, before[name]) for name, module in coded.items()}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(The folder that it writes of a model in FP8, the same matrices as its own quantizers round them.)"""
+    from modelopt.torch import quantization
+
+    folder = tmp_path_factory.mktemp("modelopt") / "fp8"
+    return folder, {name: quantizer(matrix).detach() for name, (quantizer, matrix) in export(folder, quantization.FP8_DEFAULT_CFG).items()}
+
+
+def test_a_folder_that_it_exports_in_mxfp4(tmp_path):
+    """Its own tensor decodes the codes that it wrote, and those that we write."""
+    from modelopt.torch import quantization
+    from modelopt.torch.quantization.qtensor.mxfp4_tensor import MXFP4QTensor
+
+    def theirs(folder: Path) -> dict[str, torch.Tensor]:
+        file = tensors(folder)
+        coded = {name: values for name, values in file.items() if f"{name}_scale" in file}
+        shapes = {name: torch.Size((len(values), 2 * values.shape[1])) for name, values in coded.items()}
+        of = {name: MXFP4QTensor(shapes[name], torch.float32, values) for name, values in coded.items()}
+        return {name: one.dequantize(torch.float32, scale=file[f"{name}_scale"], block_sizes={-1: 32}) for name, one in of.items()}
+
+    folder = tmp_path / "mxfp4"
+    export(folder, quantization.MXFP4_MLP_WEIGHT_ONLY_CFG)
+    assert moeglot.open(folder).format.name == "qwen3-moe/hub+mxfp4-modelopt"
+    moeglot.convert(folder, "qwen3-moe/hub", tmp_path / "float32", encode="float32")
+    decoded, right = tensors(tmp_path / "float32"), theirs(folder)
+    assert len(right) == 2 * 4 * 3
+    for name, values in right.items():
+        assert torch.equal(decoded[name], values), name
+        assert not torch.equal(decoded[name].roll(1, 0), values)
+    moeglot.convert(tmp_path / "float32", "qwen3-moe/hub+mxfp4-modelopt", tmp_path / "coded")
+    assert all(torch.equal(values, decoded[name]) for name, values in theirs(tmp_path / "coded").items())
 
 
 @pytest.mark.parametrize("told", ["in config.json", "in hf_quant_config.json alone, as older releases", "nowhere"])

@@ -36,7 +36,8 @@ class FP8(Encoding):
     """`block`: numbers that share a scale, (1, WHOLE) for a channel, (WHOLE, WHOLE) for a matrix. It is declared by the file's config, never taken
     from shapes: 192 rows have two scales under 128, and under 96 as well.
 
-    `scale`: its type; None stands, in a spec, for whichever the file has, and means F32 to `encode`. `single`: a matrix's one scale as a file has it.
+    `scale`: its type; None stands, in a spec, for whichever the file has, and means F32 to `encode`. `single`: a matrix's one scale as a file has it;
+    `bare`: the scales of channels are a vector there.
     `carried`: parts beside these that a file may have (an activation's scale): moved, never made.
     Encoding: the scale is amax / 448, to the nearest bfloat16 if it is BF16, up to the next power of two if it is E8M0 or U8; a block whose numbers
     are codes × a scale of that type already gets such a scale, so that every value returns.
@@ -46,6 +47,7 @@ class FP8(Encoding):
     scale: ScaleType | None = None
     single: tuple[int, ...] = ()
     carried: tuple[Part, ...] = ()
+    bare: bool = False
 
     @property
     def name(self) -> str:
@@ -62,13 +64,16 @@ class FP8(Encoding):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        scale = Part("scale", (self.scale,) if self.scale else SCALES, self.block, ragged=True, single=self.single)
+        scale = Part("scale", (self.scale,) if self.scale else SCALES, self.block, ragged=True, single=self.single, bare=self.bare)
         return (Part("weight", ("F8_E4M3",)), scale, *self.carried)
 
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> FP8:
         dtype, shape = found["scale"]
         single = single_of(shape, leading) if self.block == (WHOLE, WHOLE) else ()
         return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried_parts(found, ("input_scale",), leading))
+
+    def like(self, other: Encoding) -> Encoding:
+        return replace(other, bare=self.bare) if isinstance(other, FP8) else self
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["weight"].shape

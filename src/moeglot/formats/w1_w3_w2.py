@@ -1,6 +1,7 @@
 """The families whose releases name an expert's matrices as Mixtral does: w1 is gate, w3 is up, w2 is down; transformers 5 moves most of them to `mlp`."""
 
-from moeglot.formats.lines import LAYER, SILU, family, first_dense, fused, hub, memory, numbered
+from moeglot.format import Dense, Format
+from moeglot.formats.lines import LAYER, SILU, family, first_dense, fused, hub, memory, numbered, separate
 
 SPARSE = LAYER + "block_sparse_moe."
 MLP = LAYER + "mlp."
@@ -14,6 +15,15 @@ LFM2 = family("lfm2-moe", e="num_experts", sparse=first_dense("num_dense_layers"
 FORMATS = (
     hub(MIXTRAL, "mistralai/Mixtral-8x7B-v0.1", numbered(SPARSE + "experts.")),
     memory(MIXTRAL, fused(MLP + "experts."), {MLP + "gate.{rest}": SPARSE + "gate.{rest}"}),
+    Format(
+        "mixtral/quark",
+        MIXTRAL,
+        separate(MLP + "experts."),
+        "https://github.com/amd/quark/blob/main/quark/torch/utils/llm/module_replacement/quark_experts.py",
+        "one Linear a role and expert, as AMD's Quark takes the experts of transformers 5 apart and saves them",
+        (Dense(MLP + "gate.{rest}", (SPARSE + "gate.{rest}",)),),
+        reads="AMD's Quark",
+    ),
     hub(PHIMOE, "microsoft/Phi-3.5-MoE-instruct", numbered(SPARSE + "experts.")),
     memory(PHIMOE, fused(MLP + "experts."), {MLP + "router.{rest}": SPARSE + "gate.{rest}"}),
     hub(MINIMAX, "MiniMaxAI/MiniMax-Text-01-hf", numbered(SPARSE + "experts.")),

@@ -1,0 +1,70 @@
+"""How AMD's Quark keeps quantized matrices: MXFP4, and FP8 with one scale for a matrix or one for each channel, and what config.json says of each.
+
+https://github.com/amd/quark (quark/torch/export: nn/modules/realquantizer.py, nn/modules/qparamslinear_builder.py; utils/pack.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeglot.coding import Coding, Quantization, quark
+from moeglot.encoding import WHOLE, Encoding
+from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.mxfp4 import MXFP4
+
+SOURCE = "https://github.com/amd/quark"
+AXES = {"per_tensor": (None,), "per_channel": (0,), "per_group": (-1, 1)}
+"""`ch_axis` of a matrix [out, in] for each `qscheme` that we read."""
+
+
+def _quark(name: str, encoding: Encoding, linear: Mapping[str, str], weight: Mapping[str, Any], beside: Mapping[str, Any], about: str) -> Coding:
+    """`weight`: the arguments that say how a matrix is coded; `beside`: what Quark says beside these, how it chose the codes."""
+    axes = AXES[weight["qscheme"]]
+
+    def read(said: Quantization, module: str) -> Encoding | None:
+        declared = quark(said, module, **weight)
+        return encoding if declared and (axes == (None,) or declared.get("ch_axis") in axes) else None
+
+    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+        unsaid = dict.fromkeys(("group_size", "symmetric", "scale_type", "scale_format"))
+        arguments = {**unsaid, "ch_axis": axes[0], "is_dynamic": False, "round_method": "half_even", **beside, **weight}
+        return {
+            "quant_method": "quark",
+            "quant_mode": "eager_mode",
+            "global_quant_config": {"weight": arguments, "input_tensors": None, "output_tensors": None, "bias": None, "target_device": None},
+            "layer_type_quant_config": {},
+            "layer_quant_config": {},
+            "kv_cache_quant_config": {},
+            "exclude": list(kept),
+            "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0, "weight_merge_groups": None},
+        }
+
+    return Coding(name, encoding, linear, {}, read, write, SOURCE, f"AMD Quark's {about}", judges=("amd-quark",), kept="exclude", spelled=True)
+
+
+E4M3 = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
+MXFP4_QUARK = _quark(
+    "mxfp4-quark",
+    MXFP4("even", "even", container="packed"),
+    {"packed": ".weight", "scale": ".weight_scale"},
+    {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"},
+    {"observer_cls": "PerBlockMXObserver", "scale_type": "float", "scale_calculation_mode": "even"},
+    "MXFP4",
+)
+FP8_QUARK = _quark(
+    "fp8-quark",
+    FP8((WHOLE, WHOLE)),
+    E4M3,
+    {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+    {"observer_cls": "PerTensorMinMaxObserver", "symmetric": True},
+    "FP8 E4M3 with one scale for a matrix",
+)
+FP8_CHANNEL_QUARK = _quark(
+    "fp8-channel-quark",
+    FP8((1, WHOLE), bare=True),
+    E4M3,
+    {"dtype": "fp8_e4m3", "qscheme": "per_channel"},
+    {"observer_cls": "PerChannelMinMaxObserver", "symmetric": True},
+    "FP8 E4M3 with a scale for each output channel, in a vector",
+)
