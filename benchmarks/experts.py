@@ -35,7 +35,8 @@ from streaming import device
 from transformers import AutoModelForCausalLM, GptOssConfig, Qwen3MoeConfig
 
 import moeglot
-from moeglot.encoding import Encoded, Encoding
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
 from moeglot.experts import Expert

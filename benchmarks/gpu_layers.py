@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from moeglot.encoding import Encoded, Encoding
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.experts import Expert

@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from moeglot.dtypes import DTYPES
-from moeglot.encoding import Encoded, Encoding, Part
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding, Part
 from moeglot.encodings.plain import Plain
 
 settings.register_profile("moeglot", deadline=None, max_examples=60, derandomize=True, print_blob=False)

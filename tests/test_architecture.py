@@ -12,6 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share", "newfile", "sizes"},
     {"encoding", "kernels", "grids"},
+    {"encoded"},
     {"encodings"},
     {"floats", "folding"},
     {"axes"},

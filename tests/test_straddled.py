@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moeglot import straddled
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings import by_name
 from moeglot.floats import values
 from moeglot.layout import Stored

@@ -12,7 +12,7 @@ from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.errors import BadNumbers, NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares

@@ -15,7 +15,8 @@ from moeglot.coding import WEIGHT, Coding, brief, said, transformed
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor, check_codes
-from moeglot.encoding import Encoded, Encoding, LazyEncoded
+from moeglot.encoded import Encoded, LazyEncoded
+from moeglot.encoding import Encoding
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch, UnknownFormat
 from moeglot.evidence import decide
 from moeglot.format import Format

@@ -117,11 +117,11 @@ def method(quantization: Quantization) -> str:
     return str(quantization.get("quant_method") or "").lower()
 
 
-def brief(quantization: Quantization) -> str:
-    """What it says in a few words."""
+def brief(quantization: Quantization, module: str = "") -> str:
+    """What it says in a few words, of Quark of one module."""
     told = {key: quantization[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if quantization.get(key) is not None}
     if method(quantization) == "quark":
-        told |= _quark_briefly(quantization)
+        told |= _quark_briefly(quantization, module)
     return str(told or "nothing")
 
 
@@ -130,7 +130,7 @@ def told_of(quantization: Quantization, module: str) -> str:
     weights = groups(quantization, module) if by_compressed_tensors(quantization) else None
     asked = ("num_bits", "type", "strategy", "group_size", "block_structure", "symmetric")
     told = {key: weights[key] for key in asked if weights.get(key) is not None} if weights else {}
-    return f"{brief(quantization)}, weights {told}" if told else brief(quantization)
+    return f"{brief(quantization)}, weights {told}" if told else brief(quantization, module)
 
 
 def leaves_alone(quantization: Quantization, module: str) -> bool:
@@ -273,9 +273,9 @@ def _mapping(said: object) -> Mapping[str, Any]:
     return said if isinstance(said, Mapping) else {}
 
 
-def _quark_briefly(quantization: Quantization) -> dict[str, Any]:
-    """How it codes weights, where no layer is told apart."""
-    weight = _quark_layer(quantization, "").get("weight")
+def _quark_briefly(quantization: Quantization, module: str = "") -> dict[str, Any]:
+    """How it codes the weights of a module; by default, of those that it does not tell apart."""
+    weight = _quark_layer(quantization, module).get("weight")
     keys = ("dtype", "qscheme", "group_size", "scale_format", "mx_element_dtype")
     levels = [{key: level[key] for key in keys if level.get(key) is not None} for level in (weight if isinstance(weight, list) else [_mapping(weight)])]
     held = _quark_export(quantization).get("weight_format", "real_quantized")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from moeglot.coding import WEIGHT, Quantization, brief
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
-from moeglot.encoding import Encoded, Encoding, agree
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding, agree
 from moeglot.errors import BadNumbers, TensorMismatch, UnknownFormat
 from moeglot.mapped import let_go
 from moeglot.shards import Entry

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
-from moeglot.encoding import Encoded, Encoding
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding
 from moeglot.errors import UsageError
 from moeglot.family import dig
 from moeglot.format import Dense, Format

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.errors import UsageError
 from moeglot.family import Config, Family, dig
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moeglot import scratch
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.dense import HubTensor
-from moeglot.encoding import Encoded, Encoding
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding
 from moeglot.errors import CheckpointError, Contradiction, TensorMismatch
 from moeglot.floats import values
 from moeglot.format import Dense

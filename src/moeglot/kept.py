@@ -11,7 +11,7 @@ from moeglot import scratch
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.digests import CERTIFICATE, sha256
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
 from moeglot.experts import Expert, Matrix

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from moeglot import scratch
 from moeglot.axes import Groups, arrangements, block, halves, letters, parse_axes, put_together, taken_apart, written
-from moeglot.encoding import Encoded, Encoding, Part
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding, Part
 from moeglot.encodings.plain import FLOATS, Plain
 from moeglot.errors import TensorMismatch
 from moeglot.floats import exact_dtype, values
@@ -169,8 +170,7 @@ class Stored:
         if part.is_single and not part.shared:
             letters = [letter for group in self.groups for letter in group if letter in "ep"]
             return (*self._shape(((letter,) for letter in letters), sizes), *part.single, *part.trailing)
-        groups = parse_axes(self.shaped or self.axes)
-        shape = self._part_shape(groups, part, sizes)
+        shape = self._part_shape(groups := parse_axes(self.shaped or self.axes), part, sizes)
         return tuple(size for size, block in zip(shape, part.blocks(len(groups)), strict=True) if block) if part.bare else shape
 
     def slice_shape(self, part: Part, sizes: Sizes) -> tuple[int, ...]:
@@ -183,8 +183,7 @@ class Stored:
             raise TensorMismatch(wrong, f'their rows take turns: "{self.axes}"', "choose a format in which they do not")
         if part.flat or part.shared:
             return part.shape(self._shape(groups, sizes))
-        blocks = part.blocks(len(groups))
-        kept = [tuple(letter for letter in group if block or letter in "ep") for group, block in zip(groups, blocks, strict=True)]
+        kept = [tuple(letter for letter in group if block or letter in "ep") for group, block in zip(groups, part.blocks(len(groups)), strict=True)]
         blocked = part if all(part.block) else replace(part, block=(part.block[0] or 1, part.block[1] or 1))
         return blocked.shape(self._shape(kept, sizes))
 
@@ -206,14 +205,13 @@ class Stored:
 
     def split(self, stored: Encoded) -> dict[str, Encoded]:
         """One expert's slice -> role -> [out, in], as views where strides allow it."""
-        from_letters = dict(zip((group for group in self.expert_groups), stored.shape, strict=True))
+        from_letters = dict(zip(self.expert_groups, stored.shape, strict=True))
         sizes = {letter: n // (len(self.roles) if "p" in group else 1) for group, n in from_letters.items() for letter in letters((group,)) if letter != "p"}
         shape = tuple(sizes[letter] for letter in self.role_axes.split())
         if any(part.flat for part in stored.encoding.parts):
             assert self.movable(stored.encoding, sizes)
             return {self.roles[0]: stored}
-        groups, count = self.expert_groups, len(self.roles)
-        moved = {name: taken_apart(part, groups, self.role_axes, count) for name, part in stored.parts.items()}
+        moved = {name: taken_apart(part, self.expert_groups, self.role_axes, len(self.roles)) for name, part in stored.parts.items()}
         return {role: Encoded(stored.encoding, {name: part[n] for name, part in moved.items()}, shape) for n, role in enumerate(self.roles)}
 
     def join(self, role: Callable[[str], Encoded]) -> Encoded:

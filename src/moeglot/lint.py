@@ -14,7 +14,7 @@ from moeglot.checkpoint import Checkpoint, open
 from moeglot.coding import method, said
 from moeglot.defects import DEFECTS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored

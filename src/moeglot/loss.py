@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.floats import row_pairs, squares, values
 from moeglot.survival import Survival, added
 

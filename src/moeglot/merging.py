@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
-from moeglot.encoding import Encoded, Encoding, Parts
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding, Parts
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, TensorMismatch, UnsupportedAdapter, UsageError
 from moeglot.floats import values

@@ -8,7 +8,7 @@ from itertools import product
 
 from moeglot.axes import parse_axes, relaid
 from moeglot.checkpoint import Checkpoint
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.experts import Matrix
 from moeglot.floats import values
 from moeglot.layout import SECOND, Stored

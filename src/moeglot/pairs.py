@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from moeglot.encoding import Encoded, Encoding, Parts
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding, Parts
 from moeglot.floats import exactly
 from moeglot.plan import Plan, Step
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.floats import exactly, values
 from moeglot.format import Format

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.floats import values
 from moeglot.layout import Stored
 

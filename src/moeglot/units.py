@@ -11,7 +11,8 @@ from moeglot import pairs, scratch
 from moeglot.checks import workers_of_one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
-from moeglot.encoding import WHOLE, Encoded, Encoding, Parts
+from moeglot.encoded import Encoded
+from moeglot.encoding import WHOLE, Encoding, Parts
 from moeglot.encodings.plain import Plain
 from moeglot.floats import exact_dtype, exactly, row_pairs, values
 from moeglot.layout import Stored

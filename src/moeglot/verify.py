@@ -12,7 +12,7 @@ from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.divided import alongside
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, MoeglotError, TensorMismatch
 from moeglot.fingerprint import Fingerprint

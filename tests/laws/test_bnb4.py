@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeglot.encoding import ANY, Encoded
+from moeglot.encoded import Encoded
+from moeglot.encoding import ANY
 from moeglot.encodings import by_name
 from moeglot.encodings.bnb4 import BNB4, QuantState, absmax
 from moeglot.encodings.plain import Plain

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import make_parts
 
-from moeglot.encoding import WHOLE, Encoded, Part
+from moeglot.encoded import Encoded
+from moeglot.encoding import WHOLE, Part
 from moeglot.encodings import ENCODINGS
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.int4 import INT4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import SIZES, make_parts
 
 from moeglot.axes import parse_axes
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.formats import PLAIN

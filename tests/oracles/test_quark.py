@@ -162,8 +162,8 @@ def test_patterns(plain, tmp_path):
         ("fp6", {}, "'dtype': 'fp6_e3m2'"),
         ("amdfp4", {}, "'scale_format': 'e5m3'"),
         ("fp8-quark", {"weight_format": "fake_quantized"}, "'weight_format': 'fake_quantized'"),
-        ("mxfp4-quark", {"layers": {"*layers.1.*": "amdfp4"}}, "otherwise of model.layers.1"),
-        ("fp8-quark", {"layers": {"*layers.1.*": "fp8-channel-quark"}}, "otherwise of model.layers.1"),
+        ("mxfp4-quark", {"layers": {"*layers.1.*": "amdfp4"}}, r"layers\.1\..* is declared as another coding(.|\n)*'scale_format': 'e5m3'"),
+        ("fp8-quark", {"layers": {"*layers.1.*": "fp8-channel-quark"}}, r"layers\.1\..* is declared as another coding(.|\n)*'per_channel'"),
     ],
 )
 def test_what_is_refused_by_name(plain, coding, wanted, said, tmp_path):

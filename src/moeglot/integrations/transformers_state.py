@@ -17,7 +17,7 @@ import torch
 from moeglot.checkpoint import Checkpoint
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, DType
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, MoeglotError
 from moeglot.floats import values

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moeglot.encoding import Encoded
+from moeglot.encoded import Encoded
 from moeglot.errors import UsageError
 from moeglot.floats import values
 from moeglot.kernels.backend import has_triton

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from moeglot import scratch
-from moeglot.encoding import Encoded, Encoding, Part
+from moeglot.encoded import Encoded
+from moeglot.encoding import Encoding, Part
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, UsageError
