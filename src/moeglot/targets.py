@@ -220,7 +220,8 @@ def widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
 
 
 def cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
-    able = [form.name for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
+    holding = [form for form in of_family(target.family) if any(line.encoding.name == wanted.name for line in form.stored)]
+    able = [form.name for form in holding if not (form.coding and form.coding.spelled)]
     do = f"pass --to {' or '.join(able)}" if able else f"leave --encode out; no format of {target.family.name} that we know holds {wanted.name}"
     return UsageError(
         f"{target.name} cannot hold {wanted}", f"it stores experts as {'any float type' if isinstance(has, Plain) else has.name} ({target.source})", do
