@@ -90,7 +90,7 @@ DEFECTS = (
         lambda c: c.format.coding is not None and c.format.coding.name == "autofp8",
     ),
     Defect(
-        "transformers 5",
+        "transformers 5.23",
         "without amd-quark it refuses; with it, it decodes no experts: it takes FP8 codes for weights, or leaves the experts random, and warns of scales",
         lambda c: c.format.coding is not None and method(said(c.source.config)) == "quark",
     ),

@@ -227,7 +227,7 @@ def in_floats(target: Format) -> list[str]:
 
 
 def _codes(form: Format, wanted: Encoding) -> bool:
-    return any(line.encoding.name == wanted.name for line in form.stored)
+    return not (form.coding and form.coding.spelled) and any(line.encoding.name == wanted.name for line in form.stored)
 
 
 def cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
