@@ -67,7 +67,7 @@ def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int
     codes, scales = CODES[kind]
     codes = "*fp32" if "float32" in words and kind == "plain" else codes
     rank = next((int(word) for word in words if word.isdecimal()), 16)
-    given = {**POINTERS, "codes": codes, "scales": scales, "tiles": "i32", "experts": "i32", "x_row": "i32", "side_expert": "i32", "side_out": "i32"}
+    given = {**POINTERS, "codes": codes, "scales": scales, **dict.fromkeys(("tiles", "experts", "rows", "x_row", "side_expert", "side_out"), "i32")}
     strides = {"codes_expert": "i32", "codes_row": "i32", "codes_column": 1} if kind == "plain" else {"codes_expert": 0, "codes_row": 0, "codes_column": 0}
     sizes = {"HEIGHT": 5760, "WIDTH": 2880, "BLOCK_HEIGHT": 128, "BLOCK_WIDTH": 128}
     flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True}

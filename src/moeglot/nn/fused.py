@@ -126,7 +126,7 @@ class Fused(torch.autograd.Function):
         d_inner, for_weights, of_down = _through_down(step, down, inner.detach(), grad, w)
         d_given = dict(zip(given, torch.autograd.grad(inner, leaves, d_inner), strict=True))
         d_hidden, of_first = _through_first(step, first, hidden, d_given)
-        d_weights = torch.zeros(weights.numel(), dtype=weights.dtype, device=weights.device)
+        d_weights = torch.empty(weights.numel(), dtype=weights.dtype, device=weights.device)
         d_weights[step.rows.order] = for_weights.to(weights.dtype)
         of_factors = [found.to(factor.dtype) for found, factor in zip((*of_first, *of_down), factors, strict=True)]
         needs = ctx.needs_input_grad
@@ -174,5 +174,5 @@ def _through_first(step: Step, first: Stage, hidden: torch.Tensor, given: Roles)
     d_hidden = step.summed(step.backward(first, given, low if mask is None else None, scatter=True))
     if mask is not None:
         change = masked(gemm.product(low, plain(factors.a.to(low.dtype)), step.rows, False), mask)
-        d_hidden = d_hidden + step.summed(torch.zeros_like(change).index_copy_(0, step.rows.order, change))
+        d_hidden = d_hidden + step.summed(torch.empty_like(change).index_copy_(0, step.rows.order, change))
     return d_hidden, (of_a, of_b)

@@ -41,7 +41,10 @@ class Matrices:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which rows belong to which expert: `starts` and `ends` int32 [e] of each run. `order` int64 [n]: the slot (token × rank) of each row."""
+    """Which rows belong to which expert: `starts` and `ends` int32 [e] of each run, without gaps; rows after the last are nobody's.
+
+    `order` int64 [n]: the slot (token × rank) of each row.
+    """
 
     starts: torch.Tensor
     ends: torch.Tensor
@@ -57,8 +60,8 @@ class Rows:
         return Rows(self.starts[experts.start : experts.stop], self.ends[experts.start : experts.stop], self.order, self.ranks)
 
     def tiles(self, height: int) -> int:
-        """The most tiles of so many rows that the runs can have, whatever the routing."""
-        return min(len(self.order), len(self.ends)) + len(self.order) // height
+        """The most tiles of so many rows that the runs can have, that of nobody's rows too, whatever the routing."""
+        return min(len(self.order), len(self.ends) + 1) + len(self.order) // height
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,7 @@ def product(
     experts, height, width = matrices.shape
     inner, outer = (width, height) if along else (height, width)
     shape = tiles or tiles_for(x.device, len(rows.order) / experts, matrices.kind, x.dtype)
-    found = x.new_zeros(len(rows.order), outer) if out is None else out
+    found = x.new_empty(len(rows.order), outer) if out is None else out
     codes = matrices.codes if matrices.kind == PLAIN else matrices.codes.contiguous().view(torch.int32)
     strides = codes.stride() if matrices.kind == PLAIN else (0, 0, 0)
     side = change.side if change else None
@@ -116,6 +119,7 @@ def product(
             found,
             rows.tiles(shape.rows),
             experts,
+            len(rows.order) if out is None else 0,
             x.stride(0) if x.stride(-1) == 1 else inner,
             *strides,
             *(side.stride() if side is not None else (0, 0, 0)),
@@ -153,17 +157,20 @@ def _gapless(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @jit
-def _run(starts: tl.tensor, ends: tl.tensor, experts: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
-    """The expert of a tile of rows, its first row, and where the expert's rows end; expert = `experts` for a tile that is nobody's."""
+def _run(starts: tl.tensor, ends: tl.tensor, experts: int, rows: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
+    """The expert of a tile of rows, its first row, and where the expert's rows end; expert = `experts` for nobody's rows, which end at `rows`."""
     each = tl.arange(0, EXPERTS)
     end = tl.load(ends + each, mask=each < experts, other=0)
     begin = tl.load(starts + each, mask=each < experts, other=0)
     tiles = tl.where(each < experts, (end - begin + M - 1) // M, 0)
     after = tl.cumsum(tiles, 0)
     expert = tl.sum(((after <= tile) & (each < experts)).to(tl.int32), 0)
-    mine = each == expert
-    first = tl.sum(tl.where(mine, begin + (tile - after + tiles) * M, 0), 0)
-    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+    if expert >= experts:
+        first, last = tl.max(end, 0) + (tile - tl.sum(tiles, 0)) * M, rows
+    else:
+        mine = each == expert
+        first, last = tl.sum(tl.where(mine, begin + (tile - after + tiles) * M, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
+    return expert, first, last
 
 
 @jit
@@ -226,6 +233,7 @@ def _product(
     out: tl.tensor,
     tiles: int,
     experts: int,
+    rows: int,
     x_row: int,
     codes_expert: int,
     codes_row: int,
@@ -258,13 +266,18 @@ def _product(
     group = pid // (TOGETHER * across)
     several = min(tiles - group * TOGETHER, TOGETHER)
     within = pid - group * (TOGETHER * across)
-    expert, first, end = _run(starts, ends, experts, group * TOGETHER + within % several, M, EXPERTS)
-    if expert >= experts:
-        return
+    expert, first, end = _run(starts, ends, experts, rows, group * TOGETHER + within % several, M, EXPERTS)
     OUT: tl.constexpr = HEIGHT if ALONG else WIDTH
     INNER: tl.constexpr = WIDTH if ALONG else HEIGHT
-    m, n0 = first + tl.arange(0, M), within // several * N
-    n, mine = n0 + tl.arange(0, N), m < end
+    n0 = within // several * N
+    n = n0 + tl.arange(0, N)
+    if expert >= experts:
+        for nobody in range(first, min(first + M, end)):
+            to = tl.load(order + nobody) if SCATTER else tl.cast(nobody, tl.int64)
+            tl.store(out + to * OUT + n, tl.zeros([N], COMPUTE), mask=n < OUT)
+        return
+    m = first + tl.arange(0, M)
+    mine = m < end
     slot = tl.load(order + m, mask=mine, other=0)
     row = (slot // RANKS if GATHER else m).to(tl.int64)
     matrix = expert.to(tl.int64)
