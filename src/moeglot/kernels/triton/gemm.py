@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeglot.kernels.triton.codes import eight, factor_of, four
+from moeglot.kernels.triton.codes import decoded, scales_of
 from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 from moeglot.kernels.triton.tiles import Tiles, tiles_for
 
@@ -174,51 +174,6 @@ def _run(starts: tl.tensor, ends: tl.tensor, experts: int, rows: int, tile: int,
 
 
 @jit
-def _decoded(
-    codes: tl.tensor,
-    scale: tl.tensor,
-    r: tl.tensor,
-    column: int,
-    stride_row: int,
-    stride_column: int,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-    KIND: tl.constexpr,
-    COMPUTE: tl.constexpr,
-) -> tl.tensor:
-    """A tile of an expert's stored matrix: rows r [TALL], WIDE columns from `column` on -> numbers [TALL, WIDE]; zeros outside. FP8 without its scales."""
-    whole: tl.constexpr = HEIGHT % TALL == 0 and WIDTH % WIDE == 0
-    if KIND == "mxfp4":
-        w = column // 8 + tl.arange(0, WIDE // 8)
-        at = codes + r[:, None] * (WIDTH // 32 * 4) + w[None, :]
-        if whole:
-            word = tl.load(at)
-        else:
-            word = tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4), other=0)
-        found = eight(word, factor_of(scale, COMPUTE))
-    elif KIND == "fp8":
-        w = column // 4 + tl.arange(0, WIDE // 4)
-        at = codes + r[:, None] * (WIDTH // 4) + w[None, :]
-        word = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 4), other=0)
-        found = four(word, COMPUTE)
-    else:
-        c = column + tl.arange(0, WIDE)
-        at = codes + r[:, None] * stride_row + c[None, :] * stride_column
-        found = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (c[None, :] < WIDTH), other=0)
-    return found
-
-
-@jit
-def _scales(scales: tl.tensor, r: tl.tensor, column: int, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
-    """The scale of each word of a tile of MXFP4; zeros outside. Bytes are too small for an asynchronous copy: they are read a step ahead of their use."""
-    w = column // 8 + tl.arange(0, WIDE // 8)
-    here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
-    return tl.load(scales + r[:, None] * (WIDTH // 32) + w[None, :] // 4, mask=here, other=0)
-
-
-@jit
 def _product(
     x: tl.tensor,
     codes: tl.tensor,
@@ -292,18 +247,18 @@ def _product(
     total = tl.zeros([N, M], tl.float32)
     ahead = None
     if KIND == "mxfp4":
-        ahead = _scales(scales, n, 0, HEIGHT, WIDTH, K) if ALONG else _scales(scales, tl.arange(0, K), n0, HEIGHT, WIDTH, N)
+        ahead = scales_of(scales, n, 0, HEIGHT, WIDTH, K) if ALONG else scales_of(scales, tl.arange(0, K), n0, HEIGHT, WIDTH, N)
     for k0 in range(0, INNER, K):
         scale = ahead
         if KIND == "mxfp4":
-            ahead = _scales(scales, n, k0 + K, HEIGHT, WIDTH, K) if ALONG else _scales(scales, k0 + K + tl.arange(0, K), n0, HEIGHT, WIDTH, N)
+            ahead = scales_of(scales, n, k0 + K, HEIGHT, WIDTH, K) if ALONG else scales_of(scales, k0 + K + tl.arange(0, K), n0, HEIGHT, WIDTH, N)
         k = k0 + tl.arange(0, K)
         near = mine[:, None] if INNER % K == 0 else mine[:, None] & (k[None, :] < INNER)
         some = tl.load(x + row[:, None] * x_row + k[None, :], mask=near, other=0.0)
         if ALONG:
-            tile = _decoded(codes, scale, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
+            tile = decoded(codes, scale, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
         else:
-            tile = tl.trans(_decoded(codes, scale, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
+            tile = tl.trans(decoded(codes, scale, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
         if KIND == "fp8":
             r0, c0 = n0 if ALONG else k0, k0 if ALONG else n0
             block = tl.load(scales + r0 // BLOCK_HEIGHT * tl.cdiv(WIDTH, BLOCK_WIDTH) + c0 // BLOCK_WIDTH)
