@@ -41,7 +41,7 @@ matrix-quark: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venvs/quark/extensions
 
 # 690 MB installed. Where there is a GPU, the tests that need one run too; elsewhere they say that they are skipped.
 matrix-triton: .venvs/triton/ready
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python $(PYTEST) tests/gpu/test_interpreted.py tests/gpu/test_refused.py tests/gpu/test_benchmark.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python $(PYTEST) tests/gpu/test_interpreted.py tests/gpu/test_between.py tests/gpu/test_refused.py tests/gpu/test_benchmark.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venvs/triton/bin/python $(PYTEST) tests/oracles/test_lora.py -k "triton or kernels"
 	OMP_NUM_THREADS=1 .venvs/triton/bin/python $(PYTEST) tests/gpu
 

@@ -38,7 +38,8 @@ CODES = {"mxfp4": ("*i32", "*u8"), "fp8": ("*i32", "*fp32"), "plain": ("*bf16", 
 def compiled(kernel, given: dict, arch: int, warps: int, stages: int):
     """given: name -> type of an argument, or the value of a constant. Addresses and strides are multiples of 16, as those of torch's tensors are."""
     names = kernel.arg_names
-    signature = {name: given[name] if isinstance(given[name], str) and given[name][:1] in "*i" else "constexpr" for name in names}
+    types = ("*", "i32", "fp32")
+    signature = {name: given[name] if isinstance(given[name], str) and given[name].startswith(types) else "constexpr" for name in names}
     constants = {(names.index(name),): given[name] for name in names if signature[name] == "constexpr"}
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if signature[name].startswith("*") or name.startswith(("x_", "codes_", "side_"))}
     aligned = {place: what for place, what in aligned.items() if place not in constants}
@@ -59,15 +60,16 @@ def by_table(word, factor):
 
 def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int, warps: int, stages: int, other: dict | None = None):
     """The grouped product of gpt-oss-20b's gate_up_proj, with bias, an adapter of rank 16, gather, scatter and weights."""
+    from moeglot.kernels.triton import codes as decoding
     from moeglot.kernels.triton import gemm
 
     kind, *words = kind.split("-")
     if "table" in words:
-        gemm.eight = by_table
+        decoding.eight = by_table
     codes, scales = CODES[kind]
     codes = "*fp32" if "float32" in words and kind == "plain" else codes
     rank = next((int(word) for word in words if word.isdecimal()), 16)
-    given = {**POINTERS, "codes": codes, "scales": scales, "tiles": "i32", "experts": "i32", "x_row": "i32", "side_expert": "i32", "side_out": "i32"}
+    given = {**POINTERS, "codes": codes, "scales": scales, **dict.fromkeys(("tiles", "experts", "rows", "x_row", "side_expert", "side_out"), "i32")}
     strides = {"codes_expert": "i32", "codes_row": "i32", "codes_column": 1} if kind == "plain" else {"codes_expert": 0, "codes_row": 0, "codes_column": 0}
     sizes = {"HEIGHT": 5760, "WIDTH": 2880, "BLOCK_HEIGHT": 128, "BLOCK_WIDTH": 128}
     flags = {"RANKS": 4, "EXPERTS": 32, "KIND": kind, "ALONG": along, "GATHER": True, "SCATTER": True}
@@ -79,7 +81,7 @@ def product(kind: str, along: bool, arch: int, rows: int, outer: int, inner: int
 
 def others(arch: int) -> dict:
     """The kernels beside the product, and products of other types and with less to do: name -> found."""
-    from moeglot.kernels.triton import dequant, gemm, outer
+    from moeglot.kernels.triton import between, dequant, gemm, outer, route
 
     codes = {"words": "*i32", "codes": "*u8", "scales": "*u8", "out": "*i16", "rows": "i32", "groups": "i32", "columns": "i32"}
     strides = {"out_matrix": "i32", "out_row": "i32", "out_column": 1, "HEIGHT": 128, "WIDTH": 128, "HALF": True, "ROWS": dequant.ROWS}
@@ -91,6 +93,14 @@ def others(arch: int) -> dict:
     for name, rank in (("outer", 16), ("outer of rank 512", 512)):
         sizes = {"RANKS": 4, "GATHER": True, "RANK": rank, "COLUMNS": 2880, "R": gemm.ranks_at_once(rank), "C": 128, "M": 32}
         found[name] = compiled(outer._outer, {**POINTERS, "narrow": "*bf16", "wide": "*bf16", "out": "*fp32", **sizes}, arch, 4, 3)
+    numbers = {"gate": "*bf16", "up": "*bf16", "out": "*bf16", "first": "fp32", "second": "fp32", "WIDTH": 2880, "COLUMNS": between.COLUMNS}
+    in_turns = {"gate_row": "i32", "gate_column": 2, "up_row": "i32", "up_column": 2}
+    for kind, function in (("clamped-swiglu", "silu"), ("softcapped-swiglu", "silu"), ("ungated", "gelu"), ("swiglu", "gelu_tanh")):
+        found[f"{kind} {function}"] = compiled(between._activated, {**numbers, **in_turns, "KIND": kind, "FUNCTION": function}, arch, 4, 3)
+    found["sum"] = compiled(between._summed, {"slots": "*bf16", "out": "*bf16", "RANKS": 4, "WIDTH": 2880, "COLUMNS": between.COLUMNS}, arch, 4, 3)
+    for name, ids in (("route", "*i64"), ("route of bytes", "*u8")):
+        pointers = {"ids": ids, "order": "*i64", "starts": "*i32", "ends": "*i32", "count": "i32", "experts": "i32"}
+        found[name] = compiled(route._route, {**pointers, "SLOTS": route.SLOTS, "OTHERS": route.OTHERS}, arch, 4, 3)
     found["bare"] = product("mxfp4", True, arch, 16, 128, 64, 4, 4, {"bias": None, "low": None, "side": None, "weights": None, "RANK": 0, **NO_SIDE})
     found["float32"] = product("mxfp4-float32", True, arch, 16, 128, 32, 4, 4)
     found["plain"] = product("plain", True, arch, 16, 128, 64, 4, 4)

@@ -80,9 +80,8 @@ def test_a_kernel_that_spills_is_seen(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_other_kernels_compile_and_do_not_spill(arch):
     found = assembled("others", True, arch, [])
-    assert [each["name"] for each in found] == ["mxfp4", "mxfp4 turned", "mxfp4 to float32", "fp8", "outer", "outer of rank 512", "bare", "float32", "plain"]
-    spilling = {each["name"]: each["spills"] for each in found if each["spills"] or each["stack"]}
-    assert spilling == ({"bare": 6} if arch == 100 else {})  # there, three registers leave before the loop and return after it
+    assert {"mxfp4", "fp8", "outer", "route", "sum", "bare"} < {each["name"] for each in found}
+    assert not {each["name"]: each["spills"] for each in found if each["spills"] or each["stack"]}
     assert not any(name in each["loop"] for each in found for name in ("STL", "LDL"))
 
 

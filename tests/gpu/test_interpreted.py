@@ -27,6 +27,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.
 BYTES = torch.arange(256, dtype=torch.uint8)
 
 
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nobody has written holds NaN: a GPU's holds anything, and the interpreter would find zeros there."""
+
+    def with_nan(made):
+        return made.fill_(torch.nan) if made.dtype in (torch.float32, torch.bfloat16) else made
+
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        usual = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, usual=usual, **options: with_nan(usual(*given, **options)))
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bit for bit, the sign of zero and of NaN too."""
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
@@ -144,6 +156,8 @@ def test_products_against_float64(name, kind, along):
     x = case.random(case.tokens, case.sizes[2 if along else 1])
     found = gemm.product(x, case.matrices, case.rows, along, gather=True)
     assert torch.equal(found[case.count :], torch.zeros_like(found[case.count :]))
+    in_slots = gemm.product(x, case.matrices, case.rows, along, gather=True, scatter=True)
+    assert torch.equal(in_slots[case.rows.order], found)
     if case.count:
         assert relative(found, case.expected(x, along, gather=True)) <= LIMIT
 
@@ -192,7 +206,7 @@ def test_a_wrong_matrix_is_seen(kind):
     shifted = Rows(case.rows.starts, (case.rows.ends - 1).clamp(min=0), case.rows.order, case.rows.ranks)
     for wrong in (turned, *(gemm.product(x, matrices, case.rows, True, gather=True) for matrices in (rolled, swapped))):
         assert relative(wrong, expected) > 100 * POWER
-    assert relative(gemm.product(x, case.matrices, shifted, True, gather=True), expected) > POWER
+    assert not relative(gemm.product(x, case.matrices, shifted, True, gather=True), expected) <= POWER
 
 
 @pytest.mark.parametrize("rank", [5, 70])

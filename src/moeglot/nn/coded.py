@@ -116,4 +116,4 @@ def _finished(found: torch.Tensor, rows: Rows, bias: torch.Tensor | None, change
     if weights is not None:
         found = found * weights[rows.order].unsqueeze(-1).to(found.dtype)
     found = torch.where((places < rows.ends[-1]).unsqueeze(-1), found, 0)
-    return torch.zeros_like(found).index_copy_(0, rows.order, found) if scatter else found
+    return torch.empty_like(found).index_copy_(0, rows.order, found) if scatter else found

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moeglot.kernels.triton import gemm
+from moeglot.kernels.triton import between, gemm, route
 from moeglot.kernels.triton.gemm import Change, Matrices, Rows
 from moeglot.kernels.triton.outer import outer
 from moeglot.nn import coded
 from moeglot.nn.compute import Factors, Roles, Stage, biases_of, masked, stages
+from moeglot.nn.held import Held
 from moeglot.nn.routing import Block, Routing
 
 if TYPE_CHECKING:
@@ -35,14 +36,19 @@ class Step:
     tokens: int
 
     @classmethod
-    def of(cls, routing: Routing) -> Step:
-        rows = Rows.of(routing.ends, routing.order, routing.ranks)
-        return cls(rows, Block(range(len(routing.ends)), slice(0, len(routing.order)), routing.ends), routing.tokens)
+    def of(cls, index: torch.Tensor, experts: int) -> Step:
+        """index int [t, k], local ids."""
+        if 0 < index.numel() <= route.MOST:
+            order, starts, ends = route.route(index, experts)
+            rows = Rows(starts, ends, order, index.shape[-1])
+        else:
+            routing = Routing.of(index, experts)
+            rows = Rows.of(routing.ends, routing.order, routing.ranks)
+        return cls(rows, Block(range(experts), slice(0, index.numel()), rows.ends), index.shape[0])
 
     def summed(self, slots: torch.Tensor) -> torch.Tensor:
-        """[t k, h], each slot in its place -> [t, h], summed in at least float32."""
-        each = slots.view(self.tokens, self.rows.ranks, -1)
-        return each.sum(1, dtype=torch.promote_types(slots.dtype, torch.float32)).to(slots.dtype)
+        """[t k, h], each slot in its place -> [t, h], summed in float32."""
+        return between.summed(slots, self.tokens)
 
     def gathered(self, hidden: torch.Tensor) -> torch.Tensor:
         """[t, h] -> [n, h]."""
@@ -61,14 +67,21 @@ class Step:
         if stage.factors:
             low = self.low(stage.factors, x, gather) * stage.factors.scale
             side = stage.factors.roles_of(stage.factors.b.to(x.dtype).mT)
-        biases = biases_of(stage.biases, self.block.experts, x.dtype)
         found: Roles = {}
         for line in stage.lines:
-            bias = line.line.together(biases).contiguous() if biases else None
+            bias = self._bias(stage, line, x.dtype)
             change = Change(low, line.line.together(side)) if low is not None and side is not None else None
             out = coded.product(line, x, self.rows, False, gather=gather, scatter=scatter, bias=bias, change=change, weights=weights)
             found |= line.line.apart(out)
         return found
+
+    def _bias(self, stage: Stage, line: Held, dtype: torch.dtype) -> torch.Tensor | None:
+        """[e, out], as the line's rows lie: the bias that is stored beside it, where that lies as they do."""
+        for beside in stage.biases:
+            if beside.line.roles == tuple(f"{role}_bias" for role in line.line.roles) and beside.line.out_group == line.line.out_group:
+                return beside.dense(self.block.experts, dtype)
+        biases = biases_of(stage.biases, self.block.experts, dtype)
+        return line.line.together(biases).contiguous() if biases else None
 
     def backward(self, stage: Stage, given: Roles, low: torch.Tensor | None, gather: bool = False, scatter: bool = False) -> torch.Tensor:
         """role -> [n, out] of the gradient, to [n, in]. `low` [n, r]: the gradient of what `a` gives, if what follows `a` is to be added."""
@@ -94,10 +107,13 @@ def forward(
     factors: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """hidden [t, h], index int [t, k], weights [t, k] -> [t, h]; nothing waits for the device."""
-    step = Step.of(Routing.of(index, module.num_experts))
+    step = Step.of(index, module.num_experts)
     first, down = stages(module, seed, given=factors)
-    flat = weights.reshape(-1)
-    inner = module.expert.activate(step.forward(first, hidden.contiguous(), gather=True)).contiguous()
+    flat, expert = weights.reshape(-1), module.expert
+    given = step.forward(first, hidden.contiguous(), gather=True)
+    inner = between.activated(expert.kind, expert.function, expert.numbers, given)
+    if inner is None:
+        inner = expert.activate(given).contiguous()
     if module.post_expert_norm is None:
         return step.summed(step.forward(down, inner, scatter=True, weights=flat)["down"])
     out = module.after(step.forward(down, inner, scatter=True)["down"])
@@ -118,7 +134,7 @@ class Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         hidden, index, weights, *factors = ctx.saved_tensors
-        step = Step.of(Routing.of(index, ctx.module.num_experts))
+        step = Step.of(index, ctx.module.num_experts)
         first, down = stages(ctx.module, ctx.seed, given=factors)
         hidden, grad = hidden.contiguous(), grads[0].to(hidden.dtype).contiguous()
         given, inner, leaves = _again(ctx.module, step, first, hidden)
@@ -126,7 +142,7 @@ class Fused(torch.autograd.Function):
         d_inner, for_weights, of_down = _through_down(step, down, inner.detach(), grad, w)
         d_given = dict(zip(given, torch.autograd.grad(inner, leaves, d_inner), strict=True))
         d_hidden, of_first = _through_first(step, first, hidden, d_given)
-        d_weights = torch.zeros(weights.numel(), dtype=weights.dtype, device=weights.device)
+        d_weights = torch.empty(weights.numel(), dtype=weights.dtype, device=weights.device)
         d_weights[step.rows.order] = for_weights.to(weights.dtype)
         of_factors = [found.to(factor.dtype) for found, factor in zip((*of_first, *of_down), factors, strict=True)]
         needs = ctx.needs_input_grad
@@ -174,5 +190,5 @@ def _through_first(step: Step, first: Stage, hidden: torch.Tensor, given: Roles)
     d_hidden = step.summed(step.backward(first, given, low if mask is None else None, scatter=True))
     if mask is not None:
         change = masked(gemm.product(low, plain(factors.a.to(low.dtype)), step.rows, False), mask)
-        d_hidden = d_hidden + step.summed(torch.zeros_like(change).index_copy_(0, step.rows.order, change))
+        d_hidden = d_hidden + step.summed(torch.empty_like(change).index_copy_(0, step.rows.order, change))
     return d_hidden, (of_a, of_b)

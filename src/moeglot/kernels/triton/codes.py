@@ -89,3 +89,48 @@ def rounded_bits(values: tl.tensor) -> tl.tensor:
     bits = values.to(tl.int32, bitcast=True)
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, nearest).to(tl.int16)
+
+
+@jit
+def decoded(
+    codes: tl.tensor,
+    scale: tl.tensor,
+    r: tl.tensor,
+    column: int,
+    stride_row: int,
+    stride_column: int,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+) -> tl.tensor:
+    """A tile of an expert's stored matrix: rows r [TALL], WIDE columns from `column` on -> numbers [TALL, WIDE]; zeros outside. FP8 without its scales."""
+    whole: tl.constexpr = HEIGHT % TALL == 0 and WIDTH % WIDE == 0
+    if KIND == "mxfp4":
+        w = column // 8 + tl.arange(0, WIDE // 8)
+        at = codes + r[:, None] * (WIDTH // 32 * 4) + w[None, :]
+        if whole:
+            word = tl.load(at)
+        else:
+            word = tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4), other=0)
+        found = eight(word, factor_of(scale, COMPUTE))
+    elif KIND == "fp8":
+        w = column // 4 + tl.arange(0, WIDE // 4)
+        at = codes + r[:, None] * (WIDTH // 4) + w[None, :]
+        word = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 4), other=0)
+        found = four(word, COMPUTE)
+    else:
+        c = column + tl.arange(0, WIDE)
+        at = codes + r[:, None] * stride_row + c[None, :] * stride_column
+        found = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (c[None, :] < WIDTH), other=0)
+    return found
+
+
+@jit
+def scales_of(scales: tl.tensor, r: tl.tensor, column: int, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """The scale of each word of a tile of MXFP4; zeros outside. Bytes are too small for an asynchronous copy: they are read a step ahead of their use."""
+    w = column // 8 + tl.arange(0, WIDE // 8)
+    here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
+    return tl.load(scales + r[:, None] * (WIDTH // 32) + w[None, :] // 4, mask=here, other=0)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moeglot.kernels.triton.codes import eight, factor_of, four
+from moeglot.kernels.triton.codes import decoded, scales_of
 from moeglot.kernels.triton.launch import beside, check, check_dtype, jit
 from moeglot.kernels.triton.tiles import Tiles, tiles_for
 
@@ -41,7 +41,10 @@ class Matrices:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which rows belong to which expert: `starts` and `ends` int32 [e] of each run. `order` int64 [n]: the slot (token × rank) of each row."""
+    """Which rows belong to which expert: `starts` and `ends` int32 [e] of each run, without gaps; rows after the last are nobody's.
+
+    `order` int64 [n]: the slot (token × rank) of each row.
+    """
 
     starts: torch.Tensor
     ends: torch.Tensor
@@ -57,8 +60,8 @@ class Rows:
         return Rows(self.starts[experts.start : experts.stop], self.ends[experts.start : experts.stop], self.order, self.ranks)
 
     def tiles(self, height: int) -> int:
-        """The most tiles of so many rows that the runs can have, whatever the routing."""
-        return min(len(self.order), len(self.ends)) + len(self.order) // height
+        """The most tiles of so many rows that the runs can have, that of nobody's rows too, whatever the routing."""
+        return min(len(self.order), len(self.ends) + 1) + len(self.order) // height
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,7 @@ def product(
     experts, height, width = matrices.shape
     inner, outer = (width, height) if along else (height, width)
     shape = tiles or tiles_for(x.device, len(rows.order) / experts, matrices.kind, x.dtype)
-    found = x.new_zeros(len(rows.order), outer) if out is None else out
+    found = x.new_empty(len(rows.order), outer) if out is None else out
     codes = matrices.codes if matrices.kind == PLAIN else matrices.codes.contiguous().view(torch.int32)
     strides = codes.stride() if matrices.kind == PLAIN else (0, 0, 0)
     side = change.side if change else None
@@ -116,6 +119,7 @@ def product(
             found,
             rows.tiles(shape.rows),
             experts,
+            len(rows.order) if out is None else 0,
             x.stride(0) if x.stride(-1) == 1 else inner,
             *strides,
             *(side.stride() if side is not None else (0, 0, 0)),
@@ -153,62 +157,20 @@ def _gapless(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @jit
-def _run(starts: tl.tensor, ends: tl.tensor, experts: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
-    """The expert of a tile of rows, its first row, and where the expert's rows end; expert = `experts` for a tile that is nobody's."""
+def _run(starts: tl.tensor, ends: tl.tensor, experts: int, rows: int, tile: int, M: tl.constexpr, EXPERTS: tl.constexpr) -> tl.tensor:
+    """The expert of a tile of rows, its first row, and where the expert's rows end; expert = `experts` for nobody's rows, which end at `rows`."""
     each = tl.arange(0, EXPERTS)
     end = tl.load(ends + each, mask=each < experts, other=0)
     begin = tl.load(starts + each, mask=each < experts, other=0)
     tiles = tl.where(each < experts, (end - begin + M - 1) // M, 0)
     after = tl.cumsum(tiles, 0)
     expert = tl.sum(((after <= tile) & (each < experts)).to(tl.int32), 0)
-    mine = each == expert
-    first = tl.sum(tl.where(mine, begin + (tile - after + tiles) * M, 0), 0)
-    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
-
-
-@jit
-def _decoded(
-    codes: tl.tensor,
-    scale: tl.tensor,
-    r: tl.tensor,
-    column: int,
-    stride_row: int,
-    stride_column: int,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-    KIND: tl.constexpr,
-    COMPUTE: tl.constexpr,
-) -> tl.tensor:
-    """A tile of an expert's stored matrix: rows r [TALL], WIDE columns from `column` on -> numbers [TALL, WIDE]; zeros outside. FP8 without its scales."""
-    whole: tl.constexpr = HEIGHT % TALL == 0 and WIDTH % WIDE == 0
-    if KIND == "mxfp4":
-        w = column // 8 + tl.arange(0, WIDE // 8)
-        at = codes + r[:, None] * (WIDTH // 32 * 4) + w[None, :]
-        if whole:
-            word = tl.load(at)
-        else:
-            word = tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4), other=0)
-        found = eight(word, factor_of(scale, COMPUTE))
-    elif KIND == "fp8":
-        w = column // 4 + tl.arange(0, WIDE // 4)
-        at = codes + r[:, None] * (WIDTH // 4) + w[None, :]
-        word = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 4), other=0)
-        found = four(word, COMPUTE)
+    if expert >= experts:
+        first, last = tl.max(end, 0) + (tile - tl.sum(tiles, 0)) * M, rows
     else:
-        c = column + tl.arange(0, WIDE)
-        at = codes + r[:, None] * stride_row + c[None, :] * stride_column
-        found = tl.load(at) if whole else tl.load(at, mask=(r[:, None] < HEIGHT) & (c[None, :] < WIDTH), other=0)
-    return found
-
-
-@jit
-def _scales(scales: tl.tensor, r: tl.tensor, column: int, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
-    """The scale of each word of a tile of MXFP4; zeros outside. Bytes are too small for an asynchronous copy: they are read a step ahead of their use."""
-    w = column // 8 + tl.arange(0, WIDE // 8)
-    here = (r[:, None] < HEIGHT) & (w[None, :] < WIDTH // 32 * 4)
-    return tl.load(scales + r[:, None] * (WIDTH // 32) + w[None, :] // 4, mask=here, other=0)
+        mine = each == expert
+        first, last = tl.sum(tl.where(mine, begin + (tile - after + tiles) * M, 0), 0), tl.sum(tl.where(mine, end, 0), 0)
+    return expert, first, last
 
 
 @jit
@@ -226,6 +188,7 @@ def _product(
     out: tl.tensor,
     tiles: int,
     experts: int,
+    rows: int,
     x_row: int,
     codes_expert: int,
     codes_row: int,
@@ -258,13 +221,18 @@ def _product(
     group = pid // (TOGETHER * across)
     several = min(tiles - group * TOGETHER, TOGETHER)
     within = pid - group * (TOGETHER * across)
-    expert, first, end = _run(starts, ends, experts, group * TOGETHER + within % several, M, EXPERTS)
-    if expert >= experts:
-        return
+    expert, first, end = _run(starts, ends, experts, rows, group * TOGETHER + within % several, M, EXPERTS)
     OUT: tl.constexpr = HEIGHT if ALONG else WIDTH
     INNER: tl.constexpr = WIDTH if ALONG else HEIGHT
-    m, n0 = first + tl.arange(0, M), within // several * N
-    n, mine = n0 + tl.arange(0, N), m < end
+    n0 = within // several * N
+    n = n0 + tl.arange(0, N)
+    if expert >= experts:
+        for nobody in range(first, min(first + M, end)):
+            to = tl.load(order + nobody) if SCATTER else tl.cast(nobody, tl.int64)
+            tl.store(out + to * OUT + n, tl.zeros([N], COMPUTE), mask=n < OUT)
+        return
+    m = first + tl.arange(0, M)
+    mine = m < end
     slot = tl.load(order + m, mask=mine, other=0)
     row = (slot // RANKS if GATHER else m).to(tl.int64)
     matrix = expert.to(tl.int64)
@@ -279,18 +247,18 @@ def _product(
     total = tl.zeros([N, M], tl.float32)
     ahead = None
     if KIND == "mxfp4":
-        ahead = _scales(scales, n, 0, HEIGHT, WIDTH, K) if ALONG else _scales(scales, tl.arange(0, K), n0, HEIGHT, WIDTH, N)
+        ahead = scales_of(scales, n, 0, HEIGHT, WIDTH, K) if ALONG else scales_of(scales, tl.arange(0, K), n0, HEIGHT, WIDTH, N)
     for k0 in range(0, INNER, K):
         scale = ahead
         if KIND == "mxfp4":
-            ahead = _scales(scales, n, k0 + K, HEIGHT, WIDTH, K) if ALONG else _scales(scales, k0 + K + tl.arange(0, K), n0, HEIGHT, WIDTH, N)
+            ahead = scales_of(scales, n, k0 + K, HEIGHT, WIDTH, K) if ALONG else scales_of(scales, k0 + K + tl.arange(0, K), n0, HEIGHT, WIDTH, N)
         k = k0 + tl.arange(0, K)
         near = mine[:, None] if INNER % K == 0 else mine[:, None] & (k[None, :] < INNER)
         some = tl.load(x + row[:, None] * x_row + k[None, :], mask=near, other=0.0)
         if ALONG:
-            tile = _decoded(codes, scale, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
+            tile = decoded(codes, scale, n, k0, codes_row, codes_column, HEIGHT, WIDTH, N, K, KIND, COMPUTE)
         else:
-            tile = tl.trans(_decoded(codes, scale, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
+            tile = tl.trans(decoded(codes, scale, k, n0, codes_row, codes_column, HEIGHT, WIDTH, K, N, KIND, COMPUTE))
         if KIND == "fp8":
             r0, c0 = n0 if ALONG else k0, k0 if ALONG else n0
             block = tl.load(scales + r0 // BLOCK_HEIGHT * tl.cdiv(WIDTH, BLOCK_WIDTH) + c0 // BLOCK_WIDTH)
