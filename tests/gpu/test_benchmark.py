@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed (make matrix-triton)")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DOES = {
     "gives": "",
