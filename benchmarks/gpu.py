@@ -133,6 +133,7 @@ def main() -> None:
         return
     if options.only:
         one(options.only, CASES[options.only](options.rounds), options.results, here())
+        show(console, json.loads(options.results.read_text()))
         return
     start = [sys.executable, __file__, "--rounds", str(options.rounds)]
     show(console, every(CASES, lambda name, part: [*start, "--only", name, "--results", str(part)], options.results))
