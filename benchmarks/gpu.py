@@ -21,14 +21,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_cases import CASES, Figure
 from rich.console import Console
 from rich.table import Table
 
 from moeglot.kernels.backend import has_triton
+
+if TYPE_CHECKING:
+    from gpu_cases import Figure
 
 LIMIT = 330.0
 """Seconds for all cases."""
@@ -125,14 +127,19 @@ def missing() -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", choices=list(CASES), help="one case, in this process")
+    parser.add_argument("--only", metavar="CASE", help="one case, in this process")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results") / "gpu.json")
     options, console = parser.parse_args(), Console()
     if why := missing():
         console.print(why)
         return
+    from gpu_cases import CASES
+
+    if options.only and options.only not in CASES:
+        parser.error(f"{options.only!r} is no case; known are {', '.join(CASES)}")
     if options.only:
         one(options.only, CASES[options.only](options.rounds), options.results, here())
+        show(console, json.loads(options.results.read_text()))
         return
     start = [sys.executable, __file__, "--rounds", str(options.rounds)]
     show(console, every(CASES, lambda name, part: [*start, "--only", name, "--results", str(part)], options.results))

@@ -12,10 +12,14 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.errors import BadNumbers
+from moeglot.experts import Expert
+from moeglot.formats import FAMILIES
 from moeglot.kernels import backend, fp8, mxfp4
+from moeglot.kernels.triton import between, route
 from moeglot.kernels.triton.gemm import Change, product
 from moeglot.kernels.triton.tiles import table_of
 from moeglot.nn import Experts, add_lora
+from moeglot.nn.routing import Routing
 
 pytestmark = pytest.mark.skipif(table_of(torch.device("cuda")) is None, reason="the kernels that multiply are for sm_80 and later")
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -80,6 +84,26 @@ def test_products_against_float64(kind, sizes, tokens, dtype, along):
     if dtype == torch.bfloat16:  # the rounding of the result is all that is lost
         assert relative(found, expected.bfloat16()) <= 2**-9
     assert relative(product(x, case.matrices, case.rows, along, **{**options, "change": None}), expected) > 2**-5
+
+
+@pytest.mark.parametrize(("tokens", "ranks", "experts"), [(1, 4, 32), (33, 8, 300), (128, 8, 128)])
+def test_few_slots_are_sorted_as_torch_sorts_them(tokens, ranks, experts):
+    torch.manual_seed(tokens)
+    index = torch.randint(-2, experts + 3, (tokens, ranks), device="cuda")
+    expected, (order, _, ends) = Routing.of(index, experts), route.route(index, experts)
+    assert torch.equal(order, expected.order)
+    assert torch.equal(ends, expected.ends)
+
+
+@pytest.mark.parametrize("family", {str(family.activation): family for family in FAMILIES}.values(), ids=lambda family: family.name)
+def test_activations_and_sums_are_rounded_once(family):
+    """In bfloat16, of gate and up that take turns, against float64."""
+    torch.manual_seed(3)
+    expert, both = Expert.of(family, {}), torch.randn(50, 700, 2, device="cuda", dtype=torch.bfloat16) * 3
+    given = {"gate": both[..., 0], "up": both[..., 1]} if expert.kind != "ungated" else {"up": both[..., 1]}
+    found = between.activated(expert.kind, expert.function, expert.numbers, given)
+    assert relative(found, expert.activate({role: one.double() for role, one in given.items()})) <= 2**-8
+    assert relative(between.summed(found, 10), found.double().view(10, 5, -1).sum(1)) <= 2**-8
 
 
 def layer(folder, backend: str, device: str = "cuda") -> Experts:
