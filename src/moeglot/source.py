@@ -48,7 +48,7 @@ class Source:
     def check_unchanged(self) -> None:
         """Raises `BrokenFile` unless its files are those that were opened."""
         check_unchanged(found for entry in self.entries.values() for found in entry.files)
-        if _config(self.home) not in ({}, self.config):
+        if self.shards and _config(self.home) not in ({}, self.config):
             raise BrokenFile("config.json: not what it was when it was read", "somebody has written it meanwhile", "start again, once nobody does")
 
     @property

@@ -35,7 +35,7 @@ SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (3, 64, 32), "mixtral": (2, 64, 32
 """Family -> e, h, i: square, or gate and up together square, so that no shape tells how a matrix lies."""
 CODINGS = (
     *("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4"),
-    *("mxfp4-modelopt", "mxfp4-quark", "fp8-quark", "fp8-channel-quark"),
+    *("autofp8", "mxfp4-modelopt", "mxfp4-quark", "fp8-quark", "fp8-channel-quark"),
 )
 EXPERTS = {
     "qwen3-moe": "model.layers.{layer}.mlp.experts.{}.{}_proj.weight",

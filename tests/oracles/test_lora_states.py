@@ -298,7 +298,7 @@ def test_an_adapter_that_fsdp_divided_is_saved_once_it_is_whole(tmp_path):
     live = logits(fill(model))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        fully_shard(model)
+        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
         with pytest.raises(UsageError, match=r"divided among processes(?s:.*)unshard\(\)"):
             save_adapter(model, tmp_path / "adapter")
         for module in model.modules():

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_load import CODINGS
-from test_native import VERSION, model_of, native_works, overwritten, quantized
+from test_native import FORMS, VERSION, model_of, native_works, overwritten, quantized
 from test_transformers import relative
 
 import moeglot
@@ -206,11 +206,13 @@ def test_lines_of_nobody_else(to, tmp_path):
 @pytest.mark.skipif(VERSION < (5, 6), reason="the same code in all")
 @pytest.mark.parametrize("coding", CODINGS)
 def test_every_coding(coding, tmp_path):
-    """In `hub`, and repacked into one tensor; quantization_config says that all else is plain."""
+    """In `hub`, and repacked into one tensor where its producer has names for that; quantization_config says that all else is plain."""
     _, folder = quantized("qwen3-moe", "square", coding, tmp_path)
     model = moeglot.load(folder, dtype="float32", native=True)
     assert not differing(written(model, f"qwen3-moe/hub+{coding}", tmp_path / "again"), load_file(folder / "model.safetensors"))
     assert said(tmp_path / "again") == said(folder)
+    if f"qwen3-moe/transformers-5+{coding}" not in FORMS:
+        return
     if coding.startswith("fp8-block"):  # a block of 128 rows would hold rows of gate and of up
         with pytest.raises(LossRefused):
             moeglot.save(model, tmp_path / "stacked", to=f"qwen3-moe/transformers-5+{coding}")
