@@ -403,7 +403,7 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "streaming.json")
     given = arguments.parse_args()
     SIZES["e"] = given.experts
-    needed = int(given.layers * (2 * 0.43e9 + 2 * 1.6e9) + 3 * 0.38e9)
+    needed = int(given.layers * (2 * 0.43e9 + 3 * 1.6e9) + 3 * 0.38e9)
     found: dict[str, Any] = {"date": str(date.today()), "device": device(), "torch": torch.__version__, "moeglot": moeglot.__version__}
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
