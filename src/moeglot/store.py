@@ -20,7 +20,7 @@ from moeglot.loss import Loss
 from moeglot.plan import Plan, Unit
 from moeglot.remote import Remote
 from moeglot.stream import Engine
-from moeglot.work import damaged, losses
+from moeglot.work import damaged, losses, of_another
 
 
 class Store:
@@ -73,11 +73,7 @@ class Store:
         if not told and self.files.files():
             raise OutputExists(f"{self.folder} has files and no journal", "it may be somebody else's", "remove it yourself, or choose another OUT")
         if any(said["plan"] != plan.digest for said in told.values()):
-            raise OutputExists(
-                f"{self.folder} belongs to another conversion",
-                "its journal has another source, target, adapter, rounding or shard size",
-                "repeat the first command, or remove it",
-            )
+            raise of_another(self.folder)
 
     def _read(self) -> dict[str, Loss]:
         found: dict[str, Loss] = {}

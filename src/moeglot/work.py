@@ -145,11 +145,7 @@ class Work:
         except (ValueError, TypeError, KeyError) as error:
             raise foreign("its journal is not one of ours") from error
         if said != plan.digest:
-            raise OutputExists(
-                f"{self.folder} belongs to another conversion",
-                "its journal has another source, target, adapter, rounding or shard size",
-                "repeat the first command, or remove it",
-            )
+            raise of_another(self.folder)
 
     def _refuse_output(self) -> None:
         if os.path.lexists(self.out):
@@ -217,6 +213,12 @@ def _locked(path: Path) -> Iterator[str]:
 
 def _whole_file(path: Path, shard: File) -> bool:
     return begins(path, shard.frames[0][1]) and path.stat().st_size == shard.nbytes
+
+
+def of_another(folder: Location) -> OutputExists:
+    """A work folder whose journal has the digest of another plan."""
+    known = "its journal has another source, target, adapter, rounding or shard size"
+    return OutputExists(f"{folder} belongs to another conversion", known, "repeat the first command, or remove it")
 
 
 def damaged(path: Location, why: object) -> OutputExists:
