@@ -81,6 +81,8 @@ def test_a_fingerprint_is_saved_once(small, tmp_path):
     found.save(tmp_path / "print.json")
     with pytest.raises(moeglot.OutputExists):
         found.save(tmp_path / "print.json")
+    with pytest.raises(moeglot.UsageError, match="there is no folder"):
+        found.save(tmp_path / "no" / "print.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["print.json", "small"]
 
 

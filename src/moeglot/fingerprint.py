@@ -68,7 +68,8 @@ class Fingerprint:
         return {"schema": SCHEMA, "family": self.family, "sizes": dict(self.sizes), "experts": {place: list(row) for place, row in self.experts.items()}}
 
     def save(self, path: str | Path) -> None:
-        """Write it to a new file; raises `OutputExists`."""
+        """Write it to a new file; raises `OutputExists`, and `UsageError` where there is no folder for it."""
+        newfile.check(Path(path), "PATH")
         newfile.write(Path(path), json.dumps(self.as_json(), separators=(",", ":")).replace('],"', '],\n"') + "\n")
 
     def of(self, checkpoint: Checkpoint) -> Fingerprint:

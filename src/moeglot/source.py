@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from moeglot import hub
 from moeglot.coding import MODELOPT_FILE, told_beside
+from moeglot.digests import CERTIFICATE
 from moeglot.errors import BrokenFile, CheckpointError
 from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
 from moeglot.mapped import check_unchanged
@@ -85,7 +86,7 @@ class Source:
         for path in _listed(self.home) if not self.single else []:
             named = path.name == DESCRIPTION or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
             weights = named or path.suffix in (".safetensors", ".distcp", *PICKLES)
-            if path.is_file() and not weights and path.name not in ("config.json", "moeglot.json") and not path.name.startswith("."):
+            if path.is_file() and not weights and path.name not in ("config.json", CERTIFICATE) and not path.name.startswith("."):
                 yield _inside(path, _root(self.home))
             elif path.name == TEMPLATES and path.is_dir():
                 yield from (_inside(one, _root(self.home)) for one in _listed(path) if one.suffix == ".jinja")

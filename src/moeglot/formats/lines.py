@@ -16,6 +16,8 @@ GATED = ("gate", "up", "down")
 SWIGLU = Activation("swiglu")
 SILU = Activation("swiglu", (None, "silu"))
 """Of experts that are gated so whatever `hidden_act` says, which is then for other MLPs."""
+CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
+"""What gpt-oss computes, with its numbers under MiniMax's keys."""
 KINDS = ("mlp_layer_types",)
 ROUTED = ("n_routed_experts", "num_local_experts")
 EXPERTS = ("num_experts", "num_local_experts")

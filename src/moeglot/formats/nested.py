@@ -3,6 +3,7 @@
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Dense
 from moeglot.formats.lines import (
+    CLAMPED,
     EXPERTS,
     KINDS,
     LAYER,
@@ -29,7 +30,6 @@ TEXT = "text_config"
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"
 VISION = "its vision tower joins, cuts or turns matrices that the Hub stores otherwise"
 GELU = Activation("swiglu", ("hidden_activation", "gelu_pytorch_tanh"))
-CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
 
 ARIA = family("aria", under=TEXT, e="moe_num_experts", i="intermediate_size", activation=SILU)
 LLAMA4 = family("llama4", under=TEXT, e="num_local_experts", i="intermediate_size", sparse=SparseLayers(listed="moe_layers", every="interleave_moe_layer_step"))

@@ -1,10 +1,9 @@
 """Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
 
-from moeglot.family import Activation, SparseLayers
-from moeglot.formats.lines import EXPERTS, KINDS, LAYER, NESTED, ROUTED, family, fused, hub, memory, release_5_5, separate
+from moeglot.family import SparseLayers
+from moeglot.formats.lines import CLAMPED, EXPERTS, KINDS, LAYER, NESTED, ROUTED, family, fused, hub, memory, release_5_5, separate
 
 BOTH = "what save_pretrained writes, and the experts module in memory: all experts in one tensor"
-CLAMPED = Activation("clamped-swiglu", numbers={"alpha": ("swiglu_alpha", 1.702), "limit": ("swiglu_limit", 7.0)})
 
 MINIMAX_M3 = family(
     "minimax-m3-vl-text",
