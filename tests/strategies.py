@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from moeglot.dtypes import DTYPES
 from moeglot.encoded import Encoded
 from moeglot.encoding import Encoding, Part
+from moeglot.encodings.gptq import GPTQ
 from moeglot.encodings.plain import Plain
 
 settings.register_profile("moeglot", deadline=None, max_examples=60, derandomize=True, print_blob=False)
@@ -26,9 +27,24 @@ def make_parts(encoding: Encoding, shape: tuple[int, ...], seed: int) -> Encoded
     if isinstance(encoding, Plain):
         return Encoded(encoding, {"value": torch.randn(shape, generator=random).to(torch.bfloat16)}, shape)
     parts = {part.name: _random_part(encoding, part, part.shape(shape), random) for part in encoding.parts}
+    if isinstance(encoding, GPTQ):
+        return Encoded(encoding, parts | _declared(encoding, parts, shape), shape)
     if "shape" in parts:
         parts["shape"] = torch.tensor(shape[-2:], dtype=parts["shape"].dtype).expand(parts["shape"].shape).clone()
     return Encoded(encoding, parts, shape)
+
+
+def _declared(encoding: GPTQ, parts: dict[str, torch.Tensor], shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Zero points that are what the encoding says, and the group of each input."""
+    words = {4: {True: 0x77777777, False: -0x77777778}, 8: {True: 0x7F7F7F7F, False: -0x7F7F7F80}}[encoding.bits]
+    zero = parts["zero_point"]
+    zero = torch.full_like(zero, words[encoding.less]) if encoding.symmetric else zero & 0x77777777 if encoding.less else zero
+    inputs = shape[-2] if encoding.down else shape[-1]
+    order = torch.arange(inputs, dtype=torch.int32) // (encoding.group or inputs)
+    if encoding.act:
+        order = order[torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))]
+    own = (*shape[:-2], inputs, 1) if encoding.down else (*shape[:-2], 1, inputs)
+    return {"zero_point": zero, **({"order": order.expand(*shape[:-2], inputs).reshape(own)} if encoding.order else {})}
 
 
 def _random_part(encoding: Encoding, part: Part, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:

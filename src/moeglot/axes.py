@@ -12,6 +12,8 @@ from functools import cache
 from itertools import permutations, product
 from typing import TYPE_CHECKING
 
+from moeglot.encoded import Encoded
+
 if TYPE_CHECKING:
     import torch
 
@@ -73,6 +75,12 @@ def put_together(projections: list[torch.Tensor], groups: Groups, role: str, las
     from einops import rearrange
 
     return rearrange(torch.stack(projections), f"p {_around(_cut(role, groups), last)} -> {_around(_einops(groups), last)}", **_lengths(groups))
+
+
+def exchanged(matrix: Encoded) -> Encoded:
+    """A matrix of one orientation as one of the other, as views."""
+    parts = {name: part.transpose(0, 1) for name, part in matrix.parts.items()}
+    return Encoded(matrix.encoding.turned or matrix.encoding, parts, matrix.shape[::-1])
 
 
 def relaid(tensor: torch.Tensor, groups: Groups, into: Groups, **lengths: int) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Checkpoint:
         return structure_problems(self.source, self.format, self.sizes, self.layers, self.config, self.known)
 
     def line(self, line: Stored, layer: int) -> Stored:
-        """A line of the format as this layer has it: the same roles along the same axes, perhaps not quantized."""
+        """A line of the format as this layer has it: the same roles, perhaps not quantized, and then not turned."""
         return next(mine for mine in self.format.lines(layer) if mine.roles == line.roles)
 
     def encoding(self, line: Stored, layer: int) -> Encoding:
@@ -115,10 +115,10 @@ class Checkpoint:
 
     def expert(self, line: Stored, layer: int, expert: int) -> Mapping[str, Encoded]:
         """role -> [out, in] of one expert; still encoded where no block straddles a cut, else decoded to float32 when it is asked for."""
-        return self.split(line, self.checked(line, layer, expert))
+        return self.split(self.line(line, layer), self.checked(line, layer, expert))
 
     def split(self, line: Stored, stored: Encoded) -> Mapping[str, Encoded]:
-        """One expert's slice -> role -> [out, in], as `expert` has it."""
+        """One expert's slice -> role -> [out, in], as `expert` has it. The line is the layer's own."""
         return line.split(stored) if line.movable(stored.encoding, self.sizes) else Straddled(line, stored)
 
     def checked(self, line: Stored, layer: int, expert: int) -> Encoded:
@@ -139,7 +139,7 @@ class Checkpoint:
             raise TensorMismatch(f"layer {layer!r} has no experts", f"experts are in layers {self.layers}; {self.known}", "choose one of these, an int")
         found = {}
         for line in self.format.stored:
-            encoding = self.encoding(line, layer)
+            encoding = self.encoding(line, layer).upright
             for role in line.roles:
                 shape = tuple(self.sizes[letter] for letter in ("e", *line.role_axes.split()))
                 found[role] = LazyEncoded(encoding, shape, partial(self._role, role, line, layer))

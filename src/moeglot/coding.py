@@ -9,17 +9,17 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+from moeglot.axes import written
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
 from moeglot.layout import SECOND, Stored
+from moeglot.rules import Quantization, method, quark_briefly, quark_layer, quark_online, spared, told_by_rules
 
 WEIGHT = ".weight"
 JOINED = ("gate", "up")
 """What vLLM and TensorRT-LLM make one matrix of."""
 
-Quantization = Mapping[str, Any]
-"""config.json's quantization_config."""
 MODELOPT_FILE = "hf_quant_config.json"
 """Says again what config.json says of the quantization, or, in older releases, says it alone."""
 
@@ -51,12 +51,16 @@ class Coding:
     """The key of quantization_config that lists modules which stay as they are, if it has one."""
     common: tuple[str, ...] = ()
     """The roles of an expert that servers join to one matrix, and for which they then take what one of them has one of."""
+    turned: bool = False
+    """The matrices lie [in, out], each in tensors of its own."""
     spelled: bool = False
     """Meant by its own name alone: where several store an encoding, `--encode` means another."""
 
     def codes(self, family: str, lines: Sequence[Stored]) -> bool:
-        """It can code a plain layout of this family: every matrix lies upright, under a key that it has names for."""
+        """It can code a plain layout of this family: every matrix lies upright, and alone if it is to be turned, under a key that it has names for."""
         matrices = [line for line in lines if line.is_matrix]
+        if self.turned and not all(line.per_expert and len(line.roles) == 1 for line in matrices):
+            return False
         named = all(self.stacked if not line.key.endswith(WEIGHT) else self.linear for line in matrices)
         return named and all(line.upright for line in matrices) and family in (self.families or (family,))
 
@@ -68,7 +72,8 @@ class Coding:
         common = tuple(group + role for role in self.common)
         coded = partial(replace, line, encoding=self.encoding, common=common if set(common) & set(line.roles) else ())
         if line.key.endswith(WEIGHT):
-            return coded(key=line.key.removesuffix(WEIGHT), names=self.linear)
+            axes = written(line.groups[::-1]) if self.turned else line.axes
+            return coded(key=line.key.removesuffix(WEIGHT), axes=axes, names=self.linear)
         return coded(names=self.stacked)
 
     def declares(self, quantization: Quantization, module: str) -> Encoding | None:
@@ -108,20 +113,16 @@ def told_in(quantization: Quantization) -> str:
 
 def told(quantization: Quantization) -> str:
     """Who is named in it, and where; of Quark, that names no more than itself there, how it codes weights too."""
-    how = f", and of weights {_quark_briefly(quantization)}" if method(quantization) == "quark" else ""
+    how = f", and of weights {quark_briefly(quantization)}" if method(quantization) == "quark" else ""
     return f"{told_in(quantization)} says quantization_config.quant_method = {quantization['quant_method']}{how}"
-
-
-def method(quantization: Quantization) -> str:
-    """The name of the library that quantization_config is for."""
-    return str(quantization.get("quant_method") or "").lower()
 
 
 def brief(quantization: Quantization, module: str = "") -> str:
     """What it says in a few words, of Quark of one module."""
     told = {key: quantization[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if quantization.get(key) is not None}
+    told |= dict(told_by_rules(quantization, module))
     if method(quantization) == "quark":
-        told |= _quark_briefly(quantization, module)
+        told |= quark_briefly(quantization, module)
     return str(told or "nothing")
 
 
@@ -145,7 +146,7 @@ def leaves_alone(quantization: Quantization, module: str) -> bool:
     kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in _names_in(quantization, key)]
     if any(f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module)) for name in kept):
         return True
-    if method(quantization) == "quark" and _quark_layer(quantization, module).get("weight") is None:
+    if spared(quantization, module) or (method(quantization) == "quark" and quark_layer(quantization, module).get("weight") is None):
         return True
     listed = [*_names_in(quantization, "ignore"), *_names_in(quantization, "exclude_modules"), *_names_in(quantization, "exclude")]
     return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed)
@@ -201,7 +202,7 @@ def transformed(quantization: Quantization) -> str | None:
     https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/transform/transform_args.py
     """
     if method(quantization) == "quark":
-        return _quark_online(quantization)
+        return quark_online(quantization)
     declared = quantization.get("transform_config")
     schemes = declared.get("config_groups") if isinstance(declared, Mapping) else None
     for name, scheme in (schemes or {}).items():
@@ -243,54 +244,3 @@ def declare_compressed(format: str, weights: Mapping[str, Any], kept: Sequence[s
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-# --- AMD Quark ---------------------------------------------------------------------------------------------------------------------------
-# https://github.com/amd/quark (quark/torch/quantization/config/config.py; export/main_export/quant_config_parser.py)
-
-
-def quark(quantization: Quantization, module: str, **expected: Any) -> Mapping[str, Any] | None:
-    """The `weight` arguments that Quark declares for a module, if they are what is expected and the file holds codes; of two levels, there are none."""
-    if method(quantization) != "quark" or _quark_export(quantization).get("weight_format", "real_quantized") != "real_quantized":
-        return None
-    weight = _quark_layer(quantization, module).get("weight")
-    return weight if isinstance(weight, Mapping) and all(weight.get(key) == value for key, value in expected.items()) else None
-
-
-def _quark_export(quantization: Quantization) -> Mapping[str, Any]:
-    return _mapping(quantization.get("export"))
-
-
-def _quark_layer(quantization: Quantization, module: str) -> Mapping[str, Any]:
-    """What it says of a module: under the first pattern that names it, else of its class, else of all."""
-    for pattern, said in _mapping(quantization.get("layer_quant_config")).items():
-        if fnmatchcase(module, pattern):
-            return _mapping(said)
-    return _mapping(_mapping(quantization.get("layer_type_quant_config")).get("Linear") or quantization.get("global_quant_config"))
-
-
-def _mapping(said: object) -> Mapping[str, Any]:
-    return said if isinstance(said, Mapping) else {}
-
-
-def _quark_briefly(quantization: Quantization, module: str = "") -> dict[str, Any]:
-    """How it codes the weights of a module; by default, of those that it does not tell apart."""
-    weight = _quark_layer(quantization, module).get("weight")
-    keys = ("dtype", "qscheme", "group_size", "scale_format", "mx_element_dtype")
-    levels = [{key: level[key] for key in keys if level.get(key) is not None} for level in (weight if isinstance(weight, list) else [_mapping(weight)])]
-    held = _quark_export(quantization).get("weight_format", "real_quantized")
-    return {"weight": levels if len(levels) > 1 else levels[0]} | ({} if held == "real_quantized" else {"weight_format": held})
-
-
-def _quark_online(quantization: Quantization) -> str | None:
-    """Rotations before a matrix, and branches beside it; R1 and R2 lie in the weights, R3 turns queries and keys alike."""
-    algorithms = quantization.get("algo_config") or ()
-    for said in map(_mapping, algorithms if isinstance(algorithms, list) else [algorithms]):
-        online = [key for key, usual in (("r4", True), ("online_r1_rotation", False)) if said.get(key, usual)]
-        if _mapping(said.get("online_config")).get("online_rotation_layers"):
-            online.append("online_rotation_layers")
-        if said.get("name") in ("rotation", "quarot") and online:
-            return f"algo_config in config.json says {said['name']} with {' and '.join(online)}"
-        if said.get("name") == "svdquant":
-            return "algo_config in config.json says svdquant, whose branches of low rank stand beside the matrices"
-    return None

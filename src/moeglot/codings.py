@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import JOINED, WEIGHT, Coding, Quantization, method
+from moeglot.coding import JOINED, WEIGHT, Coding
 from moeglot.codings_compressed import FP8_BLOCK_COMPRESSED, FP8_CHANNEL, FP8_TENSOR, IGNORED, INT4_PACK, MXFP4_PACK, MXFP8, NVFP4_PACK
+from moeglot.codings_gptq import AUTO_ROUND_WORDS, AWQ_WORDS, GPTQ_WORDS
 from moeglot.codings_quark import FP8_CHANNEL_QUARK, FP8_QUARK, MXFP4_QUARK
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
@@ -15,6 +16,7 @@ from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.rules import Quantization, method
 
 DEEPSEEK_4 = "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash"
 AUTOFP8 = "https://github.com/neuralmagic/AutoFP8/blob/main/auto_fp8/quantize.py"
@@ -236,5 +238,6 @@ CODINGS = (
     *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP8, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
     *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, MXFP4_MODELOPT),
     *(MXFP4_QUARK, FP8_QUARK, FP8_CHANNEL_QUARK, NF4, FP4),
+    *(GPTQ_WORDS, AUTO_ROUND_WORDS, AWQ_WORDS),
 )
 """Every known way to quantize the matrices of a layout."""

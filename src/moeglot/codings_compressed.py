@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import JOINED, Coding, Quantization, compressed, declare_compressed
+from moeglot.coding import JOINED, Coding, compressed, declare_compressed
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.int4 import INT4
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.rules import Quantization
 
 CT = ("compressed-tensors", "transformers")
 IGNORED = "ignore"

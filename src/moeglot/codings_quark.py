@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeglot.coding import Coding, Quantization, quark
+from moeglot.coding import Coding
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
+from moeglot.rules import Quantization, quark
 
 SOURCE = "https://github.com/amd/quark"
 AXES = {"per_tensor": (None,), "per_channel": (0,), "per_group": (-1, 1)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import brief, leaves_alone, method, of_modules, said, told_of
+from moeglot.coding import brief, leaves_alone, of_modules, said, told_of
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding
@@ -14,6 +14,7 @@ from moeglot.errors import Contradiction
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.layout import Sizes, Stored
+from moeglot.rules import method
 from moeglot.shards import Entry
 from moeglot.source import Source
 

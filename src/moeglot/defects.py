@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import WEIGHT, method, said
+from moeglot.coding import WEIGHT, said
 from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.int4 import INT4
+from moeglot.rules import method
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from moeglot.coding import WEIGHT, Quantization, brief
+from moeglot.axes import exchanged
+from moeglot.coding import WEIGHT, brief
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encoded import Encoded
-from moeglot.encoding import Encoding, agree
+from moeglot.encoding import Encoding, Parts, agree
 from moeglot.errors import BadNumbers, TensorMismatch, UnknownFormat
 from moeglot.mapped import let_go
+from moeglot.rules import Quantization
 from moeglot.shards import Entry
 from moeglot.views import cut, window
 
@@ -157,6 +159,7 @@ class DecodedTensor:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         whole = self.encoding.matrix_shape(self._read())
+        whole = whole[::-1] if self.encoding.is_turned else whole
         return whole if self.run is None else tuple(len(self.run) if n == self.axis else size for n, size in enumerate(whole))
 
     @property
@@ -179,7 +182,12 @@ class DecodedTensor:
         parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
         if problem := self.encoding.check(parts):
             raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
-        return Encoded(self.encoding, parts, shape)
+        found = Encoded(self.encoding, parts, shape)
+        return exchanged(found) if self.encoding.is_turned else found
+
+    def lying(self, parts: Parts, part: str) -> torch.Tensor:
+        """A part of a matrix [out, in] that is coded as this one, as the file has it."""
+        return parts[part].mT if self.encoding.is_turned else parts[part]
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """Its values [out, in]."""

@@ -64,6 +64,7 @@ class Divided(Checkpoint):
         return stored
 
     def stored(self, line: Stored, layer: int, expert: int, only: range | None = None) -> Encoded:
+        line = self.line(line, layer)
         place = line, self.stage[layer], self.numbers[expert]
         if self.mine.etp.size == 1:
             return self.whole.stored(*place)
@@ -169,8 +170,12 @@ def _require_experts(found: Divided) -> None:
         known = "its experts have biases, and Megatron-Core has those with expert_tensor_parallel_size = 1 alone (transformer_config.py)"
         raise UsageError(f"{name} with --etp-size {etp.size}", known, "pass --etp-size 1")
     for line in found.format.stored:
-        encoding, axes = found.encoding(line, found.layers[0]), line.role_axes.split()
-        if not line.movable(encoding, found.whole.sizes) or not all(part.cuts(len(axes), axes.index("i"), sizes["i"]) for part in encoding.parts):
+        encoding, axes = found.encoding(line, found.layers[0]).upright, line.role_axes.split()
+        if (
+            not line.movable(encoding, found.whole.sizes)
+            or encoding.is_whole
+            or not all(part.cuts(len(axes), axes.index("i"), sizes["i"]) for part in encoding.parts)
+        ):
             known = (
                 f"each has {sizes['i']} of {found.whole.sizes['i']} along i, and some block of codes, or what lies beside them, belongs to more; {found.known}"
             )

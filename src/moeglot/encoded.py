@@ -34,8 +34,8 @@ class Encoded:
 
     @property
     def is_flat(self) -> bool:
-        """Its parts run over the flattened matrix, so that no run of rows has parts of its own."""
-        return any(part.flat for part in self.encoding.parts)
+        """No run of rows has parts of its own."""
+        return self.encoding.is_whole
 
     @property
     def row_unit(self) -> int:

@@ -85,7 +85,7 @@ def agree(declared: tuple[int, ...], found: tuple[int, ...]) -> bool:
 class Encoding(ABC):
     """How a matrix [..., out, in] is coded in parts. Law: decode∘encode∘decode = decode.
 
-    `name` says how to decode. Two encodings of one name decode each other's parts; what else they hold (rounding rules) matters to `encode` alone.
+    `name` says how to decode. Two encodings of one name, turned alike, decode each other's parts; what else they hold (rounding rules) matters to `encode` alone.
     """
 
     @property
@@ -107,6 +107,26 @@ class Encoding(ABC):
         """
         return self
 
+    @property
+    def turned(self) -> Encoding | None:
+        """The same numbers in the same parts, all with their two axes exchanged; None where parts are not to be turned."""
+        return None
+
+    @property
+    def is_turned(self) -> bool:
+        """What it calls [out, in] is [in, out] of the matrix: its groups lie down the columns."""
+        return False
+
+    @property
+    def upright(self) -> Encoding:
+        """Of the two, the one of [out, in]."""
+        return self.turned or self if self.is_turned else self
+
+    @property
+    def is_whole(self) -> bool:
+        """No run of rows or columns of a matrix has parts of its own."""
+        return any(part.flat for part in self.parts)
+
     @abstractmethod
     def decode(self, parts: Parts, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         """parts of a matrix -> values [..., out, in] in `dtype`; written to `out` if it is given, whatever its strides, and returned."""
@@ -122,6 +142,10 @@ class Encoding(ABC):
     def like(self, other: Encoding) -> Encoding:
         """This encoding with what a spec leaves open taken from another of its name, so that codes can be moved."""
         return other if type(other) is type(self) else self
+
+    def lent(self, target: Encoding) -> Encoding:
+        """A target as `like` has it where it is of this kind, so that these codes can be moved to it; else as it is."""
+        return target.like(self) if self.kind == target.kind else target
 
     @abstractmethod
     def check(self, parts: Parts) -> str | None:

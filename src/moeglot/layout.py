@@ -191,7 +191,12 @@ class Stored:
 
     def movable(self, encoding: Encoding, sizes: Sizes) -> bool:
         """Codes of this encoding can be split into roles (and joined from them) as they are: no block would straddle a cut or be turned."""
-        return all(self._part_moves(part, self.upright, sizes) for part in encoding.parts)
+        held = self.held(encoding)
+        return all(self._part_moves(part, self.upright or held.is_turned, sizes) for part in held.parts)
+
+    def held(self, encoding: Encoding) -> Encoding:
+        """How a slice of this line is coded whose roles [out, in] are coded so."""
+        return encoding.turned or encoding if not self.upright and not encoding.is_turned else encoding
 
     def _part_moves(self, part: Part, upright: bool, sizes: Sizes) -> bool:
         if part.flat:
@@ -212,7 +217,7 @@ class Stored:
             assert self.movable(stored.encoding, sizes)
             return {self.roles[0]: stored}
         moved = {name: taken_apart(part, self.expert_groups, self.role_axes, len(self.roles)) for name, part in stored.parts.items()}
-        return {role: Encoded(stored.encoding, {name: part[n] for name, part in moved.items()}, shape) for n, role in enumerate(self.roles)}
+        return {role: Encoded(stored.encoding.upright, {name: part[n] for name, part in moved.items()}, shape) for n, role in enumerate(self.roles)}
 
     def join(self, role: Callable[[str], Encoded]) -> Encoded:
         """role -> [out, in] to one expert's slice; the inverse of `split`. Asks for one role at a time; all must have one encoding."""
@@ -228,7 +233,7 @@ class Stored:
             if joined is None:
                 parts = {part: scratch.empty(self._joined_shape(tensor), tensor.dtype) for part, tensor in encoded.parts.items()}
                 shape = self._shape(self.expert_groups, dict(zip(letters, encoded.shape, strict=True)))
-                joined = Encoded(encoded.encoding, parts, shape)
+                joined = Encoded(self.held(encoded.encoding), parts, shape)
                 places = self.split(joined)
             for part, tensor in encoded.parts.items():
                 places[name].parts[part].copy_(tensor)
@@ -263,7 +268,7 @@ class Stored:
         return self.roles == other.roles and sorted(self.expert_groups) == sorted(other.expert_groups)
 
     def turned(self, other: Stored, tensor: torch.Tensor) -> torch.Tensor:
-        """One expert's slice of a line that this `turns_into`, as a view with the axes of this one."""
+        """One expert's slice of a line that this `turns_into`, as a view with its axes."""
         return tensor.permute([other.expert_groups.index(group) for group in self.expert_groups])
 
     def _joined_shape(self, part: torch.Tensor) -> tuple[int, ...]:

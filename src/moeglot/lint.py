@@ -11,13 +11,14 @@ from typing import Any
 
 from moeglot import ropes
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.coding import method, said
+from moeglot.coding import said
 from moeglot.defects import DEFECTS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored
+from moeglot.rules import method
 
 ALIGNMENT = 16
 """Bytes: what vector loads and grouped GEMMs want of addresses and of rows."""
@@ -157,7 +158,7 @@ def _numbers(c: Checkpoint) -> Iterator[Finding]:
                 if problem := stored.encoding.check(stored.parts):
                     yield Finding("numbers", f"{key}: {problem}", {"layer": layer, "expert": expert})
                     continue
-                roles = c.split(line, stored).values()
+                roles = c.split(c.line(line, layer), stored).values()
                 largest[expert] = max(float(rows.decode(torch.float32).abs().max()) for role in roles for rows in role.row_blocks())
             yield from _absurd(line, layer, largest)
 

@@ -72,14 +72,14 @@ class Change:
             before = slices[role]
             if not self.adapter.touches(layer, role, expert):
                 return before
-            nearest = moved and self.rounding.kind == "nearest"
-            if nearest and (short := encoding.added(before.parts, *self.adapter.factors(layer, role, expert))):
+            nearest, own = moved and self.rounding.kind == "nearest", before.encoding
+            if nearest and (short := own.added(before.parts, *self.adapter.factors(layer, role, expert))):
                 survived[role] = short[1]
-                return Encoded(encoding, short[0], before.shape)
+                return Encoded(own, short[0], before.shape)
             piece = self._piece(layer, role, expert, roles()[role], _all)
-            found, of_each = fold(encoding, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
+            found, of_each = fold(own, before.parts, before.shape, {role: piece}, lambda of: of(role), self.rounding, self._moments, moved)
             survived.update(of_each)
-            return Encoded(encoding, found, before.shape)
+            return Encoded(own, found, before.shape)
 
         return line.join(merged).parts, survived
 
@@ -220,7 +220,7 @@ class MergedPart:
         coded = self.base.exact()
         piece = _piece(self.factors, coded.decode(torch.float32), self.base.name)
         found, survived = fold(coded.encoding, coded.parts, coded.shape, {"": piece}, _alone, _without_moments(self.rounding), _no_moments, True)
-        return found[self.part].view(self.shape), survived[""] if self.part == coded.encoding.parts[0].name else Survival()
+        return self.base.lying(found, self.part).reshape(self.shape), survived[""] if self.part == coded.encoding.parts[0].name else Survival()
 
 
 def _piece(factors: Dense, weight: torch.Tensor, name: str) -> Piece:

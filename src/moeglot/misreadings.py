@@ -121,7 +121,7 @@ def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
     def change(declared: Matrix, layer: int, expert: int) -> Matrix:
         def matrix(role: str) -> Encoded:
             stored = checkpoint.checked(line, layer, expert)
-            return checkpoint.split(line, replace(stored, parts=stored.encoding.inverted(stored.parts)))[role]
+            return checkpoint.split(checkpoint.line(line, layer), replace(stored, parts=stored.encoding.inverted(stored.parts)))[role]
 
         return matrix
 

@@ -281,7 +281,7 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
     movable = (
         not joint
         and line.movable(encoding, source.sizes)
-        and all(source.format.line_of(role).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True))
+        and all(source.line(source.format.line_of(role), layer).movable(e, source.sizes) for role, e in zip(line.roles, sources, strict=True))
     )
     return Step(line, layer, sources, encoding, movable, twin(source, line, layer, encoding))
 

@@ -31,6 +31,7 @@ class Reader(Protocol):
     def sizes(self) -> Sizes: ...
     @property
     def layers(self) -> tuple[int, ...]: ...
+    def line(self, line: Stored, layer: int) -> Stored: ...
     def stored(self, line: Stored, layer: int, expert: int) -> Encoded: ...
 
 
@@ -62,8 +63,10 @@ def profiles(checkpoint: Reader, line: Stored, layers: Sequence[int], experts: S
         readings.setdefault(other.axes, other)
     found: dict[str, dict[tuple[str, str], list[torch.Tensor]]] = {axes: {} for axes in readings}
     for layer, expert in product(layers, experts):
-        stored = checkpoint.stored(line, layer, expert)
+        stored, own = checkpoint.stored(line, layer, expert), checkpoint.line(line, layer)
         numbers = exactly(stored)
+        if own.expert_groups != line.expert_groups:  # a layer that is left alone is not turned as the coded ones are
+            numbers = values(line.turned(own, numbers.parts["value"]))
         squares = values(numbers.parts["value"].to(torch.float32).square())
         for axes, reading in readings.items():
             for (role, what), tensor in _seen(reading, squares, numbers if isinstance(stored.encoding, Plain) else None).items():

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import WEIGHT, by_compressed_tensors, leaves_alone, method, said
+from moeglot.coding import WEIGHT, by_compressed_tensors, leaves_alone, said
 from moeglot.codings import CODINGS
 from moeglot.config import declared_dtype
 from moeglot.dense import DenseTensor
@@ -23,6 +23,7 @@ from moeglot.factors import aliases
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
+from moeglot.rules import AUTO_ROUND, method, sparing
 from moeglot.share import Share
 
 CODING_NAMES = frozenset(coding.name for coding in CODINGS)
@@ -140,7 +141,7 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
     if stays:
         declared = dict(said(source.source.config))
         if unsaid := [module for module in experts if not leaves_alone(declared, module)]:
-            declared[target.coding.kept] = [*(declared.get(target.coding.kept) or ()), *unsaid]
+            declared = sparing(declared, target.coding.kept, unsaid)
         return {"quantization_config": declared}
     matrices = [(key, parts[0].name) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
     named = {name: None for key, hub in matrices for name in (key, *aliases(hub, target.family)[1:])}  # readers look for modules, some by disk names
@@ -160,6 +161,8 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
         key, names = "ignore", [f"re:{re.escape(stem)}\\..*" for stem in stems]
     elif method(declared) == "modelopt":
         key, names = "exclude_modules", [f"{stem}.*" for stem in stems]
+    elif method(declared) in ("gptq", *AUTO_ROUND):
+        return sparing(declared, "", told)
     else:
         key, names = "llm_int8_skip_modules" if method(declared) == "bitsandbytes" else "modules_to_not_convert", stems
         if not declared.get(key):  # a list that is there is all that is left alone, the output layer among it
@@ -193,8 +196,8 @@ def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple
         if wanted and wanted.kind != line.encoding.kind:
             raise cannot_hold(target, line.encoding, wanted)
         found = line.encoding.like(wanted) if wanted else line.encoding
-        same = {encoding for encoding in sources if encoding.kind == line.encoding.kind}
-        return line.encoding.like(same.pop()) if len(same) == 1 and not wanted else found
+        lent = {encoding.lent(line.encoding) for encoding in sources}
+        return lent.pop() if len(lent) == 1 and not wanted else found
     if isinstance(wanted, Plain):
         return wanted
     if wanted and not target.coding:
@@ -239,7 +242,7 @@ def cannot_hold(target: Format, has: Encoding, wanted: Encoding) -> UsageError:
 
 
 def twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> Stored | None:
-    for mine in source.format.stored:
+    for mine in (source.line(one, layer) for one in source.format.stored):
         alike = mine.per_expert == line.per_expert or not encoding.is_joint
         if mine.roles == line.roles and mine.expert_groups == line.expert_groups and alike:
             here = source.encoding(mine, layer)

@@ -90,7 +90,8 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
 
 def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss] | None:
     """A stored slice whose axes change places as a whole, decoded at once where the target has it; None if there is more to do than that."""
-    source, line = plan.source, plan.source.format.line_of(step.line.roles[0])
+    source = plan.source
+    line = source.line(source.format.line_of(step.line.roles[0]), step.layer)
     if not (step.exact and isinstance(step.target, Plain) and line.turns_into(step.line)):
         return None
     stored = source.checked(line, step.layer, expert)
@@ -124,12 +125,13 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
     if isinstance(step.target, Plain) and not step.exact:
         return _rounded(plan, step, roles)
     lost: list[Loss] = []
+    own = step.target.upright if step.line.movable(step.target, plan.source.sizes) else step.target
 
     def given(role: str) -> Encoded:
         return exactly(roles[role])
 
     def encode(found: Encoded, near: Encoded | None = None) -> Encoded:
-        coded = near or Encoded(step.target, step.target.encode(found.parts["value"]), found.shape)
+        coded = near or Encoded(own, own.encode(found.parts["value"]), found.shape)
         if not step.exact:
             lost.append(measure(found.parts["value"], coded))
         return coded
@@ -166,11 +168,13 @@ def _rounded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
 
 
 def _recoded(encoded: Encoded, target: Encoding) -> Encoded | None:
+    target = target.upright
     parts = encoded.encoding.recode(encoded.parts, target)
     return None if parts is None else Encoded(target, parts, encoded.shape)
 
 
 def _near(encoded: Encoded, target: Encoding) -> Encoded | None:
+    target = target.upright
     parts = encoded.encoding.nearest(encoded.parts, target) if encoded.encoding.recodes(target) else None
     return None if parts is None else Encoded(target, parts, encoded.shape)
 

@@ -1,9 +1,9 @@
-"""How the golden files of encodings were made: compressed by compressed-tensors 0.20.0 and quantized by transformers 5.23.0, by ModelOpt 0.47.0, or by AMD's
-Quark 0.13, which compiles what quantizes to FP4 when it is imported.
+"""How the golden files of encodings were made: compressed by compressed-tensors 0.20.0 and quantized by transformers 5.23.0, by ModelOpt 0.47.0, by AMD's
+Quark 0.13, which compiles what quantizes to FP4 when it is imported, by GPTQModel 7.6.0, or by AutoRound 0.16.1.
 
 Each file holds, under NAME/, the tensors as the library stores them and `values`, what it decodes them to in the type that it returns.
 Run in the environment of tests/environments that has the library:
-python tests/golden/make_encodings.py compressed-tensors | transformers | nvidia-modelopt | amd-quark
+python tests/golden/make_encodings.py compressed-tensors | transformers | nvidia-modelopt | amd-quark | gptqmodel | auto-round
 """
 
 import sys
@@ -98,9 +98,73 @@ def amd_quark() -> dict[str, Tensors]:
     return {"mxfp4": {"weight": linear.weight.data, "weight_scale": linear.weight_quantizer.scale, "values": linear._get_qweight(linear.weight).data}}
 
 
+def gptqmodel() -> dict[str, Tensors]:
+    """Packed and decoded by its torch kernel: zero points as they are (v2), or less one, as its own conversion of formats has it; AWQ by its own utilities."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
+
+    def made(bits: int, group: int, symmetric: bool, shuffled: bool = False, v1: bool = False) -> Tensors:
+        rows, columns = 32, 64
+        linear = torch.nn.Linear(columns, rows, bias=False)
+        linear.weight.data.copy_(weights(rows, columns))
+        order = torch.arange(columns, dtype=torch.int32) // group
+        order = order[torch.randperm(columns, generator=torch.Generator().manual_seed(5))] if shuffled else order
+        given = linear.weight.data[:, order.argsort(stable=True)].view(rows, -1, group)
+        middle = 2 ** (bits - 1)
+        if symmetric:
+            scale = given.abs().amax(-1).clamp(min=1e-4) / middle
+            zero = torch.full_like(scale, middle)
+        else:
+            low, high = given.amin(-1).clamp(max=0), given.amax(-1).clamp(min=0)
+            scale = (high - low).clamp(min=1e-4) / (2 * middle - 1)
+            zero = (-low / scale).round().clamp(1, 2 * middle - 1)  # a zero point of 0 is not to be stored less one
+        module = TorchLinear(bits=bits, group_size=group, sym=symmetric, desc_act=shuffled, in_features=columns, out_features=rows, bias=False)
+        module.pack_original(linear, scale, zero, order)
+        module.post_init()
+        values = module.dequantize_weight()
+        if v1:
+            convert_gptq_v2_to_v1_format_module(module, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+        found = {name: getattr(module, name).clone() for name in ("qweight", "qzeros", "scales", "g_idx")}
+        if v1:
+            convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+            assert torch.equal(module.dequantize_weight(), values)
+        return {**found, "values": values}
+
+    return {
+        "gptq-v1": made(4, 32, True, v1=True),
+        "gptq-v1-asymmetric": made(4, 32, False, v1=True),
+        "gptq-v2-asymmetric": made(4, 32, False),
+        "gptq-v1-act-order": made(4, 32, False, shuffled=True, v1=True),
+        "gptq-v1-8-bit": made(8, 32, False, v1=True),
+        "gptq-v1-8-bit-act-order": made(8, 32, True, shuffled=True, v1=True),
+    }
+
+
+def auto_round() -> dict[str, Tensors]:
+    from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
+
+    made = {}
+    for name, symmetric in (("awq", True), ("awq-asymmetric", False)):
+        linear = torch.nn.Linear(64, 48, bias=False)
+        linear.weight.data.copy_(weights())
+        given = linear.weight.data.view(48, 2, 32)
+        if symmetric:  # AutoRound's scale has the sign of the largest number, which is the code -8
+            largest = given.gather(-1, given.abs().argmax(-1, keepdim=True)).squeeze(-1)
+            scale, zero = -largest.where(largest != 0, torch.tensor(1e-4)) / 8, 8
+        else:
+            low, high = given.amin(-1).clamp(max=0), given.amax(-1).clamp(min=0)
+            scale = (high - low).clamp(min=1e-4) / 15
+            zero = (-low / scale).round().clamp(0, 15).t()
+        module = WQLinear_GEMM.from_linear(linear, 4, 32, scales=scale.t(), zeros=zero, device="cpu")
+        found = {part: getattr(module, part).clone() for part in ("qweight", "qzeros", "scales")}
+        made[name] = {**found, "values": dequantize_gemm(found["qweight"], found["qzeros"], found["scales"], 4, 32)}
+    return made
+
+
 if __name__ == "__main__":
     library = sys.argv[1]
-    made = {"compressed-tensors": compressed_tensors, "transformers": transformers, "nvidia-modelopt": nvidia_modelopt, "amd-quark": amd_quark}[library]()
+    known = {"compressed-tensors": compressed_tensors, "transformers": transformers, "nvidia-modelopt": nvidia_modelopt, "amd-quark": amd_quark}
+    made = (known | {"gptqmodel": gptqmodel, "auto-round": auto_round})[library]()
     for kind in sorted({name.split("-")[0] for name in made}):
         tensors = {f"{name}/{part}": tensor.contiguous() for name in made if name.split("-")[0] == kind for part, tensor in made[name].items()}
         path = Path(__file__).with_name(f"{library}-{version(library)}-{kind}.safetensors")

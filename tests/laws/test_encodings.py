@@ -17,7 +17,8 @@ from moeglot.encoded import Encoded
 from moeglot.encoding import WHOLE, Part
 from moeglot.encodings import ENCODINGS
 from moeglot.encodings.fp8 import FP8
-from moeglot.encodings.int4 import INT4
+from moeglot.encodings.gptq import GPTQ
+from moeglot.encodings.int4 import INT4, SAME_CODES
 from moeglot.encodings.mxfp4 import MXFP4, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
@@ -26,7 +27,7 @@ from moeglot.kernels import fp8 as fp8_kernel
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-CODED = {name: encoding for name, encoding in ENCODINGS.items() if not isinstance(encoding, Plain) and not name.startswith("mxfp4:")}
+CODED = {name: encoding.upright for name, encoding in ENCODINGS.items() if not isinstance(encoding, Plain) and not name.startswith("mxfp4:")}
 CODED |= {
     "fp8-block-64x32": FP8((64, 32), "F32"),
     "fp8-block-1x16:bf16": FP8((1, 16), "BF16"),
@@ -35,6 +36,9 @@ CODED |= {
     "int4:64 in float16": INT4(64, "kimi", "F16", "I32"),
     "int4:32:asymmetric in float32": INT4(32, scale="F32", zero=True),
     "int4:64:asymmetric in float16": INT4(64, scale="F16", zero=True),
+    "gptq:32, down": GPTQ(32, less=True, order=True),
+    "gptq:channel in bfloat16, down": GPTQ(WHOLE, scale="BF16"),
+    "awq:32:asymmetric, down": GPTQ(32, packing="awq", symmetric=False),
     "mxfp8 in e8m0": FP8((1, 32), "F8_E8M0"),
     "mxfp4 in int8": MXFP4(container="int8"),
     "mxfp4 packed": MXFP4(container="packed"),
@@ -110,7 +114,7 @@ def test_what_an_encoder_writes_returns(encoding):
         again = encoding.encode(encoding.decode(parts, torch.float32))
         assert torch.equal(encoding.decode(again, torch.float32), encoding.decode(parts, torch.float32))
         # A group that was rounded down to half of the largest code has two powers of two; one without the lowest code has two zero points.
-        if not (isinstance(encoding, MXFP4) or encoding.name == "mxfp8" or getattr(encoding, "zero", False)):
+        if not (isinstance(encoding, MXFP4) or encoding.name == "mxfp8" or getattr(encoding, "zero", False) or not getattr(encoding, "symmetric", True)):
             assert encoding.undetermined(parts) == 0
             assert all(torch.equal(again[name].view(torch.uint8), parts[name].view(torch.uint8)) for name in parts)
         error = (encoding.decode(parts, torch.float32) - given_values.float()).norm() / given_values.float().norm()
@@ -161,7 +165,7 @@ def test_zeros(encoding):
     assert encoding.check(parts) is None
     found = encoding.decode(parts, torch.float32)
     assert torch.equal(found, values)
-    assert torch.equal(bits(found), bits(values)) is not encoding.name.startswith("int4")
+    assert torch.equal(bits(found), bits(values)) is not (encoding.kind in SAME_CODES)
 
 
 @EACH
@@ -508,13 +512,29 @@ def test_int4_check_knows_which_codes_are_infinite(zero):
         assert (packed.check(parts) is None) == (abs(values) * Fraction(factor) < 2**128), (nibble, factor)
 
 
+@pytest.mark.parametrize("encoding", [INT4(32, scale="F16"), GPTQ(32, scale="F16"), GPTQ(32, packing="awq", scale="F16")], ids=str)
+def test_scales_may_be_negative(encoding):
+    """AutoRound has a group's largest number be the code -8, whatever its sign is. Values on either side of a number are still below and above it."""
+    good = make_parts(encoding, (64, 64), 1).parts
+    parts = {**good, "scale": -good["scale"]}
+    assert encoding.check(parts) is None
+    values = encoding.decode(parts, torch.float32)
+    assert torch.equal(values, -encoding.decode(good, torch.float32))
+    grid = encoding.grid(parts, (64, 64))
+    assert torch.equal(grid.nearest(values), values)
+    between = values + 0.3 * grid.scale.abs()
+    below, above = grid.around(between)
+    inside = (grid.codes > 0) & (grid.codes < 15)
+    assert torch.equal(below[inside], values[inside])
+    assert bool((above > between)[inside].all())
+
+
 def test_int4_refuses_what_it_cannot_read():
     ours = INT4(32, scale="BF16")
     good = make_parts(ours, (16, 64), 1).parts
     for message, parts in {
         "shape part": {**good, "shape": torch.tensor([[[16, 128]]])},
         "NaN or infinite": {**good, "scale": torch.full((16, 2), float("nan"), dtype=torch.bfloat16)},
-        "negative": {**good, "scale": -good["scale"]},
         "never filled": {**good, "scale": torch.zeros(16, 2, dtype=torch.bfloat16)},
         "placeholder": {**good, "packed": good["packed"].to("meta")},
     }.items():

@@ -11,6 +11,7 @@ import torch
 
 from moeglot.encoding import Encoding
 from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.gptq import GPTQ
 from moeglot.encodings.int4 import INT4
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
@@ -86,6 +87,33 @@ def int8_as_a_number(parts: Parts) -> torch.Tensor:
     return (parts["packed"].float() * parts["scale"].float().repeat_interleave(16, -1)).repeat_interleave(2, -1)
 
 
+def by_words(parts: Parts, codes: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """codes [in, out] and zero points [in / 64, out] -> numbers [in, out]."""
+    return (codes - zeros.repeat_interleave(64, 0)) * parts["scale"].float().repeat_interleave(64, 0)
+
+
+def along_inputs(words: torch.Tensor) -> torch.Tensor:
+    """i32 [in / 8, out] -> [in, out]"""
+    return nibbles(words.mT).mT
+
+
+def zero_points_of_v1(parts: Parts) -> torch.Tensor:
+    return by_words(parts, along_inputs(parts["packed"]), nibbles(parts["zero_point"]) + 1)
+
+
+def words_from_the_top(parts: Parts) -> torch.Tensor:
+    codes = along_inputs(parts["packed"]).unflatten(0, (-1, 8)).flip(1).flatten(0, 1)
+    return by_words(parts, codes, nibbles(parts["zero_point"]) + 1)
+
+
+def lying_on_the_side(parts: Parts) -> torch.Tensor:
+    return by_words(parts, along_inputs(parts["packed"]), nibbles(parts["zero_point"]) + 1).mT
+
+
+def outputs_in_order(parts: Parts) -> torch.Tensor:
+    return by_words(parts, nibbles(parts["packed"]), nibbles(parts["zero_point"]))
+
+
 @dataclass(frozen=True)
 class Wrong:
     name: str
@@ -94,11 +122,16 @@ class Wrong:
     read: Callable[[Parts], torch.Tensor]
     least: float
     rows: int = 192
+    columns: int = 256
 
 
 WRONGS = [
     Wrong("INT4 as two's complement", "tinker-cookbook 0.6.1; its own round trip is exact", INT4(32, "kimi"), twos_complement, 1),
     Wrong("INT4 with the highest nibble first", "a packer that fills words from the top", INT4(32), highest_first, 1),
+    Wrong("GPTQ's zero points not one more", "checkpoint_format gptq read as gptq_v2", GPTQ(64, symmetric=False), zero_points_of_v1, 0.1),
+    Wrong("GPTQ with the highest nibble first", "a packer that fills words from the top", GPTQ(64, less=True), words_from_the_top, 1),
+    Wrong("GPTQ's words along the outputs", "[in, out] taken for [out, in] where both are 192", GPTQ(64, less=True), lying_on_the_side, 1, columns=192),
+    Wrong("AWQ's outputs in order", "nibbles of a word taken for outputs 0 to 7", GPTQ(64, packing="awq", symmetric=False), outputs_in_order, 1),
     Wrong("NVFP4's global not inverted", "ModelOpt's reading of compressed-tensors' file", NVFP4("compressed-tensors"), global_not_inverted, 1),
     Wrong("NVFP4's global inverted", "compressed-tensors' reading of ModelOpt's file", NVFP4("modelopt"), global_inverted, 1),
     Wrong("NVFP4's global forgotten", "one level of scales, as in MX", NVFP4("modelopt"), global_forgotten, 1),
@@ -118,7 +151,7 @@ def relative(found: torch.Tensor, right: torch.Tensor) -> float:
 @pytest.mark.parametrize("wrong", WRONGS, ids=lambda wrong: wrong.name)
 def test_a_wrong_reading_is_far_off(wrong):
     """Right parts, read wrongly."""
-    given = weights(wrong.rows)
+    given = weights(wrong.rows, wrong.columns)
     parts = wrong.encoding.encode(given)
     right = wrong.encoding.decode(parts, torch.float32)
     assert relative(right, given) < 0.15

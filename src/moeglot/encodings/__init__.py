@@ -6,6 +6,7 @@ from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, by_torch_name
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
 from moeglot.encodings.fp8 import FP8, MX_GROUP
+from moeglot.encodings.gptq import GPTQ
 from moeglot.encodings.int4 import INT4
 from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
@@ -35,6 +36,12 @@ ENCODINGS: dict[str, Encoding] = {
     "int4:32:asymmetric": INT4(32, zero=True),
     "int4:128:asymmetric": INT4(128, zero=True),
     "int4:channel:asymmetric": INT4(WHOLE, zero=True),
+    "gptq:128": GPTQ(128, less=True),
+    "gptq:32": GPTQ(32, less=True),
+    "gptq:128:asymmetric:v2": GPTQ(128, symmetric=False),
+    "awq:128": GPTQ(128, packing="awq"),
+    "awq:128:asymmetric": GPTQ(128, packing="awq", symmetric=False),
+    "awq:64:asymmetric": GPTQ(64, packing="awq", symmetric=False),
 }
 NAMES = (*ENCODINGS, "nf4", "nf4:nested", "fp4", "fp4:nested")
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ScaleType = Literal["BF16", "F16", "F32"]
 SCALES: tuple[ScaleType, ...] = ("BF16", "F16", "F32")
 Rule = Literal["compressed-tensors", "kimi"]
+SAME_CODES = ("int4", "gptq", "awq")
+"""Kinds that say the same numbers by the same codes, scales and zero points, and differ in how these lie."""
 DIVISORS: dict[str, float] = {"compressed-tensors": 7.5, "kimi": 7.0}
 """The scale of a group is its largest magnitude over this: half of -8…7, or 7, which needs no -8."""
 
@@ -113,9 +115,7 @@ class INT4(Encoding):
             return f"has packed numbers of shape {list(packed.shape)} beside a shape part that says {sizes[0] if len(sizes) == 1 else sizes}"
         if not bool(scale.isfinite().all()):
             return "has scales that are NaN or infinite"
-        if bool((scale < 0).any()):
-            return f"has negative scales, {scale.min().item():g} for example"
-        wide, zero = scale.float(), parts.get("zero_point")
+        wide, zero = scale.float().abs(), parts.get("zero_point")  # AutoRound has negative ones
         small, large = wide < int4.LEAST, not bool((wide * int4.WIDEST).isfinite().all())
         if not large and not bool(small.any()):
             return None
@@ -131,21 +131,38 @@ class INT4(Encoding):
             return other.dtype is not None and DTYPES["F32"].fits_in(DTYPES[other.dtype])  # 4 bits × 8 or more
         return isinstance(other, INT4) and self.recodes(other) and self.scale in (other.scale, *(SCALES if other.scale == "F32" else ()))
 
+    def lent(self, target: Encoding) -> Encoding:
+        return target.like(self) if target.kind in SAME_CODES else target
+
     def recodes(self, other: Encoding) -> bool:
-        """To another rule, or another type of scale or shape."""
-        return isinstance(other, INT4) and self.group == other.group and self.zero == other.zero
+        """To another rule, or another type of scale or shape; and to the words of GPTQ and AWQ, in the same groups."""
+        if isinstance(other, INT4):
+            return self.group == other.group and self.zero == other.zero
+        return other.kind in SAME_CODES and other.recodes(self)
 
     def recode(self, parts: Parts, other: Encoding) -> Parts | None:
         """The same codes; None if the other's scale type does not have these scales."""
         import torch
 
-        assert isinstance(other, INT4)
+        if not isinstance(other, INT4):
+            return self._words(parts, other)
         dtype = DTYPES[other.scale].torch if other.scale else parts["scale"].dtype
         scale = parts["scale"].to(dtype)
         if not torch.equal(scale.to(torch.float32), parts["scale"].to(torch.float32)):
             return None
         shape = parts["shape"].to(DTYPES[other.shape].torch) if other.shape else parts["shape"]
         return {**parts, "scale": scale, "shape": shape}
+
+    def _words(self, parts: Parts, other: Encoding) -> Parts | None:
+        import torch
+
+        from moeglot.encodings.gptq import GPTQ
+        from moeglot.kernels import int4
+
+        assert isinstance(other, GPTQ)
+        rows, columns = parts["shape"].flatten().tolist()
+        zeros = int4.zero_points(parts["zero_point"], rows) if self.zero else torch.zeros(parts["scale"].shape)
+        return other.of_codes(int4.nibbles(parts["packed"])[:, :columns], parts["scale"], zeros)
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         import torch
@@ -184,7 +201,9 @@ class INT4(Encoding):
         return int4.changed(parts["packed"], parts["scale"], columns, self.block, dtype, DIVISORS[self.rule], zero)
 
     def inverted(self, parts: Parts) -> Parts:
-        return {**parts, "scale": 1 / parts["scale"]}
+        from moeglot.kernels import int4
+
+        return {**parts, "scale": int4.reciprocal(parts["scale"])}
 
     def __str__(self) -> str:
         return self.name if self.rule == "compressed-tensors" else f"{self.name}:{self.rule}"

@@ -117,6 +117,12 @@ def pack_zero(zero: torch.Tensor) -> torch.Tensor:
     return packed((zero.mT + OFFSET).to(torch.uint8)).mT.contiguous()
 
 
+def reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale in its own type, and the largest number of that where it has none so large."""
+    most = torch.finfo(scale.dtype).max
+    return (1 / scale.to(torch.float32)).clamp(-most, most).to(scale.dtype)
+
+
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
     """i32 [n, k] -> float32 [n, 8 k]."""
     index = packed.contiguous().view(torch.uint8).int()

@@ -233,8 +233,9 @@ def encode(line: Stored, encoding: Encoding, roles: Mapping[str, Encoded], sizes
     """role -> [out, in] of one expert, to the slice of a line in this encoding: each role by itself where it is coded so."""
 
     def coded(given: Encoded) -> Encoded:
-        return Encoded(encoding, encoding.encode(given.parts["value"]), given.shape)
+        return Encoded(own, own.encode(given.parts["value"]), given.shape)
 
+    own = encoding.upright if line.movable(encoding, sizes) else encoding
     if line.movable(encoding, sizes):
         found = line.join(lambda role: coded(exactly(roles[role])))
     else:
