@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share", "newfile", "sizes"},
-    {"encoding", "kernels", "grids"},
+    {"encoding", "kernels", "grids", "rules"},
     {"encoded"},
     {"encodings"},
     {"floats", "folding"},
@@ -20,7 +20,7 @@ LAYERS = (
     {"straddled"},
     {"coding", "family"},
     {"format"},
-    {"codings_compressed", "codings_quark"},
+    {"codings_compressed", "codings_quark", "codings_gptq"},
     {"codings"},
     {"formats", "conventions"},
     {"factors"},

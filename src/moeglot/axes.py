@@ -79,7 +79,7 @@ def put_together(projections: list[torch.Tensor], groups: Groups, role: str, las
 
 def exchanged(matrix: Encoded) -> Encoded:
     """A matrix of one orientation as one of the other, as views."""
-    parts = {name: part.transpose(0, 1) for name, part in matrix.parts.items()}
+    parts = {name: part.mT for name, part in matrix.parts.items()}
     return Encoded(matrix.encoding.turned or matrix.encoding, parts, matrix.shape[::-1])
 
 

@@ -182,8 +182,8 @@ class DecodedTensor:
         parts = {part.name: stored[part.name].view(part.shape(shape)) for part in self.encoding.parts}
         if problem := self.encoding.check(parts):
             raise BadNumbers(f"{self.origin}: {problem}", f"it is coded as {self.encoding}", "fetch the file again from its producer")
-        found = Encoded(self.encoding, parts, shape)
-        return exchanged(found) if self.encoding.is_turned else found
+        whole = Encoded(self.encoding, parts, shape)
+        return exchanged(whole) if self.encoding.is_turned else whole
 
     def lying(self, parts: Parts, part: str) -> torch.Tensor:
         """A part of a matrix [out, in] that is coded as this one, as the file has it."""

@@ -85,7 +85,8 @@ def agree(declared: tuple[int, ...], found: tuple[int, ...]) -> bool:
 class Encoding(ABC):
     """How a matrix [..., out, in] is coded in parts. Law: decode∘encode∘decode = decode.
 
-    `name` says how to decode. Two encodings of one name, turned alike, decode each other's parts; what else they hold (rounding rules) matters to `encode` alone.
+    `name` says how to decode. Two encodings of one name, turned alike, decode each other's parts; what else they hold (rounding rules) matters to
+    `encode` alone.
     """
 
     @property
@@ -121,6 +122,10 @@ class Encoding(ABC):
     def upright(self) -> Encoding:
         """Of the two, the one of [out, in]."""
         return self.turned or self if self.is_turned else self
+
+    def lying(self, upright: bool) -> Encoding:
+        """How a slice [out, in], or [in, out] if not `upright`, is coded whose roles are coded so; this one where parts are not to be turned."""
+        return self.upright if upright else self if self.is_turned else self.turned or self
 
     @property
     def is_whole(self) -> bool:

@@ -187,16 +187,10 @@ class Stored:
         blocked = part if all(part.block) else replace(part, block=(part.block[0] or 1, part.block[1] or 1))
         return blocked.shape(self._shape(kept, sizes))
 
-    # --- moving axes, for one expert -------------------------------------------------------------------------------------------------
-
     def movable(self, encoding: Encoding, sizes: Sizes) -> bool:
         """Codes of this encoding can be split into roles (and joined from them) as they are: no block would straddle a cut or be turned."""
-        held = self.held(encoding)
+        held = encoding.lying(self.upright)
         return all(self._part_moves(part, self.upright or held.is_turned, sizes) for part in held.parts)
-
-    def held(self, encoding: Encoding) -> Encoding:
-        """How a slice of this line is coded whose roles [out, in] are coded so."""
-        return encoding.turned or encoding if not self.upright and not encoding.is_turned else encoding
 
     def _part_moves(self, part: Part, upright: bool, sizes: Sizes) -> bool:
         if part.flat:
@@ -233,7 +227,7 @@ class Stored:
             if joined is None:
                 parts = {part: scratch.empty(self._joined_shape(tensor), tensor.dtype) for part, tensor in encoded.parts.items()}
                 shape = self._shape(self.expert_groups, dict(zip(letters, encoded.shape, strict=True)))
-                joined = Encoded(self.held(encoded.encoding), parts, shape)
+                joined = Encoded(encoded.encoding.lying(self.upright), parts, shape)
                 places = self.split(joined)
             for part, tensor in encoded.parts.items():
                 places[name].parts[part].copy_(tensor)

@@ -12,6 +12,7 @@ import moeglot
 from moeglot.codings import CODINGS
 from moeglot.errors import LossRefused, MoeglotError, TensorMismatch
 from moeglot.report import plan_json
+from moeglot.rules import sparing
 from moeglot.units import estimate
 
 HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
@@ -30,7 +31,7 @@ def mixed(folder, coding, left=(1,), layout=HUB, named="_proj", encode=None):
     kept = {key: tensor for key, tensor in tensors.items() if key not in alone[0]} | {key: given[key] for key in alone[1]}
     config = json.loads((folder / "whole" / "config.json").read_text())
     modules = sorted({key.removesuffix(".weight") for key in alone[1]})
-    config["quantization_config"][coding.kept] = [*config["quantization_config"].get(coding.kept, ()), *modules]
+    config["quantization_config"] = sparing(config["quantization_config"], coding.kept, modules)
     (folder / "mixed").mkdir()
     save_file(kept, folder / "mixed" / "model.safetensors", {"format": "pt"})
     (folder / "mixed" / "config.json").write_text(json.dumps(config))
