@@ -22,6 +22,8 @@ JOINED = ("gate", "up")
 
 MODELOPT_FILE = "hf_quant_config.json"
 """Says again what config.json says of the quantization, or, in older releases, says it alone."""
+SAID_AGAIN = (MODELOPT_FILE, "quantize_config.json", "quantization_config.json", "quant_config.json")
+"""ModelOpt's, GPTQ's, AutoRound's and AWQ's; of no use beside matrices that are quantized no more, or otherwise."""
 
 
 @dataclass(frozen=True)

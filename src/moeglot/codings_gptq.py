@@ -118,6 +118,7 @@ def _write_awq(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
         "group_size": encoding.group or -1,
         "zero_point": not encoding.symmetric,
         "modules_to_not_convert": list(kept),
+        "dynamic": skipped(kept),  # where GPTQModel, which reads AWQ too, looks
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.coding import MODELOPT_FILE
+from moeglot.coding import SAID_AGAIN
 from moeglot.config import declared_dtype, write_config
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dense_plan import dense_slot, dense_tensors
@@ -241,7 +241,7 @@ def plan(
     else:
         shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense, stays)}, target)
-    others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or stays)
+    others = tuple(path for path in source.source.others() if path.name not in SAID_AGAIN or stays)
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 

@@ -58,7 +58,7 @@ def _wide(rule: Mapping[str, Any]) -> bool:
 
 def _rule(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """What the first rule says that names a module; None if none does."""
-    if method(quantization) == "gptq":
+    if method(quantization) in ("gptq", "awq"):
         for pattern, rule in mapping(quantization.get("dynamic")).items():
             if _matches(pattern[2:] if pattern[:2] in ("+:", "-:") else pattern, module, re.match):
                 return {"spared": True} if pattern.startswith("-:") else mapping(rule)
@@ -97,6 +97,8 @@ def sparing(quantization: Quantization, key: str, modules: Sequence[str]) -> dic
         return {**quantization, "dynamic": {**mapping(quantization.get("dynamic")), **skipped(modules)}}
     if method(quantization) in AUTO_ROUND:
         return {**quantization, "extra_config": {**mapping(quantization.get("extra_config")), **sixteen(modules)}}
+    if method(quantization) == "awq":
+        quantization = {**quantization, "dynamic": {**mapping(quantization.get("dynamic")), **skipped(modules)}}
     return {**quantization, key: [*(quantization.get(key) or ()), *modules]}
 
 
