@@ -95,7 +95,7 @@ class Adapter:
 
         line = self.base.format.line_of(role)
         out, inner = (self.base.sizes[letter] for letter in line.role_axes.split())
-        return torch.zeros(out, 0), torch.zeros(0, inner)
+        return torch.zeros(out, 0, dtype=torch.float32, device="cpu"), torch.zeros(0, inner, dtype=torch.float32, device="cpu")
 
     @cached_property
     def clustering(self) -> Clustering | None:

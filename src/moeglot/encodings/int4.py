@@ -98,7 +98,7 @@ class INT4(Encoding):
             packed, scale, found["zero_point"] = int4.encode_with_zero(values, self.block, dtype)
         else:
             packed, scale = int4.encode(values, self.block, dtype, DIVISORS[self.rule])
-        shape = torch.tensor(values.shape[-2:], dtype=DTYPES[self.shape or "I64"].torch)
+        shape = torch.tensor(values.shape[-2:], dtype=DTYPES[self.shape or "I64"].torch, device="cpu")
         return {"packed": packed, "scale": scale, **found, "shape": shape.expand(*values.shape[:-2], 1, 1, 2).clone()}
 
     def check(self, parts: Parts) -> str | None:

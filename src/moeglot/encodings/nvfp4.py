@@ -98,8 +98,8 @@ class NVFP4(Encoding):
 
         from moeglot.kernels import e2m1, nvfp4
 
-        by = parts["global"] if self.whole is None else torch.tensor(self.whole, dtype=torch.float32)
-        reach = float(self._rules.factor(torch.tensor(nvfp4.LARGEST_SCALE), by).min())
+        by = parts["global"] if self.whole is None else torch.tensor(self.whole, dtype=torch.float32, device="cpu")
+        reach = float(self._rules.factor(torch.tensor(nvfp4.LARGEST_SCALE, dtype=torch.float32, device="cpu"), by).min())
         return 0 if largest <= reach * e2m1.levels("even").reach[1] else ceil(log2(largest / (reach * nvfp4.LARGEST_CODE)))
 
     def raised(self, parts: Parts, beside: Iterable[tuple[Parts, float]]) -> Parts:
@@ -140,7 +140,7 @@ class NVFP4(Encoding):
         # A single scale of zero beside codes is what some exports of small groups hold: its values are zeros.
         if empty and bool((packed & 0x77).any()):
             return f"has scales of zero or a global of {whole.min().item():g} beside codes that are not zero, as in a file that was never filled"
-        most = scale.to(torch.float32).amax() if scale.numel() else torch.ones(())
+        most = scale.to(torch.float32).amax() if scale.numel() else torch.ones((), dtype=torch.float32, device="cpu")
         if not bool((self._rules.factor(most, whole) * nvfp4.LARGEST_CODE).isfinite().all()):
             return f"has a global scale of {whole.min().item():g}, under which numbers are not finite"
         return carried_problem(parts, self.carried)

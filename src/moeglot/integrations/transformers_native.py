@@ -36,7 +36,7 @@ class _Nothing(torch.Tensor):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> _Nothing:
-        return torch.zeros((), dtype=dtype).expand(shape).as_subclass(cls)
+        return torch.zeros((), dtype=dtype, device="cpu").expand(shape).as_subclass(cls)
 
     def contiguous(self, *_: Any, **__: Any) -> _Nothing:
         return self
@@ -47,7 +47,7 @@ class EachItsOwn(Experts):
 
     def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index = torch.arange(self.num_experts, device=flat.device).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
+        index = torch.arange(self.num_experts, device=flat.device, dtype=torch.int64).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
         found: torch.Tensor = super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype))
         return found.view(hidden_states.shape)
 

@@ -111,7 +111,7 @@ def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.T
 def _stacked(source: Checkpoint, step: Step, dtype: DType, experts: range) -> torch.Tensor:
     """The tensor of these experts, filled one at a time; no others are read."""
     line, sizes = step.line, {**source.sizes, "e": len(experts)}
-    whole = torch.empty(line.shape(sizes), dtype=dtype.torch)
+    whole = torch.empty(line.shape(sizes), dtype=dtype.torch, device="cpu")
     each = whole.view(len(experts), *line.expert_shape(sizes))
     for place, expert in zip(each, experts, strict=True):
         place.copy_(_slice(source, step, expert, dtype))

@@ -23,7 +23,7 @@ LEAST = 2.0**-126
 @cache
 def _pairs(device: torch.device) -> torch.Tensor:
     """int64 [256]: the two float32 of each byte."""
-    byte = torch.arange(256, device=device)
+    byte = torch.arange(256, device=device, dtype=torch.int64)
     return torch.stack([(byte & 15) - OFFSET, (byte >> 4) - OFFSET], -1).to(torch.float32).view(torch.int64).flatten()
 
 
@@ -45,7 +45,7 @@ def levels() -> Levels:
     def rounded(quotients: torch.Tensor) -> torch.Tensor:
         return (quotients.round().clamp(-OFFSET, OFFSET - 1) + OFFSET).to(torch.uint8)
 
-    return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32), rounded)
+    return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32, device="cpu"), rounded)
 
 
 @cache
@@ -125,8 +125,8 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
 
 def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., out, in] of a float type -> packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] in `dtype`. Zero has no sign."""
-    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
-    scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
+    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32, device="cpu")
+    scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch, device="cpu")
     fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
         for rows, some in in_singles(given):
@@ -142,11 +142,11 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
 def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `encode`, with a zero point for each group [..., ⌈out / 8⌉, in / group]: codes span the smallest to the largest number, and zero is among them."""
     shape = shape_of(tuple(values.shape), block)
-    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
-    scale = torch.empty(shape, dtype=DTYPES[dtype].torch)
-    zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32)
+    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32, device="cpu")
+    scale = torch.empty(shape, dtype=DTYPES[dtype].torch, device="cpu")
+    zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32, device="cpu")
     for given, words, factor, zeros in zip(*map(matrices, (values, found, scale, zero)), strict=True):
-        points = torch.empty(factor.shape)
+        points = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
         for rows, some in in_singles(given):
             here = slice(0, len(some))
             factor[rows], points[rows] = _spans(some.copy_(given[rows]), block, dtype)
@@ -165,7 +165,7 @@ def _spans(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     if not bool(scale.isfinite().all()):
         raise _no_scale(high.abs().maximum(low.abs()), dtype, 2 * OFFSET - 1)
     empty = (spread == 0) | (scale == 0)
-    scale = torch.where(empty, torch.tensor(torch.finfo(scale.dtype).eps, dtype=scale.dtype), scale)
+    scale = torch.where(empty, torch.tensor(torch.finfo(scale.dtype).eps, dtype=scale.dtype, device="cpu"), scale)
     settled = settle(values, scale.to(torch.float32), block, _wide_grid(dtype), LEAST)
     divisor = torch.where(settled == scale.to(torch.float32), torch.where(empty, 1.0, spread), settled)  # the quotient before the scale was rounded
     zero = torch.where(empty, 0.0, (-OFFSET - low / divisor).clamp_(-OFFSET, OFFSET - 1).round_())
@@ -186,7 +186,7 @@ def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> t
     if not bool(scale.isfinite().all()):
         raise _no_scale(amax, dtype, divisor)
     empty = torch.finfo(scale.dtype).eps  # what compressed-tensors writes for a group of zeros, and what keeps a float16 scale from being one
-    scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype), scale)
+    scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype, device="cpu"), scale)
     return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax).to(scale.dtype)
 
 
@@ -205,7 +205,7 @@ def packed(nibbles: torch.Tensor) -> torch.Tensor:
 def largest_codes(packed: torch.Tensor, columns: int, block: Block, zero: torch.Tensor | None = None) -> torch.Tensor:
     """float32 [..., out, groups]: the largest magnitude of a code, less its zero point, in each group."""
     shape = (*packed.shape[:-1], columns)
-    codes = decode(packed, torch.ones(shape_of(shape, block)), columns, block, torch.float32, zero)
+    codes = decode(packed, torch.ones(shape_of(shape, block), dtype=torch.float32, device="cpu"), columns, block, torch.float32, zero)
     return torch.stack([torch.cat([largest(one[rows], block) for rows in runs(*one.shape)]) for one in matrices(codes)]).view(shape_of(shape, block))
 
 

@@ -205,7 +205,8 @@ def _put(adapter: Adapter, layer: int, module: Experts, dropout: float) -> None:
             for expert in range(e):
                 sides = {role: pairs[0].raw(role, expert) for role in wanted}
                 lora.a[expert].copy_(sides[wanted[0]][1])
-                lora.b[expert].copy_(torch.cat([sides[role][0] if role in sides else torch.zeros(out, lora.rank) for role in roles]))
+                none = torch.zeros(out, lora.rank, dtype=torch.float32, device="cpu")
+                lora.b[expert].copy_(torch.cat([sides[role][0] if role in sides else none for role in roles]))
         parts = dict(zip(roles, lora.b.detach().chunk(len(roles), 1), strict=True))
         lora.targets = tuple(role for role in roles if role in wanted and bool(parts[role].any())) or tuple(wanted)  # zeros: it was no target
         module.lora[name] = lora.to(module.lines[0].device)

@@ -68,7 +68,7 @@ class Held(torch.nn.Module):
                 self.types[name] = tensor.dtype
             return
         if name not in self._buffers:
-            self.register_buffer(name, torch.empty(self.sizes["e"], *tensor.shape, dtype=tensor.dtype), persistent=False)
+            self.register_buffer(name, torch.empty(self.sizes["e"], *tensor.shape, dtype=tensor.dtype, device="cpu"), persistent=False)
             self.types[name] = tensor.dtype
         self.get_buffer(name)[expert].copy_(tensor)
 

@@ -34,8 +34,8 @@ class Lora(torch.nn.Module):
         """The name of PEFT's adapter that it was put beside; it is left out where that is not active. Empty: PEFT had none."""
         self.copied: set[str] = set()
         """Names of PEFT's adapters that were copies of that one while this was not zero."""
-        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner, dtype=torch.float32))
-        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank, dtype=torch.float32))
+        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner, dtype=torch.float32, device="cpu"))
+        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank, dtype=torch.float32, device="cpu"))
         bound = 1 / math.sqrt(inner)  # as torch.nn.Linear starts, and PEFT with it
         torch.nn.init.uniform_(self.a, -bound, bound)
 

@@ -134,7 +134,8 @@ class Experts(torch.nn.Module):
             raise UsageError(
                 f"layer {self.layer}: no gradient goes through these experts", "their family has a norm after each expert", "use backend='reference' to train"
             )
-        seed = int(torch.randint(1 << 62, ())) if dropped else None  # the global generator, so that checkpointing draws it again
+        # from the global generator, so that checkpointing draws it again
+        seed = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")) if dropped else None
         if name == "triton":
             from moeglot.nn.fused import Fused
 

@@ -252,7 +252,8 @@ class _Run:
             with torch.no_grad():
                 parameter.copy_(tensors[f"{n}.value"])
             first, second = (tensors[f"{n}.{which}"].to(parameter.device) for which in ("first", "second"))
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(len(self.record.losses))), "exp_avg": first, "exp_avg_sq": second}
+            steps = torch.tensor(float(len(self.record.losses)), dtype=torch.float32, device="cpu")
+            self.optimizer.state[parameter] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
         torch.set_rng_state(tensors["rng"])
 
 

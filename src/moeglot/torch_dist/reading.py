@@ -83,7 +83,7 @@ class ChunkedEntry(Entry):
         touched = [run for run in self.runs if run.offsets[0] < first + rows and first < run.offsets[0] + run.sizes[0]]
         if len(touched) == 1 and touched[0].sizes[1:] == self.shape[1:]:
             return touched[0].read(self.dtype).narrow(0, first - touched[0].offsets[0], rows)
-        found = torch.empty((rows, *self.shape[1:]), dtype=DTYPES[self.dtype].torch)
+        found = torch.empty((rows, *self.shape[1:]), dtype=DTYPES[self.dtype].torch, device="cpu")
         for run in touched:
             begin, end = max(first, run.offsets[0]), min(first + rows, run.offsets[0] + run.sizes[0])
             place = found.narrow(0, begin - first, end - begin)
