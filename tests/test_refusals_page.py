@@ -213,6 +213,13 @@ def there(name: str) -> Callable[[], None]:
     return make
 
 
+def killed() -> None:
+    """Before the last thing that it had to do, and then somebody wrote to one of its files."""
+    moeglot.convert(bundled(), "gpt-oss/transformers", "killed")
+    Path("killed.partial").mkdir()
+    config("killed", note="mine")
+
+
 MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect other", 0): other,
     ("inspect renamed", 0): renamed,
@@ -248,6 +255,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect king-james --html king-james/config.json", 0): bundled,
     ("convert king-james bf16 --to gpt-oss/transformers", 0): there("bf16"),
     ("convert king-james half --to gpt-oss/transformers", 0): there("half.partial"),
+    ("convert king-james killed --to gpt-oss/transformers --resume", 0): killed,
     **{
         (f"convert king-james out3 --to {rest}", 0): bundled
         for rest in (

@@ -83,8 +83,7 @@ def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
         *forward(written, side, workers=threads, progress=progress),
     ]
     if plan.change and plan.change.adapter.layers:
-        found = survived(plan, losses)
-        checks += [applied(written, plan, sums(found), threads, progress), live(written, plan, found, threads, progress)]
+        checks += [applied(written, plan, sums(survived(plan, losses)), threads, progress), live(written, plan, losses, threads, progress)]
     if fault := next(unsound(written), None):
         known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
         raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
+from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress
 from moeglot.direct import no_space
-from moeglot.errors import LossRefused, NotVerified, Unfinished, UsageError
+from moeglot.errors import LossRefused, MoeglotError, NotVerified, Unfinished, UsageError
 from moeglot.format import Format
 from moeglot.identify import written_marks
 from moeglot.kept import THRESHOLD, refuse_lost
@@ -126,9 +127,8 @@ def carry_out(
     count = _begin(plan, allow_loss, workers, threshold)
     run = engine or threads(count, device)
     with work.session(plan, resume) as done:
-        if work.renamed(plan):  # the output is complete and verified
-            work.finish()
-            return read_certificate(work.out)
+        if work.renamed(plan):
+            return _named(work)
         with _full_disk_told(plan, work):
             losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
             return _finalize(plan, work, losses, count, progress, threshold, resumed=bool(done))
@@ -179,8 +179,7 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
         raise Unfinished(f"no part of {out} is written", f"there is no {work.folder}", "pass --part 1/N and so on first, or neither --part nor --finalize")
     with work.session(plan, resume=True) as done:
         if work.renamed(plan):
-            work.finish()
-            return read_certificate(work.out)
+            return _named(work)
         _refuse_unfinished(plan, work, done)
         with _full_disk_told(plan, work):
             return _finalize(plan, work, done, count, progress, threshold, resumed=True)
@@ -225,8 +224,26 @@ def _finalize(
             raise
         do = f"an earlier run wrote a part of it: if its machine stopped, remove {work.folder} and begin again; else report this as a bug"
         raise NotVerified(error.wrong, error.known, do) from error
-    work.finish()
+    work.give_name()
+    work.clean_up()
     return replace(certificate, out=work.out)
+
+
+def _named(work: Work | Store) -> Certificate:
+    """Of an output that an earlier run verified, and was killed before it had cleaned up. Raises `NotVerified` unless its files are still those."""
+    work.give_name()
+    try:
+        wrong = next((check.detail for check in as_certified(open(str(work.out))) if check.verdict != "holds"), None)
+    except MoeglotError as error:
+        wrong = error.wrong
+    if wrong:
+        raise NotVerified(
+            f"{work.out} is not what was verified: {wrong}",
+            "an earlier run certified it and was killed before it had cleaned up; it was changed since then, or not all of it had reached its disk",
+            f"remove {work.out} and {work.folder}, and begin again",
+        )
+    work.clean_up()
+    return read_certificate(work.out)
 
 
 def _refuse_unfinished(plan: Plan, work: Work, done: Mapping[str, Loss]) -> None:

@@ -49,6 +49,18 @@ def allocate(path: Path, shard: File) -> None:
         os.close(descriptor)
 
 
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # what a file system says that has no such thing for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def no_space(path: Location, needed: int, started: bool = True) -> NoSpace:
     """The refusal for a full disk, before or after something was written."""
     return NoSpace(
