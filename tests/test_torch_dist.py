@@ -128,6 +128,43 @@ def test_one_that_was_interrupted_ends_in_the_same_bytes(target: str, hub: Path,
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
 
 
+def in_parts(hub: Path, out: Path, target: str) -> None:
+    plan = moeglot.plan(hub, target)
+    for part in ("2/2", "1/2"):
+        moeglot.write_part(plan, out, part)
+    moeglot.finalize(moeglot.plan(hub, target), out)
+
+
+def all_units_done(hub: Path, out: Path, target: str) -> None:
+    """Killed after its last unit, or while it verified."""
+    moeglot.write_part(moeglot.plan(hub, target), out, "1/1")
+    moeglot.convert(hub, target, out, resume=True)
+
+
+def only_to_be_cleaned_up(hub: Path, out: Path, target: str) -> None:
+    """Killed at its very end: the output has its name, and its work folder is empty."""
+    moeglot.convert(hub, target, out)
+    out.with_name("out.partial").mkdir()
+    moeglot.convert(hub, target, out, resume=True)
+
+
+@pytest.mark.parametrize("write", [in_parts, all_units_done, only_to_be_cleaned_up])
+def test_a_file_that_has_its_checksums_is_gone_on_with(write: Callable[[Path, Path, str], None], hub: Path, tmp_path: Path) -> None:
+    """The CRC-32 of the first tensor stands among the bytes that come before it, which tell a file that is whole from one that is lost."""
+    moeglot.convert(hub, TARGET, tmp_path / "whole")
+    write(hub, tmp_path / "out", TARGET)
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_is_lost_is_not_gone_on_with(hub: Path, tmp_path: Path) -> None:
+    moeglot.write_part(moeglot.plan(hub, TARGET), tmp_path / "out", "1/2")
+    lost = tmp_path / "out.partial" / "checkpoint" / "__0_0.distcp"
+    lost.write_bytes(bytes(lost.stat().st_size))
+    with pytest.raises(moeglot.OutputExists, match="is missing, or is not as long"):
+        moeglot.write_part(moeglot.plan(hub, TARGET), tmp_path / "out", "2/2")
+
+
 def test_another_shard_size_is_another_plan(hub: Path, tmp_path: Path) -> None:
     """A run that goes on with a folder, or is another part of it, may not have tensors lie elsewhere."""
     plans = {size: moeglot.plan(hub, TARGET, shard_size=size) for size in range(40_000, 260_000, 10_000)}
