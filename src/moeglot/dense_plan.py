@@ -9,6 +9,7 @@ from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
 from moeglot.format import HEAD_DIM, Dense, Format
+from moeglot.hub_names import CHECK
 from moeglot.merging import Change
 from moeglot.shards import Slot
 from moeglot.share import Rank, Share
@@ -38,6 +39,8 @@ def dense_tensors(
             )
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
+        if said := line.contradicted(source.config, found[0].shape):
+            raise TensorMismatch(f"{found[0].name}: {list(found[0].shape)}, and config.json says {said}", source.known, CHECK)
         _check_heads(source, line, found)
         made[line.key.format(**braces)] = tuple(_padded(source, line, tensor, words) if words and line.padded else tensor for tensor in found)
         taken.append((line, braces))
@@ -91,7 +94,7 @@ def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) ->
     if shares is None or rows != tuple(groups * share for share in shares):
         told = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
         said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys((*line.heads, HEAD_DIM)))
-        raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", "check config.json against the producer's")
+        raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", CHECK)
 
 
 def _lines(source: Checkpoint, names: Iterable[str], target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:
