@@ -16,6 +16,7 @@ from moeglot.coding import MODELOPT_FILE, told_beside
 from moeglot.digests import CERTIFICATE
 from moeglot.errors import BrokenFile, CheckpointError
 from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
+from moeglot.identity import declared, identity
 from moeglot.mapped import check_unchanged
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
@@ -76,6 +77,11 @@ class Source:
     def share(self) -> Share | None:
         """Whose experts these are, if not all; raises `Contradiction` where the marks are none."""
         return Share.declared(self.metadata)
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Of which source it is: what one process holds says it, if anything does, and all else is one itself."""
+        return declared(self.metadata) if self.share else identity(self.shards, self.entries)
 
     @cached_property
     def nbytes(self) -> int:
