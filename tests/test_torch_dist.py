@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.serialization import set_crc32_options
 
 import moeglot
 from moeglot.errors import MoeglotError
@@ -421,6 +422,40 @@ def test_a_file_that_is_cut_short(dist: Path) -> None:
     (dist / "__0_0.distcp").write_bytes(data[: len(data) // 2])
     with pytest.raises(moeglot.BrokenFile, match="missing or too short"):
         moeglot.open(dist)
+
+
+def where(dist: Path, key: str) -> tuple[Path, int]:
+    """The file of a key's first chunk, and a place in it where some of its numbers lie."""
+    place = next(place for index, place in described(dist).storage_data.items() if index.fqn == key)
+    return dist / place.relative_path, place.offset + place.length // 2
+
+
+@pytest.mark.parametrize("key", ["decoder.layers.mlp.experts.experts.linear_fc2.weight", "output_layer.weight"])
+@pytest.mark.parametrize("writer", ["moeglot", "torch"])
+def test_numbers_of_which_a_bit_is_another(writer: str, key: str, dist: Path, tmp_path: Path) -> None:
+    """They were saved with their CRC-32, which torch.load does not look at."""
+    folder = dist if writer == "moeglot" else written_by_torch(dist, tmp_path / "saved", lambda found: found)
+    path, at = where(folder, key)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x04
+    path.write_bytes(data)
+    with pytest.raises(moeglot.BrokenFile, match="not those whose CRC-32 was saved with them"):
+        moeglot.convert(folder, HUB, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_torch_saved_without_checksums_is_read(dist: Path, hub: Path, tmp_path: Path) -> None:
+    set_crc32_options(False)
+    try:
+        bare = written_by_torch(dist, tmp_path / "bare", lambda found: found)
+    finally:
+        set_crc32_options(True)
+    path, at = where(bare, "output_layer.weight")
+    assert moeglot.compare(bare, hub).verdict == "holds"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x04
+    path.write_bytes(data)
+    assert moeglot.compare(bare, hub).verdict == "does not hold"
 
 
 @pytest.mark.parametrize("bit", [0x01, 0x41, 0x80])
