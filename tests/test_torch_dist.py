@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
+from test_cli import run, told
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.serialization import set_crc32_options
@@ -249,6 +250,14 @@ def test_rows_that_pad_the_vocabulary_are_left_aside(dist: Path, hub: Path, tmp_
     shutil.copy(hub / "config.json", tmp_path / "padded")
     moeglot.convert(tmp_path / "padded", HUB, tmp_path / "back")
     assert moeglot.compare(tmp_path / "back", hub).verdict == "holds"
+    aside = {key: {"rows": 96, "of": 128} for key in ("embedding.word_embeddings.weight", "output_layer.weight")}
+    assert json.loads((tmp_path / "back" / "moeglot.json").read_text())["left_aside"] == aside
+    assert told("convert", tmp_path / "padded", tmp_path / "planned", "--to", HUB, "--dry-run")["left_aside"] == aside
+    shown = run("convert", tmp_path / "padded", tmp_path / "shown", "--to", HUB).stdout
+    assert "leave aside\t96 of 128 rows of output_layer.weight\tconfig.json counts no word there" in shown
+    assert "byte for byte, but for what is left aside of 2" in shown
+    assert "left aside: 96 of 128 rows of embedding.word_embeddings.weight" in shown
+    assert "left_aside" not in told("convert", dist, tmp_path / "planned", "--to", HUB, "--dry-run")
     config = json.loads((hub / "config.json").read_text())
     (tmp_path / "padded" / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
     with pytest.raises(moeglot.TensorMismatch, match="at least 1000 rows"):
@@ -575,6 +584,18 @@ def test_training_state_is_left_aside_and_other_objects_are_not(tmp_path: Path) 
     assert moeglot.compare(tmp_path / "trained", folder).verdict == "holds"
     with pytest.raises(moeglot.BrokenFile, match=r"history.*an object that is no tensor"):
         moeglot.open(tmp_path / "odd")
+
+
+def test_more_exact_weights_of_a_training_run_are_told_and_not_read(dist: Path, hub: Path, tmp_path: Path) -> None:
+    masters = {f"optimizer.state.{kind}.output_layer.weight": torch.zeros(32, 64) for kind in ("fp32_param", "exp_avg")}
+    trained = written_by_torch(dist, tmp_path / "trained", lambda found: found.update(masters))
+    about = [finding for finding in moeglot.lint(trained) if finding.about == "more exact weights"]
+    assert [
+        (one.figures["tensors"], "1 tensors such as optimizer.state.fp32_param.output_layer.weight hold weights in float32" in one.what) for one in about
+    ] == [(1, True)]
+    assert about[0].what.endswith("which are BF16")
+    assert moeglot.compare(trained, hub).verdict == "holds"
+    assert not [finding for finding in moeglot.lint(dist) if finding.about == "more exact weights"]
 
 
 def test_the_tokenizer_travels_and_nothing_of_the_checkpoint(dist: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from moeglot.certified import edited_rank, source_files
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.dense_plan import left_aside
 from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
 from moeglot.encoded import Encoded
@@ -211,6 +212,7 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
             "sha256": {name: hashes[path] for name, path in sorted(written.items())},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
+        **({"left_aside": aside} if (aside := left_aside(source)) else {}),
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},
     }

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
+from moeglot.divided import Divided
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
 from moeglot.format import HEAD_DIM, Dense, Format
@@ -52,6 +53,14 @@ def dense_tensors(
     for form in (source.format, target):
         _check_ends(source, form, {part.name for parts in made.values() for part in parts} | left.keys())
     return made | {name: (tensor,) for name, tensor in left.items()}
+
+
+def left_aside(source: Checkpoint) -> dict[str, dict[str, int]]:
+    """Stored tensor -> how many `rows` of it hold no word, as config.json counts them, so that nobody reads them, and `of` how many."""
+    whole = source.whole if isinstance(source, Divided) else source
+    padded = [tensor for tensor in whole.dense.values() if (line := whole.format.dense_line(tensor.origin)) and line[0].padded]
+    rows = {tensor.origin: (tensor.shape[0], tensor.entry.shape[0]) for tensor in padded if not whole.share}
+    return {key: {"rows": there - meant, "of": there} for key, (meant, there) in rows.items() if meant < there}
 
 
 def _check_layers(source: Checkpoint, target: Format, taken: list[tuple[Dense, dict[str, str]]]) -> None:

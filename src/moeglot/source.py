@@ -44,6 +44,8 @@ class Source:
     single: bool = False
     torch_dist: Literal["", "stacked", "single"] = ""
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
+    masters: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of more exact weights that a training run left beside these, and that are not read."""
     ranks: tuple[Source, ...] = field(default=(), repr=False)
     """What each of its folders holds, if it has one for each process of several, and nothing itself."""
 
@@ -155,9 +157,9 @@ def _read_ranks(name: str, folder: Location, folders: tuple[Location, ...], head
 
 def _read_torch_dist(name: str, folder: Path) -> Source:
     metadata = _inside(folder / METADATA, _root(folder))
-    entries, files, experts = read_entries(folder)
+    entries, files, experts, masters = read_entries(folder)
     shards = (metadata, *(_inside(file, _root(folder)) for file in files))
-    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts)
+    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts, masters=masters)
 
 
 def _remote(name: str) -> Source:

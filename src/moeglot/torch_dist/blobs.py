@@ -97,7 +97,7 @@ def _find(path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ..
             raise refuse("another tensor, or one that is not contiguous")
         if record.file_size < prod(shape) * DTYPES[dtype].size or start + record.file_size > archive.start_dir:
             raise refuse("its numbers are too few, or not where they should be")
-        if hasattr(record, "CRC") and record.CRC != _sum(descriptor, offset + start, record.file_size):
+        if hasattr(record, "CRC") and _sum(descriptor, offset + start, record.file_size) != record.CRC:
             raise refuse("its numbers are not those whose CRC-32 was saved with them")
         return offset + start
     finally:
