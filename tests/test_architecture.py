@@ -26,7 +26,7 @@ LAYERS = (
     {"factors"},
     {"mapped"},
     {"shards", "config", "hub"},
-    {"direct", "views", "digests"},
+    {"direct", "views", "digests", "identity"},
     {"torch_dist"},
     {"foreign"},
     {"source", "dense"},

@@ -132,6 +132,16 @@ def fingerprint() -> None:
     moeglot.fingerprint(moeglot.open("king-james")).save("king-james.json")
 
 
+def two_sources() -> None:
+    """The experts of one are twice as large as the other's."""
+    bundled("base")
+    with changed(bundled("tuned")) as tensors:
+        for key in [key for key in tensors if key.endswith("_scales")]:
+            tensors[key] = tensors[key] + 1
+    for rank, source in enumerate(("base", "tuned")):
+        moeglot.convert(source, "gpt-oss/megatron-te", f"ranks/{source}", ep_rank=rank, ep_size=2)
+
+
 def no_scales() -> None:
     with changed(bundled("no-scales")) as tensors:
         del tensors[EXPERTS + "down_proj_scales"]
@@ -233,6 +243,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect quant", 0): quant,
     ("compare king-james trained", 0): different,
     ("verify trained --against king-james.json", 0): fingerprint,
+    ("inspect ranks", 0): two_sources,
     ("inspect turned --deep", 0): turned,
     ("verify turned --against king-james", 0): turned,
     ("verify concat --against king-james", 0): concat,

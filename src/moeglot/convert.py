@@ -78,7 +78,8 @@ def convert(
     `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
     `ranks`: `tp_rank`, `tp_size`, `etp_rank`, `etp_size`, `pp_rank`, `pp_size`, `ep_rank`, `ep_size` (int): what that process loads, where `to` is a state dict
     of Megatron's: of experts, layers, heads, words and rows of other matrices [rank * N / size, (rank + 1) * N / size), experts and layers numbered from 0;
-    no others are read. `padded_vocab_size`: how many rows the whole embedding has there; those beyond the words are zeros.
+    no others are read, but for a sample that tells one source from another. `padded_vocab_size`: how many rows the whole embedding has there; those beyond
+    the words are zeros.
 
     Raises `MoeglotError`: `UsageError` for a name that is not known or what the target cannot hold, `LossRefused`, `OutputExists`, `NoSpace`, `NotVerified`,
     and what `open` raises. Nothing that this run did not write is touched, and what is not verified keeps its temporary name.
@@ -287,9 +288,8 @@ def _write_rest(plan: Plan, folder: Location) -> None:
     elif len(plan.shards) > 1:
         weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.slots}
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
-        write_json(
-            folder / INDEX, {"metadata": {"total_size": total, **written_marks(plan.target, plan.source.share)}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        marks = written_marks(plan.target, plan.source.share, plan.source.source)
+        write_json(folder / INDEX, {"metadata": {"total_size": total, **marks}, "weight_map": dict(sorted(weight_map.items()))})
     for path in plan.others:
         into = folder / TEMPLATES if path.parent.name == TEMPLATES else folder
         if isinstance(path, Path) and isinstance(into, Path):

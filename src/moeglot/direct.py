@@ -22,10 +22,13 @@ PIECE = 1 << 25
 
 
 class File(Protocol):
-    """A file to be written, whose bytes that are not tensors are known beforehand."""
+    """A file to be written, whose bytes that are not tensors are known beforehand. `header`: those that no tensor changes any more."""
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def header(self) -> bytes: ...
 
     @property
     def frames(self) -> tuple[tuple[int, bytes], ...]: ...

@@ -16,12 +16,13 @@ from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.family import dig
 from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name, of_family, variants
+from moeglot.identity import SOURCE
 from moeglot.layout import Sizes, Stored
 from moeglot.share import SHARE, Share
 from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
-"""Key of our mark in a safetensors header; `moeglot.share` has that of files that are one process's."""
+"""Key of our mark in a safetensors header; `moeglot.share` and `moeglot.source` are those of files that are one process's."""
 NO_CONFIG = "there is no config.json"
 LISTED = 6
 """Formats that a refusal says no to one by one; of more, those whose names of tensors are not in the file go without saying."""
@@ -131,9 +132,9 @@ def identify(path: Source | str | Path, format: str | Format | None = None) -> I
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
 
 
-def written_marks(form: Format, share: Share | None) -> dict[str, str]:
-    """What we say in the header of each safetensors file that we write."""
-    return {MARK: form.name, **({SHARE: share.mark} if share else {})}
+def written_marks(form: Format, share: Share | None, source: Source) -> dict[str, str]:
+    """What we say in the header of each safetensors file that we write. `source`: what it is made of."""
+    return {MARK: form.name, **({SHARE: share.mark} if share else {}), **({SOURCE: source.identity} if share and source.identity else {})}
 
 
 def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[str]:

@@ -239,7 +239,7 @@ def plan(
     if target.container:
         shards = plan_files(slots, size, stack(source, target), states(source, target, dense))
     else:
-        shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share)})
+        shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share, source.source)})
     config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense, stays)}, target)
     others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or stays)
     return Plan(source, target, steps, dense, shards, config, others, change=change)

@@ -16,6 +16,7 @@ from moeglot.coding import MODELOPT_FILE, told_beside
 from moeglot.digests import CERTIFICATE
 from moeglot.errors import BrokenFile, CheckpointError
 from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
+from moeglot.identity import declared, identity
 from moeglot.mapped import check_unchanged
 from moeglot.remote import Location, Remote, location
 from moeglot.shards import Entry, describe, parse, read_header
@@ -43,6 +44,8 @@ class Source:
     single: bool = False
     torch_dist: Literal["", "stacked", "single"] = ""
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
+    masters: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of more exact weights that a training run left beside these, and that are not read."""
     ranks: tuple[Source, ...] = field(default=(), repr=False)
     """What each of its folders holds, if it has one for each process of several, and nothing itself."""
 
@@ -76,6 +79,11 @@ class Source:
     def share(self) -> Share | None:
         """Whose experts these are, if not all; raises `Contradiction` where the marks are none."""
         return Share.declared(self.metadata)
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Of which source it is: what one process holds says it, if anything does, and all else is one itself."""
+        return declared(self.metadata) if self.share else identity(self.shards, self.entries)
 
     @cached_property
     def nbytes(self) -> int:
@@ -149,9 +157,9 @@ def _read_ranks(name: str, folder: Location, folders: tuple[Location, ...], head
 
 def _read_torch_dist(name: str, folder: Path) -> Source:
     metadata = _inside(folder / METADATA, _root(folder))
-    entries, files, experts = read_entries(folder)
+    entries, files, experts, masters = read_entries(folder)
     shards = (metadata, *(_inside(file, _root(folder)) for file in files))
-    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts)
+    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts, masters=masters)
 
 
 def _remote(name: str) -> Source:

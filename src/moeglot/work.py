@@ -219,7 +219,7 @@ def _locked(path: Path) -> Iterator[str]:
 
 
 def _whole_file(path: Path, shard: File) -> bool:
-    return begins(path, shard.frames[0][1]) and path.stat().st_size == shard.nbytes
+    return begins(path, shard.header) and path.stat().st_size == shard.nbytes
 
 
 def of_another(folder: Location) -> OutputExists:

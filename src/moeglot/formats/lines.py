@@ -193,12 +193,9 @@ def by_heads(names: Mapping[str, str]) -> tuple[Dense, ...]:
     return in_layer(names, tp="rows", between=HEADS[0])
 
 
-def query_groups(kinds: tuple[str, ...] = ("weight", "bias")) -> tuple[Dense, ...]:
+def query_groups(kind: Literal["weight", "bias"]) -> tuple[Dense]:
     """Queries, keys and values in one tensor, head group by head group."""
-    return tuple(
-        Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS, tp="rows")
-        for kind in kinds
-    )
+    return (Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS, tp="rows"),)
 
 
 def gate_before_up(here: str, there: str, rows: str, only: Literal["", "dense", "sparse"] = "") -> tuple[Dense, ...]:
