@@ -167,9 +167,7 @@ def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
         lazy.make = partial(_Nothing.of, shape, lazy.dtype)
 
 
-def swap(
-    checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None
-) -> None:
+def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None) -> None:
     """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing.
 
     `experts`: those of each layer that it holds, by default all.
