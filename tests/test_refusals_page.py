@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import WRITERS, Job
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -230,6 +231,12 @@ def killed() -> None:
     config("killed", note="mine")
 
 
+def pruned() -> None:
+    """An adapter of a base with 4 experts, and one that has 2 of them."""
+    write_checkpoint(Path("pruned"), "qwen3-moe/hub", {**QWEN, "e": 2})
+    WRITERS["PEFT"][2](Job("qwen3-moe", 4, 64, 64, 8)).save(Path("adapter"))
+
+
 MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect other", 0): other,
     ("inspect renamed", 0): renamed,
@@ -251,6 +258,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect no-scales", 0): no_scales,
     ("inspect few", 0): few,
     ("inspect extra", 0): extra,
+    ("adapter inspect adapter --base pruned --convention peft", 0): pruned,
     ("convert nan-scale out --to gpt-oss/transformers", 0): scales("nan-scale", 255),
     ("convert zero-scale out2 --to gpt-oss/transformers", 0): scales("zero-scale", 0),
     ("verify nan", 0): nan,

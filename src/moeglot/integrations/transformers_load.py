@@ -1,7 +1,7 @@
 """A live transformers model from any checkpoint: which of the family's layouts the installed version's modules hold, and whether all of it arrived.
 
 One way for 4.57, 5.5 and 5.23, on any device and in any float type: the concrete class, a config without `quantization_config`, and the documented
-`state_dict=` of `from_pretrained`. Nothing is patched and no private attribute is used.
+`state_dict=` of `from_pretrained`. Nothing is patched, and no private attribute is used to load.
 """
 
 from __future__ import annotations

@@ -167,9 +167,7 @@ def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
         lazy.make = partial(_Nothing.of, shape, lazy.dtype)
 
 
-def swap(
-    checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None
-) -> None:
+def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None) -> None:
     """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing.
 
     `experts`: those of each layer that it holds, by default all.
@@ -188,6 +186,7 @@ def swap(
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
+    model._weight_conversions = []  # of the modules that are gone: save_pretrained undoes them, would rename adapters and turn what lies as on disk
     transformers_peft.follow(model)
     if encode and not converted:
         raise UsageError(
