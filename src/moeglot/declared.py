@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import brief, leaves_alone, method, of_modules, said, told_of
+from moeglot.coding import WEIGHT, Coding, brief, leaves_alone, method, of_modules, said, told_of
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding
 from moeglot.errors import Contradiction
+from moeglot.factors import aliases
+from moeglot.family import Family
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.layout import Sizes, Stored
@@ -98,6 +100,13 @@ def _module(form: Format, line: Stored, first: First) -> str:
     entry = next((entry for (roles, _), entry in first.items() if roles == line.roles), None)
     found = form.match(entry.name) if entry else None
     return line.module(found[2]) if found else line.module(0)
+
+
+def dense_encoding(quantization: Mapping[str, Any], coding: Coding, module: str, family: Family) -> Encoding | None:
+    """What it declares for a module that is no expert, under its name on the Hub or under that in memory, where quantizers find it; None if these disagree."""
+    names = (name.removesuffix(WEIGHT) for name in aliases(module + WEIGHT, family))
+    found = {encoding for name in names if (encoding := coding.declares(quantization, name))}
+    return found.pop() if len(found) == 1 else None
 
 
 def _declared(form: Format, line: Stored, quantization: Mapping[str, Any], first: First) -> Encoding | None:
