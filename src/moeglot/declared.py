@@ -95,6 +95,28 @@ def unknown(form: Format, lines: tuple[Stored, ...], source: Source, first: Firs
     return None
 
 
+def apart(form: Format, source: Source, layers: tuple[int, ...]) -> str | None:
+    """How the roles of an expert are declared to be quantized, where this coding has some of them and no coding has all."""
+    declared, found = said(source.config), dict[str, dict[str, Encoding]]()
+    for line in form.stored if form.coding and method(declared) else ():
+        module = next((module for layer in layers if not leaves_alone(declared, module := line.module(layer))), None)
+        if module and not line.is_plain:
+            found[module] = {coding.name: encoding for coding in CODINGS if (encoding := coding.read(declared, module))}
+    if not form.coding or not all(found.values()) or not any(form.coding.name in codings for codings in found.values()):
+        return None
+    if set.intersection(*map(set, found.values())):
+        return None
+    told = ", ".join(f"{module} as {next(iter(codings.values()))} ({next(iter(codings))})" for module, codings in found.items())
+    return f"quantization_config declares {told}; in one format all matrices of an expert are coded in one way"
+
+
+def is_declared(form: Format, lines: tuple[Stored, ...], source: Source, first: First) -> bool:
+    """quantization_config says of every coded line that it is coded as in this format, and tensors of it are there."""
+    if not form.coding or not first:
+        return False
+    return all(_declared(form, line, said(source.config), first) for line in lines if not line.is_plain)
+
+
 def _module(form: Format, line: Stored, first: First) -> str:
     """The module that the first tensor of a line belongs to."""
     entry = next((entry for (roles, _), entry in first.items() if roles == line.roles), None)

@@ -1,7 +1,7 @@
 """The names that llm-compressor 0.14 and AutoRound 0.15 give experts, of numbers that compressed-tensors compresses: they are read as it decompresses them.
 
-Both take stacked experts apart into Linear modules, save each as gate_proj, up_proj and down_proj below the release's own prefix, and name modules in config.json
-as they are in memory. They are in none of our environments: what stands here are the names in folders that they wrote.
+Both take stacked experts apart into Linear modules, save each as gate_proj, up_proj and down_proj below the release's own prefix, and name modules in
+config.json as they are in memory. They are in none of our environments: what stands here are the names in folders that they wrote.
 """
 
 import json
@@ -81,7 +81,8 @@ def test_experts_under_its_names(family, size, tmp_path):
     source, truth = write(tmp_path / "source", f"{family}/{release}", PREFIXES[family], size)
     read = moeglot.open(source)
     assert read.format.name == f"{family}/{name}+fp8-channel"
-    assert moeglot.convert(source, f"{family}/{release}", out := tmp_path / "out", encode="float32").report.verdict == "holds"
+    out = tmp_path / "out"
+    assert moeglot.convert(source, f"{family}/{release}", out, encode="float32").report.verdict == "holds"
     for found in (read, moeglot.open(out)):
         for layer in found.layers:
             experts = found.experts(layer)
@@ -112,7 +113,8 @@ def test_attention_that_alone_is_quantized_is_decoded_where_all_is_to_be_floats(
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
 
     def converted(folder: Path, to: str, **options) -> tuple[dict[str, torch.Tensor], dict]:
-        assert moeglot.convert(folder, to, out := tmp_path / str(len([*tmp_path.iterdir()])), **options).report.verdict == "holds"
+        out = tmp_path / str(len([*tmp_path.iterdir()]))
+        assert moeglot.convert(folder, to, out, **options).report.verdict == "holds"
         return load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text()) | {"path": out}
 
     assert len(truth) == 8
