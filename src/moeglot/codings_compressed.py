@@ -126,7 +126,7 @@ NVFP4_PACK = Coding(
 
 def _read_int4(said: Quantization, module: str) -> Encoding | None:
     weights = compressed(said, module, num_bits=4, type="int")
-    if not weights:
+    if not weights or said.get("format") == "int-quantized":  # a byte each
         return None
     group, zero = weights.get("group_size"), weights.get("symmetric") is False
     if weights.get("strategy") == "channel":

@@ -232,7 +232,7 @@ def plan(
     target = target.with_encodings(
         lambda line: next((step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain), line.encoding)
     )
-    stays = keeps(source, target) or (kept is not None and source.format.coding is not None and source.has_quantized_others)
+    stays = keeps(source, target, wanted) or (kept is not None and source.format.coding is not None and source.has_quantized_others)
     dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, stays, words)
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]

@@ -171,10 +171,12 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
     return {**declared, key: [*(declared.get(key) or ()), *names]}
 
 
-def keeps(source: Checkpoint, target: Format) -> bool:
+def keeps(source: Checkpoint, target: Format, wanted: Encoding | None) -> bool:
     """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
     mine, theirs = source.format.coding, target.coding
     if not mine and not theirs and source.format.is_plain and target.is_plain:
+        if isinstance(wanted, Plain) or target.closed or target.config.only:
+            return False  # a float type was asked for, or the target has names for floats alone
         return bool(said(source.source.config))  # of what is no expert, whether we can read it or not
     declared = bool(said(source.source.config))  # a live model may declare nothing: what is no expert is decoded in it
     return bool(mine and theirs and declared and mine.name == theirs.name and _kinds(source.format, source) >= _kinds(target, source))

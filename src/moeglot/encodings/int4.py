@@ -2,6 +2,7 @@
 
 packed I32 [..., out, ⌈in / 8⌉], lowest nibble first; scale [..., out, in / group]; shape [2], the [out, in] of the matrix; value = (nibble - 8) × scale.
 Asymmetric: zero_point I32 [..., ⌈out / 8⌉, in / group], packed along the rows in the same way; value = (nibble - zero nibble) × scale.
+A scale may be negative: AutoRound gives the largest number of a group code -8, whatever its sign.
 Nibbles are offset binary: 0 is -8 and 15 is 7. Read as two's complement every number is wrong, and packing and unpacking so is still a round trip.
 https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized); Kimi-K2-Thinking: https://huggingface.co/moonshotai/Kimi-K2-Thinking
 """
@@ -113,17 +114,15 @@ class INT4(Encoding):
             return f"has packed numbers of shape {list(packed.shape)} beside a shape part that says {sizes[0] if len(sizes) == 1 else sizes}"
         if not bool(scale.isfinite().all()):
             return "has scales that are NaN or infinite"
-        if bool((scale < 0).any()):
-            return f"has negative scales, {scale.min().item():g} for example"
-        wide, zero = scale.float(), parts.get("zero_point")
+        wide, zero = scale.float().abs(), parts.get("zero_point")
         small, large = wide < int4.LEAST, not bool((wide * int4.WIDEST).isfinite().all())
         if not large and not bool(small.any()):
             return None
         codes = int4.largest_codes(packed, columns, self.block, zero)
         if bool((small & (codes > 0)).any()):
-            return f"has scales of {scale[small].max().item():g} beside codes that are not zero, as in a file that was never filled"
+            return f"has scales of {scale[small & (codes > 0)][0].item():g} beside codes that are not zero, as in a file that was never filled"
         if not bool((wide * codes).isfinite().all()):
-            return f"has scales of {scale.max().item():g}, under which codes are infinite"
+            return f"has scales of {scale[~(wide * codes).isfinite()][0].item():g}, under which codes are infinite"
         return None
 
     def fits_in(self, other: Encoding) -> bool:

@@ -185,8 +185,8 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
         low, high = refuted(values, scale, block, grid)
     amax = largest(values, block) if amax is None else amax
     step, guesses = block[0] or values.shape[0], len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
-    numbers = torch.stack([low, high, *_first_numbers(values, step, block[1] or values.shape[1])])
-    high = torch.where(_possible(amax, numbers, grid, least), high, -inf)
+    numbers = torch.stack([low, high, *first_numbers(values, step, block[1] or values.shape[1])])
+    high = torch.where(possible(amax, numbers, grid, least), high, -inf)
     if not bool((high > -inf).any()):
         return scale
     scale = scale.clone()
@@ -199,7 +199,7 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
     return scale
 
 
-def _first_numbers(values: torch.Tensor, height: int, width: int) -> Iterator[torch.Tensor]:
+def first_numbers(values: torch.Tensor, height: int, width: int) -> Iterator[torch.Tensor]:
     """float32 [tiles, tiles], a few times: the first numbers of each tile's first row."""
     starts = torch.arange(0, values.shape[1], width, dtype=torch.int64, device="cpu")
     for n in range(min(WITNESSES, width)):
@@ -253,7 +253,7 @@ def _fits(guesses: torch.Tensor, number: torch.Tensor, grid: Grid) -> torch.Tens
     return grid.nearest(number / guesses).mul_(guesses) == number
 
 
-def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
+def possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
     """bool [tiles, tiles]: False where no guess reproduces these numbers [n, tiles, tiles] of a tile; infinite ones name no number, and none fits."""
     if grid.kind and (fast := backend.compiled("grid", numbers)):
         found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest, dtype=torch.float32, device="cpu"), grid.ulps, least, grid.kind)

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from math import inf
 
 import torch
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels import backend
-from moeglot.kernels.grid import INT4, Block, Grid, in_singles, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
+from moeglot.kernels.grid import (
+    INT4,
+    Block,
+    Grid,
+    first_numbers,
+    in_singles,
+    largest,
+    matrices,
+    over,
+    plus,
+    possible,
+    refuted,
+    runs,
+    settle,
+    shape_of,
+    tiled,
+    times,
+)
 from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
@@ -17,7 +36,7 @@ OFFSET = 8
 WIDEST = 15
 """The largest magnitude of a code less its zero point."""
 LEAST = 2.0**-126
-"""The smallest scale whose products are normal float32; float16 has none below it."""
+"""The smallest magnitude of a scale whose products are normal float32; float16 has none below it."""
 
 
 @cache
@@ -187,7 +206,22 @@ def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> t
         raise _no_scale(amax, dtype, divisor)
     empty = torch.finfo(scale.dtype).eps  # what compressed-tensors writes for a group of zeros, and what keeps a float16 scale from being one
     scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype, device="cpu"), scale)
-    return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax).to(scale.dtype)
+    settled = settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax)
+    return _signed(values, settled, block, dtype, amax).to(scale.dtype)
+
+
+def _signed(values: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str, amax: torch.Tensor) -> torch.Tensor:
+    """The scale, negative in groups that lie on a grid under no other: their largest number is one of code -8, which has no opposite. AutoRound writes such."""
+    grid = replace(_grid(dtype), largest=(OFFSET,))
+    numbers = torch.stack([*first_numbers(values, 1, block[1] or values.shape[1])]).neg_()
+    rows = possible(amax, numbers, grid, LEAST).any(-1).nonzero().squeeze(1)
+    if not len(rows):
+        return scale
+    some, mine = values[rows].to(torch.float32), scale[rows]
+    wrong = refuted(some, mine, block, grid)[1] > -inf
+    mirrored = settle(some.neg_(), mine, block, grid, LEAST, amax[rows])
+    better = wrong & (refuted(some, mirrored, block, grid)[1] == -inf)
+    return scale.index_copy(0, rows, torch.where(better, -mirrored, mine))
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,7 @@ class Lattice(Grid):
         near = self.nearest(values)
         index = torch.bucketize(self.levels.table[self.coded(values).int()], levels)
         step = torch.where(near < values, 1, torch.where(near > values, -1, 0))
+        step = torch.where(self.scale < 0, -step, step)
         other = levels[(index + step).clamp_(0, len(levels) - 1)]
         other = (other if self.zero is None else other - self.zero) * self.scale
         other = torch.where((quotients < levels[0]) | (quotients > levels[-1]), near, other.to(self.dtype).to(torch.float32))
