@@ -18,7 +18,7 @@ LAYERS = (
     {"axes"},
     {"layout"},
     {"straddled"},
-    {"coding", "family"},
+    {"coding", "family", "hf_quant_config"},
     {"format"},
     {"codings_compressed", "codings_quark"},
     {"codings"},

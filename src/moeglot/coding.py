@@ -21,7 +21,7 @@ JOINED = ("gate", "up")
 Quantization = Mapping[str, Any]
 """config.json's quantization_config."""
 MODELOPT_FILE = "hf_quant_config.json"
-"""Says again what config.json says of the quantization, or, in older releases, says it alone."""
+"""Which file says it beside config.json, or alone: `hf_quant_config` reads it."""
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,9 @@ def said(config: Mapping[str, Any]) -> Quantization:
     return next((place for place in places if isinstance(place, Mapping) and place), {})
 
 
-def told_beside(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json, and where it says nothing of a quantization, what ModelOpt says in MODELOPT_FILE: its releases before .31 said it nowhere else.
-
-    https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/convert_hf_config.py
-    """
-    quantization = beside.get("quantization")
-    if said(config) or not isinstance(quantization, Mapping):
-        return dict(config)
-    return {**config, "quantization_config": {"quant_method": "modelopt", **quantization}}
-
-
 def told_in(quantization: Quantization) -> str:
-    """Which file says it, or may say it: ModelOpt names itself in config.json, and not in the part of its own file that stands for it."""
-    return f"config.json or {MODELOPT_FILE}" if method(quantization) == "modelopt" and "producer" not in quantization else "config.json"
+    """Which file says it, or may say it."""
+    return f"config.json or {MODELOPT_FILE}" if method(quantization) == "modelopt" else "config.json"
 
 
 def told(quantization: Quantization) -> str:
@@ -142,16 +131,16 @@ def leaves_alone(quantization: Quantization, module: str) -> bool:
         return True
     if method(quantization) == "modelopt" and not quantization.get("quant_algo") and not quantization.get("config_groups"):
         return True  # it speaks of the cache of keys and values alone
-    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in _names_in(quantization, key)]
+    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in names_in(quantization, key)]
     if any(f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module)) for name in kept):
         return True
     if method(quantization) == "quark" and _quark_layer(quantization, module).get("weight") is None:
         return True
-    listed = [*_names_in(quantization, "ignore"), *_names_in(quantization, "exclude_modules"), *_names_in(quantization, "exclude")]
+    listed = [*names_in(quantization, "ignore"), *names_in(quantization, "exclude_modules"), *names_in(quantization, "exclude")]
     return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed)
 
 
-def _names_in(said: Mapping[str, Any], key: str) -> list[str]:
+def names_in(said: Mapping[str, Any], key: str) -> list[str]:
     """The names and patterns under a key; raises `Contradiction` where it is no list."""
     found = said.get(key) or []
     if not isinstance(found, list | tuple):
@@ -166,7 +155,7 @@ def _names_in(said: Mapping[str, Any], key: str) -> list[str]:
 
 def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The `weights` arguments of the group that a module belongs to, None if it is ignored or in none."""
-    if any(_names(pattern, module) for pattern in _names_in(quantization, "ignore")):
+    if any(_names(pattern, module) for pattern in names_in(quantization, "ignore")):
         return None
     chosen = _group(quantization, module)
     weights = chosen.get("weights") if chosen else None
@@ -176,7 +165,7 @@ def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
 def _group(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The group that a module belongs to: of targets that name it, whole names come first, then patterns in the order of the alphabet, then its class."""
     found = _groups(quantization)
-    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in _names_in(group, "targets")]
+    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in names_in(group, "targets")]
     named = [n for _, target, n in sorted(targets) if _names(target, module)] or [n for _, target, n in targets if target == "Linear"]
     return found[named[0]] if named else None
 
@@ -187,7 +176,7 @@ def by_compressed_tensors(quantization: Quantization) -> bool:
 
 def of_modules(quantization: Quantization) -> bool:
     """compressed-tensors, and all that it names is the class of Linear modules."""
-    return by_compressed_tensors(quantization) and all(target == "Linear" for group in _groups(quantization) for target in _names_in(group, "targets"))
+    return by_compressed_tensors(quantization) and all(target == "Linear" for group in _groups(quantization) for target in names_in(group, "targets"))
 
 
 def _groups(quantization: Quantization) -> list[Mapping[str, Any]]:

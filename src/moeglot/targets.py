@@ -159,7 +159,7 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
     if by_compressed_tensors(declared):
         key, names = "ignore", [f"re:{re.escape(stem)}\\..*" for stem in stems]
     elif method(declared) == "modelopt":
-        key, names = "exclude_modules", [f"{stem}.*" for stem in stems]
+        key, names = "ignore", [f"{stem}.*" for stem in stems]
     else:
         key, names = "llm_int8_skip_modules" if method(declared) == "bitsandbytes" else "modules_to_not_convert", stems
         if not declared.get(key):  # a list that is there is all that is left alone, the output layer among it
@@ -208,6 +208,16 @@ def float_type(source: Checkpoint) -> str:
     """The float type to decode to, as config.json names it."""
     named = by_torch_name(declared_dtype(source.config) or "bfloat16").name
     return named if named in WEIGHT_DTYPES else "BF16"
+
+
+def dtype_note(source: Checkpoint, floats: set[str]) -> dict[str, str]:
+    """The float type that config.json declares, if the experts' changed; `floats`: in which they are written."""
+    before = declared_dtype(source.config)
+    if len(floats) != 1 or before in floats:
+        return {}
+    if before == "float32" and any(tensor.dtype == "F32" and len(tensor.shape) == 2 for tensor in source.dense.values()):
+        return {}  # matrices that are no experts stay float32, and who loads the model would round them
+    return {"dtype" if "dtype" in source.config else "torch_dtype": min(floats)}
 
 
 def widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:

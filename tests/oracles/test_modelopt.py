@@ -13,6 +13,7 @@ from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.errors import UnknownFormat
+from moeglot.hf_quant_config import told_beside
 
 pytest.importorskip("modelopt.torch", reason="installed in an environment of its own")
 
@@ -189,6 +190,43 @@ def test_a_folder_that_it_exports(exported, told, tmp_path):
         assert (written[name] - values.roll(1, 0)).norm() / values.norm() > 1
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+MIXED = {"a.b": {"quant_algo": "FP8"}, "a.c": {"quant_algo": "NVFP4", "group_size": 16}, "a.d": {"quant_algo": "FP8"}, "a.e": {"quant_algo": "other"}}
+ALGORITHMS = ("FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "MXFP8")
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported quantization algorithm")
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+        {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4", "group_size": 16, "exclude_modules": None},
+        {"quant_algo": "NVFP4", "kv_cache_quant_algo": None},
+        {"quant_algo": "W4A16_NVFP4", "group_size": 32, "exclude_modules": []},
+        {"quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        *({"quant_algo": algorithm, "exclude_modules": ["*router*"]} for algorithm in ("MXFP4", *ALGORITHMS)),
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": MIXED, "exclude_modules": ["lm_head"]},
+        *({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": algorithm}}} for algorithm in ALGORITHMS),
+    ],
+    ids=str,
+)
+def test_what_the_file_says_alone_in_the_words_of_config_json(told):
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    beside = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": told}
+    assert told_beside({"a": 1}, beside) == {"a": 1, "quantization_config": convert_hf_quant_config_format(beside)}
+
+
+def test_a_folder_of_an_older_release_is_written_as_the_newer_ones_write_it(exported, tmp_path):
+    folder, _ = exported
+    shutil.copytree(folder, tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    newer = config.pop("quantization_config")
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    moeglot.convert(tmp_path / "fp8", "qwen3-moe/hub+fp8-modelopt", tmp_path / "out", shard_size=60_000)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == newer
+    assert (tmp_path / "out" / "hf_quant_config.json").read_bytes() == (folder / "hf_quant_config.json").read_bytes()
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
