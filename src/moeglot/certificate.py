@@ -18,6 +18,7 @@ from moeglot.experts import Expert, Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
+from moeglot.left_out import left_out
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
@@ -207,6 +208,7 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
             "sha256": {name: hashes[path] for name, path in sorted(written.items())},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
+        **({"left_out": gone} if (gone := list(left_out(plan))) else {}),
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},
     }

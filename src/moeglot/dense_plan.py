@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.coding import said
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
 from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.merging import Change
+from moeglot.served import cache_scheme, has_cache, is_of_cache
 from moeglot.shards import Slot
 from moeglot.share import Rank, Share
-from moeglot.targets import float_type
+from moeglot.targets import float_type, producer
 
 
 def dense_tensors(
@@ -23,6 +25,8 @@ def dense_tensors(
     """
     left = dict[str, DenseTensor](source.dense) if stays else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
+    if not stays and has_cache(declared := said(source.source.config)) and not cache_scheme(declared, producer(target)):
+        left = {name: tensor for name, tensor in left.items() if not is_of_cache(name)}  # scales of what the target's config.json does not declare
     made: dict[str, tuple[DenseTensor, ...]] = {}
     taken: list[tuple[Dense, dict[str, str]]] = []
     for line, braces in _lines(source, left, target):

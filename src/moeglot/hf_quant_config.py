@@ -57,6 +57,17 @@ def told_beside(config: Mapping[str, Any], beside: Mapping[str, Any], tensors: M
     return dict(config)
 
 
+def algorithm_of(said: Quantization, module: str) -> str:
+    """ModelOpt's name of what it did to a module; where that differs between modules, `quantized_layers` lists each."""
+    if "modelopt" not in method(said):
+        return ""
+    said = {**said, **said["quantization"]} if isinstance(said.get("quantization"), Mapping) else said
+    layers = said.get("quantized_layers") if str(said.get("quant_algo")).upper() == "MIXED_PRECISION" else None
+    if layers:
+        said = next((layer for name, layer in layers.items() if f"{module}.".startswith(f"{name}.") and isinstance(layer, Mapping)), {})
+    return str(said.get("quant_algo") or "").upper()
+
+
 def _translated(details: Quantization) -> dict[str, Any]:
     """As `convert_hf_quant_config_format` has it."""
     algorithm, layers, found = details.get("quant_algo"), details.get("quantized_layers"), dict[str, Any]()

@@ -33,7 +33,7 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
 from moeglot.sizes import parse_size
 from moeglot.survival import Survival
-from moeglot.targets import arranged, dtype_note, encoding_named, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
+from moeglot.targets import arranged, dtype_note, encoding_named, encoding_of, keeping, keeps, own, quantization, rounds_inputs, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -224,8 +224,9 @@ def plan(
     if keep_touched and change:
         kept = encoding_named(keep_touched)
         target = keeping(source, target, change.touches_any)
+    inputs = rounds_inputs(source, target)
     steps = tuple(
-        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted)
+        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted, inputs)
         for layer in source.layers
         for line in target.lines(layer)
     )
@@ -262,10 +263,11 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
     return Change(adapter, rounding)
 
 
-def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None) -> Step:
+def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None, inputs: bool) -> Step:
     encodings = source.experts(layer)
     sources = tuple(encodings[role].encoding for role in line.roles)
     encoding = encoding_of(source, target, line, sources, wanted)
+    encoding = encoding if inputs else encoding.bare_of_carried
     for part in encoding.parts:
         line.slice_shape(part, source.sizes)
     joint = encoding.is_joint and not line.per_expert

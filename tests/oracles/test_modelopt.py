@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,30 @@ def test_a_folder_of_an_older_release_is_written_as_the_newer_ones_write_it(expo
     moeglot.convert(tmp_path / "fp8", "qwen3-moe/hub+fp8-modelopt", tmp_path / "out", shard_size=60_000)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == newer
     assert (tmp_path / "out" / "hf_quant_config.json").read_bytes() == (folder / "hf_quant_config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("coding", "algorithm"), [("fp8-modelopt", "FP8"), ("nvfp4-modelopt", "NVFP4")])
+def test_its_words_for_activations_that_have_scales(coding, algorithm):
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    from moeglot.codings import CODINGS
+    from moeglot.encoding import Part
+
+    ours = next(one for one in CODINGS if one.name == coding)
+    with_scale = replace(ours.encoding, carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),))
+    assert ours.write(with_scale, ["lm_head"]) == convert_hf_quant_config_format({"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}})
+
+
+def test_a_folder_whose_activations_have_scales(exported, tmp_path):
+    """Exported by ModelOpt, through compressed-tensors' words and back: what it says of activations is what it said."""
+    folder, _ = exported
+    moeglot.convert(folder, "qwen3-moe/hub+fp8-tensor", tmp_path / "there", allow_loss=True)
+    moeglot.convert(tmp_path / "there", "qwen3-moe/hub+fp8-modelopt", tmp_path / "back", allow_loss=True)
+    before, after = (json.loads((where / "config.json").read_text())["quantization_config"] for where in (folder, tmp_path / "back"))
+    assert before["config_groups"] == after["config_groups"]
+    scales = [{name: t for name, t in tensors(where).items() if ".experts." in name and "input_scale" in name} for where in (folder, tmp_path / "back")]
+    assert len(scales[0]) == 2 * 4 * 3
+    assert all(torch.equal(scales[0][name], scales[1][name]) for name in scales[0])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
