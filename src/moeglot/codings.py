@@ -15,6 +15,7 @@ from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.hf_quant_config import algorithm_of
 
 DEEPSEEK_4 = "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash"
 AUTOFP8 = "https://github.com/neuralmagic/AutoFP8/blob/main/auto_fp8/quantize.py"
@@ -42,7 +43,7 @@ def _write_fp8_block(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
-        "activation_scheme": "dynamic",
+        "activation_scheme": "static" if encoding.carried else "dynamic",
         "weight_block_size": list(encoding.block) if all(encoding.block) else None,
         "modules_to_not_convert": list(kept),
     }
@@ -70,6 +71,7 @@ FP8_QSCALE = replace(
     name="fp8-qscale",
     linear={"weight": ".weight", "scale": ".qscale_weight", "input_scale": ".qscale_act"},
     stacked={},
+    inputs=True,
     source="https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_finegrained_fp8.py",
     about="FP8 E4M3 with `.qscale_weight`, Mistral's name",
 )
@@ -81,7 +83,7 @@ def _read_autofp8(said: Quantization, module: str) -> Encoding | None:
 
 
 def _write_autofp8(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-    return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(kept)}
+    return {"quant_method": "fp8", "activation_scheme": "static" if encoding.carried else "dynamic", "ignored_layers": list(kept)}
 
 
 AUTOFP8_TENSOR = replace(
@@ -123,27 +125,17 @@ DEEPSEEK_FP4 = Coding(
 # --- ModelOpt --------------------------------------------------------------------------------------------------------------------------
 
 
-def _algorithm(said: Quantization, module: str) -> str:
-    """ModelOpt's name of what it did to a module; where that differs between modules, `quantized_layers` lists each."""
-    if "modelopt" not in method(said):
-        return ""
-    said = {**said, **said["quantization"]} if isinstance(said.get("quantization"), Mapping) else said
-    layers = said.get("quantized_layers") if str(said.get("quant_algo")).upper() == "MIXED_PRECISION" else None
-    if layers:
-        said = next((layer for name, layer in layers.items() if f"{module}.".startswith(f"{name}.") and isinstance(layer, Mapping)), {})
-    return str(said.get("quant_algo") or "").upper()
-
-
 def _read_nvfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
-    return NVFP4("modelopt") if _algorithm(said, module) in ("NVFP4", "W4A16_NVFP4") else None
+    return NVFP4("modelopt") if algorithm_of(said, module) in ("NVFP4", "W4A16_NVFP4") else None
 
 
 def _write_nvfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    inputs = {"input_activations": weights} if encoding.carried else {}
     return {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
-        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "config_groups": {"group_0": {**inputs, "weights": weights, "targets": ["Linear"]}},
         "ignore": list(kept),
     }
 
@@ -160,20 +152,21 @@ NVFP4_MODELOPT = Coding(
     judges=("nvidia-modelopt",),
     kept=IGNORED,
     common=JOINED,
+    inputs=True,
 )
 
 
 def _modelopt_fp8(name: str, algorithm: str, encoding: FP8, weights: Mapping[str, Any], about: str) -> Coding:
     def read(said: Quantization, module: str) -> Encoding | None:
-        return encoding if _algorithm(said, module) == algorithm else None
+        return encoding if algorithm_of(said, module) == algorithm else None
 
     def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        group = {"weights": {"dynamic": False, "num_bits": 8, "type": "float", **weights}, "targets": ["Linear"]}
+        each = {"dynamic": False, "num_bits": 8, "type": "float"}
+        group = {**({"input_activations": each} if encoding.carried else {}), "weights": {**each, **weights}, "targets": ["Linear"]}
         return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": group}, "ignore": list(kept)}
 
-    return Coding(
-        name, encoding, FP8_CHANNEL.linear, FP8_CHANNEL.stacked, read, write, MODELOPT, f"ModelOpt's {about}", judges=("nvidia-modelopt",), kept=IGNORED
-    )
+    told, judges, inputs = f"ModelOpt's {about}", ("nvidia-modelopt",), encoding.block == (WHOLE, WHOLE)
+    return Coding(name, encoding, FP8_CHANNEL.linear, FP8_CHANNEL.stacked, read, write, MODELOPT, told, judges=judges, kept=IGNORED, inputs=inputs)
 
 
 FP8_MODELOPT = _modelopt_fp8("fp8-modelopt", "FP8", FP8((WHOLE, WHOLE)), {}, "FP8 E4M3 with one scale for a matrix")
@@ -181,7 +174,7 @@ MXFP8_MODELOPT = _modelopt_fp8("mxfp8-modelopt", "MXFP8", FP8((1, MX_GROUP), "U8
 
 
 def _read_mxfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
-    return MXFP4(container="packed") if _algorithm(said, module) == "MXFP4" else None
+    return MXFP4(container="packed") if algorithm_of(said, module) == "MXFP4" else None
 
 
 def _write_mxfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
@@ -197,6 +190,7 @@ MXFP4_MODELOPT = replace(
     read=_read_mxfp4_modelopt,
     write=_write_mxfp4_modelopt,
     about="ModelOpt's MXFP4",
+    inputs=False,
     spelled=True,
 )
 

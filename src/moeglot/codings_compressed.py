@@ -32,7 +32,8 @@ def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: s
     def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
         assert isinstance(encoding, FP8)
         block = list(encoding.block) if strategy == "block" else None
-        return declare_compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block}, kept)
+        inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False} if encoding.carried else None
+        return declare_compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block}, kept, inputs)
 
     linear = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
     stacked = {"weight": "", "scale": "_weight_scale", "input_scale": "_input_scale"}
@@ -47,6 +48,7 @@ def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: s
         f"compressed-tensors' float-quantized, FP8 E4M3 with {about}",
         CT if strategy != "block" else CT[:1],
         kept=IGNORED,
+        inputs=strategy != "block",
     )
 
 
@@ -72,6 +74,7 @@ MXFP8 = replace(
     write=_write_mxfp8,
     about="compressed-tensors' mxfp8-quantized, FP8 E4M3 with a power of two for each 32 numbers of a row",
     judges=CT[:1],
+    inputs=False,
 )
 
 
@@ -106,7 +109,8 @@ def _read_nvfp4_compressed(said: Quantization, module: str) -> Encoding | None:
 
 def _write_nvfp4_compressed(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
-    return declare_compressed("nvfp4-pack-quantized", weights, kept)
+    inputs = {**weights, "symmetric": True, "dynamic": "local"} if encoding.carried else None  # each group's scale as it comes, the global from the file
+    return declare_compressed("nvfp4-pack-quantized", weights, kept, inputs)
 
 
 NVFP4_PACK = Coding(
@@ -121,6 +125,7 @@ NVFP4_PACK = Coding(
     judges=("compressed-tensors",),
     kept=IGNORED,
     common=JOINED,
+    inputs=True,
 )
 
 

@@ -29,10 +29,11 @@ def _quark(name: str, encoding: Encoding, linear: Mapping[str, str], weight: Map
     def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
         unsaid = dict.fromkeys(("group_size", "symmetric", "scale_type", "scale_format"))
         arguments = {**unsaid, "ch_axis": axes[0], "is_dynamic": False, "round_method": "half_even", **beside, **weight}
+        inputs = {**unsaid, **FP8_QUARK_TENSOR, "ch_axis": None, "is_dynamic": False, "round_method": "half_even"} if encoding.carried else None
         return {
             "quant_method": "quark",
             "quant_mode": "eager_mode",
-            "global_quant_config": {"weight": arguments, "input_tensors": None, "output_tensors": None, "bias": None, "target_device": None},
+            "global_quant_config": {"weight": arguments, "input_tensors": inputs, "output_tensors": None, "bias": None, "target_device": None},
             "layer_type_quant_config": {},
             "layer_quant_config": {},
             "kv_cache_quant_config": {},
@@ -40,9 +41,12 @@ def _quark(name: str, encoding: Encoding, linear: Mapping[str, str], weight: Map
             "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0, "weight_merge_groups": None},
         }
 
-    return Coding(name, encoding, linear, {}, read, write, SOURCE, f"AMD Quark's {about}", judges=("amd-quark",), kept="exclude", spelled=True)
+    of_inputs = "input_scale" in linear
+    judges = ("amd-quark",)
+    return Coding(name, encoding, linear, {}, read, write, SOURCE, f"AMD Quark's {about}", judges=judges, kept="exclude", inputs=of_inputs, spelled=True)
 
 
+FP8_QUARK_TENSOR = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "observer_cls": "PerTensorMinMaxObserver", "symmetric": True}
 E4M3 = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
 MXFP4_QUARK = _quark(
     "mxfp4-quark",

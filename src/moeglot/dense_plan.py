@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.coding import said
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.divided import Divided
 from moeglot.errors import TensorMismatch
@@ -12,9 +13,10 @@ from moeglot.family import dig
 from moeglot.format import HEAD_DIM, Dense, Format
 from moeglot.hub_names import CHECK
 from moeglot.merging import Change
+from moeglot.served import cache_scheme, has_cache, is_of_cache
 from moeglot.shards import Slot
 from moeglot.share import Rank, Share
-from moeglot.targets import float_type
+from moeglot.targets import float_type, producer
 
 
 def dense_tensors(
@@ -25,6 +27,8 @@ def dense_tensors(
     """
     left = dict[str, DenseTensor](source.dense) if stays else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
+    if not stays and has_cache(declared := said(source.source.config)) and not cache_scheme(declared, producer(target)):
+        left = {name: tensor for name, tensor in left.items() if not is_of_cache(name)}  # scales of what the target's config.json does not declare
     made: dict[str, tuple[DenseTensor, ...]] = {}
     taken: list[tuple[Dense, dict[str, str]]] = []
     for line, braces in _lines(source, left, target):
@@ -40,8 +44,8 @@ def dense_tensors(
             )
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
-        if said := line.contradicted(source.config, found[0].shape):
-            raise TensorMismatch(f"{found[0].name}: {list(found[0].shape)}, and config.json says {said}", source.known, CHECK)
+        if length := line.contradicted(source.config, found[0].shape):
+            raise TensorMismatch(f"{found[0].name}: {list(found[0].shape)}, and config.json says {length}", source.known, CHECK)
         _check_heads(source, line, found)
         made[line.key.format(**braces)] = tuple(_padded(source, line, tensor, words) if words and line.padded else tensor for tensor in found)
         taken.append((line, braces))

@@ -88,6 +88,14 @@ class Encoding(ABC):
     `name` says how to decode. Two encodings of one name decode each other's parts; what else they hold (rounding rules) matters to `encode` alone.
     """
 
+    carried: tuple[Part, ...] = ()
+    """Parts that a file may have and that weights do not tell: moved, never made."""
+
+    @property
+    def bare_of_carried(self) -> Encoding:
+        """This encoding without them."""
+        return self
+
     @property
     @abstractmethod
     def name(self) -> str: ...

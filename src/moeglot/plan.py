@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.coding import MODELOPT_FILE
-from moeglot.config import declared_dtype, write_config
+from moeglot.coding import MODELOPT_FILE, said
+from moeglot.config import write_config
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dense_plan import dense_slot, dense_tensors
 from moeglot.dist_plan import stack, states
@@ -33,7 +33,7 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
 from moeglot.sizes import parse_size
 from moeglot.survival import Survival
-from moeglot.targets import arranged, encoding_named, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
+from moeglot.targets import arranged, dtype_note, encoding_named, encoding_of, keeping, keeps, own, quantization, rounds_inputs, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -224,8 +224,9 @@ def plan(
     if keep_touched and change:
         kept = encoding_named(keep_touched)
         target = keeping(source, target, change.touches_any)
+    inputs = rounds_inputs(source, target)
     steps = tuple(
-        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted)
+        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted, inputs)
         for layer in source.layers
         for line in target.lines(layer)
     )
@@ -240,8 +241,10 @@ def plan(
         shards = plan_files(slots, size, stack(source, target), states(source, target, dense))
     else:
         shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share, source.source)})
-    config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense, stays)}, target)
-    others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or stays)
+    floats = {step.target.name for step in steps if isinstance(step.target, Plain) and step.line.is_matrix}
+    config = write_config({**source.config, **dtype_note(source, floats), **quantization(source, target, dense, stays)}, target)
+    unchanged = said(config) == said(source.source.config)
+    others = tuple(path for path in source.source.others() if path.name != MODELOPT_FILE or unchanged)
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 
@@ -260,21 +263,11 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
     return Change(adapter, rounding)
 
 
-def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
-    """The float type that config.json declares, if the experts' changed."""
-    weights = {step.target.name for step in steps if isinstance(step.target, Plain) and step.line.is_matrix}
-    before = declared_dtype(source.config)
-    if len(weights) != 1 or before in weights:
-        return {}
-    if before == "float32" and any(tensor.dtype == "F32" and len(tensor.shape) == 2 for tensor in source.dense.values()):
-        return {}  # matrices that are no experts stay float32, and who loads the model would round them
-    return {"dtype" if "dtype" in source.config else "torch_dtype": weights.pop()}
-
-
-def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None) -> Step:
+def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None, inputs: bool) -> Step:
     encodings = source.experts(layer)
     sources = tuple(encodings[role].encoding for role in line.roles)
     encoding = encoding_of(source, target, line, sources, wanted)
+    encoding = encoding if inputs else encoding.bare_of_carried
     for part in encoding.parts:
         line.slice_shape(part, source.sizes)
     joint = encoding.is_joint and not line.per_expert

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeglot import hub
-from moeglot.coding import MODELOPT_FILE, told_beside
+from moeglot.coding import MODELOPT_FILE
 from moeglot.digests import CERTIFICATE
 from moeglot.errors import BrokenFile, CheckpointError
 from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
+from moeglot.hf_quant_config import told_beside
 from moeglot.identity import declared, identity
 from moeglot.mapped import check_unchanged
 from moeglot.remote import Location, Remote, location
@@ -269,12 +270,12 @@ def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_onl
             "delete the stale one, or pass a single file",
         )
     _check_index(folder, {shard.name: found for shard, found in zip(shards, headers, strict=True)})
-    return Source(name, folder, shards, entries, _config(folder), metadata)
+    return Source(name, folder, shards, entries, _config(folder, entries), metadata)
 
 
-def _config(folder: Location) -> dict[str, Any]:
+def _config(folder: Location, tensors: Mapping[str, Entry] | None = None) -> dict[str, Any]:
     config, beside = (read_json(_inside(folder / name, _root(folder))) if (folder / name).exists() else {} for name in ("config.json", MODELOPT_FILE))
-    return told_beside(config, beside)
+    return told_beside(config, beside, tensors)
 
 
 def _check_index(folder: Location, files: Mapping[str, Mapping[str, Entry]]) -> None:
