@@ -86,6 +86,10 @@ def saved(suffix: str) -> Callable[[], None]:
     return make
 
 
+def held() -> None:
+    config(bundled("checkpoint-50"), quantization_config={"moeglot": "experts in memory, in gpt-oss/openai; `moeglot.save` writes a checkpoint"})
+
+
 def two_sizes() -> None:
     config(bundled("two-sizes"), num_experts=16)
 
@@ -243,6 +247,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect no-config", 0): no_config,
     ("inspect saved", 0): saved("$"),
     ("inspect saved", 1): saved("_blocks"),
+    ("inspect checkpoint-50", 0): held,
     ("inspect two-sizes", 0): two_sizes,
     ("inspect no-size", 0): no_size,
     ("inspect transposed", 0): transposed,
