@@ -357,6 +357,25 @@ def test_placeholders_and_overflow(tmp_path):
     refused(folder, NotVerified, "lm_head.weight")
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_what_from_pretrained_would_pass_over_is_refused(native, tmp_path):
+    """Each of these went to it and changed nothing: the tensors were those of the folder, and not those that were asked for."""
+    shutil.copytree(BUNDLED, root := tmp_path / "root")
+    shutil.copytree(BUNDLED, root / "x")
+    given = dict.fromkeys(("revision", "variant", "cache_dir", "token", "use_auth_token"), "x") | dict.fromkeys(("force_download", "local_files_only"), True)
+    for name, value in {"subfolder": "x", "proxies": {}, "use_safetensors": True, "weights_only": False, "generation_config": None, **given}.items():
+        with pytest.raises(UsageError, match=f"^{name} is settled by moeglot.load") as told:
+            moeglot.load(root, native=native, **{name: value})
+        assert len(str(told.value).split("\n")) == 3
+
+
+def test_what_config_json_says_is_no_argument():
+    for name, value in {"num_experts_per_tok": 1, "max_position_embeddings": 99, "nonsense": 1}.items():
+        with pytest.raises(UsageError, match=f"^{name} is no argument of from_pretrained"):
+            moeglot.load(BUNDLED, **{name: value})
+    assert moeglot.load(BUNDLED, attn_implementation="eager").config._attn_implementation == "eager"
+
+
 # --- save ------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from moeglot.dtypes import DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
-from moeglot.integrations import transformers_native, transformers_parallel, transformers_placement
+from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
 from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
@@ -32,8 +32,6 @@ from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
-OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"}
-"""Arguments of `from_pretrained` that `load` settles itself."""
 LOADED = ("float32", "bfloat16", "float16")
 """The float types that a model computes in."""
 INSTALLED = f"transformers {transformers.__version__}"
@@ -58,10 +56,7 @@ def load(
     share: Rank | None = None,
 ) -> Any:
     """See `moeglot.load`."""
-    if taken := sorted(OURS & options.keys()):
-        raise UsageError(
-            f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
-        )
+    transformers_options.check(options)
     for place in (device, *_devices(options.get("device_map"))):
         _check_device(place)
     checkpoint = path if isinstance(path, Checkpoint) else open(path, format)
@@ -85,7 +80,8 @@ def load(
     own = {name: value for name, value in options.items() if name not in places}
     given = {**own, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
+        with transformers_options.named(own, checkpoint.known):
+            model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     finally:  # whatever the library makes of it, the cause is what a tensor refused
         if refused := refusal(state):
             raise refused
