@@ -409,6 +409,17 @@ def test_a_live_model_is_written_in_any_format(to, tmp_path):
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)), logits(again)) <= LIMIT
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_a_generation_config_is_written_as_it_is(native, tmp_path):
+    """Many models on the Hub have one with a temperature and no do_sample, which transformers reads and does not save."""
+    shutil.copytree(BUNDLED, folder := tmp_path / "source")
+    said = {"eos_token_id": 0, "temperature": 0.6, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    moeglot.save(moeglot.load(folder, native=native), tmp_path / "out", to="gpt-oss/transformers")
+    written = transformers.GenerationConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert {key: written[key] for key in said} == said
+
+
 def test_tied_embeddings_are_written_once(tmp_path):
     config = transformers.MixtralConfig(**{**model_of("mixtral", *SIZES["mixtral"]).config.to_dict(), "tie_word_embeddings": True})
     live = AutoModelForCausalLM.from_config(config).float().eval()

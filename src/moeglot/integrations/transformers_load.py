@@ -241,4 +241,8 @@ def _finish(checkpoint: Checkpoint, model: Any) -> None:
     model.config.name_or_path = checkpoint.source.reference
     beside = checkpoint.source.home / "generation_config.json"
     if model.can_generate() and not checkpoint.source.single and beside.is_file():
-        model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
+        try:
+            model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
+        except (TypeError, ValueError) as error:
+            known = " ".join(str(error).split())
+            raise UsageError(f"generation_config.json: {INSTALLED} does not take it", known, "correct it, or remove it: it says nothing of the weights") from error
