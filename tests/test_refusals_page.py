@@ -315,7 +315,8 @@ def printed(key: tuple[str, int]) -> str:
         patch.setattr(sys, "argv", ["moeglot", *key[0].split()])
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit):
             main()
-    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", err.getvalue(), re.M)
+        told = err.getvalue().replace(os.getcwd() + "/", "")
+    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", told, re.M)
     return refusal[0] if refusal else re.sub(r"^forward: not checked.*\n", "", out.getvalue(), flags=re.M)
 
 

@@ -13,7 +13,10 @@ from moeglot.remote import on_disk
 from moeglot.source import read_source
 
 ONE_TEXT: dict[str, Any] = {
-    **{"num_beams": 1, "num_return_sequences": 1, "token_healing": False, "is_assistant": False},
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "token_healing": False,
+    "is_assistant": False,
     **dict.fromkeys(("penalty_alpha", "dola_layers", "force_words_ids", "assistant_early_exit")),
 }
 """One text is streamed, token by token, by the model alone: ways to generate that do otherwise, or that are code on the Hub, are not taken from

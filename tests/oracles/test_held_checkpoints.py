@@ -104,7 +104,9 @@ def test_a_checkpoint_of_the_trainer_resumes_and_is_no_model_of_others(tmp_path)
             tmp_path / "run", max_steps=4, per_device_train_batch_size=4, learning_rate=0.01, save_strategy="steps", save_steps=2, report_to=[],
             use_cpu=True, disable_tqdm=True, seed=0,
         )  # fmt: skip
-        transformers.Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resume else None)
+        transformers.Trainer(model=model, args=arguments, train_dataset=rows).train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resume else None
+        )
         assert all(lora.b.any() for module in experts_of(model).values() for lora in module.adapters.values())
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -26,6 +26,7 @@ from moeglot.errors import BadNumbers, MoeglotError, NotVerified, TensorMismatch
 from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
 from moeglot.kernels import backend
+from moeglot.nn import experts_of
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -367,6 +368,27 @@ def test_what_from_pretrained_would_pass_over_is_refused(native, tmp_path):
         with pytest.raises(UsageError, match=f"^{name} is settled by moeglot.load") as told:
             moeglot.load(root, native=native, **{name: value})
         assert len(str(told.value).split("\n")) == 3
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    for options in ({"device_map": {}}, {"device_map": {}, "native": True}, {"device_map": {"model": "cpu"}, "native": True}):
+        with pytest.raises(UsageError, match="device_map names no place"):
+            moeglot.load(BUNDLED, **options)
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "plain")
+    for names in ("model.layers.0", [""], [1], 3):
+        with pytest.raises(UsageError, match="modules_to_not_convert"):
+            moeglot.load(tmp_path / "plain", native=True, encode="nf4", modules_to_not_convert=names)
+    for options in ({}, {"native": True}):
+        with pytest.raises(UsageError):
+            moeglot.load(tmp_path / "plain", encode="", **options)
+    assert any(module.is_encoded for module in experts_of(moeglot.load(tmp_path / "plain", native=True, encode="nf4", modules_to_not_convert=None)).values())
+
+
+def test_an_embedding_beyond_float16(tmp_path):
+    big = changed(BUNDLED, tmp_path / "big", lambda file: file["model.embed_tokens.weight"][3, 0].fill_(1e6))
+    for native in (False, True):
+        refused(big, BadNumbers, "model.embed_tokens.weight: holds numbers that float16 cannot", dtype="float16", native=native)
+        assert float(moeglot.load(big, dtype="bfloat16", native=native).model.embed_tokens.weight[3, 0]) > 65504
 
 
 def test_what_config_json_says_is_no_argument():

@@ -118,7 +118,7 @@ def test_a_seed_that_torch_does_not_take(seed):
 def test_a_generation_config_that_transformers_does_not_take(config, tmp_path: Path):
     shutil.copytree(BUNDLED, folder := tmp_path / "own")
     (folder / "generation_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="must be|num_return_sequences"):
+    with pytest.raises(ValueError, match=r"must be|num_return_sequences"):
         transformers.GenerationConfig.from_pretrained(folder)
     found = CliRunner().invoke(app, ["run", str(folder), "--prompt", PROMPT])
     assert isinstance(found.exception, moeglot.UsageError)

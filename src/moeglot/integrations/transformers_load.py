@@ -72,7 +72,7 @@ def load(
     places = {name: options[name] for name in transformers_placement.PLACING if native and name in options}
     if native:
         transformers_native.check(chosen, modules, empty, native.encode, native.kept)
-        _check_native(checkpoint, chosen, device, places, share)
+        _check_native(chosen, modules, device, places, share)
         transformers_native.hollow(chosen, state)
     placement = {} if native else transformers_parallel.options(share) if share else _placement(device, options)
     if share and not native and (device is not None or options.keys() & placement.keys()):
@@ -101,14 +101,14 @@ def load(
     return model
 
 
-def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
+def _check_native(chosen: Plan, modules: Mapping[str, tuple[int, ...]], device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
     """Raises `UsageError` where encoded experts cannot go."""
     if "device_map" not in places:
         return
     if share:
         raise UsageError(f"device_map={places['device_map']} with ep_size", "each process has a device of its own", "pass device=")
     _one_of(device, places)
-    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in checkpoint.layers])
+    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in chosen.source.layers], modules)
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
@@ -245,4 +245,6 @@ def _finish(checkpoint: Checkpoint, model: Any) -> None:
             model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
         except (TypeError, ValueError) as error:
             known = " ".join(str(error).split())
-            raise UsageError(f"generation_config.json: {INSTALLED} does not take it", known, "correct it, or remove it: it says nothing of the weights") from error
+            raise UsageError(
+                f"generation_config.json: {INSTALLED} does not take it", known, "correct it, or remove it: it says nothing of the weights"
+            ) from error

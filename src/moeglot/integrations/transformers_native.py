@@ -173,8 +173,8 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, k
 
     `experts`: those of each layer that it holds, by default all.
     """
-    form = held_format(checkpoint, encode) if encode else checkpoint.format
-    lines = held_lines(checkpoint, form) if encode else None
+    form = checkpoint.format if encode is None else held_format(checkpoint, encode)
+    lines = None if encode is None else held_lines(checkpoint, form)
     converted = 0
     for layer in checkpoint.layers:
         name = path_of(chosen, layer)
@@ -215,7 +215,7 @@ def path_of(chosen: Plan, layer: int) -> str:
 
 def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module, encode: str | None, kept: Sequence[str]) -> None:
     """Before anything is read: every layer has a module whose place can be taken, what is to be encoded has whole blocks, what is kept is there."""
-    lines = held_lines(chosen.source, held_format(chosen.source, encode)) if encode else ()
+    lines = () if encode is None else held_lines(chosen.source, held_format(chosen.source, encode))
     for line, part in [(line, part) for line, encoding in lines for part in encoding.parts]:
         line.part_shape(part, chosen.source.sizes)
     for name in kept:

@@ -32,7 +32,9 @@ OURS = {
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for the first that is not passed on."""
+    """Raises `UsageError` for the first that is not passed on, and for a map that names nothing."""
+    if options.get("device_map") == {}:
+        raise UsageError("device_map names no place", "it is empty", "name every module, or '' for all; or leave it out: the CPU computes")
     if taken := sorted(OURS.keys() & options.keys()):
         raise UsageError(f"{taken[0]} is settled by moeglot.load", *OURS[taken[0]])
 
