@@ -86,6 +86,10 @@ def saved(suffix: str) -> Callable[[], None]:
     return make
 
 
+def held() -> None:
+    config(bundled("checkpoint-50"), quantization_config={"moeglot": "experts in memory, in gpt-oss/openai; `moeglot.save` writes a checkpoint"})
+
+
 def two_sizes() -> None:
     config(bundled("two-sizes"), num_experts=16)
 
@@ -243,6 +247,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect no-config", 0): no_config,
     ("inspect saved", 0): saved("$"),
     ("inspect saved", 1): saved("_blocks"),
+    ("inspect checkpoint-50", 0): held,
     ("inspect two-sizes", 0): two_sizes,
     ("inspect no-size", 0): no_size,
     ("inspect transposed", 0): transposed,
@@ -310,7 +315,8 @@ def printed(key: tuple[str, int]) -> str:
         patch.setattr(sys, "argv", ["moeglot", *key[0].split()])
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit):
             main()
-    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", err.getvalue(), re.M)
+        told = err.getvalue().replace(os.getcwd() + "/", "")
+    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", told, re.M)
     return refusal[0] if refusal else re.sub(r"^forward: not checked.*\n", "", out.getvalue(), flags=re.M)
 
 

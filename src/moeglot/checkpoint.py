@@ -20,6 +20,7 @@ from moeglot.encoded import Encoded, LazyEncoded
 from moeglot.encoding import Encoding
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch, UnknownFormat
 from moeglot.evidence import decide
+from moeglot.foreign import check_held
 from moeglot.format import Format
 from moeglot.hub_names import HubNames
 from moeglot.identify import Identification, identify
@@ -254,6 +255,7 @@ def open(path: str | Path, format: str | Format | None = None, *, headers_only: 
 
 
 def _opened(source: Source, format: str | Format | None, headers_only: bool) -> Checkpoint:
+    check_held(source.name, source.config)
     if online := transformed(said(source.config)):
         raise UnknownFormat(
             f"{source.name}: its weights are for activations that are transformed as the model computes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from moeglot.coding import JOINED, WEIGHT, Coding, Quantization, method
@@ -156,16 +157,19 @@ NVFP4_MODELOPT = Coding(
 )
 
 
+def _read_modelopt_fp8(encoding: FP8, algorithm: str, said: Quantization, module: str) -> Encoding | None:
+    return encoding if algorithm_of(said, module) == algorithm else None
+
+
+def _write_modelopt_fp8(algorithm: str, weights: Mapping[str, Any], encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    each = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {**({"input_activations": each} if encoding.carried else {}), "weights": {**each, **weights}, "targets": ["Linear"]}
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": group}, "ignore": list(kept)}
+
+
 def _modelopt_fp8(name: str, algorithm: str, encoding: FP8, weights: Mapping[str, Any], about: str) -> Coding:
-    def read(said: Quantization, module: str) -> Encoding | None:
-        return encoding if algorithm_of(said, module) == algorithm else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        each = {"dynamic": False, "num_bits": 8, "type": "float"}
-        group = {**({"input_activations": each} if encoding.carried else {}), "weights": {**each, **weights}, "targets": ["Linear"]}
-        return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": group}, "ignore": list(kept)}
-
     told, judges, inputs = f"ModelOpt's {about}", ("nvidia-modelopt",), encoding.block == (WHOLE, WHOLE)
+    read, write = partial(_read_modelopt_fp8, encoding, algorithm), partial(_write_modelopt_fp8, algorithm, weights)
     return Coding(name, encoding, FP8_CHANNEL.linear, FP8_CHANNEL.stacked, read, write, MODELOPT, told, judges=judges, kept=IGNORED, inputs=inputs)
 
 
@@ -198,26 +202,27 @@ MXFP4_MODELOPT = replace(
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------------------------
 
 
+def _read_bitsandbytes(kind: bnb4.Kind, said: Quantization, module: str) -> Encoding | None:
+    declared = "bitsandbytes" in method(said) and bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
+    return BNB4(kind, nested=None) if declared and said.get("bnb_4bit_quant_type", "fp4") == kind else None
+
+
+def _write_bitsandbytes(kind: bnb4.Kind, encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, BNB4)
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": bool(encoding.nested),
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(kept),
+    }
+
+
 def _bitsandbytes(kind: bnb4.Kind) -> Coding:
-    names = bnb4.names(kind)
-
-    def read(said: Quantization, module: str) -> Encoding | None:
-        declared = "bitsandbytes" in method(said) and bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
-        return BNB4(kind, nested=None) if declared and said.get("bnb_4bit_quant_type", "fp4") == kind else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        assert isinstance(encoding, BNB4)
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": bool(encoding.nested),
-            "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": list(kept),
-        }
-
+    names, read, write = bnb4.names(kind), partial(_read_bitsandbytes, kind), partial(_write_bitsandbytes, kind)
     about = f"bitsandbytes' {kind.upper()}, in runs of the flattened matrix"
     linear, judges = {part: WEIGHT + suffix for part, suffix in names.items()}, ("bitsandbytes",)
     return Coding(kind, BNB4(kind, nested=None), linear, names, read, write, BITSANDBYTES, about, judges, kept="llm_int8_skip_modules")

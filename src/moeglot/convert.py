@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Progress
+from moeglot.checks import Progress, check_workers
 from moeglot.direct import no_space
 from moeglot.errors import LossRefused, MoeglotError, NotVerified, Unfinished, UsageError
 from moeglot.format import Format
@@ -195,9 +195,10 @@ def _refuse_inside(plan: Plan, out: Location) -> None:
 
 
 def _count(workers: int | None) -> int:
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise UsageError(f"{workers!r} workers", "a conversion needs at least one, and an int", "pass --workers 1 or more")
-    return workers or default_workers()
+    if workers is None:
+        return default_workers()
+    check_workers(workers)
+    return workers
 
 
 def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:

@@ -208,8 +208,8 @@ def plan(
     for some expert stay in that float type, where the target can say so. `ranks`: what one process of several holds, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
-    wanted, size = encoding_named(encode) if encode else None, parse_size(shard_size)
-    target = variant(by_name(to), wanted) if to else own(source.format, wanted)
+    wanted, size = None if encode is None else encoding_named(encode), parse_size(shard_size)
+    target = own(source.format, wanted) if to is None else variant(by_name(to), wanted)
     share = Share.asked(**ranks)
     words = share.words if share else source.share.words if source.share else None
     change = _change(source, adapter, round, share or source.share)

@@ -19,7 +19,7 @@ from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, ref
 from moeglot.hf_quant_config import told_beside
 from moeglot.identity import declared, identity
 from moeglot.mapped import check_unchanged
-from moeglot.remote import Location, Remote, location
+from moeglot.remote import Location, Remote, here, location
 from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.share import Share
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
@@ -106,7 +106,7 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
 
     A Hub id is fetched by huggingface_hub: whole, or with `headers_only` just what `inspect` needs, so that no tensor can be read.
     """
-    local = location(path)
+    local = here(location(path))
     if isinstance(local, Remote):
         local.refresh()
     if local.is_file():
@@ -150,8 +150,8 @@ def _read_ranks(name: str, folder: Location, folders: tuple[Location, ...], head
     ranks = []
     for one in folders:
         if not (shards := tuple(_shards(one, _root(one)))):
-            raise refuse_none(str(one), one, INDEX)
-        ranks.append(_read(str(one), one, shards, headers_only))
+            raise refuse_none(f"{name.rstrip('/')}/{one.name}", one, INDEX)
+        ranks.append(_read(f"{name.rstrip('/')}/{one.name}", one, shards, headers_only))
     entries = {f"{rank.folder.name}/{key}": entry for rank in ranks for key, entry in rank.entries.items()}
     return Source(name, folder, tuple(shard for rank in ranks for shard in rank.shards), entries, ranks[0].config, (), ranks=tuple(ranks))
 

@@ -22,7 +22,7 @@ from moeglot.dtypes import DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
-from moeglot.integrations import transformers_native, transformers_parallel, transformers_placement
+from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
 from moeglot.integrations.transformers import READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
@@ -32,8 +32,6 @@ from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
-OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"}
-"""Arguments of `from_pretrained` that `load` settles itself."""
 LOADED = ("float32", "bfloat16", "float16")
 """The float types that a model computes in."""
 INSTALLED = f"transformers {transformers.__version__}"
@@ -58,10 +56,7 @@ def load(
     share: Rank | None = None,
 ) -> Any:
     """See `moeglot.load`."""
-    if taken := sorted(OURS & options.keys()):
-        raise UsageError(
-            f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
-        )
+    transformers_options.check(options)
     for place in (device, *_devices(options.get("device_map"))):
         _check_device(place)
     checkpoint = path if isinstance(path, Checkpoint) else open(path, format)
@@ -77,7 +72,7 @@ def load(
     places = {name: options[name] for name in transformers_placement.PLACING if native and name in options}
     if native:
         transformers_native.check(chosen, modules, empty, native.encode, native.kept)
-        _check_native(checkpoint, chosen, device, places, share)
+        _check_native(chosen, modules, device, places, share)
         transformers_native.hollow(chosen, state)
     placement = {} if native else transformers_parallel.options(share) if share else _placement(device, options)
     if share and not native and (device is not None or options.keys() & placement.keys()):
@@ -85,7 +80,8 @@ def load(
     own = {name: value for name, value in options.items() if name not in places}
     given = {**own, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
+        with transformers_options.named(own, checkpoint.known):
+            model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     finally:  # whatever the library makes of it, the cause is what a tensor refused
         if refused := refusal(state):
             raise refused
@@ -105,14 +101,14 @@ def load(
     return model
 
 
-def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
+def _check_native(chosen: Plan, modules: Mapping[str, tuple[int, ...]], device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
     """Raises `UsageError` where encoded experts cannot go."""
     if "device_map" not in places:
         return
     if share:
         raise UsageError(f"device_map={places['device_map']} with ep_size", "each process has a device of its own", "pass device=")
     _one_of(device, places)
-    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in checkpoint.layers])
+    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in chosen.source.layers], modules)
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
@@ -245,4 +241,10 @@ def _finish(checkpoint: Checkpoint, model: Any) -> None:
     model.config.name_or_path = checkpoint.source.reference
     beside = checkpoint.source.home / "generation_config.json"
     if model.can_generate() and not checkpoint.source.single and beside.is_file():
-        model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
+        try:
+            model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
+        except (TypeError, ValueError) as error:
+            known = " ".join(str(error).split())
+            raise UsageError(
+                f"generation_config.json: {INSTALLED} does not take it", known, "correct it, or remove it: it says nothing of the weights"
+            ) from error

@@ -18,10 +18,11 @@ from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
+from moeglot.foreign import HELD
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_peft
-from moeglot.integrations.transformers import VERSION
+from moeglot.integrations.transformers import READS, VERSION
 from moeglot.integrations.transformers_state import Lazy, expert_names
 from moeglot.layout import Stored
 from moeglot.nn.module import Experts
@@ -172,8 +173,8 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, k
 
     `experts`: those of each layer that it holds, by default all.
     """
-    form = held_format(checkpoint, encode) if encode else checkpoint.format
-    lines = held_lines(checkpoint, form) if encode else None
+    form = checkpoint.format if encode is None else held_format(checkpoint, encode)
+    lines = None if encode is None else held_lines(checkpoint, form)
     converted = 0
     for layer in checkpoint.layers:
         name = path_of(chosen, layer)
@@ -186,6 +187,8 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, k
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
+        if checkpoint.format.reads not in READS or not _as_others_save(new, name):
+            model.config.quantization_config = {HELD: f"experts in memory, in {new.form}; `moeglot.save` writes a checkpoint"}
     model._weight_conversions = []  # of the modules that are gone: save_pretrained undoes them, would rename adapters and turn what lies as on disk
     transformers_peft.follow(model)
     if encode and not converted:
@@ -194,6 +197,12 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, k
             f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}",
             "name fewer modules",
         )
+
+
+def _as_others_save(new: Experts, name: str) -> bool:
+    """`save_pretrained` writes these experts as they lie in the checkpoint that they came from: plain, and in memory under its names."""
+    names = zip(new.stored(), new.relative(), strict=True)
+    return not new.is_encoded and all(key == f"{name}.{relative}" for (key, _), (relative, _) in names)
 
 
 def path_of(chosen: Plan, layer: int) -> str:
@@ -206,7 +215,7 @@ def path_of(chosen: Plan, layer: int) -> str:
 
 def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module, encode: str | None, kept: Sequence[str]) -> None:
     """Before anything is read: every layer has a module whose place can be taken, what is to be encoded has whole blocks, what is kept is there."""
-    lines = held_lines(chosen.source, held_format(chosen.source, encode)) if encode else ()
+    lines = () if encode is None else held_lines(chosen.source, held_format(chosen.source, encode))
     for line, part in [(line, part) for line, encoding in lines for part in encoding.parts]:
         line.part_shape(part, chosen.source.sizes)
     for name in kept:

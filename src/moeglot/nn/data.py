@@ -74,7 +74,13 @@ class Data:
 
 @lru_cache(maxsize=2)
 def _order(rows: int, seed: int) -> torch.Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed % (1 << 64)), dtype=torch.int64, device="cpu")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `UsageError` for one that torch does not take."""
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UsageError(f"seed = {seed}", "torch takes whole numbers from -2^63 to 2^64 - 1", "pass --seed 1, for example")
 
 
 def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
