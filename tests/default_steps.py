@@ -1,7 +1,7 @@
 """What moeglot makes of the same numbers while torch has another default dtype or default device, as JSON: name of a step -> a digest of all its bits.
 
 A program, since what is kept for the life of a process is what it looks for: `python tests/default_steps.py FOLDER DEFAULT STEPS`. DEFAULT is the name of a
-dtype or of a device; everything that a step is given says its own. FOLDER has what `prepare` wrote.
+dtype or of a device, or "changing"; everything that a step is given says its own. FOLDER has what `prepare` wrote.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -197,12 +200,37 @@ def results(steps: Steps) -> dict[str, str]:
 def main(folder: Path, default: str, which: str) -> None:
     warnings.simplefilter("ignore")
     steps = {"coded": coded, "files": files, "modules": modules, "models": models}[which]
-    kind = getattr(torch, default, None)
-    torch.set_default_dtype(kind) if kind else torch.set_default_device(default)
-    during = results(steps(folder))
-    torch.set_default_dtype(torch.float32) if kind else torch.set_default_device(None)
-    after = results(coded(folder))
-    print(json.dumps({"during": during, "after": after}))
+    with _default(default):
+        during = results(steps(folder))
+    print(json.dumps({"during": during, "after": results(coded(folder))}))
+
+
+@contextmanager
+def _default(default: str) -> Iterator[None]:
+    """Of torch, for all threads if it is a dtype. "changing": another thread goes through the dtypes, as one does that builds models meanwhile."""
+    dtypes, done = {"changing": (torch.bfloat16, torch.float64, torch.float16)}.get(default, (getattr(torch, default, None),)), Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for dtype in dtypes:
+                torch.set_default_dtype(dtype)
+                time.sleep(0)
+
+    other = Thread(target=change)
+    if len(dtypes) > 1:
+        other.start()
+    elif dtypes[0]:
+        torch.set_default_dtype(dtypes[0])
+    else:
+        torch.set_default_device(default)
+    try:
+        yield
+    finally:
+        done.set()
+        if other.ident:
+            other.join()
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def under(folder: Path, default: str, steps: str) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("steps", ["coded", "files", "modules"])
-@pytest.mark.parametrize("default", [*OTHERS, "meta"])
+@pytest.mark.parametrize("default", [*OTHERS, "changing", "meta"])
 def test_a_default_changes_no_bit(default, steps, folder):
     """While it is another, and what is kept for the life of the process once it is torch's own again."""
     expected, found = under(folder, "float32", steps), under(folder, default, steps)

@@ -38,6 +38,8 @@ EXPERTS = re.compile(r"\.(?:layers|blocks?)\.(\d+)\.(?:\w+\.)*experts$")
 BLOCK = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe)$")
 TOWERS = re.compile(r"(?:vision|visual|audio)\S*\.(?:layers|blocks?)\.|talker|mtp|self_attention")
 """Parts of a model whose experts, if they have any, are not those of the language model's layers."""
+BUILDING = threading.Lock()
+"""Held while the library builds a model, since it sets torch's default dtype for all threads meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def load(checkpoint: Checkpoint) -> Any:
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
     folder = on_disk(checkpoint.source.home, "transformers")
-    with quiet():
+    with quiet(), BUILDING:
         model, info = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:

@@ -23,7 +23,7 @@ from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
-from moeglot.integrations.transformers import READS, model_class
+from moeglot.integrations.transformers import BUILDING, READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.share import Rank
@@ -64,7 +64,7 @@ def load(
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
     cls = model_class(config)
-    with torch.device("meta"):
+    with torch.device("meta"), BUILDING:
         empty = cls(config)
     modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     chosen = layout(checkpoint, modules, kind)
@@ -80,12 +80,13 @@ def load(
     own = {name: value for name, value in options.items() if name not in places}
     given = {**own, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with transformers_options.named(own, checkpoint.known):
+        with BUILDING, transformers_options.named(own, checkpoint.known):
             model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     finally:  # whatever the library makes of it, the cause is what a tensor refused
         if refused := refusal(state):
             raise refused
     _check(checkpoint, chosen, state, model, info)
+    _check_dtypes(kind, model)
     _finish(checkpoint, model)
     if native:
         transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend, mine)
@@ -214,6 +215,18 @@ def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], mode
     placeholders = [name for name, tensor in tensors if tensor.is_meta and not transformers_placement.is_offloaded(name, places)]
     if placeholders:
         raise _partial(checkpoint, f"{len(placeholders)} placeholders without numbers (meta device)", placeholders)
+
+
+def _check_dtypes(kind: DType, model: Any) -> None:
+    """Raises `NotVerified` for parameters in another float type: some that must not be narrow are float32 in any model."""
+    wrong = {name: tensor.dtype for name, tensor in model.named_parameters() if tensor.is_floating_point() and tensor.dtype not in (kind.torch, torch.float32)}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise NotVerified(
+            f"{INSTALLED} builds the model with {len(wrong)} parameters in another dtype than {kind.torch_name}, first {name} in {dtype}",
+            "while it builds a model it sets torch's default dtype for the whole process, and another thread has set it meanwhile",
+            "load it again while no other thread builds a model or sets the default dtype",
+        )
 
 
 def _name(key: Any) -> str:
