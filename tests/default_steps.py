@@ -102,13 +102,12 @@ def files(folder: Path) -> Steps:
     """Conversions with their certificates, merges, and a fingerprint."""
     for coding in CODINGS:
         yield f"{coding} to bfloat16", lambda c=coding: _written(lambda out: moeglot.convert(folder / c, "qwen3-moe/hub", out, allow_loss=True))
-        yield f"bfloat16 to {coding}", lambda c=coding: _written(
-            lambda out: moeglot.convert(folder / "plain", f"qwen3-moe/hub+{c}", out, allow_loss=True)
-        )
+        yield f"bfloat16 to {coding}", lambda c=coding: _written(lambda out: moeglot.convert(folder / "plain", f"qwen3-moe/hub+{c}", out, allow_loss=True))
         yield f"{coding} merged", lambda c=coding: _written(lambda out: moeglot.merge(folder / c, folder / "adapter", out, convention="peft", allow_loss=True))
     for how in ("stochastic:3", "delta"):
-        yield f"merged {how}", lambda h=how: _written(
-            lambda out: moeglot.merge(folder / "mxfp4-pack", folder / "adapter", out, convention="peft", round=h, allow_loss=True)
+        yield (
+            f"merged {how}",
+            lambda h=how: _written(lambda out: moeglot.merge(folder / "mxfp4-pack", folder / "adapter", out, convention="peft", round=h, allow_loss=True)),
         )
     for coding in CODINGS:
         yield f"verify {coding}", lambda c=coding: moeglot.verify(folder / c).verdict
@@ -168,8 +167,9 @@ def models(folder: Path) -> Steps:
                 yield f"{kernels} load {coding} {native=}", lambda c=coding, n=native, b=kernels: _loaded(folder / c, b, native=n)
         for encode in ON_THE_WAY:
             yield f"{kernels} load encode={encode}", lambda e=encode, b=kernels: _loaded(folder / "plain", b, native=True, encode=e)
-    yield "save", lambda: _written(
-        lambda out: moeglot.save(moeglot.load(folder / "fp8-block", dtype="float32", native=True), out, to="qwen3-moe/hub", allow_loss=True)
+    yield (
+        "save",
+        lambda: _written(lambda out: moeglot.save(moeglot.load(folder / "fp8-block", dtype="float32", native=True), out, to="qwen3-moe/hub", allow_loss=True)),
     )
     yield "verify against transformers", lambda: moeglot.verify(folder / "plain", "transformers").verdict
 
