@@ -46,7 +46,7 @@ LAYERS = (
     {"lint"},
     {"dense_plan", "dist_plan"},
     {"plan"},
-    {"forward", "pairs", "units", "parts", "left_out"},
+    {"forward", "pairs", "units", "parts", "undeclared"},
     {"work"},
     {"stream"},
     {"fingerprint"},

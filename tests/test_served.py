@@ -76,7 +76,7 @@ def test_another_producer_rounds_activations_under_the_same_scales(source, targe
     out, linear = tmp_path / "out", {one.name: one.linear["input_scale"] for one in CODINGS if "input_scale" in one.linear}
     certificate = moeglot.convert(folder(tmp_path, source), f"{HUB}+{target}", out, allow_loss=True)
     assert certificate.report.verdict == "holds"
-    assert "left_out" not in certificate.document
+    assert "undeclared" not in certificate.document
     before, after = scales(tmp_path / "coded", linear[source]), scales(out, linear[target])
     assert len(before) == 2 * 3 * 3
     assert before.keys() == after.keys()
@@ -100,13 +100,13 @@ def test_another_producer_rounds_activations_under_the_same_scales(source, targe
 )
 def test_scales_that_the_output_does_not_declare_are_left_out_and_told(source, target, static, tmp_path):
     given = folder(tmp_path, source, static)
-    told = plan_json(plan := moeglot.plan(given, target))["left_out"]
+    told = plan_json(plan := moeglot.plan(given, target))["undeclared"]
     assert [(one["what"], one["tensors"]) for one in told] == [("scales of activations", 2 * 3 * 3)]
     assert ("rounded under them" in told[0]["why"]) == (static and source in STATIC)
     assert plan.target.name == target
     certificate = moeglot.convert(given, target, tmp_path / "out", allow_loss=True)
     assert certificate.report.verdict == "holds"
-    assert certificate.document["left_out"] == told
+    assert certificate.document["undeclared"] == told
     assert not [name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file) if "input_scale" in name or "input_global" in name]
     if source in ("fp8-tensor", "autofp8", "fp8-block-compressed") and "+fp8" in target:
         assert all(step.moves_codes for step in plan.steps)  # what is left out costs no decode
@@ -130,10 +130,10 @@ def test_keys_and_values_stay_in_fp8_where_the_producer_can_say_so(source, cache
 @pytest.mark.parametrize("target", [HUB, f"{HUB}+autofp8", f"{HUB}+fp8-quark", f"{HUB}+nf4"])
 def test_scales_of_keys_and_values_go_with_what_declares_them(target, tmp_path):
     given = folder(tmp_path, "fp8-tensor", cache=CACHE["compressed-tensors"], scales=False)
-    told = plan_json(moeglot.plan(given, target))["left_out"]
+    told = plan_json(moeglot.plan(given, target))["undeclared"]
     assert [(one["what"], one["tensors"]) for one in told] == [("scales of keys and values", len(KEYS))]
     certificate = moeglot.convert(given, target, tmp_path / "out", allow_loss=True)
-    assert (certificate.report.verdict, certificate.document["left_out"]) == ("holds", told)
+    assert (certificate.report.verdict, certificate.document["undeclared"]) == ("holds", told)
     assert not load_file(tmp_path / "out" / "model.safetensors").keys() & set(KEYS)
     assert "kv_cache_scheme" not in declared(tmp_path / "out")
     if target == HUB:

@@ -19,12 +19,12 @@ from moeglot.experts import Expert, Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
-from moeglot.left_out import left_out
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
 from moeglot.remote import Location
 from moeglot.source import TEMPLATES
+from moeglot.undeclared import undeclared
 from moeglot.units import make
 from moeglot.unsound import unsound
 from moeglot.verify import difference, others, structure, values
@@ -213,7 +213,7 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
         **({"left_aside": aside} if (aside := left_aside(source)) else {}),
-        **({"left_out": gone} if (gone := list(left_out(plan))) else {}),
+        **({"undeclared": gone} if (gone := list(undeclared(plan))) else {}),
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},
     }

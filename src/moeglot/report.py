@@ -23,10 +23,10 @@ from moeglot.divided import share_json
 from moeglot.format import Format
 from moeglot.forward import LIMIT
 from moeglot.kept import notes
-from moeglot.left_out import left_out
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 from moeglot.sizes import size
+from moeglot.undeclared import undeclared
 from moeglot.version import __version__
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
@@ -90,7 +90,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "target": plan.target.name,
         **({"share": share_json(plan.source)} if plan.source.share else {}),
         "steps": [*({"do": verb, "tensors": n, **_expected(plan, verb)} for verb, n in _verbs(plan).items()), *_others(plan)],
-        **({"left_out": gone} if (gone := list(left_out(plan))) else {}),
+        **({"undeclared": gone} if (gone := list(undeclared(plan))) else {}),
         "renamed": plan.renamed,
         **({"left_aside": aside} if (aside := left_aside(plan.source)) else {}),
         "config": dict(plan.config),
@@ -133,7 +133,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         less = f", but for what is left aside of {len(aside)}" if aside else ""
         rows.append(("copy other tensors", f"{count} tensors", f"byte for byte{less}" + (f", {len(plan.renamed)} renamed or joined" if plan.renamed else "")))
     rows += [("leave aside", told, "config.json counts no word there") for told in _aside(aside)]
-    rows += [(f"leave out {gone['what']}", f"{gone['tensors']} tensors", gone["why"]) for gone in left_out(plan)]
+    rows += [(f"leave out {gone['what']}", f"{gone['tensors']} tensors", gone["why"]) for gone in undeclared(plan)]
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
     rows.append(("carry over", f"{len(plan.others)} file{'s' * (len(plan.others) != 1)}", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}{whose}", ("step", "of", "loss"), rows)

@@ -10,7 +10,7 @@ from moeglot.plan import Plan
 from moeglot.served import has_cache, is_of_cache, is_static
 
 
-def left_out(plan: Plan) -> Iterator[dict[str, Any]]:
+def undeclared(plan: Plan) -> Iterator[dict[str, Any]]:
     """For each such thing: `what` is left out, how many `tensors`, and `why`."""
     source, declared = plan.source, said(plan.source.source.config)
     written = {tensor.name for parts in plan.dense.values() for tensor in parts}
