@@ -31,6 +31,7 @@ def make_parts(encoding: Encoding, shape: tuple[int, ...], seed: int) -> Encoded
         return Encoded(encoding, parts | _declared(encoding, parts, shape), shape)
     if "shape" in parts:
         parts["shape"] = torch.tensor(shape[-2:], dtype=parts["shape"].dtype).expand(parts["shape"].shape).clone()
+        parts["scale"] *= torch.where(torch.rand(parts["scale"].shape, generator=random) < 0.5, -1, 1)  # AutoRound gives the largest number code -8
     return Encoded(encoding, parts, shape)
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     {"axes"},
     {"layout"},
     {"straddled"},
-    {"coding", "family"},
+    {"coding", "family", "hf_quant_config", "served"},
     {"format"},
     {"codings_compressed", "codings_quark", "codings_gptq"},
     {"codings"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"factors"},
     {"mapped"},
     {"shards", "config", "hub"},
-    {"direct", "views", "digests"},
+    {"direct", "views", "digests", "identity"},
     {"torch_dist"},
     {"foreign"},
     {"source", "dense"},
@@ -46,7 +46,7 @@ LAYERS = (
     {"lint"},
     {"dense_plan", "dist_plan"},
     {"plan"},
-    {"forward", "pairs", "units", "parts"},
+    {"forward", "pairs", "units", "parts", "undeclared"},
     {"work"},
     {"stream"},
     {"fingerprint"},
@@ -122,6 +122,64 @@ def test_axes_are_moved_in_one_place(path):
         if isinstance(node, ast.Attribute) and node.attr in ("transpose", "permute", "t", "T", "swapaxes")
     ]
     assert not moved or path.name == "layout.py"
+
+
+FACTORIES = {
+    *(
+        "empty",
+        "zeros",
+        "ones",
+        "full",
+        "arange",
+        "range",
+        "linspace",
+        "logspace",
+        "eye",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "normal",
+        "tensor",
+        "as_tensor",
+    ),
+    *("asarray", "scalar_tensor", "empty_strided", "empty_permuted", "tril_indices", "triu_indices"),
+}
+"""Functions of torch that make a tensor of its default dtype, or on its default device, where neither is said."""
+OF_THE_PROCESS = {"get_default_dtype", "set_default_dtype", "get_default_device", "set_default_device", "set_default_tensor_type", "Tensor", "FloatTensor"}
+
+
+def by_default(tree: ast.Module) -> list[str]:
+    """What takes torch's default dtype or default device, which are the program's, and may be another's in every thread."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = [(call, call.func) for call in calls if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "torch"]
+    found = [call for call, func in named if func.attr in FACTORIES and not {"dtype", "device"} <= {keyword.arg for keyword in call.keywords}]
+    found += [call for call, func in named if func.attr in OF_THE_PROCESS or (func.attr == "finfo" and not call.args)]
+    bare = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "torch" and FACTORIES & {one.name for one in node.names}]
+    return [ast.unparse(node) for node in (*found, *bare)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_tensor_that_is_made_says_its_dtype_and_device(path):
+    assert by_default(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.empty(3)",
+        "torch.zeros(3, dtype=torch.float32)",
+        "torch.tensor([0.5], device='cpu')",
+        "x = [torch.arange(0, 3, step) for step in y]",
+        "torch.set_default_dtype(dtype)",
+        "torch.Tensor([1])",
+        "torch.finfo().eps",
+        "from torch import zeros",
+    ],
+)
+def test_what_is_left_to_a_default_is_seen(line):
+    assert len(by_default(ast.parse(line))) == 1
+    assert not by_default(ast.parse("torch.zeros(3, dtype=d, device=x.device); torch.zeros_like(x); x.new_zeros(3); torch.finfo(d)"))
 
 
 def test_nothing_foreign_is_imported_with_us():

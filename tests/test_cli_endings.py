@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 from synthetic import write_checkpoint
@@ -260,9 +261,38 @@ def test_what_python_may_pass(small, tmp_path):
     for name, value in wrong.items():
         with pytest.raises(moeglot.UsageError, match=f"{name}|big"):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
-    with pytest.raises(moeglot.UsageError, match="is no path"):
-        moeglot.open(None)
+    for name, value in {"shard_size": 1.5, "encode": "", "workers": 0}.items():
+        with pytest.raises(moeglot.UsageError):
+            moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
+    with pytest.raises(moeglot.UsageError, match="is not a format"):
+        moeglot.plan(small, "")
+    for count in (0, -1, None, 1.5, "2"):
+        with pytest.raises(moeglot.UsageError, match="workers"):
+            moeglot.verify(small, workers=count)
+        with pytest.raises(moeglot.UsageError, match="workers"):
+            moeglot.compare(small, small, workers=count)
+    for path in (None, "a\0b"):
+        with pytest.raises(moeglot.UsageError, match="is no path"):
+            moeglot.open(path)
+        with pytest.raises(moeglot.UsageError, match="is no path"):
+            moeglot.convert(small, "qwen3-moe/hub", path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_stays_where_it_is(small, tmp_path, monkeypatch):
+    """Whatever lies under the same name where the process goes later, it is another."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    shutil.copytree(small, tmp_path / "a" / "model")
+    monkeypatch.chdir(tmp_path / "a")
+    checkpoint, made = moeglot.open("model"), moeglot.plan("model", "qwen3-moe/transformers-5")
+    monkeypatch.chdir(tmp_path / "b")
+    assert moeglot.verify(checkpoint).verdict == "holds"
+    moeglot.write_part(made, "out", "1/1")
+    assert moeglot.finalize(made, "out").report.verdict == "holds"
+    assert checkpoint.source.name == "model"
+    write_checkpoint(Path("model"), "qwen3-moe/hub", {"e": 4, "h": 64, "i": 64})
+    assert moeglot.compare(checkpoint, small).verdict == "holds"
 
 
 def test_what_python_may_pass_in_the_place_of_names(small, tmp_path):

@@ -25,7 +25,7 @@ SIZES = {"e": 3, "h": 128, "i": 128}
 ATTENTION = "model.layers.0.self_attn.q_proj"
 GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}}
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "_load_in_8bit": True, "load_in_4bit": False}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["lm_head", "mlp.experts"]}
+AWQ = {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 128, "modules_to_not_convert": ["lm_head", "mlp.experts"]}
 
 
 def folder(where: Path, layout: str = "qwen3-moe/transformers-5", quantization: dict | None = None, **changes) -> Path:
@@ -199,6 +199,68 @@ def test_codings_that_are_not_known_are_no_contradiction(declared, tmp_path):
         moeglot.open(tmp_path / "coded")
     assert told in refused.value.known
     assert f"those of qwen3-moe/hub+{coding}" in refused.value.known
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+INT8_WEIGHTS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+
+
+def compressed(where: Path, coding: str, groups: dict, changes: dict | None = None, format: str = "pack-quantized") -> Path:
+    """A folder without our mark whose quantization_config has these groups. `changes`: how a name ends -> a tensor made of it, or None."""
+    moeglot.convert(folder(where, "qwen3-moe/hub"), f"qwen3-moe/hub+{coding}", where / "coded", allow_loss=True)
+    (path,) = (where / "coded").glob("*.safetensors")
+    tensors = load_file(path)
+    for end, make in (changes or {}).items():
+        for name in [name for name in tensors if name.endswith(end)]:
+            tensor = tensors.pop(name)
+            tensors |= {name: make(tensor)} if make else {}
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((where / "coded" / "config.json").read_text())
+    made = {str(n): {"targets": targets, "weights": weights} for n, (targets, weights) in enumerate(groups)}
+    config["quantization_config"] |= {"config_groups": made, "format": format}
+    (where / "coded" / "config.json").write_text(json.dumps(config))
+    return where / "coded"
+
+
+def test_roles_that_are_declared_to_be_coded_differently(tmp_path):
+    groups = [(["re:.*(gate|up)_proj$"], W4), (["re:.*down_proj$"], FLOAT8)]
+    first, second = (compressed(tmp_path / name, name, groups, format="mixed-precision") for name in ("int4-pack", "fp8-channel"))
+    mine, theirs = (load_file(of / "model.safetensors") for of in (first, second))
+    mixed = {name: tensor for name, tensor in mine.items() if "down_proj" not in name} | {name: theirs[name] for name in theirs if "down_proj" in name}
+    save_file(mixed, first / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnknownFormat, match="quantized in a way that moeglot does not know") as refused:
+        moeglot.open(first)
+    told = refused.value.known
+    assert "experts.0.gate_proj as int4:32 (int4-pack)" in told
+    assert "experts.0.down_proj as fp8-channel (fp8-channel); in one format all matrices of an expert are coded in one way" in told
+    assert "not qwen3-moe/" not in told
+
+
+@pytest.mark.parametrize("weights", [INT8_WEIGHTS, {**INT8_WEIGHTS, "num_bits": 4}], ids=["W8A8", "W4A8"])
+def test_weights_of_whole_numbers_a_byte_each(weights, tmp_path):
+    changes = {"_proj.weight": lambda tensor: tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor}
+    source = compressed(tmp_path, "fp8-channel", [(["Linear"], weights)], changes, "int-quantized")
+    with pytest.raises(UnknownFormat, match="quantized in a way that moeglot does not know") as refused:
+        moeglot.open(source)
+    assert f"'num_bits': {weights['num_bits']}, 'type': 'int'" in refused.value.known
+    assert "the modules are named as in qwen3-moe/hub;" in refused.value.known
+    assert "F8_E4M3" not in str(refused.value)
+
+
+def test_zero_points_that_are_declared_and_not_there(tmp_path):
+    source = compressed(tmp_path, "int4-pack", [(["Linear"], {**W4, "symmetric": False})])
+    with pytest.raises(Contradiction, match=r"no tensor is named .*gate_proj\.weight_zero_point") as refused:
+        moeglot.open(source)
+    assert "declares what qwen3-moe/hub+int4-pack has" in refused.value.known
+
+
+def test_experts_of_a_layer_that_are_declared_to_be_coded_differently(tmp_path):
+    groups = [(["re:.*experts\\.0\\..*"], W4), (["re:.*experts\\.[12]\\..*"], {**W4, "group_size": 64})]
+    halved = {f"experts.{n}.{role}_proj.weight_scale": lambda scale: scale[:, ::2].contiguous() for n in (1, 2) for role in ("gate", "up", "down")}
+    source, said = compressed(tmp_path, "int4-pack", groups, halved), "quantization_config says that it is"
+    with pytest.raises(TensorMismatch, match=rf"experts\.1\.gate_proj: {said} int4:64, and .*experts\.0\.gate_proj int4:32") as refused:
+        moeglot.open(source)
+    assert "--format" not in refused.value.do
 
 
 def test_stacked_experts_are_no_linear_modules(tmp_path):

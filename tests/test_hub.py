@@ -191,7 +191,7 @@ def _inspected(home: Path, url: str, **more: str) -> dict[str, object]:
 def test_a_folder_of_that_name_comes_first(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "owner").mkdir()
     (tmp_path / NAME).symlink_to(BUNDLED, target_is_directory=True)
-    assert _open(NAME, tmp_path, hub.url)["folder"] == NAME
+    assert _open(NAME, tmp_path, hub.url)["folder"] == str(tmp_path / NAME)
     assert not hub.requests
 
 

@@ -107,6 +107,11 @@ def test_loaders_that_would_misread_it(make, reader, words, tmp_path):
     assert any(words in what for what in found), found
 
 
+def test_what_save_pretrained_writes_one_by_one_is_not_called_stacked(tmp_path):
+    source = write_checkpoint(tmp_path / "a", "deepseek-v4/transformers", {"e": 2, "h": 64, "i": 64}, 2)
+    assert not [found.what for found in moeglot.lint(moeglot.open(source), sample=False) if "stacked" in found.what]
+
+
 def _with_rope_parameters(path, theta, form=HUB, **more):
     folder = write_checkpoint(path, form, SIZES, 1)
     told = json.loads((folder / "config.json").read_text())

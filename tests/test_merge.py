@@ -14,6 +14,8 @@ import moeglot
 from moeglot import Plan
 from moeglot.convert import carry_out
 from moeglot.floats import values
+from moeglot.kept import live
+from moeglot.units import make
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 EXPERTS, RANK = 3, 4
@@ -182,6 +184,61 @@ def test_experts_without_factors_stay_byte_identical(base, tmp_path):
     changed = {key for key in before if not torch.equal(before[key].contiguous().view(torch.uint8), after[key].contiguous().view(torch.uint8))}
     assert changed
     assert all("layers.1." in key and "experts.2.down_proj" in key for key in changed)
+
+
+def of_some_experts(folder, opened, experts, strength=0.3):
+    """An adapter of these experts of each layer, and no others; with its changes."""
+    made = WRITERS["vLLM's keys"][2](Job("qwen3-moe", EXPERTS, opened.sizes["h"], opened.sizes["i"], RANK))
+    made.tensors = {key: tensor * strength for key, tensor in made.tensors.items() if any(f".experts.{n}." in key for n in experts)}
+    made.config["target_modules"] = rf".*experts\.[{''.join(map(str, experts))}]\.(gate|up|down)_proj"
+    changes = {place: change * strength**2 for place, change in made.changes.items() if place[2] in experts}
+    return moeglot.open_adapter(made.save(folder), opened, "per-expert"), changes
+
+
+ROUNDED = [("bf16", {"encode": encode}) for encode in ("mxfp4", "nvfp4", "fp8-block", "int4:32", "nf4")]
+ROUNDED += [(base, {option: "bf16"}) for base in ("fp8-block", "fp8-channel", "nvfp4", "int4", "nf4", "mxfp4") for option in ("encode", "keep_touched")]
+
+
+@pytest.mark.parametrize("experts", [(1,), (0, 2)], ids=str)
+@pytest.mark.parametrize(("base", "options"), ROUNDED, ids=lambda value: value if isinstance(value, str) else "{}={}".format(*next(iter(value.items()))))
+def test_experts_without_factors_are_rounded_beside_those_that_have_some(base, options, experts, tmp_path):
+    """As they are without any adapter, number by number; the others are close to sums in float64."""
+    opened = moeglot.open(base_of(tmp_path, "qwen3-moe", base, "square"))
+    adapter, changes = of_some_experts(tmp_path / "adapter", opened, experts)
+    certificate = moeglot.merge(opened, adapter, tmp_path / "out", **options, allow_loss=True, threshold=0)
+    assert certificate.report.verdict == "holds"
+    moeglot.convert(opened, "qwen3-moe/hub", tmp_path / "alone", encode=next(iter(options.values())), allow_loss=True)
+    merged, alone = moeglot.open(tmp_path / "out"), moeglot.open(tmp_path / "alone")
+    assert {expert for _, _, expert in changes} == {*experts}
+    for layer in range(2):
+        for role in ("gate", "up", "down"):
+            for n in range(EXPERTS):
+                found = matrix(merged, role, layer, n)
+                if n in experts:
+                    wanted = matrix(opened, role, layer, n) + changes[layer, role, n]
+                    assert float((found - wanted).norm() / wanted.norm()) < 0.12
+                else:
+                    assert torch.equal(found, matrix(alone, role, layer, n))
+
+
+@pytest.mark.parametrize("encode", ["bf16", "fp8-block"])
+def test_an_expert_without_factors_that_is_spoilt_is_off_by_more_than_rounding(encode, tmp_path):
+    """The forward level alone tells it, whatever the values say: turned, read from another expert, or one matrix of it gone."""
+    opened = moeglot.open(base_of(tmp_path, "qwen3-moe", "fp8-channel", "square"))
+    plan = moeglot.plan(opened, adapter=of_some_experts(tmp_path / "adapter", opened, (1,))[0], encode=encode)
+    carry_out(plan, tmp_path / "out", allow_loss=True, threshold=0)
+    losses = {unit.key: make(plan, unit)[1] for unit in plan.units}
+
+    def verdict():
+        return live(moeglot.open(tmp_path / "out"), plan, losses, 1, None)
+
+    assert verdict().verdict == "holds"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    stem = "model.layers.1.mlp.experts.{}.{}_proj.weight"
+    for wrong in (tensors[stem.format(2, "down")].mT, tensors[stem.format(0, "down")].clone(), torch.zeros_like(tensors[stem.format(2, "down")])):
+        save_file(tensors | {stem.format(2, "down"): wrong.contiguous()}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+        assert verdict().verdict == "does not hold"
+        assert verdict().figures["beyond_rounding"] == 1
 
 
 def test_gpt_oss_leaves_mxfp4_for_the_layout_that_transformers_reads(tmp_path):

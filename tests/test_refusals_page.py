@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import WRITERS, Job
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -85,6 +86,10 @@ def saved(suffix: str) -> Callable[[], None]:
     return make
 
 
+def held() -> None:
+    config(bundled("checkpoint-50"), quantization_config={"moeglot": "experts in memory, in gpt-oss/openai; `moeglot.save` writes a checkpoint"})
+
+
 def two_sizes() -> None:
     config(bundled("two-sizes"), num_experts=16)
 
@@ -130,6 +135,16 @@ def different() -> None:
 def fingerprint() -> None:
     different()
     moeglot.fingerprint(moeglot.open("king-james")).save("king-james.json")
+
+
+def two_sources() -> None:
+    """The experts of one are twice as large as the other's."""
+    bundled("base")
+    with changed(bundled("tuned")) as tensors:
+        for key in [key for key in tensors if key.endswith("_scales")]:
+            tensors[key] = tensors[key] + 1
+    for rank, source in enumerate(("base", "tuned")):
+        moeglot.convert(source, "gpt-oss/megatron-te", f"ranks/{source}", ep_rank=rank, ep_size=2)
 
 
 def no_scales() -> None:
@@ -213,12 +228,26 @@ def there(name: str) -> Callable[[], None]:
     return make
 
 
+def killed() -> None:
+    """Before the last thing that it had to do, and then somebody wrote to one of its files."""
+    moeglot.convert(bundled(), "gpt-oss/transformers", "killed")
+    Path("killed.partial").mkdir()
+    config("killed", note="mine")
+
+
+def pruned() -> None:
+    """An adapter of a base with 4 experts, and one that has 2 of them."""
+    write_checkpoint(Path("pruned"), "qwen3-moe/hub", {**QWEN, "e": 2})
+    WRITERS["PEFT"][2](Job("qwen3-moe", 4, 64, 64, 8)).save(Path("adapter"))
+
+
 MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect other", 0): other,
     ("inspect renamed", 0): renamed,
     ("inspect no-config", 0): no_config,
     ("inspect saved", 0): saved("$"),
     ("inspect saved", 1): saved("_blocks"),
+    ("inspect checkpoint-50", 0): held,
     ("inspect two-sizes", 0): two_sizes,
     ("inspect no-size", 0): no_size,
     ("inspect transposed", 0): transposed,
@@ -226,6 +255,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect quant", 0): quant,
     ("compare king-james trained", 0): different,
     ("verify trained --against king-james.json", 0): fingerprint,
+    ("inspect ranks", 0): two_sources,
     ("inspect turned --deep", 0): turned,
     ("verify turned --against king-james", 0): turned,
     ("verify concat --against king-james", 0): concat,
@@ -233,6 +263,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect no-scales", 0): no_scales,
     ("inspect few", 0): few,
     ("inspect extra", 0): extra,
+    ("adapter inspect adapter --base pruned --convention peft", 0): pruned,
     ("convert nan-scale out --to gpt-oss/transformers", 0): scales("nan-scale", 255),
     ("convert zero-scale out2 --to gpt-oss/transformers", 0): scales("zero-scale", 0),
     ("verify nan", 0): nan,
@@ -248,6 +279,7 @@ MAKERS: dict[tuple[str, int], Callable[[], object]] = {
     ("inspect king-james --html king-james/config.json", 0): bundled,
     ("convert king-james bf16 --to gpt-oss/transformers", 0): there("bf16"),
     ("convert king-james half --to gpt-oss/transformers", 0): there("half.partial"),
+    ("convert king-james killed --to gpt-oss/transformers --resume", 0): killed,
     **{
         (f"convert king-james out3 --to {rest}", 0): bundled
         for rest in (
@@ -283,7 +315,8 @@ def printed(key: tuple[str, int]) -> str:
         patch.setattr(sys, "argv", ["moeglot", *key[0].split()])
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit):
             main()
-    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", err.getvalue(), re.M)
+        told = err.getvalue().replace(os.getcwd() + "/", "")
+    refusal = re.search(r"^[A-Z]\w+: .*\n  .*\n  .*\n", told, re.M)
     return refusal[0] if refusal else re.sub(r"^forward: not checked.*\n", "", out.getvalue(), flags=re.M)
 
 

@@ -20,7 +20,7 @@ from counting import READ, total, upload
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import BrokenFile, CheckpointError, OutputError, OutputExists, PickleRefused, UsageError
+from moeglot.errors import BrokenFile, CheckpointError, NotVerified, OutputError, OutputExists, PickleRefused, UsageError
 from moeglot.remote import Remote, local_only, location
 from moeglot.source import read_source
 from moeglot.store import Store, shards_of
@@ -246,6 +246,78 @@ def test_an_upload_that_died_while_it_got_its_name(at: str, source: Path, out: s
         with pytest.raises(RuntimeError, match="died"):
             moeglot.convert(source, TO, out, shard_size=SMALL)
     assert stored("/made/out.partial")
+    moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out")
+
+
+@pytest.mark.parametrize("at", ["tokenizer.json", "moeglot.json", "the journal"])
+def test_an_upload_that_died_while_it_got_its_name_and_was_changed_since(at: str, source: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has read those bytes, so nobody may say that they hold; what is told to be removed is all that is in the way."""
+    move = Remote.move
+
+    def dying(path: Remote, *to: Remote) -> None:
+        if path.name == at or not to:
+            raise RuntimeError("died")
+        move(path, *to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Remote, "move", dying)
+        patched.setattr(Remote, "remove", dying)
+        with pytest.raises(RuntimeError, match="died"):
+            moeglot.convert(source, TO, out, shard_size=SMALL)
+    fs = fsspec.filesystem("memory")
+    shard = max(path for path in fs.find("/made") if path.endswith(".safetensors"))
+    data = bytearray(fs.cat_file(shard))
+    data[-1] ^= 1
+    fs.pipe_file(shard, bytes(data))
+    before = stored("/made/out")
+    with pytest.raises(NotVerified, match=f"{shard.rsplit('/', 1)[-1]} is not as moeglot.json certifies it") as refused:
+        moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert before.items() <= stored("/made/out").items()
+    assert refused.value.do == f"remove {out} and {out}.partial, and begin again"
+    for folder in ("/made/out", "/made/out.partial"):
+        fs.rm(folder, recursive=True)
+    assert moeglot.convert(source, TO, out, shard_size=SMALL).report.verdict == "holds"
+
+
+def test_an_upload_that_died_before_it_was_noted(source: Path, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first shard is there and no journal is: the folder says all the same whose it is, and without that it may be anybody's."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=SMALL)
+    write = Remote.write_text
+
+    def dying(path: Remote, text: str, encoding: str = "utf-8") -> None:
+        if path.parent.name == "journal":
+            raise RuntimeError("died")
+        write(path, text, encoding)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Remote, "write_text", dying)
+        with pytest.raises(RuntimeError, match="died"):
+            moeglot.convert(source, TO, out, shard_size=SMALL)
+    fs = fsspec.filesystem("memory")
+    assert [path.rsplit(".", 1)[-1] for path in fs.find("/made/out.partial")] == ["safetensors", "partial/plan"]
+    with pytest.raises(OutputExists, match="belongs to another conversion"):
+        moeglot.convert(source, "gpt-oss/original", out, resume=True)
+    said = fs.cat_file("/made/out.partial/plan")
+    fs.rm("/made/out.partial/plan")
+    with pytest.raises(OutputExists, match="has files and no journal"):
+        moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    fs.pipe_file("/made/out.partial/plan", b"{")
+    with pytest.raises(OutputExists, match="this journal is damaged"):
+        moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    fs.pipe_file("/made/out.partial/plan", said)
+    moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out")
+
+
+def test_a_journal_of_an_older_release_goes_on(source: Path, out: str, tmp_path: Path) -> None:
+    """It has no more than an object for each shard."""
+    moeglot.convert(source, TO, tmp_path / "disk", shard_size=SMALL)
+    begun(source, out, 60)
+    fs = fsspec.filesystem("memory")
+    fs.rm("/made/out.partial/plan")
     moeglot.convert(source, TO, out, shard_size=SMALL, resume=True)
     assert stored("/made/out") == tree(tmp_path / "disk")
     assert stored("/made") == stored("/made/out")

@@ -218,6 +218,74 @@ def test_killed_at_an_effect_and_resumed(nth: int, dying: Dying, small: Path, ef
     assert_the_same(out, small, calm)
 
 
+def other_byte(out: Path) -> None:
+    with min(out.glob("*.safetensors")).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def zeros(out: Path) -> None:
+    """What a machine that stopped may leave of a file whose bytes it never sent to its disk."""
+    shard = min(out.glob("*.safetensors"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+
+
+def gone(out: Path) -> None:
+    min(out.glob("*.safetensors")).unlink()
+
+
+def other_config(out: Path) -> None:
+    (out / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("before_the_last", [1, 0], ids=["with its journal", "without"])
+@pytest.mark.parametrize("damage", [other_byte, other_config, zeros, gone])
+def test_killed_before_its_clean_up_and_changed_since(
+    damage: Callable[[Path], None], before_the_last: int, dying: Dying, small: Path, effects: int, calm: Undisturbed, tmp_path: Path
+) -> None:
+    """The output has its name, and is not what was verified any more: nobody may say that it holds without having read it."""
+    out = tmp_path / "out"
+    assert dying.convert(small, out, effects - before_the_last)[0] == -signal.SIGKILL
+    assert out.exists()
+    damage(out)
+    before = tree(out)
+    anybodys = before_the_last == 0 and damage in (zeros, gone)  # nothing says any more that it was this conversion's
+    assert dying.convert(small, out, resume=True)[0] == (2 if anybodys else 1)
+    with pytest.raises(OutputExists if anybodys else moeglot.NotVerified, match="overwrites nothing" if anybodys else "is not what was verified") as found:
+        resume(small, out)
+    assert tree(out) == before
+    assert anybodys or found.value.do == f"remove {out} and {partial(out)}, and begin again"
+    shutil.rmtree(out)
+    shutil.rmtree(partial(out))
+    resume(small, out)
+    assert_the_same(out, small, calm)
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, each folder and what the journal says; then the name, and only then is the journal removed."""
+    order: list[str] = []
+
+    def told(name: str) -> None:
+        inner: Callable[..., Any] = getattr(os, name)
+
+        def call(*given: Any, **more: Any) -> Any:
+            order.append(f"{name} {os.readlink(f'/proc/self/fd/{given[0]}') if name == 'fsync' else given[0]}")
+            return inner(*given, **more)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("fsync", "rename", "unlink"):
+        told(name)
+    out = tmp_path / "out"
+    moeglot.convert(small, TO, out, shard_size=SMALL_SHARD_SIZE)
+    named = order.index(f"rename {partial(out) / 'checkpoint'}")
+    folder = partial(out) / "checkpoint"
+    assert {f"fsync {folder / name}" for name in tree(out)} | {f"fsync {folder}", f"fsync {partial(out) / 'journal'}"} <= set(order[:named])
+    assert order[named + 1 :][:2] == [f"fsync {tmp_path}", f"unlink {partial(out) / 'journal'}"]
+
+
 # --- states of the work folder ---------------------------------------------------------------------------------------------------------
 
 

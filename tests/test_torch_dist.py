@@ -18,8 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
+from test_cli import run, told
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.serialization import set_crc32_options
 
 import moeglot
 from moeglot.errors import MoeglotError
@@ -128,6 +130,43 @@ def test_one_that_was_interrupted_ends_in_the_same_bytes(target: str, hub: Path,
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
 
 
+def in_parts(hub: Path, out: Path, target: str) -> None:
+    plan = moeglot.plan(hub, target)
+    for part in ("2/2", "1/2"):
+        moeglot.write_part(plan, out, part)
+    moeglot.finalize(moeglot.plan(hub, target), out)
+
+
+def all_units_done(hub: Path, out: Path, target: str) -> None:
+    """Killed after its last unit, or while it verified."""
+    moeglot.write_part(moeglot.plan(hub, target), out, "1/1")
+    moeglot.convert(hub, target, out, resume=True)
+
+
+def only_to_be_cleaned_up(hub: Path, out: Path, target: str) -> None:
+    """Killed at its very end: the output has its name, and its work folder is empty."""
+    moeglot.convert(hub, target, out)
+    out.with_name("out.partial").mkdir()
+    moeglot.convert(hub, target, out, resume=True)
+
+
+@pytest.mark.parametrize("write", [in_parts, all_units_done, only_to_be_cleaned_up])
+def test_a_file_that_has_its_checksums_is_gone_on_with(write: Callable[[Path, Path, str], None], hub: Path, tmp_path: Path) -> None:
+    """The CRC-32 of the first tensor stands among the bytes that come before it, which tell a file that is whole from one that is lost."""
+    moeglot.convert(hub, TARGET, tmp_path / "whole")
+    write(hub, tmp_path / "out", TARGET)
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in ("__0_0.distcp", ".metadata"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_is_lost_is_not_gone_on_with(hub: Path, tmp_path: Path) -> None:
+    moeglot.write_part(moeglot.plan(hub, TARGET), tmp_path / "out", "1/2")
+    lost = tmp_path / "out.partial" / "checkpoint" / "__0_0.distcp"
+    lost.write_bytes(bytes(lost.stat().st_size))
+    with pytest.raises(moeglot.OutputExists, match="is missing, or is not as long"):
+        moeglot.write_part(moeglot.plan(hub, TARGET), tmp_path / "out", "2/2")
+
+
 def test_another_shard_size_is_another_plan(hub: Path, tmp_path: Path) -> None:
     """A run that goes on with a folder, or is another part of it, may not have tensors lie elsewhere."""
     plans = {size: moeglot.plan(hub, TARGET, shard_size=size) for size in range(40_000, 260_000, 10_000)}
@@ -211,6 +250,14 @@ def test_rows_that_pad_the_vocabulary_are_left_aside(dist: Path, hub: Path, tmp_
     shutil.copy(hub / "config.json", tmp_path / "padded")
     moeglot.convert(tmp_path / "padded", HUB, tmp_path / "back")
     assert moeglot.compare(tmp_path / "back", hub).verdict == "holds"
+    aside = {key: {"rows": 96, "of": 128} for key in ("embedding.word_embeddings.weight", "output_layer.weight")}
+    assert json.loads((tmp_path / "back" / "moeglot.json").read_text())["left_aside"] == aside
+    assert told("convert", tmp_path / "padded", tmp_path / "planned", "--to", HUB, "--dry-run")["left_aside"] == aside
+    shown = run("convert", tmp_path / "padded", tmp_path / "shown", "--to", HUB).stdout
+    assert "leave aside\t96 of 128 rows of output_layer.weight\tconfig.json counts no word there" in shown
+    assert "byte for byte, but for what is left aside of 2" in shown
+    assert "left aside: 96 of 128 rows of embedding.word_embeddings.weight" in shown
+    assert "left_aside" not in told("convert", dist, tmp_path / "planned", "--to", HUB, "--dry-run")
     config = json.loads((hub / "config.json").read_text())
     (tmp_path / "padded" / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
     with pytest.raises(moeglot.TensorMismatch, match="at least 1000 rows"):
@@ -386,6 +433,40 @@ def test_a_file_that_is_cut_short(dist: Path) -> None:
         moeglot.open(dist)
 
 
+def where(dist: Path, key: str) -> tuple[Path, int]:
+    """The file of a key's first chunk, and a place in it where some of its numbers lie."""
+    place = next(place for index, place in described(dist).storage_data.items() if index.fqn == key)
+    return dist / place.relative_path, place.offset + place.length // 2
+
+
+@pytest.mark.parametrize("key", ["decoder.layers.mlp.experts.experts.linear_fc2.weight", "output_layer.weight"])
+@pytest.mark.parametrize("writer", ["moeglot", "torch"])
+def test_numbers_of_which_a_bit_is_another(writer: str, key: str, dist: Path, tmp_path: Path) -> None:
+    """They were saved with their CRC-32, which torch.load does not look at."""
+    folder = dist if writer == "moeglot" else written_by_torch(dist, tmp_path / "saved", lambda found: found)
+    path, at = where(folder, key)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x04
+    path.write_bytes(data)
+    with pytest.raises(moeglot.BrokenFile, match="not those whose CRC-32 was saved with them"):
+        moeglot.convert(folder, HUB, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_torch_saved_without_checksums_is_read(dist: Path, hub: Path, tmp_path: Path) -> None:
+    set_crc32_options(False)
+    try:
+        bare = written_by_torch(dist, tmp_path / "bare", lambda found: found)
+    finally:
+        set_crc32_options(True)
+    path, at = where(bare, "output_layer.weight")
+    assert moeglot.compare(bare, hub).verdict == "holds"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x04
+    path.write_bytes(data)
+    assert moeglot.compare(bare, hub).verdict == "does not hold"
+
+
 @pytest.mark.parametrize("bit", [0x01, 0x41, 0x80])
 def test_no_byte_around_the_numbers_of_a_chunk_moves_them(bit: int, tmp_path: Path) -> None:
     """A damaged disk, or somebody: the numbers are where they were, or the chunk is refused."""
@@ -503,6 +584,17 @@ def test_training_state_is_left_aside_and_other_objects_are_not(tmp_path: Path) 
     assert moeglot.compare(tmp_path / "trained", folder).verdict == "holds"
     with pytest.raises(moeglot.BrokenFile, match=r"history.*an object that is no tensor"):
         moeglot.open(tmp_path / "odd")
+
+
+def test_more_exact_weights_of_a_training_run_are_told_and_not_read(dist: Path, hub: Path, tmp_path: Path) -> None:
+    masters = {f"optimizer.state.{kind}.output_layer.weight": torch.zeros(32, 64) for kind in ("fp32_param", "exp_avg")}
+    trained = written_by_torch(dist, tmp_path / "trained", lambda found: found.update(masters))
+    (found,) = (finding for finding in moeglot.lint(trained) if finding.about == "more exact weights")
+    assert found.figures == {"tensors": 1}
+    assert "1 tensors such as optimizer.state.fp32_param.output_layer.weight hold weights in float32" in found.what
+    assert found.what.endswith("which are BF16")
+    assert moeglot.compare(trained, hub).verdict == "holds"
+    assert not [finding for finding in moeglot.lint(dist) if finding.about == "more exact weights"]
 
 
 def test_the_tokenizer_travels_and_nothing_of_the_checkpoint(dist: Path, tmp_path: Path) -> None:

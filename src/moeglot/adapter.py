@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeglot.adapter_config import AdapterConfig, AdapterFiles, read_files
+from moeglot.adapter_config import CONFIG, AdapterConfig, AdapterFiles, read_files
 from moeglot.adapter_evidence import Clustering, cluster
 from moeglot.adapter_identify import Reading, candidates, decide
 from moeglot.adapter_parts import Dense, Pair, Replaced, check_replaced, read_dense
@@ -17,7 +17,7 @@ from moeglot.adapter_targets import check_dense_there, check_experts_there, expe
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import Convention, by_name
-from moeglot.errors import HalfAdapter, UsageError
+from moeglot.errors import HalfAdapter, TensorMismatch, UsageError
 from moeglot.factors import Place, fit, in_out, stacked_form
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Adapter:
 
         line = self.base.format.line_of(role)
         out, inner = (self.base.sizes[letter] for letter in line.role_axes.split())
-        return torch.zeros(out, 0), torch.zeros(0, inner)
+        return torch.zeros(out, 0, dtype=torch.float32, device="cpu"), torch.zeros(0, inner, dtype=torch.float32, device="cpu")
 
     @cached_property
     def clustering(self) -> Clustering | None:
@@ -159,7 +159,9 @@ def _read_experts(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], as
         assert isinstance(rank, int)
         pair = Pair(chosen, place, files.entries[place.a], files.entries[place.b], rank, files.config.scale(place.name, rank), base.sizes)
         if (said := files.config.rank(place.name)) != rank:
-            other[f"have rank {rank}, adapter_config.json says {said or 'no rank'}; {TENSORS_DECIDE}"].append(place.name)
+            if chosen.packed:
+                raise _of_other_experts(files, base, place, rank, said)
+            other[f"have rank {rank}, {CONFIG} says {said or 'no rank'}; {TENSORS_DECIDE}"].append(place.name)
         for role in place.roles:
             for expert in range(base.sizes["e"]) if place.expert is None else (place.expert,):
                 pairs[place.layer, role, expert] = pair
@@ -172,6 +174,18 @@ def _complete(files: AdapterFiles, place: Place) -> Place:
         if key not in files.entries:
             raise HalfAdapter(f"{key} is missing", f"{place.name} is adapted, and a change needs both factors", "fetch the adapter again from its writer")
     return place
+
+
+def _of_other_experts(files: AdapterFiles, base: Checkpoint, place: Place, rank: int, said: int | None) -> TensorMismatch:
+    """Cut at another number of experts than it was trained with, an axis of both gives factors that belong to nobody."""
+    e, entry = base.sizes["e"], files.entries[place.a]
+    whole = f"{e * rank // said} experts of rank {said}" if said and e * rank % said == 0 else "no whole number of experts of that rank"
+    known = f"the base has {e} experts, so each would have rank {rank}; {CONFIG} says {f'r = {said}' if said else 'no rank'} there"
+    return TensorMismatch(
+        f"{place.a} is {list(entry.shape)}: {e * rank} rows for all ranks of all experts",
+        known + (f", and {e * rank} rows are {whole}" if said else ", and a product does not tell its factors"),
+        f"pass the base that it was trained on; if that is this one, have {CONFIG} say the rank that it was trained with (r, rank_pattern)",
+    )
 
 
 def _fit(files: AdapterFiles, base: Checkpoint, convention: Convention, place: Place) -> int | str:

@@ -13,7 +13,7 @@ from typing import Any
 from moeglot import hub
 from moeglot.errors import AdapterError, BrokenFile, PickleRefused, UnsupportedAdapter
 from moeglot.foreign import ADAPTER
-from moeglot.remote import location, on_disk
+from moeglot.remote import here, location, on_disk
 from moeglot.shards import Entry, read_header
 from moeglot.source import read_json
 
@@ -210,7 +210,7 @@ def read_files(path: str | Path, adapter: str | None = None) -> AdapterFiles:
 
     Raises `BrokenFile`, `PickleRefused`, `UnsupportedAdapter`, and `AdapterError` if it is not said which of several.
     """
-    there = on_disk(location(path), "an adapter's reader")
+    there = on_disk(here(location(path)), "an adapter's reader")
     if there.is_file():
         raise AdapterError(f"{path}: a file", f"an adapter is a folder, with {CONFIG} and {TENSORS}", f"pass the folder that it is in: {there.parent}")
     folder = _choose(there if there.is_dir() else hub.fetch(str(path)), adapter)

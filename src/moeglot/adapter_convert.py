@@ -236,12 +236,12 @@ def _sides(one: Written, sizes: Sizes, expert: int, roles: list[tuple[str, Pair 
     factors = {role: _scaled(*pair.raw(role, expert), _ratio(pair.scale, one.scale)) for role, pair in roles if pair}
     if not factors:
         sizes = one.place.sizes(sizes)
-        return torch.zeros(sizes["y"], one.rank), torch.zeros(one.rank, sizes["x"])
+        return torch.zeros(sizes["y"], one.rank, dtype=torch.float32, device="cpu"), torch.zeros(one.rank, sizes["x"], dtype=torch.float32, device="cpu")
     some = next(iter(factors.values()))[0]
     lefts, rights = [], []
     for among in [[role] for role in factors] if one.beside else [list(factors)]:
         rank = factors[among[0]][0].shape[1]
-        parts = [factors[role][0] if role in among else torch.zeros(some.shape[0], rank, dtype=some.dtype) for role in one.place.roles]
+        parts = [factors[role][0] if role in among else torch.zeros(some.shape[0], rank, dtype=some.dtype, device="cpu") for role in one.place.roles]
         lefts.append(join(one.place, parts))
         rights.append(factors[among[0]][1])
     return _pad(torch.cat(lefts, 1), one.rank, 1), _pad(torch.cat(rights), one.rank, 0)

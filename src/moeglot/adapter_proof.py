@@ -35,7 +35,8 @@ def _of_biases(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
 
     if one is None or other is None:
         return 0.0 if one is other else float("inf")
-    return difference((one[:, None], torch.ones(1, 1)), (other[:, None], torch.ones(1, 1)))
+    unit = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    return difference((one[:, None], unit), (other[:, None], unit))
 
 
 def difference(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:

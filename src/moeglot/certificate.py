@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeglot.certified import source_files
+from moeglot.certified import edited_rank, source_files
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.dense_plan import left_aside
 from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
 from moeglot.encoded import Encoded
-from moeglot.errors import BadNumbers, NotVerified
+from moeglot.errors import BadNumbers, Contradiction, NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Matrices, forward
@@ -23,6 +24,7 @@ from moeglot.misreadings import right
 from moeglot.plan import Plan, Step, Unit
 from moeglot.remote import Location
 from moeglot.source import TEMPLATES
+from moeglot.undeclared import undeclared
 from moeglot.units import make
 from moeglot.unsound import unsound
 from moeglot.verify import difference, others, structure, values
@@ -83,8 +85,7 @@ def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
         *forward(written, side, workers=threads, progress=progress),
     ]
     if plan.change and plan.change.adapter.layers:
-        found = survived(plan, losses)
-        checks += [applied(written, plan, sums(found), threads, progress), live(written, plan, found, threads, progress)]
+        checks += [applied(written, plan, sums(survived(plan, losses)), threads, progress), live(written, plan, losses, threads, progress)]
     if fault := next(unsound(written), None):
         known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
         raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")
@@ -197,6 +198,10 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
     written = {path.name: path for path in folder.iterdir() if path.is_file() and path.name != CERTIFICATE}
     written |= {f"{TEMPLATES}/{path.name}": path for path in (templates.iterdir() if templates.is_dir() else ())}
     hashes = digests([*files.values(), *written.values()], threads)
+    if edited := edited_rank(source, hashes):
+        known = "it was changed after it was written; what one process holds alone, nothing else can tell"
+        do = f"write its folder again; or, if the change is meant, remove {CERTIFICATE} from that folder"
+        raise Contradiction(f"{edited} is not as {CERTIFICATE} beside it certifies it", known, do)
     return {
         "schema": SCHEMA,
         "moeglot": __version__,
@@ -207,6 +212,8 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
             "sha256": {name: hashes[path] for name, path in sorted(written.items())},
         },
         "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
+        **({"left_aside": aside} if (aside := left_aside(source)) else {}),
+        **({"undeclared": gone} if (gone := list(undeclared(plan))) else {}),
         **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},
     }

@@ -108,6 +108,16 @@ def source_files(checkpoint: Checkpoint) -> dict[str, Location]:
     return {of_rank.format(path): path for path in (*shards, *(path for path in [source.home / "config.json"] if path.exists()))}
 
 
+def edited_rank(checkpoint: Checkpoint, hashes: Mapping[Location, str]) -> str | None:
+    """Of the folders of several processes, the first shard, by its name, that the certificate beside it says was another. `hashes`: what they are."""
+    for rank in checkpoint.source.ranks:
+        if not isinstance(said := _said(rank), str):
+            edited = (path.name for path in rank.shards if path in hashes and said.get(path.name, hashes[path]) != hashes[path])
+            if name := next(edited, None):
+                return f"{rank.folder.name}/{name}"
+    return None
+
+
 def made_of(checkpoint: Checkpoint, out: Location, headers: Mapping[str, bytes]) -> bool:
     """`out` has these shards, and its moeglot.json says that they were made of this checkpoint's files, which are hashed, and of nothing else."""
     if not checkpoint.source.shards or checkpoint.share != checkpoint.source.share or not all(begins(out / name, header) for name, header in headers.items()):

@@ -14,11 +14,13 @@ from typing import Any
 from moeglot.coding import WEIGHT, Coding, brief, said, transformed
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
+from moeglot.declared import dense_encoding
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor, check_codes
 from moeglot.encoded import Encoded, LazyEncoded
 from moeglot.encoding import Encoding
 from moeglot.errors import BadNumbers, Contradiction, TensorMismatch, UnknownFormat
 from moeglot.evidence import decide
+from moeglot.foreign import check_held
 from moeglot.format import Format
 from moeglot.hub_names import HubNames
 from moeglot.identify import Identification, identify
@@ -204,7 +206,7 @@ class Checkpoint:
         declared, found = said(self.source.config), dict[str, tuple[Encoding, dict[str, str]]]()
         for coding in self.codings:
             for module, parts in self._modules(coding).items():
-                encoding = None if module in found else coding.declares(declared, module)
+                encoding = None if module in found else dense_encoding(declared, coding, module, self.format.family)
                 if encoding and parts.keys() >= {part.name for part in encoding.parts}:
                     entries = {part: self.dense[key].entry for part, key in parts.items()}
                     found[module] = encoding.as_stored({part: (entry.dtype, entry.shape) for part, entry in entries.items()}), parts
@@ -253,6 +255,7 @@ def open(path: str | Path, format: str | Format | None = None, *, headers_only: 
 
 
 def _opened(source: Source, format: str | Format | None, headers_only: bool) -> Checkpoint:
+    check_held(source.name, source.config)
     if online := transformed(said(source.config)):
         raise UnknownFormat(
             f"{source.name}: its weights are for activations that are transformed as the model computes",

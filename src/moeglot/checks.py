@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.errors import UsageError
 from moeglot.mapped import let_go
 
 if TYPE_CHECKING:
@@ -89,12 +90,19 @@ def workers_of_one_thread(count: int) -> Iterator[ThreadPoolExecutor]:
 
     import torch
 
+    check_workers(count)
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=one_thread) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)
+
+
+def check_workers(count: int) -> None:
+    """Raises `UsageError` for a number of threads that is none."""
+    if not isinstance(count, int) or count < 1:
+        raise UsageError(f"{count!r} workers", "at least one thread works, and an int says how many", "pass --workers 1 or more")
 
 
 def one_thread() -> None:

@@ -12,6 +12,16 @@ from moeglot.live import load
 from moeglot.remote import on_disk
 from moeglot.source import read_source
 
+ONE_TEXT: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "token_healing": False,
+    "is_assistant": False,
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "force_words_ids", "assistant_early_exit")),
+}
+"""One text is streamed, token by token, by the model alone: ways to generate that do otherwise, or that are code on the Hub, are not taken from
+generation_config.json."""
+
 
 def run(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A folder or a Hub id (owner/name).", show_default=False)],
@@ -34,6 +44,9 @@ def run(
     if convention and adapter is None:
         raise UsageError(f"--convention {convention} without --adapter", "it says how an adapter's factors lie", "pass --adapter too, or leave it out")
     tokenizer = tokenizer_of(path)
+    from moeglot.nn.data import check_seed
+
+    check_seed(seed)
     ids = _ids(tokenizer, prompt[0], chat)
     model = load(path, dtype, device, format, native=native or bool(adapter or encode), encode=encode)
     if adapter is not None:
@@ -46,7 +59,7 @@ def run(
     ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
-    options |= {"num_beams": 1, "num_return_sequences": 1, "tokenizer": tokenizer}  # one text is streamed, whatever generation_config.json says
+    options |= {**ONE_TEXT, "tokenizer": tokenizer}
     model.generate(
         input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **options
     )

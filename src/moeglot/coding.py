@@ -21,7 +21,7 @@ JOINED = ("gate", "up")
 """What vLLM and TensorRT-LLM make one matrix of."""
 
 MODELOPT_FILE = "hf_quant_config.json"
-"""Says again what config.json says of the quantization, or, in older releases, says it alone."""
+"""Which file says it beside config.json, or alone: `hf_quant_config` reads it."""
 SAID_AGAIN = (MODELOPT_FILE, "quantize_config.json", "quantization_config.json", "quant_config.json")
 """ModelOpt's, GPTQ's, AutoRound's and AWQ's; of no use beside matrices that are quantized no more, or otherwise."""
 
@@ -32,7 +32,8 @@ class Coding:
 
     `linear`: part -> what takes the place of `.weight` in a key; `stacked`: part -> what follows a key that does not end so.
     `read(quantization_config, module)` -> the encoding that it declares for a module, None if it declares none of this kind.
-    `write(encoding, kept)` -> quantization_config, where `kept` are the modules that stay as they are.
+    `write(encoding, kept)` -> quantization_config, where `kept` are the modules that stay as they are; an encoding that carries the scale of activations has
+    them rounded under it.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Coding:
     """The roles of an expert that servers join to one matrix, and for which they then take what one of them has one of."""
     turned: bool = False
     """The matrices lie [in, out], each in tensors of its own."""
+    inputs: bool = False
+    """`write` can say that activations are rounded under one scale for a matrix, which the encoding carries."""
     spelled: bool = False
     """Meant by its own name alone: where several store an encoding, `--encode` means another."""
 
@@ -97,20 +100,9 @@ def said(config: Mapping[str, Any]) -> Quantization:
     return next((place for place in places if isinstance(place, Mapping) and place), {})
 
 
-def told_beside(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json, and where it says nothing of a quantization, what ModelOpt says in MODELOPT_FILE: its releases before .31 said it nowhere else.
-
-    https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/export/convert_hf_config.py
-    """
-    quantization = beside.get("quantization")
-    if said(config) or not isinstance(quantization, Mapping):
-        return dict(config)
-    return {**config, "quantization_config": {"quant_method": "modelopt", **quantization}}
-
-
 def told_in(quantization: Quantization) -> str:
-    """Which file says it, or may say it: ModelOpt names itself in config.json, and not in the part of its own file that stands for it."""
-    return f"config.json or {MODELOPT_FILE}" if method(quantization) == "modelopt" and "producer" not in quantization else "config.json"
+    """Which file says it, or may say it."""
+    return f"config.json or {MODELOPT_FILE}" if method(quantization) == "modelopt" else "config.json"
 
 
 def told(quantization: Quantization) -> str:
@@ -141,20 +133,20 @@ def leaves_alone(quantization: Quantization, module: str) -> bool:
     layers = quantization.get("quantized_layers")
     if isinstance(layers, Mapping) and str(quantization.get("quant_algo")).upper() == "MIXED_PRECISION":
         return not any(f"{module}.".startswith(f"{name}.") for name in layers)
-    if by_compressed_tensors(quantization) and isinstance(quantization.get("config_groups"), Mapping) and _group(quantization, module) is None:
+    if by_compressed_tensors(quantization) and isinstance(quantization.get("config_groups"), Mapping) and group_of(quantization, module) is None:
         return True
     if method(quantization) == "modelopt" and not quantization.get("quant_algo") and not quantization.get("config_groups"):
         return True  # it speaks of the cache of keys and values alone
-    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in _names_in(quantization, key)]
+    kept = [name for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers") for name in names_in(quantization, key)]
     if any(f".{name}." in f".{module}." or ("*" in name and _names("re:" + name.replace("*", ".*"), module)) for name in kept):
         return True
     if spared(quantization, module) or (method(quantization) == "quark" and quark_layer(quantization, module).get("weight") is None):
         return True
-    listed = [*_names_in(quantization, "ignore"), *_names_in(quantization, "exclude_modules"), *_names_in(quantization, "exclude")]
+    listed = [*names_in(quantization, "ignore"), *names_in(quantization, "exclude_modules"), *names_in(quantization, "exclude")]
     return any(_names(pattern, module) or ("*" in pattern and fnmatchcase(module, pattern)) for pattern in listed)
 
 
-def _names_in(said: Mapping[str, Any], key: str) -> list[str]:
+def names_in(said: Mapping[str, Any], key: str) -> list[str]:
     """The names and patterns under a key; raises `Contradiction` where it is no list."""
     found = said.get(key) or []
     if not isinstance(found, list | tuple):
@@ -169,17 +161,17 @@ def _names_in(said: Mapping[str, Any], key: str) -> list[str]:
 
 def groups(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The `weights` arguments of the group that a module belongs to, None if it is ignored or in none."""
-    if any(_names(pattern, module) for pattern in _names_in(quantization, "ignore")):
+    if any(_names(pattern, module) for pattern in names_in(quantization, "ignore")):
         return None
-    chosen = _group(quantization, module)
+    chosen = group_of(quantization, module)
     weights = chosen.get("weights") if chosen else None
     return weights if isinstance(weights, Mapping) else None
 
 
-def _group(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
+def group_of(quantization: Quantization, module: str) -> Mapping[str, Any] | None:
     """The group that a module belongs to: of targets that name it, whole names come first, then patterns in the order of the alphabet, then its class."""
     found = _groups(quantization)
-    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in _names_in(group, "targets")]
+    targets = [(target.startswith("re:"), target, n) for n, group in enumerate(found) for target in names_in(group, "targets")]
     named = [n for _, target, n in sorted(targets) if _names(target, module)] or [n for _, target, n in targets if target == "Linear"]
     return found[named[0]] if named else None
 
@@ -190,7 +182,7 @@ def by_compressed_tensors(quantization: Quantization) -> bool:
 
 def of_modules(quantization: Quantization) -> bool:
     """compressed-tensors, and all that it names is the class of Linear modules."""
-    return by_compressed_tensors(quantization) and all(target == "Linear" for group in _groups(quantization) for target in _names_in(group, "targets"))
+    return by_compressed_tensors(quantization) and all(target == "Linear" for group in _groups(quantization) for target in names_in(group, "targets"))
 
 
 def _groups(quantization: Quantization) -> list[Mapping[str, Any]]:
@@ -233,10 +225,10 @@ def compressed(quantization: Quantization, module: str, **expected: Any) -> Mapp
     return weights if weights and all(weights.get(key) == value for key, value in expected.items()) else None
 
 
-def declare_compressed(format: str, weights: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
-    """quantization_config of a folder that compressed-tensors reads; activations are left as they are."""
+def declare_compressed(format: str, weights: Mapping[str, Any], kept: Sequence[str], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """quantization_config of a folder that compressed-tensors reads; without `inputs`, activations are left as they are."""
     arguments = {"dynamic": False, "symmetric": True, "actorder": None, "observer": None, "block_structure": None, "group_size": None, **weights}
-    group = {"targets": ["Linear"], "weights": arguments, "input_activations": None, "output_activations": None, "format": format}
+    group = {"targets": ["Linear"], "weights": arguments, "input_activations": inputs, "output_activations": None, "format": format}
     return {
         "quant_method": "compressed-tensors",
         "format": format,

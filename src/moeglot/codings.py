@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from moeglot.coding import JOINED, WEIGHT, Coding
@@ -16,6 +17,7 @@ from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
+from moeglot.hf_quant_config import algorithm_of
 from moeglot.rules import Quantization, method
 
 DEEPSEEK_4 = "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash"
@@ -44,7 +46,7 @@ def _write_fp8_block(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
-        "activation_scheme": "dynamic",
+        "activation_scheme": "static" if encoding.carried else "dynamic",
         "weight_block_size": list(encoding.block) if all(encoding.block) else None,
         "modules_to_not_convert": list(kept),
     }
@@ -72,6 +74,7 @@ FP8_QSCALE = replace(
     name="fp8-qscale",
     linear={"weight": ".weight", "scale": ".qscale_weight", "input_scale": ".qscale_act"},
     stacked={},
+    inputs=True,
     source="https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_finegrained_fp8.py",
     about="FP8 E4M3 with `.qscale_weight`, Mistral's name",
 )
@@ -83,7 +86,7 @@ def _read_autofp8(said: Quantization, module: str) -> Encoding | None:
 
 
 def _write_autofp8(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-    return {"quant_method": "fp8", "activation_scheme": "dynamic", "ignored_layers": list(kept)}
+    return {"quant_method": "fp8", "activation_scheme": "static" if encoding.carried else "dynamic", "ignored_layers": list(kept)}
 
 
 AUTOFP8_TENSOR = replace(
@@ -125,27 +128,17 @@ DEEPSEEK_FP4 = Coding(
 # --- ModelOpt --------------------------------------------------------------------------------------------------------------------------
 
 
-def _algorithm(said: Quantization, module: str) -> str:
-    """ModelOpt's name of what it did to a module; where that differs between modules, `quantized_layers` lists each."""
-    if "modelopt" not in method(said):
-        return ""
-    said = {**said, **said["quantization"]} if isinstance(said.get("quantization"), Mapping) else said
-    layers = said.get("quantized_layers") if str(said.get("quant_algo")).upper() == "MIXED_PRECISION" else None
-    if layers:
-        said = next((layer for name, layer in layers.items() if f"{module}.".startswith(f"{name}.") and isinstance(layer, Mapping)), {})
-    return str(said.get("quant_algo") or "").upper()
-
-
 def _read_nvfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
-    return NVFP4("modelopt") if _algorithm(said, module) in ("NVFP4", "W4A16_NVFP4") else None
+    return NVFP4("modelopt") if algorithm_of(said, module) in ("NVFP4", "W4A16_NVFP4") else None
 
 
 def _write_nvfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    inputs = {"input_activations": weights} if encoding.carried else {}
     return {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
-        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "config_groups": {"group_0": {**inputs, "weights": weights, "targets": ["Linear"]}},
         "ignore": list(kept),
     }
 
@@ -162,20 +155,24 @@ NVFP4_MODELOPT = Coding(
     judges=("nvidia-modelopt",),
     kept=IGNORED,
     common=JOINED,
+    inputs=True,
 )
 
 
+def _read_modelopt_fp8(encoding: FP8, algorithm: str, said: Quantization, module: str) -> Encoding | None:
+    return encoding if algorithm_of(said, module) == algorithm else None
+
+
+def _write_modelopt_fp8(algorithm: str, weights: Mapping[str, Any], encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    each = {"dynamic": False, "num_bits": 8, "type": "float"}
+    group = {**({"input_activations": each} if encoding.carried else {}), "weights": {**each, **weights}, "targets": ["Linear"]}
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": group}, "ignore": list(kept)}
+
+
 def _modelopt_fp8(name: str, algorithm: str, encoding: FP8, weights: Mapping[str, Any], about: str) -> Coding:
-    def read(said: Quantization, module: str) -> Encoding | None:
-        return encoding if _algorithm(said, module) == algorithm else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        group = {"weights": {"dynamic": False, "num_bits": 8, "type": "float", **weights}, "targets": ["Linear"]}
-        return {"quant_method": "modelopt", "quant_algo": algorithm, "config_groups": {"group_0": group}, "ignore": list(kept)}
-
-    return Coding(
-        name, encoding, FP8_CHANNEL.linear, FP8_CHANNEL.stacked, read, write, MODELOPT, f"ModelOpt's {about}", judges=("nvidia-modelopt",), kept=IGNORED
-    )
+    told, judges, inputs = f"ModelOpt's {about}", ("nvidia-modelopt",), encoding.block == (WHOLE, WHOLE)
+    read, write = partial(_read_modelopt_fp8, encoding, algorithm), partial(_write_modelopt_fp8, algorithm, weights)
+    return Coding(name, encoding, FP8_CHANNEL.linear, FP8_CHANNEL.stacked, read, write, MODELOPT, told, judges=judges, kept=IGNORED, inputs=inputs)
 
 
 FP8_MODELOPT = _modelopt_fp8("fp8-modelopt", "FP8", FP8((WHOLE, WHOLE)), {}, "FP8 E4M3 with one scale for a matrix")
@@ -183,7 +180,7 @@ MXFP8_MODELOPT = _modelopt_fp8("mxfp8-modelopt", "MXFP8", FP8((1, MX_GROUP), "U8
 
 
 def _read_mxfp4_modelopt(said: Quantization, module: str) -> Encoding | None:
-    return MXFP4(container="packed") if _algorithm(said, module) == "MXFP4" else None
+    return MXFP4(container="packed") if algorithm_of(said, module) == "MXFP4" else None
 
 
 def _write_mxfp4_modelopt(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
@@ -199,6 +196,7 @@ MXFP4_MODELOPT = replace(
     read=_read_mxfp4_modelopt,
     write=_write_mxfp4_modelopt,
     about="ModelOpt's MXFP4",
+    inputs=False,
     spelled=True,
 )
 
@@ -206,26 +204,27 @@ MXFP4_MODELOPT = replace(
 # --- bitsandbytes ----------------------------------------------------------------------------------------------------------------------
 
 
+def _read_bitsandbytes(kind: bnb4.Kind, said: Quantization, module: str) -> Encoding | None:
+    declared = "bitsandbytes" in method(said) and bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
+    return BNB4(kind, nested=None) if declared and said.get("bnb_4bit_quant_type", "fp4") == kind else None
+
+
+def _write_bitsandbytes(kind: bnb4.Kind, encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, BNB4)
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": bool(encoding.nested),
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(kept),
+    }
+
+
 def _bitsandbytes(kind: bnb4.Kind) -> Coding:
-    names = bnb4.names(kind)
-
-    def read(said: Quantization, module: str) -> Encoding | None:
-        declared = "bitsandbytes" in method(said) and bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
-        return BNB4(kind, nested=None) if declared and said.get("bnb_4bit_quant_type", "fp4") == kind else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        assert isinstance(encoding, BNB4)
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": bool(encoding.nested),
-            "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": list(kept),
-        }
-
+    names, read, write = bnb4.names(kind), partial(_read_bitsandbytes, kind), partial(_write_bitsandbytes, kind)
     about = f"bitsandbytes' {kind.upper()}, in runs of the flattened matrix"
     linear, judges = {part: WEIGHT + suffix for part, suffix in names.items()}, ("bitsandbytes",)
     return Coding(kind, BNB4(kind, nested=None), linear, names, read, write, BITSANDBYTES, about, judges, kept="llm_int8_skip_modules")

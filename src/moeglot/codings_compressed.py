@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from moeglot.coding import JOINED, Coding, compressed, declare_compressed
@@ -22,19 +23,22 @@ IGNORED = "ignore"
 COMPRESSED = "https://github.com/vllm-project/compressed-tensors"
 
 
+def _read_fp8(strategy: str, default: tuple[int, int], said: Quantization, module: str) -> Encoding | None:
+    weights = compressed(said, module, num_bits=8, type="float", strategy=strategy)
+    if not weights or weights.get("symmetric") is False:
+        return None
+    block = weights.get("block_structure") if strategy == "block" else default
+    return FP8((block[0], block[1])) if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) for n in block) else None
+
+
+def _write_fp8(strategy: str, encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, FP8)
+    block = list(encoding.block) if strategy == "block" else None
+    inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False} if encoding.carried else None
+    return declare_compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block}, kept, inputs)
+
+
 def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: str) -> Coding:
-    def read(said: Quantization, module: str) -> Encoding | None:
-        weights = compressed(said, module, num_bits=8, type="float", strategy=strategy)
-        if not weights or weights.get("symmetric") is False:
-            return None
-        block = weights.get("block_structure") if strategy == "block" else default
-        return FP8((block[0], block[1])) if isinstance(block, Sequence) and len(block) == 2 and all(isinstance(n, int) for n in block) else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        assert isinstance(encoding, FP8)
-        block = list(encoding.block) if strategy == "block" else None
-        return declare_compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": strategy, "block_structure": block}, kept)
-
     linear = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
     stacked = {"weight": "", "scale": "_weight_scale", "input_scale": "_input_scale"}
     return Coding(
@@ -42,12 +46,13 @@ def _compressed_fp8(name: str, strategy: str, default: tuple[int, int], about: s
         FP8(default),
         linear,
         stacked,
-        read,
-        write,
+        partial(_read_fp8, strategy, default),
+        partial(_write_fp8, strategy),
         COMPRESSED,
         f"compressed-tensors' float-quantized, FP8 E4M3 with {about}",
         CT if strategy != "block" else CT[:1],
         kept=IGNORED,
+        inputs=strategy != "block",
     )
 
 
@@ -73,6 +78,7 @@ MXFP8 = replace(
     write=_write_mxfp8,
     about="compressed-tensors' mxfp8-quantized, FP8 E4M3 with a power of two for each 32 numbers of a row",
     judges=CT[:1],
+    inputs=False,
 )
 
 
@@ -107,7 +113,8 @@ def _read_nvfp4_compressed(said: Quantization, module: str) -> Encoding | None:
 
 def _write_nvfp4_compressed(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
-    return declare_compressed("nvfp4-pack-quantized", weights, kept)
+    inputs = {**weights, "symmetric": True, "dynamic": "local"} if encoding.carried else None  # each group's scale as it comes, the global from the file
+    return declare_compressed("nvfp4-pack-quantized", weights, kept, inputs)
 
 
 NVFP4_PACK = Coding(
@@ -122,12 +129,13 @@ NVFP4_PACK = Coding(
     judges=("compressed-tensors",),
     kept=IGNORED,
     common=JOINED,
+    inputs=True,
 )
 
 
 def _read_int4(said: Quantization, module: str) -> Encoding | None:
     weights = compressed(said, module, num_bits=4, type="int")
-    if not weights:
+    if not weights or said.get("format") == "int-quantized":  # a byte each
         return None
     group, zero = weights.get("group_size"), weights.get("symmetric") is False
     if weights.get("strategy") == "channel":

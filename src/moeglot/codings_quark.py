@@ -6,6 +6,7 @@ https://github.com/amd/quark (quark/torch/export: nn/modules/realquantizer.py, n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from moeglot.coding import Coding
@@ -19,31 +20,36 @@ AXES = {"per_tensor": (None,), "per_channel": (0,), "per_group": (-1, 1)}
 """`ch_axis` of a matrix [out, in] for each `qscheme` that we read."""
 
 
+def _read(mine: Encoding, weight: Mapping[str, Any], said: Quantization, module: str) -> Encoding | None:
+    declared, axes = quark(said, module, **weight), AXES[weight["qscheme"]]
+    return mine if declared and (axes == (None,) or declared.get("ch_axis") in axes) else None
+
+
+def _write(weight: Mapping[str, Any], beside: Mapping[str, Any], encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    unsaid = dict.fromkeys(("group_size", "symmetric", "scale_type", "scale_format"))
+    arguments = {**unsaid, "ch_axis": AXES[weight["qscheme"]][0], "is_dynamic": False, "round_method": "half_even", **beside, **weight}
+    inputs = {**unsaid, **FP8_QUARK_TENSOR, "ch_axis": None, "is_dynamic": False, "round_method": "half_even"} if encoding.carried else None
+    return {
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+        "global_quant_config": {"weight": arguments, "input_tensors": inputs, "output_tensors": None, "bias": None, "target_device": None},
+        "layer_type_quant_config": {},
+        "layer_quant_config": {},
+        "kv_cache_quant_config": {},
+        "exclude": list(kept),
+        "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0, "weight_merge_groups": None},
+    }
+
+
 def _quark(name: str, encoding: Encoding, linear: Mapping[str, str], weight: Mapping[str, Any], beside: Mapping[str, Any], about: str) -> Coding:
     """`weight`: the arguments that say how a matrix is coded; `beside`: what Quark says beside these, how it chose the codes."""
-    axes = AXES[weight["qscheme"]]
-
-    def read(said: Quantization, module: str) -> Encoding | None:
-        declared = quark(said, module, **weight)
-        return encoding if declared and (axes == (None,) or declared.get("ch_axis") in axes) else None
-
-    def write(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
-        unsaid = dict.fromkeys(("group_size", "symmetric", "scale_type", "scale_format"))
-        arguments = {**unsaid, "ch_axis": axes[0], "is_dynamic": False, "round_method": "half_even", **beside, **weight}
-        return {
-            "quant_method": "quark",
-            "quant_mode": "eager_mode",
-            "global_quant_config": {"weight": arguments, "input_tensors": None, "output_tensors": None, "bias": None, "target_device": None},
-            "layer_type_quant_config": {},
-            "layer_quant_config": {},
-            "kv_cache_quant_config": {},
-            "exclude": list(kept),
-            "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0, "weight_merge_groups": None},
-        }
-
-    return Coding(name, encoding, linear, {}, read, write, SOURCE, f"AMD Quark's {about}", judges=("amd-quark",), kept="exclude", spelled=True)
+    of_inputs = "input_scale" in linear
+    judges = ("amd-quark",)
+    read, write = partial(_read, encoding, weight), partial(_write, weight, beside)
+    return Coding(name, encoding, linear, {}, read, write, SOURCE, f"AMD Quark's {about}", judges=judges, kept="exclude", inputs=of_inputs, spelled=True)
 
 
+FP8_QUARK_TENSOR = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "observer_cls": "PerTensorMinMaxObserver", "symmetric": True}
 E4M3 = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"}
 MXFP4_QUARK = _quark(
     "mxfp4-quark",

@@ -58,6 +58,11 @@ class Convention:
         return self.stacked and not self.leaves
 
     @property
+    def packed(self) -> bool:
+        """Experts and ranks share an axis, so that a shape tells the product of both and neither of them."""
+        return any({"e", "r"} <= set(group) for group in parse_axes(self.a))
+
+    @property
     def grouped(self) -> bool:
         """The columns of one expert follow each other."""
         return "(e r)" in self.b

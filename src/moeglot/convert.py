@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
+from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Progress
+from moeglot.checks import Progress, check_workers
 from moeglot.direct import no_space
-from moeglot.errors import LossRefused, NotVerified, Unfinished, UsageError
+from moeglot.errors import LossRefused, MoeglotError, NotVerified, Unfinished, UsageError
 from moeglot.format import Format
 from moeglot.identify import written_marks
 from moeglot.kept import THRESHOLD, refuse_lost
@@ -77,7 +78,8 @@ def convert(
     `engine`: what carries out the units, such as `moeglot.integrations.ray.engine()`; by default threads of this process.
     `ranks`: `tp_rank`, `tp_size`, `etp_rank`, `etp_size`, `pp_rank`, `pp_size`, `ep_rank`, `ep_size` (int): what that process loads, where `to` is a state dict
     of Megatron's: of experts, layers, heads, words and rows of other matrices [rank * N / size, (rank + 1) * N / size), experts and layers numbered from 0;
-    no others are read. `padded_vocab_size`: how many rows the whole embedding has there; those beyond the words are zeros.
+    no others are read, but for a sample that tells one source from another. `padded_vocab_size`: how many rows the whole embedding has there; those beyond
+    the words are zeros.
 
     Raises `MoeglotError`: `UsageError` for a name that is not known or what the target cannot hold, `LossRefused`, `OutputExists`, `NoSpace`, `NotVerified`,
     and what `open` raises. Nothing that this run did not write is touched, and what is not verified keeps its temporary name.
@@ -126,9 +128,8 @@ def carry_out(
     count = _begin(plan, allow_loss, workers, threshold)
     run = engine or threads(count, device)
     with work.session(plan, resume) as done:
-        if work.renamed(plan):  # the output is complete and verified
-            work.finish()
-            return read_certificate(work.out)
+        if work.renamed(plan):
+            return _named(work)
         with _full_disk_told(plan, work):
             losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
             return _finalize(plan, work, losses, count, progress, threshold, resumed=bool(done))
@@ -179,8 +180,7 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
         raise Unfinished(f"no part of {out} is written", f"there is no {work.folder}", "pass --part 1/N and so on first, or neither --part nor --finalize")
     with work.session(plan, resume=True) as done:
         if work.renamed(plan):
-            work.finish()
-            return read_certificate(work.out)
+            return _named(work)
         _refuse_unfinished(plan, work, done)
         with _full_disk_told(plan, work):
             return _finalize(plan, work, done, count, progress, threshold, resumed=True)
@@ -195,9 +195,10 @@ def _refuse_inside(plan: Plan, out: Location) -> None:
 
 
 def _count(workers: int | None) -> int:
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise UsageError(f"{workers!r} workers", "a conversion needs at least one, and an int", "pass --workers 1 or more")
-    return workers or default_workers()
+    if workers is None:
+        return default_workers()
+    check_workers(workers)
+    return workers
 
 
 def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:
@@ -225,8 +226,26 @@ def _finalize(
             raise
         do = f"an earlier run wrote a part of it: if its machine stopped, remove {work.folder} and begin again; else report this as a bug"
         raise NotVerified(error.wrong, error.known, do) from error
-    work.finish()
+    work.give_name()
+    work.clean_up()
     return replace(certificate, out=work.out)
+
+
+def _named(work: Work | Store) -> Certificate:
+    """Of an output that an earlier run verified, and was killed before it had cleaned up. Raises `NotVerified` unless its files are still those."""
+    work.give_name()
+    try:
+        wrong = next((check.detail for check in as_certified(open(str(work.out))) if check.verdict != "holds"), None)
+    except MoeglotError as error:
+        wrong = error.wrong
+    if wrong:
+        raise NotVerified(
+            f"{work.out} is not what was verified: {wrong}",
+            "an earlier run certified it and was killed before it had cleaned up; it was changed since then, or not all of it had reached its disk",
+            f"remove {work.out} and {work.folder}, and begin again",
+        )
+    work.clean_up()
+    return read_certificate(work.out)
 
 
 def _refuse_unfinished(plan: Plan, work: Work, done: Mapping[str, Loss]) -> None:
@@ -270,9 +289,8 @@ def _write_rest(plan: Plan, folder: Location) -> None:
     elif len(plan.shards) > 1:
         weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.slots}
         total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
-        write_json(
-            folder / INDEX, {"metadata": {"total_size": total, **written_marks(plan.target, plan.source.share)}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        marks = written_marks(plan.target, plan.source.share, plan.source.source)
+        write_json(folder / INDEX, {"metadata": {"total_size": total, **marks}, "weight_map": dict(sorted(weight_map.items()))})
     for path in plan.others:
         into = folder / TEMPLATES if path.parent.name == TEMPLATES else folder
         if isinstance(path, Path) and isinstance(into, Path):

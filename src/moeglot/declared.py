@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from moeglot.coding import brief, leaves_alone, of_modules, said, told_of
+from moeglot.coding import WEIGHT, Coding, brief, leaves_alone, of_modules, said, told_of
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
 from moeglot.encoding import Encoding
 from moeglot.errors import Contradiction
+from moeglot.factors import aliases
+from moeglot.family import Family
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.layout import Sizes, Stored
@@ -94,11 +96,40 @@ def unknown(form: Format, lines: tuple[Stored, ...], source: Source, first: Firs
     return None
 
 
+def apart(form: Format, source: Source, layers: tuple[int, ...]) -> str | None:
+    """How the roles of an expert are declared to be quantized, where this coding has some of them and no coding has all."""
+    declared, found = said(source.config), dict[str, dict[str, Encoding]]()
+    for line in form.stored if form.coding and method(declared) else ():
+        module = next((module for layer in layers if not leaves_alone(declared, module := line.module(layer))), None)
+        if module and not line.is_plain:
+            found[module] = {coding.name: encoding for coding in CODINGS if (encoding := coding.read(declared, module))}
+    if not form.coding or not all(found.values()) or not any(form.coding.name in codings for codings in found.values()):
+        return None
+    if set.intersection(*map(set, found.values())):
+        return None
+    told = ", ".join(f"{module} as {next(iter(codings.values()))} ({next(iter(codings))})" for module, codings in found.items())
+    return f"quantization_config declares {told}; in one format all matrices of an expert are coded in one way"
+
+
+def is_declared(form: Format, lines: tuple[Stored, ...], source: Source, first: First) -> bool:
+    """quantization_config says of every coded line that it is coded as in this format, and tensors of it are there."""
+    if not form.coding or not first:
+        return False
+    return all(_declared(form, line, said(source.config), first) for line in lines if not line.is_plain)
+
+
 def _module(form: Format, line: Stored, first: First) -> str:
     """The module that the first tensor of a line belongs to."""
     entry = next((entry for (roles, _), entry in first.items() if roles == line.roles), None)
     found = form.match(entry.name) if entry else None
     return line.module(found[2]) if found else line.module(0)
+
+
+def dense_encoding(quantization: Mapping[str, Any], coding: Coding, module: str, family: Family) -> Encoding | None:
+    """What it declares for a module that is no expert, under its name on the Hub or under that in memory, where quantizers find it; None if these disagree."""
+    names = (name.removesuffix(WEIGHT) for name in aliases(module + WEIGHT, family))
+    found = {encoding for name in names if (encoding := coding.declares(quantization, name))}
+    return found.pop() if len(found) == 1 else None
 
 
 def _declared(form: Format, line: Stored, quantization: Mapping[str, Any], first: First) -> Encoding | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from moeglot.checkpoint import Checkpoint
+from moeglot.coding import said
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
+from moeglot.divided import Divided
 from moeglot.errors import TensorMismatch
 from moeglot.family import dig
 from moeglot.format import HEAD_DIM, Dense, Format
+from moeglot.hub_names import CHECK
 from moeglot.merging import Change
+from moeglot.served import cache_scheme, has_cache, is_of_cache
 from moeglot.shards import Slot
 from moeglot.share import Rank, Share
-from moeglot.targets import float_type
+from moeglot.targets import float_type, producer
 
 
 def dense_tensors(
@@ -23,6 +27,8 @@ def dense_tensors(
     """
     left = dict[str, DenseTensor](source.dense) if stays else source.decoded(dtype or float_type(source))
     left = change.dense(left) if change else left
+    if not stays and has_cache(declared := said(source.source.config)) and not cache_scheme(declared, producer(target)):
+        left = {name: tensor for name, tensor in left.items() if not is_of_cache(name)}  # scales of what the target's config.json does not declare
     made: dict[str, tuple[DenseTensor, ...]] = {}
     taken: list[tuple[Dense, dict[str, str]]] = []
     for line, braces in _lines(source, left, target):
@@ -38,6 +44,8 @@ def dense_tensors(
             )
         if len({(tensor.dtype, tensor.shape[1:]) for tensor in found}) > 1:
             raise TensorMismatch(f"{names[0]} and its siblings differ in dtype or columns", source.known, "choose another target format")
+        if length := line.contradicted(source.config, found[0].shape):
+            raise TensorMismatch(f"{found[0].name}: {list(found[0].shape)}, and config.json says {length}", source.known, CHECK)
         _check_heads(source, line, found)
         made[line.key.format(**braces)] = tuple(_padded(source, line, tensor, words) if words and line.padded else tensor for tensor in found)
         taken.append((line, braces))
@@ -49,6 +57,14 @@ def dense_tensors(
     for form in (source.format, target):
         _check_ends(source, form, {part.name for parts in made.values() for part in parts} | left.keys())
     return made | {name: (tensor,) for name, tensor in left.items()}
+
+
+def left_aside(source: Checkpoint) -> dict[str, dict[str, int]]:
+    """Stored tensor -> how many `rows` of it hold no word, as config.json counts them, so that nobody reads them, and `of` how many."""
+    whole = source.whole if isinstance(source, Divided) else source
+    padded = [tensor for tensor in whole.dense.values() if (line := whole.format.dense_line(tensor.origin)) and line[0].padded]
+    rows = {tensor.origin: (tensor.shape[0], tensor.entry.shape[0]) for tensor in padded if not whole.share}
+    return {key: {"rows": there - meant, "of": there} for key, (meant, there) in rows.items() if meant < there}
 
 
 def _check_layers(source: Checkpoint, target: Format, taken: list[tuple[Dense, dict[str, str]]]) -> None:
@@ -91,7 +107,7 @@ def _check_heads(source: Checkpoint, line: Dense, tensors: list[DenseTensor]) ->
     if shares is None or rows != tuple(groups * share for share in shares):
         told = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in tensors)
         said = ", ".join(f"{key} = {dig(source.config, key)}" for key in dict.fromkeys((*line.heads, HEAD_DIM)))
-        raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", "check config.json against the producer's")
+        raise TensorMismatch(f"{told}: their rows are not those of the heads", f"config.json says {said}", CHECK)
 
 
 def _lines(source: Checkpoint, names: Iterable[str], target: Format) -> Iterator[tuple[Dense, dict[str, str]]]:

@@ -22,10 +22,13 @@ PIECE = 1 << 25
 
 
 class File(Protocol):
-    """A file to be written, whose bytes that are not tensors are known beforehand."""
+    """A file to be written, whose bytes that are not tensors are known beforehand. `header`: those that no tensor changes any more."""
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def header(self) -> bytes: ...
 
     @property
     def frames(self) -> tuple[tuple[int, bytes], ...]: ...
@@ -45,6 +48,18 @@ def allocate(path: Path, shard: File) -> None:
         if error.errno != errno.ENOSPC:
             raise
         raise no_space(path, shard.nbytes) from error
+    finally:
+        os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # what a file system says that has no such thing for folders
+            raise
     finally:
         os.close(descriptor)
 

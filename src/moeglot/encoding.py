@@ -89,6 +89,14 @@ class Encoding(ABC):
     `encode` alone.
     """
 
+    carried: tuple[Part, ...] = ()
+    """Parts that a file may have and that weights do not tell: moved, never made."""
+
+    @property
+    def bare_of_carried(self) -> Encoding:
+        """This encoding without them."""
+        return self
+
     @property
     @abstractmethod
     def name(self) -> str: ...

@@ -23,7 +23,7 @@ WRAP = ".base_layer"
 """What PEFT adds to a module's name for each wrapper around it."""
 
 
-QUANTIZERS = ("llm-compressor", "unsloth")
+QUANTIZERS = ("llm-compressor", "llm-compressor-0.14", "unsloth")
 """Layouts in which models are quantized and served, and in which PEFT wraps no module."""
 
 

@@ -102,7 +102,7 @@ class Fingerprint:
     def answer(self, layer: int, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return torch.tensor(self._row(self._place(layer, expert))[1:], dtype=torch.float64)
+        return torch.tensor(self._row(self._place(layer, expert))[1:], dtype=torch.float64, device="cpu")
 
     def seen(self, layer: int, expert: int, response: torch.Tensor) -> torch.Tensor:
         return project(*self._place(layer, expert), response)

@@ -66,7 +66,7 @@ def fold(
 
     total = join(lambda role: pieces[role].sum)
     grid, beyond = encoding.grid(parts, shape), None
-    kept = torch.ones(shape, dtype=torch.bool)
+    kept = torch.ones(shape, dtype=torch.bool, device="cpu")
     if isinstance(grid, Lattice) and moved:
         before, beyond = grid, grid.clips(total)
         if bool(beyond.any()):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from moeglot.errors import AmbiguousFormat, BrokenFile, CheckpointError, PickleRefused
+from moeglot.errors import AmbiguousFormat, BrokenFile, CheckpointError, PickleRefused, UnknownFormat
 from moeglot.remote import Location, Remote
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA
 
@@ -19,6 +20,9 @@ NOT_RUN = "loading a pickle runs the code in it; moeglot never does"
 SAVE_SAFELY = "save the model as safetensors first, with the framework that wrote it: save_pretrained(..., safe_serialization=True)"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT calls an adapter's config and tensors."""
+HELD = "moeglot"
+"""The key of quantization_config that says, in the config of a native model, what its experts are. There is no `quant_method` beside it, so that transformers
+refuses a folder that `save_pretrained` made: it passes over a method that it does not know, and would give the experts random numbers."""
 SAVE_AGAIN = "have Megatron load it and save it with --ckpt-format torch_dist, which moeglot reads"
 
 
@@ -45,6 +49,17 @@ def check_adapter(name: str, folder: Location, files: Collection[str]) -> None:
         where = str(found[0])
         do = f"pass the model that it is for; `moeglot merge MODEL {where} OUT` folds it in, `moeglot adapter inspect {where} --base MODEL` says what it is"
         raise CheckpointError(f"{name}: a LoRA adapter, and no checkpoint", f"{config} is in {where}, and no weights of a model", do)
+
+
+def check_held(name: str, config: Mapping[str, Any]) -> None:
+    """Raises `UnknownFormat` for what `save_pretrained`, or a trainer's checkpoint, keeps of a native model."""
+    declared = config.get("quantization_config")
+    if isinstance(declared, Mapping) and HELD in declared:
+        raise UnknownFormat(
+            f"{name}: the state of a native model, and no checkpoint of others",
+            f"config.json says quantization_config.{HELD} = {declared[HELD]}",
+            "resume the trainer from it; or moeglot.load(BASE, native=True), load_state_dict of these tensors, then moeglot.save(model, OUT, to=...)",
+        )
 
 
 def refuse_two(name: str, other: str) -> AmbiguousFormat:

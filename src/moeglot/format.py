@@ -31,6 +31,7 @@ class Dense:
     `padded`: the config key of how many rows mean something, if the writer may add some that nothing reads.
     `tp`: what tensor parallelism divides of each Hub tensor, its rows or its columns; `between`: the config key of how many heads these are, which stay
     whole. `stage`: it is on the first or on the last stage of a pipeline alone.
+    `of_head`: its rows are those of one head. `given`: the config key that says whether a model has it.
     `needed`: no model is without it, but for those whose config.json says `unless`.
     """
 
@@ -43,6 +44,8 @@ class Dense:
     tp: Literal["", "rows", "columns"] = ""
     between: str = ""
     stage: Literal["", "first", "last"] = ""
+    of_head: bool = False
+    given: str = ""
     needed: bool = False
     unless: str = ""
 
@@ -60,6 +63,16 @@ class Dense:
         if rows % sum(heads) or any(n % groups for n in heads) or (isinstance(length, int) and rows != length * sum(heads)):
             return None
         return tuple(n // groups * (rows // sum(heads)) for n in heads)
+
+    def contradicted(self, config: Config, shape: tuple[int, ...]) -> str:
+        """What config.json says that a model with this tensor, in this shape, is not; or nothing."""
+        if self.given and dig(config, self.given) is not True:
+            return f"{self.given} = {dig(config, self.given)}"
+        said = {key: dig(config, key) for key in (HEAD_DIM, "hidden_size", "num_attention_heads")}
+        length, hidden, heads = said.values()
+        if length is None and isinstance(hidden, int) and isinstance(heads, int) and heads:  # as every reader has it then
+            length = hidden // heads
+        return ", ".join(f"{key} = {value}" for key, value in said.items()) if self.of_head and isinstance(length, int) and shape != (length,) else ""
 
     def _heads(self, config: Config, tp: int) -> tuple[int, ...]:
         found = {key: dig(config, key) for key in self.heads}

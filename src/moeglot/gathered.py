@@ -16,6 +16,7 @@ from moeglot.errors import CheckpointError, Contradiction, TensorMismatch
 from moeglot.floats import values
 from moeglot.format import Dense
 from moeglot.identify import MARK, Identification
+from moeglot.identity import SOURCE
 from moeglot.layout import Stored
 from moeglot.shards import Entry
 from moeglot.share import SHARE, Share
@@ -143,13 +144,16 @@ def require_marks(source: Source) -> None:
 
 def gather(source: Source, ranks: tuple[Checkpoint, ...]) -> Checkpoint:
     """What the folders of a folder hold together; raises `CheckpointError` where a process is missing, and `Contradiction` where they are not of one model,
-    one format and one division.
+    one format, one division and one source.
     """
     _require_one(source, ranks, {rank.source.name: rank.format.name for rank in ranks}, MARK)
     _require_one(source, ranks, {rank.source.name: _division(share_of(rank)) for rank in ranks}, SHARE)
     _require_one(source, ranks, {rank.source.name: rank.source.config for rank in ranks}, "config.json")
+    _require_one(source, ranks, {rank.source.name: rank.source.identity or "nothing" for rank in ranks}, SOURCE, "sources")
     _require_each(source, ranks)
-    evidence = (f"the safetensors headers of its {len(ranks)} folders say {MARK} = {ranks[0].format.name}, and a {SHARE} each",)
+    one = ranks[0].source.identity
+    of_one = f"{SOURCE} = {one}" if one else f"no {SOURCE}: that they were made of one source, only what several of them hold alike tells"
+    evidence = (f"the safetensors headers of its {len(ranks)} folders say {MARK} = {ranks[0].format.name}, a {SHARE} each, and {of_one}",)
     first = ranks[0].identification
     found = Gathered(source, ranks[0].format, Identification(first.format, evidence, first.candidates, first.ruled_out), ranks)
     _require_alike(found)
@@ -160,7 +164,7 @@ def _division(share: Share) -> dict[str, Any]:
     return {**{f"{kind}_size": rank.size for kind, rank in share.ranks.items()}, "padded_vocab_size": share.words}
 
 
-def _require_one(source: Source, ranks: Sequence[Checkpoint], said: dict[str, Any], where: str) -> None:
+def _require_one(source: Source, ranks: Sequence[Checkpoint], said: dict[str, Any], where: str, what: str = "models") -> None:
     """All folders say the same."""
     (first, told), *others = said.items()
     if unlike := [(name, other) for name, other in others if other != told]:
@@ -171,7 +175,7 @@ def _require_one(source: Source, ranks: Sequence[Checkpoint], said: dict[str, An
             else None
         )
         one, two = (f"{differs[2]} = {differs[0]}", f"{differs[2]} = {differs[1]}") if differs else (told, other)
-        raise Contradiction(f"{source.name} has folders of different models", f"{where} says {one} in {first}, and {two} in {name}", AGAIN)
+        raise Contradiction(f"{source.name} has folders of different {what}", f"{where} says {one} in {first}, and {two} in {name}", AGAIN)
 
 
 def _require_each(source: Source, ranks: Sequence[Checkpoint]) -> None:

@@ -37,7 +37,7 @@ class Grid:
         if self.exact:
             scale = torch.exp2(torch.frexp(groups.amax(1, keepdim=True)).exponent - 3.0)  # the largest becomes 4 or 6
             return int(self._on_levels(groups / scale, 0.0).sum()), len(groups)
-        found = torch.zeros(len(groups), dtype=torch.bool)
+        found = torch.zeros(len(groups), dtype=torch.bool, device="cpu")
         for top in self.tops:
             found |= self._on_levels(groups * (top / groups.amax(1, keepdim=True)), ROUNDING)
         return int(found.sum()), len(groups)
@@ -46,7 +46,7 @@ class Grid:
         """ratios [n, group] >= 0 -> [n]: each is a level, to within a relative tolerance."""
         import torch
 
-        levels = torch.tensor((0.0, *self.levels), dtype=torch.float64)
+        levels = torch.tensor((0.0, *self.levels), dtype=torch.float64, device="cpu")
         middles = (levels[1:] + levels[:-1]) / 2
         nearest = levels[torch.bucketize(ratios, middles)]
         return ((ratios - nearest).abs() <= tolerance * nearest).all(1)

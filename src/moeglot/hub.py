@@ -10,8 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from moeglot.coding import MODELOPT_FILE, told_beside
+from moeglot.coding import MODELOPT_FILE
 from moeglot.errors import CheckpointError, UsageError
+from moeglot.hf_quant_config import told_beside
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
@@ -45,7 +46,7 @@ def fetch_headers(name: str) -> tuple[dict[str, Any], dict[str, Header]]:
             file: ({key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for key, t in found.tensors.items()}, found.metadata)
             for file, found in files.items()
         }
-        return told_beside(config, beside), headers
+        return told_beside(config, beside, {key: tensor for found in files.values() for key, tensor in found.tensors.items()}), headers
 
 
 def cached(name: str) -> Path | None:

@@ -37,6 +37,8 @@ class HubNames:
             yield HubTensor(key, entry, 0, None)
             return
         line, numbers = named
+        if said := line.contradicted(self.config, entry.shape):
+            raise TensorMismatch(f"{key}: {list(entry.shape)}, and config.json says {said}", self.known, self._check)
         yield from self._cut(line, numbers, entry)
 
     @property
@@ -58,7 +60,7 @@ class HubNames:
         counts = line.row_counts(self.sizes, self.config, self._tp)
         if entry.shape[:1] != (sum(counts),):
             wrong = f"{entry.name}: {list(entry.shape)}, its rows should be {' + '.join(map(str, counts))}"
-            raise TensorMismatch(wrong, self.known, CHECK)
+            raise TensorMismatch(wrong, self.known, self._check)
         first = 0
         for name, rows in zip(line.hub, counts, strict=True):
             yield HubTensor(name.format(**numbers), entry, first, rows)

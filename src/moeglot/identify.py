@@ -10,18 +10,19 @@ from typing import Literal
 from moeglot.coding import said as quantization
 from moeglot.coding import told
 from moeglot.config import hub_config
-from moeglot.declared import First, first_tensors, lines_there, refuted, settled, unknown
+from moeglot.declared import First, apart, first_tensors, is_declared, lines_there, refuted, settled, unknown
 from moeglot.encoding import agree
 from moeglot.errors import AmbiguousFormat, Contradiction, UnknownFormat
 from moeglot.family import dig
 from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name, of_family, variants
+from moeglot.identity import SOURCE
 from moeglot.layout import Sizes, Stored
 from moeglot.share import SHARE, Share
 from moeglot.source import Source, read_source
 
 MARK = "moeglot.format"
-"""Key of our mark in a safetensors header; `moeglot.share` has that of files that are one process's."""
+"""Key of our mark in a safetensors header; `moeglot.share` and `moeglot.source` are those of files that are one process's."""
 NO_CONFIG = "there is no config.json"
 LISTED = 6
 """Formats that a refusal says no to one by one; of more, those whose names of tensors are not in the file go without saying."""
@@ -30,10 +31,11 @@ LISTED = 6
 @dataclass(frozen=True)
 class Refutation:
     """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there; "quantization":
-    they are, and what is declared is no coding that we know; "asked": nothing does, but only its producer can say that it is this one.
+    they are, and what is declared is no coding that we know; "strange": some are, and it is none, or not one for all roles; "declared": some are, and it is
+    this one; "asked": nothing does, but only its producer can say that it is this one.
     """
 
-    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json", "quantization", "asked"]
+    by: Literal["container", "family", "names", "dtypes", "shapes", "config.json", "quantization", "strange", "declared", "asked"]
     why: str
 
     def __str__(self) -> str:
@@ -48,6 +50,9 @@ class Identification:
     evidence: tuple[str, ...]
     candidates: tuple[Format, ...]
     ruled_out: Mapping[str, Refutation]
+
+    def _first(self, by: str) -> tuple[str, Refutation] | None:
+        return next(((form, refutation) for form, refutation in self.ruled_out.items() if refutation.by == by), None)
 
     def settled(self, name: str) -> Format:
         """The format; raises `AmbiguousFormat` or `UnknownFormat` with what to type."""
@@ -75,11 +80,19 @@ class Identification:
                 f"{''.join(fits)}take config.json from the producer; "
                 "if it is right, the file is in no format that moeglot knows, and no size is taken from a shape",
             )
-        if strange := next(((form, refutation) for form, refutation in self.ruled_out.items() if refutation.by == "quantization"), None):
+        if strange := self._first("quantization") or self._first("strange"):
+            form, why = strange
+            alike = f"key names and dtypes are those of {form}" if why.by == "quantization" else f"the modules are named as in {form.partition('+')[0]}"
             raise UnknownFormat(
                 f"{name}: the experts are quantized in a way that moeglot does not know",
-                f"{strange[1]}; key names and dtypes are those of {strange[0]}; {'; '.join(self.evidence)}",
+                f"{why}; {alike}; {'; '.join(self.evidence)}",
                 "if config.json lacks something, take the producer's: no size is taken from a shape; else have its own library decode it first",
+            )
+        if said := self._first("declared"):
+            raise Contradiction(
+                f"{name}: config.json and the tensors contradict each other: {said[1]}",
+                f"quantization_config declares what {said[0]} has, and some of its tensors are there; {'; '.join(self.evidence)}",
+                "take config.json from the producer; if it is right, fetch the file again",
             )
         known = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by not in ("container", "family")}
         if len(known) > LISTED:  # those with the right names are the nearest
@@ -131,9 +144,9 @@ def identify(path: Source | str | Path, format: str | Format | None = None) -> I
     return Identification(candidates[0] if len(candidates) == 1 else None, evidence, candidates, ruled_out)
 
 
-def written_marks(form: Format, share: Share | None) -> dict[str, str]:
-    """What we say in the header of each safetensors file that we write."""
-    return {MARK: form.name, **({SHARE: share.mark} if share else {})}
+def written_marks(form: Format, share: Share | None, source: Source) -> dict[str, str]:
+    """What we say in the header of each safetensors file that we write. `source`: what it is made of."""
+    return {MARK: form.name, **({SHARE: share.mark} if share else {}), **({SOURCE: source.identity} if share and source.identity else {})}
 
 
 def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[str]:
@@ -176,11 +189,16 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     lines = lines_there(form, source, layers, first)
     for line in lines:
         for part in line.encoding.parts:
-            if (line.roles, part.name) not in first:
-                return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
-            if (entry := first[line.roles, part.name]).dtype not in part.dtypes:
-                turned = "" if line.upright or not quantization(source.config) else "; of matrices that lie [in, out], no codes are read"
-                return Refutation("dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}{turned}")
+            entry = first.get((line.roles, part.name))
+            if entry and entry.dtype in part.dtypes:
+                continue
+            if first and (why := unknown(form, lines, source, first) or apart(form, source, layers)):
+                return Refutation("strange", why)
+            told = is_declared(form, lines, source, first)
+            if not entry:
+                return Refutation("declared" if told else "names", f"no tensor is named {line.key}{line.names[part.name]}")
+            turned = "" if line.upright or not quantization(source.config) else "; of matrices that lie [in, out], no codes are read"
+            return Refutation("declared" if told else "dtypes", f"{entry.name} is {entry.dtype}, not {' or '.join(part.dtypes)}{turned}")
     if wrong := next((key for key, value in form.config.told.items() if source.config.get(key) != value), None):
         return Refutation("config.json", f"{wrong} is {source.config.get(wrong)}, not {form.config.told[wrong]}")
     if why := unknown(form, lines, source, first):
@@ -211,7 +229,7 @@ def _shape_refutation(lines: tuple[Stored, ...], sizes: Sizes, first: First) -> 
     for line in lines:
         for part in line.encoding.parts:
             if (entry := first.get((line.roles, part.name))) is None:
-                return Refutation("names", f"no tensor is named {line.key}{line.names[part.name]}")
+                return Refutation("declared", f"no tensor is named {line.key}{line.names[part.name]}")
             if not agree(shape := line.part_shape(part, sizes), entry.shape):
                 return Refutation("shapes", f'{entry.name} is {list(entry.shape)}; "{line.axes}" needs {list(shape)}')
     return None

@@ -131,29 +131,38 @@ def _between(before: Encoded, after: Encoded, left: torch.Tensor, inner: torch.T
     return found
 
 
-def live(written: Checkpoint, plan: Plan, stated: Survived, threads: int, progress: Progress | None) -> Check:
+def _rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], float]:
+    """(layer, expert) -> how far its matrices were rounded while writing, that of the worst: those that the adapter leaves alone, too."""
+    found: dict[tuple[int, int], float] = {}
+    for unit in plan.units:
+        if unit.step:
+            place, loss = (unit.step.layer, unit.expert), losses[unit.key]
+            found[place] = max(found.get(place, 0.0), loss.relative, *(survival.noise for survival in loss.survived.values()))
+    return found
+
+
+def live(written: Checkpoint, plan: Plan, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Check:
     """What each expert of the output computes, against the base with the adapter applied beside it, unrounded.
 
-    It may be off by what the rounding of its weights, as measured while writing, can do to an output.
+    It may be off by what the rounding of its weights, as measured while writing, can do to an output. `losses`: by unit.
     """
     assert plan.change
-    adapter, source = plan.change.adapter, plan.source
+    adapter, source, rounding = plan.change.adapter, plan.source, _rounding(plan, losses)
 
-    def work(layer: int, expert: int) -> tuple[float, float, Survival]:
+    def work(layer: int, expert: int) -> tuple[float, Survival]:
         model = Expert.of(source.format.family, source.config, layer)
         base = right(source, layer, expert)
         with_adapter = _beside(plan, layer, expert, base)
         tokens = loud_tokens(layer, expert, model, with_adapter, source.sizes["h"])
         before, wanted, found = (model.forward(tokens, matrix) for matrix in (base, with_adapter, right(written, layer, expert)))
-        rounding = max((stated[layer, expert, role].noise for role in adapter.roles(layer) if adapter.touches(layer, role, expert)), default=0.0)
-        return float((found - wanted).norm() / wanted.norm()), rounding, Survival.of(before, wanted - before, found)
+        return float((found - wanted).norm() / wanted.norm()), Survival.of(before, wanted - before, found)
 
     places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
     layers: dict[int, float] = {}
     total, beyond = Survival(), 0
-    for (layer, _), (error, rounding, survival) in zip(places, each_expert(written, work, "live", threads, progress, places), strict=True):
-        layers[layer] = max(layers.get(layer, 0.0), error)
-        beyond += not error <= LIMIT + AMPLIFIED * rounding
+    for place, (error, survival) in zip(places, each_expert(written, work, "live", threads, progress, places), strict=True):
+        layers[place[0]] = max(layers.get(place[0], 0.0), error)
+        beyond += not error <= LIMIT + AMPLIFIED * rounding[place]
         total += survival
     worst = max(layers.values())
     figures = {"relative_error": worst, "rec_of_the_response": total.rec, "cosine_of_the_response": total.cosine, "beyond_rounding": beyond}

@@ -44,7 +44,7 @@ def lint(checkpoint: Checkpoint | str | Path, *, sample: bool = True) -> tuple[F
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     if isinstance(checkpoint, Gathered):
         return tuple({(finding.about, finding.what): finding for rank in checkpoint.ranks for finding in lint(rank, sample=sample)}.values())
-    checks: list[Callable[[Checkpoint], Iterator[Finding]]] = [_unquantized, _orphans, _mixed, _unaligned, _strides, _loaders]
+    checks: list[Callable[[Checkpoint], Iterator[Finding]]] = [_unquantized, _masters, _orphans, _mixed, _unaligned, _strides, _loaders]
     if sample:
         checks += [_numbers, _apart]
     return tuple(finding for check in checks for finding in check(checkpoint))
@@ -87,6 +87,15 @@ def _orphans(c: Checkpoint) -> Iterator[Finding]:
                 yield Finding("orphan tensor", f"{key} is there, and none of {', '.join(stem + other for other in others)}", {"tensor": key})
             elif stem != key and "scale" in suffix and (plain := c.source.entries[here[0]].dtype) in WEIGHT_DTYPES:
                 yield Finding("unused scales", f"{key} is there, and {here[0]} is {plain}, which no scale belongs to", {"tensor": key})
+
+
+def _masters(c: Checkpoint) -> Iterator[Finding]:
+    """What an optimizer keeps in float32 of weights of 16 bits."""
+    held = {entry.dtype for entry in c.source.entries.values()} - {"F32", "F64"}
+    if c.source.masters and held:
+        count, own = len(c.source.masters), " and ".join(sorted(held))
+        what = f"{count} tensors such as {c.source.masters[0]} hold weights in float32; the model's own are read, which are {own}"
+        yield Finding("more exact weights", what, {"tensors": count})
 
 
 SIBLINGS = {

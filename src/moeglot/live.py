@@ -25,7 +25,7 @@ def load(
     *,
     native: bool = False,
     encode: str | None = None,
-    modules_to_not_convert: Sequence[str] = (),
+    modules_to_not_convert: Sequence[str] | None = None,
     backend: str = "auto",
     ep_rank: int | None = None,
     ep_size: int | None = None,
@@ -46,13 +46,14 @@ def load(
     would leave a tensor out, unread or without numbers.
     """
     _require("load")
-    if not native and (encode or modules_to_not_convert or backend != "auto"):
+    kept = _names(modules_to_not_convert)
+    if not native and (encode is not None or kept or backend != "auto"):
         raise UsageError("encode, modules_to_not_convert and backend are for native=True", "without it, experts are decoded", "pass native=True too")
     if ep_rank is not None and ep_size is None:
         raise UsageError(f"ep_rank={ep_rank} without ep_size", "a rank is one of several", "pass ep_size too; ep_rank may be left out")
     from moeglot.integrations import transformers_load, transformers_parallel
 
-    how = transformers_load.Native(encode, tuple(modules_to_not_convert), backend) if native else None
+    how = transformers_load.Native(encode, kept, backend) if native else None
     share = transformers_parallel.share_of(ep_rank, ep_size) if ep_size is not None else None
     return transformers_load.load(path, dtype, device, format, options, how, share)
 
@@ -79,6 +80,14 @@ def save(
     from moeglot.integrations import transformers_save
 
     return transformers_save.save(model, Path(out), to, encode, allow_loss, shard_size, workers, progress)
+
+
+def _names(modules: Sequence[str] | None) -> tuple[str, ...]:
+    """What `modules_to_not_convert` names; raises `UsageError` for what is no list of names."""
+    found = () if modules is None else modules
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(isinstance(name, str) and name for name in found):
+        raise UsageError(f"modules_to_not_convert={modules!r}", "it is a list of names of modules", 'pass ["model.layers.0"], for example')
+    return tuple(found)
 
 
 def _require(verb: str) -> None:

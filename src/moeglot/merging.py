@@ -229,7 +229,7 @@ def _piece(factors: Dense, weight: torch.Tensor, name: str) -> Piece:
     if name.endswith(".bias"):
         bias = factors.bias()
         assert bias is not None
-        left, right = bias.unsqueeze(1), torch.ones(1, 1)
+        left, right = bias.unsqueeze(1), torch.ones(1, 1, dtype=torch.float32, device="cpu")
         return Piece(weight, left, right, _all, (name,))
     return Piece(weight, *factors.factors(), _all, (name,))
 

@@ -131,7 +131,7 @@ def _inverted(checkpoint: Checkpoint, line: Stored) -> Change:
 def _zeroed(declared: Matrix, layer: int, expert: int) -> Matrix:
     import torch
 
-    return lambda role: values(torch.zeros(declared(role).shape))
+    return lambda role: values(torch.zeros(declared(role).shape, dtype=torch.float32, device="cpu"))
 
 
 def _swapped(checkpoint: Checkpoint) -> Read:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.coding import SAID_AGAIN
-from moeglot.config import declared_dtype, write_config
+from moeglot.coding import SAID_AGAIN, said
+from moeglot.config import write_config
 from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.dense_plan import dense_slot, dense_tensors
 from moeglot.dist_plan import stack, states
@@ -33,7 +33,7 @@ from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
 from moeglot.sizes import parse_size
 from moeglot.survival import Survival
-from moeglot.targets import arranged, encoding_named, encoding_of, keeping, keeps, own, quantization, shared, twin, variant
+from moeglot.targets import arranged, dtype_note, encoding_named, encoding_of, keeping, keeps, own, quantization, rounds_inputs, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def plan(
     for some expert stay in that float type, where the target can say so. `ranks`: what one process of several holds, see `convert`.
     """
     source = source if isinstance(source, Checkpoint) else open(source)
-    wanted, size = encoding_named(encode) if encode else None, parse_size(shard_size)
-    target = variant(by_name(to), wanted) if to else own(source.format, wanted)
+    wanted, size = None if encode is None else encoding_named(encode), parse_size(shard_size)
+    target = own(source.format, wanted) if to is None else variant(by_name(to), wanted)
     share = Share.asked(**ranks)
     words = share.words if share else source.share.words if source.share else None
     change = _change(source, adapter, round, share or source.share)
@@ -224,24 +224,27 @@ def plan(
     if keep_touched and change:
         kept = encoding_named(keep_touched)
         target = keeping(source, target, change.touches_any)
+    inputs = rounds_inputs(source, target)
     steps = tuple(
-        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted)
+        _step(source, target, line, layer, kept if kept and line.is_plain and change and change.touches_any(line, layer) else wanted, inputs)
         for layer in source.layers
         for line in target.lines(layer)
     )
     target = target.with_encodings(
         lambda line: next((step.target for step in steps if step.line.roles == line.roles and not step.line.is_plain), line.encoding)
     )
-    stays = keeps(source, target) or (kept is not None and source.format.coding is not None and source.has_quantized_others)
+    stays = keeps(source, target, wanted) or (kept is not None and source.format.coding is not None and source.has_quantized_others)
     dense = dense_tensors(source, target, wanted.dtype if isinstance(wanted, Plain) else None, change, stays, words)
     slots = sorted([*_expert_slots(source, steps), *(dense_slot(key, parts) for key, parts in dense.items())], key=_in_model_order)
     shards: tuple[ShardPlan | DistFile, ...]
     if target.container:
         shards = plan_files(slots, size, stack(source, target), states(source, target, dense))
     else:
-        shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share)})
-    config = write_config({**source.config, **_dtype_note(source, steps), **quantization(source, target, dense, stays)}, target)
-    others = tuple(path for path in source.source.others() if path.name not in SAID_AGAIN or stays)
+        shards = plan_shards(slots, size, {"format": "pt", **written_marks(target, source.share, source.source)})
+    floats = {step.target.name for step in steps if isinstance(step.target, Plain) and step.line.is_matrix}
+    config = write_config({**source.config, **dtype_note(source, floats), **quantization(source, target, dense, stays)}, target)
+    unchanged = said(config) == said(source.source.config)
+    others = tuple(path for path in source.source.others() if path.name not in SAID_AGAIN or unchanged)
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 
@@ -260,21 +263,11 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
     return Change(adapter, rounding)
 
 
-def _dtype_note(source: Checkpoint, steps: tuple[Step, ...]) -> dict[str, str]:
-    """The float type that config.json declares, if the experts' changed."""
-    weights = {step.target.name for step in steps if isinstance(step.target, Plain) and step.line.is_matrix}
-    before = declared_dtype(source.config)
-    if len(weights) != 1 or before in weights:
-        return {}
-    if before == "float32" and any(tensor.dtype == "F32" and len(tensor.shape) == 2 for tensor in source.dense.values()):
-        return {}  # matrices that are no experts stay float32, and who loads the model would round them
-    return {"dtype" if "dtype" in source.config else "torch_dtype": weights.pop()}
-
-
-def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None) -> Step:
+def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None, inputs: bool) -> Step:
     encodings = source.experts(layer)
     sources = tuple(encodings[role].encoding for role in line.roles)
     encoding = encoding_of(source, target, line, sources, wanted)
+    encoding = encoding if inputs else encoding.bare_of_carried
     for part in encoding.parts:
         line.slice_shape(part, source.sizes)
     joint = encoding.is_joint and not line.per_expert

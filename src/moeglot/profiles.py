@@ -112,7 +112,7 @@ def directions(norms: torch.Tensor) -> torch.Tensor:
     """[..., n] -> unit vectors, without the mean of each half and each parity: gate louder than up, read in the wrong arrangement, is no channel."""
     import torch
 
-    places = torch.arange(norms.shape[-1])
+    places = torch.arange(norms.shape[-1], dtype=torch.int64, device="cpu")
     kinds = places % 2 + 2 * (places >= len(places) // 2)
     cleaned = norms.clone()
     for kind in range(KINDS):

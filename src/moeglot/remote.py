@@ -185,7 +185,7 @@ class _Ranges(io.RawIOBase):
 
 def location(path: str | Path) -> Location:
     """A path of this machine, or a URL; `file://` is a path. Raises `UsageError` for what is none: an empty one would be the current folder."""
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
         raise UsageError(f"{path!r} is no path", "a path, a URL or a Hub id is text; the current folder is '.'", "pass the folder that is meant")
     text = str(path)
     for local in ("file://", "local://"):
@@ -199,6 +199,11 @@ def location(path: str | Path) -> Location:
             f"{text}: bytes that pass through a cache of blocks may be wrong", known, "leave the cache out of the URL, or copy the folder here first"
         )
     return Remote(text)
+
+
+def here(place: Location) -> Location:
+    """The same from wherever this process goes later."""
+    return place.absolute() if isinstance(place, Path) else place
 
 
 def local_only(path: str | Path, what: str) -> Path:

@@ -18,6 +18,7 @@ from moeglot import newfile
 from moeglot.certificate import Certificate, report_json
 from moeglot.checks import Check, Report
 from moeglot.codings import CODINGS
+from moeglot.dense_plan import left_aside
 from moeglot.divided import share_json
 from moeglot.format import Format
 from moeglot.forward import LIMIT
@@ -25,6 +26,7 @@ from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 from moeglot.sizes import size
+from moeglot.undeclared import undeclared
 from moeglot.version import __version__
 
 COLOURS = {"holds": "green", "does not hold": "bold red", "cannot tell": "yellow", "as declared": "green", "another reading": "bold red"}
@@ -88,7 +90,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "target": plan.target.name,
         **({"share": share_json(plan.source)} if plan.source.share else {}),
         "steps": [*({"do": verb, "tensors": n, **_expected(plan, verb)} for verb, n in _verbs(plan).items()), *_others(plan)],
+        **({"undeclared": gone} if (gone := list(undeclared(plan))) else {}),
         "renamed": plan.renamed,
+        **({"left_aside": aside} if (aside := left_aside(plan.source)) else {}),
         "config": dict(plan.config),
         "files": {shard.file: shard.nbytes for shard in plan.shards},
         "carried_over": [path.name for path in plan.others],
@@ -113,6 +117,7 @@ def _expected(plan: Plan, verb: str) -> dict[str, Any]:
 
 
 def show_plan(console: Console, plan: Plan) -> None:
+    aside = left_aside(plan.source)
     rows, whose = [], f", what {plan.source.share} holds alone" if plan.source.share else ""
     for verb, count in _verbs(plan).items():
         error = plan.expected_error.get(verb)
@@ -125,7 +130,10 @@ def show_plan(console: Console, plan: Plan) -> None:
             error = plan.expected_error.get(done)
             rows.append((done, f"{count} tensors", f"loses: relative error about {error:.2g}" if error else "every tensor is measured as it is written"))
             continue
-        rows.append(("copy other tensors", f"{count} tensors", "byte for byte" + (f", {len(plan.renamed)} renamed or joined" if plan.renamed else "")))
+        less = f", but for what is left aside of {len(aside)}" if aside else ""
+        rows.append(("copy other tensors", f"{count} tensors", f"byte for byte{less}" + (f", {len(plan.renamed)} renamed or joined" if plan.renamed else "")))
+    rows += [("leave aside", told, "config.json counts no word there") for told in _aside(aside)]
+    rows += [(f"leave out {gone['what']}", f"{gone['tensors']} tensors", gone["why"]) for gone in undeclared(plan)]
     rows.append(("write", f"{len(plan.shards)} file{'s' * (len(plan.shards) > 1)}", size(plan.nbytes)))
     rows.append(("carry over", f"{len(plan.others)} file{'s' * (len(plan.others) != 1)}", ", ".join(path.name for path in plan.others)))
     table(console, f"plan: {plan.source.format.name} to {plan.target.name}{whose}", ("step", "of", "loss"), rows)
@@ -137,12 +145,18 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print("This plan changes numbers: it needs --allow-loss.", style="yellow", highlight=False)
 
 
+def _aside(found: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [f"{one['rows']} of {one['of']} rows of {key}" for key, one in found.items()]
+
+
 def show_certificate(console: Console, certificate: Certificate) -> None:
     if "merge" in certificate.document:
         show_survival(console, certificate.document["merge"])
     for verb, loss in certificate.losses.items():
         for line in _loss_lines(loss):
             console.print(f"{verb}: {line}", highlight=False, markup=False, soft_wrap=True)
+    for told in _aside(certificate.document.get("left_aside", {})):
+        console.print(f"left aside: {told}", highlight=False, markup=False, soft_wrap=True)
     show_report(console, certificate.report, f"verified: {certificate.out}")
     console.print(certificate.report.verdict, style=COLOURS[certificate.report.verdict])
 

@@ -31,7 +31,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
     nbytes = prod(shape) * dtype.itemsize
     if nbytes < SMALL:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(_buffer(nbytes), dtype=dtype, count=prod(shape)).view(shape)
 
 

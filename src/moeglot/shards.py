@@ -63,7 +63,7 @@ class Entry(NamedTuple):
         shape = self.shape if rows is None else (rows, *self.shape[1:])
         size, dtype = DTYPES[self.dtype].size, DTYPES[self.dtype].torch
         if not prod(shape):
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         offset = self.start + first * prod(self.shape[1:]) * size
         if isinstance(self.path, Remote):
             return torch.frombuffer(self.path.range(offset, prod(shape) * size), dtype=dtype).view(shape)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeglot import hub
-from moeglot.coding import MODELOPT_FILE, told_beside
+from moeglot.coding import MODELOPT_FILE
 from moeglot.digests import CERTIFICATE
 from moeglot.errors import BrokenFile, CheckpointError
 from moeglot.foreign import PICKLES, check_adapter, check_root, refuse_file, refuse_none, refuse_two
+from moeglot.hf_quant_config import told_beside
+from moeglot.identity import declared, identity
 from moeglot.mapped import check_unchanged
-from moeglot.remote import Location, Remote, location
+from moeglot.remote import Location, Remote, here, location
 from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.share import Share
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
@@ -43,6 +45,8 @@ class Source:
     single: bool = False
     torch_dist: Literal["", "stacked", "single"] = ""
     """It is a folder of torch.distributed.checkpoint, not of safetensors, and that is how its experts lie there."""
+    masters: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of more exact weights that a training run left beside these, and that are not read."""
     ranks: tuple[Source, ...] = field(default=(), repr=False)
     """What each of its folders holds, if it has one for each process of several, and nothing itself."""
 
@@ -78,6 +82,11 @@ class Source:
         return Share.declared(self.metadata)
 
     @cached_property
+    def identity(self) -> str | None:
+        """Of which source it is: what one process holds says it, if anything does, and all else is one itself."""
+        return declared(self.metadata) if self.share else identity(self.shards, self.entries)
+
+    @cached_property
     def nbytes(self) -> int:
         return sum([entry.end - entry.start for entry in self.entries.values()])
 
@@ -97,7 +106,7 @@ def read_source(path: str | Path, headers_only: bool = False) -> Source:
 
     A Hub id is fetched by huggingface_hub: whole, or with `headers_only` just what `inspect` needs, so that no tensor can be read.
     """
-    local = location(path)
+    local = here(location(path))
     if isinstance(local, Remote):
         local.refresh()
     if local.is_file():
@@ -141,17 +150,17 @@ def _read_ranks(name: str, folder: Location, folders: tuple[Location, ...], head
     ranks = []
     for one in folders:
         if not (shards := tuple(_shards(one, _root(one)))):
-            raise refuse_none(str(one), one, INDEX)
-        ranks.append(_read(str(one), one, shards, headers_only))
+            raise refuse_none(f"{name.rstrip('/')}/{one.name}", one, INDEX)
+        ranks.append(_read(f"{name.rstrip('/')}/{one.name}", one, shards, headers_only))
     entries = {f"{rank.folder.name}/{key}": entry for rank in ranks for key, entry in rank.entries.items()}
     return Source(name, folder, tuple(shard for rank in ranks for shard in rank.shards), entries, ranks[0].config, (), ranks=tuple(ranks))
 
 
 def _read_torch_dist(name: str, folder: Path) -> Source:
     metadata = _inside(folder / METADATA, _root(folder))
-    entries, files, experts = read_entries(folder)
+    entries, files, experts, masters = read_entries(folder)
     shards = (metadata, *(_inside(file, _root(folder)) for file in files))
-    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts)
+    return Source(name, folder, shards, entries, _config(folder), (), torch_dist=experts, masters=masters)
 
 
 def _remote(name: str) -> Source:
@@ -261,12 +270,12 @@ def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_onl
             "delete the stale one, or pass a single file",
         )
     _check_index(folder, {shard.name: found for shard, found in zip(shards, headers, strict=True)})
-    return Source(name, folder, shards, entries, _config(folder), metadata)
+    return Source(name, folder, shards, entries, _config(folder, entries), metadata)
 
 
-def _config(folder: Location) -> dict[str, Any]:
+def _config(folder: Location, tensors: Mapping[str, Entry] | None = None) -> dict[str, Any]:
     config, beside = (read_json(_inside(folder / name, _root(folder))) if (folder / name).exists() else {} for name in ("config.json", MODELOPT_FILE))
-    return told_beside(config, beside)
+    return told_beside(config, beside, tensors)
 
 
 def _check_index(folder: Location, files: Mapping[str, Mapping[str, Entry]]) -> None:

@@ -1,6 +1,7 @@
 """An output in a store, which takes files whole: each shard is made on this machine's disk and uploaded, and what lies in OUT.partial gets its name at the end.
 
-As on a disk, OUT.partial/journal says what is there: one object for each shard that was uploaded, with the losses of its units. A store has no locks.
+As on a disk, OUT.partial/journal says what is there: one object for each shard that was uploaded, with the losses of its units. OUT.partial/plan is there
+before anything else, and says whose all that is. A store has no locks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeglot.certified import made_of
-from moeglot.digests import CERTIFICATE
+from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import allocate
 from moeglot.errors import OutputError, OutputExists
 from moeglot.loss import Loss
@@ -29,7 +30,7 @@ class Store:
     def __init__(self, out: Remote) -> None:
         self.out = Remote(out.url.rstrip("/"))
         self.folder = Remote(self.out.url + ".partial")
-        self.files, self.journal = self.folder / "checkpoint", self.folder / "journal"
+        self.files, self.journal, self.begun = self.folder / "checkpoint", self.folder / "journal", self.folder / "plan"
         self._verified: bool | None = None
 
     def renamed(self, plan: Plan) -> bool:
@@ -39,17 +40,22 @@ class Store:
         return self._verified
 
     def _certified(self, plan: Plan) -> bool:
-        """Journals of this plan say that the certificate that waits is its own. One that has its name is asked of what it was made, except of a merge."""
-        told = bool(self._told())
+        """Journals of this plan say that the certificate that waits is its own. One that has its name is the one that was noted before; where an older
+        moeglot noted none, it is asked of what it was made, except of a merge.
+        """
+        told, certificate = bool(self._told()), self.out / CERTIFICATE
         if self.files.files():
             return told and (self.files / CERTIFICATE).exists()
+        if noted := self._noted().get("certified"):
+            return certificate.exists() and sha256(certificate) == noted
         if plan.change:
-            return told and (self.out / CERTIFICATE).exists()
+            return told and certificate.exists()
         return made_of(plan.source, self.out, {shard.file: shard.header for shard in plan.shards})
 
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
         """The units all of whose shards are uploaded."""
+        self._digest = plan.digest
         if self.folder.exists():
             if not resume:
                 raise OutputExists(
@@ -69,11 +75,24 @@ class Store:
         return {path.name.removesuffix(".json"): _said(path) for path in self.journal.iterdir()}
 
     def _check_ours(self, plan: Plan) -> None:
-        told = self._told()
-        if not told and self.files.files():
+        said = [*self._told().values(), *filter(None, [self._noted()])]
+        if not said and self.files.files():
             raise OutputExists(f"{self.folder} has files and no journal", "it may be somebody else's", "remove it yourself, or choose another OUT")
-        if any(said["plan"] != plan.digest for said in told.values()):
+        if any(one["plan"] != plan.digest for one in said):
             raise of_another(self.folder)
+
+    def _noted(self) -> dict[str, str]:
+        """Whose the folder is, and the digest of the certificate once files get their names; nothing in a folder that an older moeglot began."""
+        if not self.begun.exists():
+            return {}
+        try:
+            found = json.loads(self.begun.read_text())
+            return {"plan": str(found["plan"]), "certified": str(found.get("certified", ""))}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise damaged(self.begun, f"{type(error).__name__}: {error}") from error
+
+    def _note(self, certified: str = "") -> None:
+        self.begun.write_text(json.dumps({"plan": self._digest, "certified": certified}))
 
     def _read(self) -> dict[str, Loss]:
         found: dict[str, Loss] = {}
@@ -93,7 +112,7 @@ class Store:
 
         def run(plan: Plan, folder: Path | Remote, units: Sequence[Unit], allow_loss: bool) -> Iterator[tuple[Unit, Loss]]:
             touched, made = shards_of(plan), dict(self._losses)
-            here = set[str]()
+            here, noted = set[str](), bool(self._uploaded or self._noted())
             with tempfile.TemporaryDirectory(prefix="moeglot-") as name:
                 disk, allocated = Path(name), set[str]()
                 for shard in plan.shards:
@@ -109,6 +128,9 @@ class Store:
                         made[unit.key] = loss
                         here.add(unit.key)
                         yield unit, loss
+                    if not noted:
+                        self._note()
+                        noted = True
                     (self.files / shard.file).upload(disk / shard.file)
                     rows = {unit.key: made[unit.key].row() for unit in plan.units if shard.file in touched[unit.key]}
                     (self.journal / f"{shard.file}.json").write_text(json.dumps({"plan": plan.digest, "units": rows}))
@@ -116,12 +138,16 @@ class Store:
 
         return run
 
-    def finish(self) -> None:
-        """Give each file its name, the certificate last. Killed in between, a resumed run goes on with that."""
+    def give_name(self) -> None:
+        """To each file, the certificate last. Killed in between, a resumed run goes on with that."""
+        if (waiting := self.files / CERTIFICATE).exists():
+            self._note(sha256(waiting))
         for path in sorted(self.files.files(), key=lambda path: path.name == CERTIFICATE):
             path.move(self.out / path.url.removeprefix(f"{self.files.url}/"))
         if left := self.files.files():
             raise OutputError(f"{left[0]} was not moved to {self.out}", f"so says the store, of {len(left)} files", "pass --resume to go on")
+
+    def clean_up(self) -> None:
         self.folder.remove()
 
 

@@ -32,11 +32,11 @@ class Straddled(Mapping[str, Encoded]):
         if self._stored.is_flat:
             return self._line.split(values(self._stored.decode(torch.float32)))[role]
         rows, columns = self._stored.shape
-        place = self._line.split(values(torch.empty(rows, columns, device="meta")))[role].parts["value"]
+        place = self._line.split(values(torch.empty(rows, columns, device="meta", dtype=torch.float32)))[role].parts["value"]
         upright = self._line.upright
         every, beside = (place.stride(0), place.stride(1)) if upright else (place.stride(1), place.stride(0))
         every, (first, left) = every // columns, divmod(int(place.storage_offset()), columns)
-        found = torch.empty(place.shape)
+        found = torch.empty(place.shape, dtype=torch.float32, device="cpu")
         into, begin = found if upright else found.mT, 0
         for block in self._stored.row_blocks(NUMBERS):
             end = begin + block.shape[0]

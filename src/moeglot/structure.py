@@ -68,18 +68,18 @@ def _mixed(entry: Entry, other: str, known: str) -> TensorMismatch:
 
 
 def _otherwise(key: str, form: Format, source: Source, known: str) -> TensorMismatch | None:
-    """Where quantization_config leaves this expert alone and not the first of its layer, or the first alone."""
+    """Where quantization_config says something else of this expert than of the first of its layer."""
     line, _, layer, expert = (form.coding and form.match(key)) or (None, "", 0, None)
-    if line is None or not expert:
+    if line is None or not expert or not form.coding:
         return None
-    module, first = line.module(layer, expert), line.module(layer)
-    here, there = ("left alone" if leaves_alone(said(source.config), name) else "quantized" for name in (module, first))
+    module, first, declared = line.module(layer, expert), line.module(layer), said(source.config)
+    here, there = ("left alone" if leaves_alone(declared, name) else str(form.coding.read(declared, name) or "quantized") for name in (module, first))
     if here == there:
         return None
     return TensorMismatch(
         f"{module}: quantization_config says that it is {here}, and {first} {there}",
         f"{known}; in one format the experts of a layer are stored alike",
-        "quantize all experts of the layer with the producer's tool, or none of them",
+        f"quantize all experts of the layer {'with' if 'left alone' in (here, there) else 'alike, with'} the producer's tool, or none of them",
     )
 
 
@@ -113,7 +113,7 @@ def _tensor_problems(entry: Entry, line: Stored, part: str, sizes: Sizes, form: 
 
 
 def _other_format(form: Format, entry: Entry) -> str:
-    others = [other.name for other in of_family(form.family) if other != form and other.match(entry.name)]
+    others = [other.name for other in of_family(form.family) if other != form and not (form.coding and other.coding) and other.match(entry.name)]
     if others:
         return f"if the file was written by another producer, pass --format {' or '.join(others)}"
     matched = form.match(entry.name)

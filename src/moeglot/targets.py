@@ -24,6 +24,7 @@ from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
 from moeglot.rules import AUTO_ROUND, method, sparing
+from moeglot.served import cache_scheme, is_static
 from moeglot.share import Share
 
 CODING_NAMES = frozenset(coding.name for coding in CODINGS)
@@ -147,7 +148,22 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
     named = {name: None for key, hub in matrices for name in (key, *aliases(hub, target.family)[1:])}  # readers look for modules, some by disk names
     kept = experts + [name.removesuffix(WEIGHT) for name in named]
     encoding = next(line.encoding for layer in source.layers for line in target.lines(layer) if not line.is_plain)
-    return {"quantization_config": target.coding.write(encoding, kept)}
+    scheme = cache_scheme(said(source.source.config), producer(target))
+    return {"quantization_config": {**target.coding.write(encoding, kept), **({"kv_cache_scheme": scheme} if scheme else {})}}
+
+
+def producer(target: Format) -> str:
+    """For which library its quantization_config is, "" where it has none of ours."""
+    return str(target.coding.write(target.coding.encoding, ())["quant_method"]) if target.coding else ""
+
+
+def rounds_inputs(source: Checkpoint, target: Format) -> bool:
+    """What its encodings carry, a scale of activations, means in the target what it means in the source: there or here, nothing else is declared."""
+    mine, theirs, declared = source.format.coding, target.coding, said(source.source.config)
+    if not (mine and theirs) or mine.name == theirs.name:
+        return bool(mine and theirs)
+    coded = [(line, layer) for layer in source.layers for line in source.format.lines(layer) if not line.is_plain]
+    return theirs.inputs and all(source.encoding(line, layer).carried and is_static(declared, line.module(layer)) for line, layer in coded)
 
 
 def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
@@ -160,7 +176,7 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
     if by_compressed_tensors(declared):
         key, names = "ignore", [f"re:{re.escape(stem)}\\..*" for stem in stems]
     elif method(declared) == "modelopt":
-        key, names = "exclude_modules", [f"{stem}.*" for stem in stems]
+        key, names = "ignore", [f"{stem}.*" for stem in stems]
     elif method(declared) in ("gptq", *AUTO_ROUND):
         return sparing(declared, "", told)
     else:
@@ -174,10 +190,12 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
     return {**declared, key: [*(declared.get(key) or ()), *names]}
 
 
-def keeps(source: Checkpoint, target: Format) -> bool:
+def keeps(source: Checkpoint, target: Format, wanted: Encoding | None) -> bool:
     """The quantization stays as it is, so that matrices that are no experts stay quantized too."""
     mine, theirs = source.format.coding, target.coding
     if not mine and not theirs and source.format.is_plain and target.is_plain:
+        if isinstance(wanted, Plain) or target.closed or target.config.only:
+            return False  # a float type was asked for, or the target has names for floats alone
         return bool(said(source.source.config))  # of what is no expert, whether we can read it or not
     declared = bool(said(source.source.config))  # a live model may declare nothing: what is no expert is decoded in it
     return bool(mine and theirs and declared and mine.name == theirs.name and _kinds(source.format, source) >= _kinds(target, source))
@@ -213,6 +231,16 @@ def float_type(source: Checkpoint) -> str:
     return named if named in WEIGHT_DTYPES else "BF16"
 
 
+def dtype_note(source: Checkpoint, floats: set[str]) -> dict[str, str]:
+    """The float type that config.json declares, if the experts' changed; `floats`: in which they are written."""
+    before = declared_dtype(source.config)
+    if len(floats) != 1 or before in floats:
+        return {}
+    if before == "float32" and any(tensor.dtype == "F32" and len(tensor.shape) == 2 for tensor in source.dense.values()):
+        return {}  # matrices that are no experts stay float32, and who loads the model would round them
+    return {"dtype" if "dtype" in source.config else "torch_dtype": min(floats)}
+
+
 def widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
     """The one of the sources' float types that holds them all."""
     for candidate in sources:
@@ -246,6 +274,6 @@ def twin(source: Checkpoint, line: Stored, layer: int, encoding: Encoding) -> St
         alike = mine.per_expert == line.per_expert or not encoding.is_joint
         if mine.roles == line.roles and mine.expert_groups == line.expert_groups and alike:
             here = source.encoding(mine, layer)
-            if here.name == encoding.name and [part.name for part in here.parts] == [part.name for part in encoding.parts] and here.recodes(encoding):
+            if here.name == encoding.name and {part.name for part in here.parts} >= {part.name for part in encoding.parts} and here.recodes(encoding):
                 return mine
     return None

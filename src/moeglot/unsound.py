@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from moeglot.checkpoint import Checkpoint
 from moeglot.coding import said
+from moeglot.declared import dense_encoding
 from moeglot.dense import DecodedTensor, HubTensor
 from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
@@ -38,7 +39,7 @@ def _lacking(checkpoint: Checkpoint, name: str, tensor: HubTensor) -> str | None
     """The first part that codes of this name, declared in config.json, do not have beside them."""
     for coding in checkpoint.codings if tensor.dtype not in WEIGHT_DTYPES else ():
         module, mine = coding.module(name) or ("", "")
-        encoding = coding.declares(said(checkpoint.source.config), module) if module else None
+        encoding = dense_encoding(said(checkpoint.source.config), coding, module, checkpoint.format.family) if module else None
         if encoding and any(part.name == mine and tensor.dtype in part.dtypes for part in encoding.parts):
             beside = (module + coding.linear[part.name] for part in encoding.parts)
             return next((key for key in beside if key not in checkpoint.dense), None)

@@ -9,6 +9,7 @@ from moeglot import scratch
 from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.coding import said
 from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.divided import alongside
@@ -20,6 +21,7 @@ from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
 from moeglot.misreadings import right
+from moeglot.served import has_cache, is_of_cache
 from moeglot.unsound import unsound
 
 SLAB = 1 << 20
@@ -221,11 +223,13 @@ def _same_in_half(mine: Encoded, theirs: Encoded) -> bool:
 def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[str, DenseTensor]], Mapping[str, DenseTensor]] = dict) -> Check:
     """Every tensor that is no expert, byte for byte, under its Hub name. `changed`: what the other's are to become."""
     mine, theirs = dict[str, DenseTensor](subject.dense), dict[str, DenseTensor](other.dense)
-    if mine.keys() != theirs.keys():  # one is quantized, the other is not
+    undeclared = _of_one_cache(subject, other)
+    if (mine.keys() ^ theirs.keys()) - undeclared:  # one is quantized, the other is not
         mine, theirs = subject.decoded("F32"), other.decoded("F32")
         floats = {mine[name].dtype for name, tensor in theirs.items() if isinstance(tensor, DecodedTensor) and isinstance(mine.get(name), HubTensor)}
         theirs = other.decoded(floats.pop()) if len(floats) == 1 else theirs  # what is added to them is rounded to that type, too
     theirs = dict(changed(theirs))
+    mine, theirs = ({name: tensor for name, tensor in one.items() if name not in undeclared} for one in (mine, theirs))
     if mine.keys() != theirs.keys():
         names = sorted(mine.keys() ^ theirs.keys())
         return Check("values", "does not hold", "other tensors", f"{len(names)} are on one side only, first {names[0]}")
@@ -236,7 +240,15 @@ def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[st
         return Check("values", "does not hold", "other tensors", f"{len(unequal)} of {len(mine)} differ, first {unequal[0]}{types}")
     decoded = sum(isinstance(tensor, DecodedTensor) != isinstance(theirs[name], DecodedTensor) for name, tensor in mine.items())
     told = f"{len(mine) - decoded} equal byte for byte" + (f", {decoded} as decoded and rounded" if decoded else "")
+    told += f"; {len(undeclared)} scales of keys and values are on the one side alone that declares such" if undeclared else ""
     return Check("values", "holds", "other tensors", told)
+
+
+def _of_one_cache(*both: Checkpoint) -> set[str]:
+    """The scales of keys and values of which one checkpoint has some and declares them, and the other has none and declares none."""
+    declaring = [one for one in both if has_cache(said(one.source.config))]
+    names = [{name for name in one.dense if is_of_cache(name)} for one in both]
+    return names[0] ^ names[1] if len(declaring) == 1 and not all(names) else set()
 
 
 def _same(a: DenseTensor, b: DenseTensor) -> bool:

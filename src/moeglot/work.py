@@ -19,7 +19,7 @@ from typing import Any
 
 from moeglot.certified import begins, made_of
 from moeglot.digests import CERTIFICATE, sha256
-from moeglot.direct import File, allocate, no_space
+from moeglot.direct import File, allocate, flush, no_space
 from moeglot.errors import OutputExists, UsageError
 from moeglot.loss import Loss
 from moeglot.mapped import forget_mappings
@@ -185,18 +185,25 @@ class Work:
     def done(self, unit: Unit, loss: Loss) -> None:
         self._note({"unit": unit.key, "loss": loss.row()})
 
-    def finish(self) -> None:
-        """Give the output its name. Killed in between, a resumed run finds the journal and only cleans up."""
+    def give_name(self) -> None:
+        """To the output, of which every byte is on the disk by then. Killed after it, a resumed run finds the journal, and only looks and cleans up."""
         forget_mappings()
-        if self.files.exists():
-            if os.path.lexists(self.out):
-                raise OutputExists(
-                    f"{self.out} exists",
-                    f"it appeared meanwhile; the verified output waits in {self.files}",
-                    "remove it and pass --resume, or choose another OUT",
-                )
-            self._note({"certified": sha256(self.files / CERTIFICATE)})
-            os.rename(self.files, self.out)
+        if not self.files.exists():
+            return
+        if os.path.lexists(self.out):
+            raise OutputExists(
+                f"{self.out} exists",
+                f"it appeared meanwhile; the verified output waits in {self.files}",
+                "remove it and pass --resume, or choose another OUT",
+            )
+        for path in (*self.files.rglob("*"), self.files):
+            flush(path)
+        self._note({"certified": sha256(self.files / CERTIFICATE)})
+        os.fsync(self._descriptor)
+        os.rename(self.files, self.out)
+        flush(self.out.parent)
+
+    def clean_up(self) -> None:
         for path in sorted(self.folder.iterdir(), key=lambda path: path == self.journal):  # it goes last: it says whose the folder is
             path.unlink()
         self.folder.rmdir()
@@ -212,7 +219,7 @@ def _locked(path: Path) -> Iterator[str]:
 
 
 def _whole_file(path: Path, shard: File) -> bool:
-    return begins(path, shard.frames[0][1]) and path.stat().st_size == shard.nbytes
+    return begins(path, shard.header) and path.stat().st_size == shard.nbytes
 
 
 def of_another(folder: Location) -> OutputExists:

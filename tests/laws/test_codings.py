@@ -1,6 +1,7 @@
 """Laws of every coding: identified by what its producer writes, the same bytes through every layout, and never decoded on the way."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -135,6 +136,22 @@ def test_the_block_size_is_what_config_says(tmp_path):
     (tmp_path / "coded" / "config.json").write_text(json.dumps(told))
     with pytest.raises(moeglot.MoeglotError, match="quantization_config"):
         moeglot.open(tmp_path / "coded")
+
+
+@pytest.mark.parametrize("coding", QWEN, ids=[c.name for c in QWEN])
+def test_another_process_gets_checkpoint_and_plan(coding, tmp_path):
+    """As a spawned one does, and a task of a cluster."""
+    checkpoint = moeglot.open(coded(tmp_path, LAYOUTS[0], coding, {"e": 2, "h": 128, "i": 128}))
+    plan = moeglot.plan(checkpoint, LAYOUTS[0], encode="float32")
+    there_checkpoint, there = pickle.loads(pickle.dumps((checkpoint, plan)))
+    assert there_checkpoint.format == checkpoint.format
+    assert carry_out(there, tmp_path / "there", True, 1, False, None).report.verdict == "holds"
+    moeglot.convert(checkpoint, LAYOUTS[0], tmp_path / "here", encode="float32")
+    assert differing(tmp_path / "here", tmp_path / "there") == []
+
+
+def test_codings_of_one_family_too():
+    assert [pickle.loads(pickle.dumps(coding)).name for coding in CODINGS] == [coding.name for coding in CODINGS]
 
 
 def test_every_coding_has_a_format_of_every_plain_layout():

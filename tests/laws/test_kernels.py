@@ -375,3 +375,40 @@ def test_int4_refuses_the_same_scales(scale, bad):
         for dtype in (torch.bfloat16, torch.float32):
             with backend.using(kernels), pytest.raises(BadNumbers, match="INT4 scale is NaN or infinite"):
                 encoding.decode(parts, dtype)
+
+
+@needs_numba
+def test_a_compiled_kernel_is_not_entered_with_other_memory():
+    """Half as much of it, another dtype of the same size, or none at all."""
+    from moeglot.kernels.compiled import added, bnb4, fp8, grid, int4, mxfp4, nvfp4
+
+    x, packed, scale = torch.ones(2, 64), torch.zeros(8, 2, 16, dtype=torch.uint8), torch.full((8, 2), 127, dtype=torch.uint8)
+    ones, codes = torch.ones(8, 2), torch.zeros(8, 32, dtype=torch.uint8)
+    calls = {
+        "times": (lambda out: mxfp4.times(x, packed, scale, out), (2, 8), torch.float32),
+        "mxfp4": (lambda out: mxfp4.decode(packed, scale, out), (8, 64), torch.bfloat16),
+        "mxfp4 encoded": (lambda out: mxfp4.encode(torch.ones(8, 32), "ceil", "even", out, scale[:, 0].contiguous()), (8, 16), torch.uint8),
+        "nvfp4": (lambda out: nvfp4.decode(codes[:, :16], ones, out), (8, 32), torch.float32),
+        "nvfp4 encoded": (lambda out: nvfp4.encode(torch.ones(8, 16), ones[:, 0], out), (8, 8), torch.uint8),
+        "int4": (lambda out: int4.decode(torch.zeros(8, 8, dtype=torch.int32), ones, 32, out), (8, 64), torch.float32),
+        "int4 encoded": (lambda out: int4.encode(torch.ones(8, 64), ones, 32, out), (8, 8), torch.int32),
+        "fp8": (lambda out: fp8.decode(torch.zeros(8, 64).to(torch.float8_e4m3fn), ones[:1], (8, 32), out), (8, 64), torch.bfloat16),
+        "fp8 encoded": (lambda out: fp8.encode(torch.ones(8, 64), ones[:1], (8, 32), out), (8, 64), torch.float8_e4m3fn),
+        "largest": (lambda out: grid.largest(torch.ones(8, 64), (1, 32), out), (8, 2), torch.float32),
+        "refuted": (lambda out: grid.refuted(torch.ones(8, 64), ones, (1, 32), "int4", ones.clone(), out), (8, 2), torch.float32),
+        "nf4": (lambda out: bnb4.decode(codes.flatten(), torch.ones(8), torch.ones(16), 64, out), (512,), torch.float32),
+        "nf4 encoded": (
+            lambda out: bnb4.nearest(torch.ones(8, 64), torch.arange(15.0), torch.arange(16).to(torch.uint8), torch.empty(256, 1, dtype=torch.uint8), out),
+            (8,),
+            torch.float32,
+        ),
+        "added": (lambda out: added.added(packed, scale, torch.ones(8, 1), torch.ones(1, 64), "even", out, scale.clone()), (8, 2, 16), torch.uint8),
+    }
+    for name, (call, shape, dtype) in calls.items():
+        call(torch.zeros(shape, dtype=dtype))
+        half = torch.zeros((*shape[:-1], shape[-1] // 2), dtype=dtype)
+        other = torch.zeros(shape, dtype={1: torch.int8, 2: torch.float16, 4: torch.uint32}[dtype.itemsize])
+        wider = torch.zeros(shape, dtype=torch.float64)
+        for wrong in (half, other, wider, torch.zeros(shape, dtype=dtype, device="meta")):
+            with pytest.raises(AssertionError, match="a kernel"):
+                print(name, call(wrong))

@@ -81,6 +81,22 @@ def test_a_number_lies_between_its_neighbours_and_nothing_between_them(encoding,
     assert bool(((between == low) | (between == high)).all())
 
 
+@pytest.mark.parametrize("name", ["int4:32", "int4:channel", "int4:32:asymmetric"])
+@few
+@given(shape=SHAPES, seed=st.integers(0, 99), size=st.floats(1e-4, 2))
+def test_a_negative_scale_mirrors_the_grid(name, shape, seed, size):
+    encoding, values = made(name, shape, seed)
+    parts, grid = grid_of(encoding, values)
+    other = encoding.grid({**parts, "scale": -parts["scale"]}, shape)
+    moved = values * (1 + size * torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)))
+    assert torch.equal(other.nearest(-moved), -grid.nearest(moved))
+    assert torch.equal(other.coded(-moved), grid.coded(moved))
+    assert torch.equal(other.clips(-moved), grid.clips(moved))
+    (low, high), (other_low, other_high) = grid.around(moved), other.around(-moved)
+    assert torch.equal(other_low, -high)
+    assert torch.equal(other_high, -low)
+
+
 @pytest.mark.parametrize("encoding", [name for name in ENCODINGS if "float" not in name])
 @few
 @given(shape=SHAPES, seed=st.integers(0, 99), factor=st.floats(2.2, 50))

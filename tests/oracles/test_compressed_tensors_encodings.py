@@ -185,6 +185,33 @@ def test_int4(group, columns, dtype):
     assert torch.equal(again["scale"], scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "columns"), [(32, 256), (WHOLE, 203)])
+def test_int4_with_negative_scales(group, columns, dtype):
+    """AutoRound's symmetric rule gives the largest magnitude the code -8, so that the scale of about half of all groups is negative."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Compressor
+
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    ours, given = INT4(group, scale=name), weights(columns=columns)
+    groups = given.view(192, -1, group or columns)
+    theirs = scheme(num_bits=4, type="int", **({"strategy": "group", "group_size": group} if group else {"strategy": "channel"}))
+    scale = (groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8).to(dtype)
+    assert 0.4 < float((scale < 0).float().mean()) < 0.6
+    state = Compressor.compress({"weight": given, "weight_scale": scale}, theirs)
+    stored = {"packed": state["weight_packed"], "scale": scale, "shape": state["weight_shape"].view(1, 1, 2)}
+    assert ours.check(stored) is None
+    read = ours.decode(stored, torch.float32)
+    assert torch.equal(read.to(dtype), Compressor.decompress(state, theirs)["weight"])
+    without_sign = ours.decode({**stored, "scale": scale.abs()}, torch.float32)
+    assert (without_sign - read).norm() / read.norm() > 1  # the power of it
+
+    again = ours.encode(read)  # a code of -8 under a negative scale has no other
+    assert torch.equal(ours.decode(again, torch.float32), read)
+    assert float((again["scale"] == scale).float().mean()) > 0.95
+    written = {"weight_packed": again["packed"], "weight_scale": again["scale"], "weight_shape": again["shape"].view(2)}
+    assert torch.equal(Compressor.decompress(written, theirs)["weight"], read.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("group", "columns", "rows"), [(32, 256, 192), (128, 256, 50), (WHOLE, 203, 192)])
 def test_int4_with_zero_points(group, columns, rows, dtype):

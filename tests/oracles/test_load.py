@@ -26,6 +26,7 @@ from moeglot.errors import BadNumbers, MoeglotError, NotVerified, TensorMismatch
 from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
 from moeglot.kernels import backend
+from moeglot.nn import experts_of
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -357,6 +358,46 @@ def test_placeholders_and_overflow(tmp_path):
     refused(folder, NotVerified, "lm_head.weight")
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_what_from_pretrained_would_pass_over_is_refused(native, tmp_path):
+    """Each of these went to it and changed nothing: the tensors were those of the folder, and not those that were asked for."""
+    shutil.copytree(BUNDLED, root := tmp_path / "root")
+    shutil.copytree(BUNDLED, root / "x")
+    given = dict.fromkeys(("revision", "variant", "cache_dir", "token", "use_auth_token"), "x") | dict.fromkeys(("force_download", "local_files_only"), True)
+    for name, value in {"subfolder": "x", "proxies": {}, "use_safetensors": True, "weights_only": False, "generation_config": None, **given}.items():
+        with pytest.raises(UsageError, match=f"^{name} is settled by moeglot.load") as told:
+            moeglot.load(root, native=native, **{name: value})
+        assert len(str(told.value).split("\n")) == 3
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    for options in ({"device_map": {}}, {"device_map": {}, "native": True}, {"device_map": {"model": "cpu"}, "native": True}):
+        with pytest.raises(UsageError, match="device_map names no place"):
+            moeglot.load(BUNDLED, **options)
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "plain")
+    for names in ("model.layers.0", [""], [1], 3):
+        with pytest.raises(UsageError, match="modules_to_not_convert"):
+            moeglot.load(tmp_path / "plain", native=True, encode="nf4", modules_to_not_convert=names)
+    for options in ({}, {"native": True}):
+        with pytest.raises(UsageError):
+            moeglot.load(tmp_path / "plain", encode="", **options)
+    assert any(module.is_encoded for module in experts_of(moeglot.load(tmp_path / "plain", native=True, encode="nf4", modules_to_not_convert=None)).values())
+
+
+def test_an_embedding_beyond_float16(tmp_path):
+    big = changed(BUNDLED, tmp_path / "big", lambda file: file["model.embed_tokens.weight"][3, 0].fill_(1e6))
+    for native in (False, True):
+        refused(big, BadNumbers, "model.embed_tokens.weight: holds numbers that float16 cannot", dtype="float16", native=native)
+        assert float(moeglot.load(big, dtype="bfloat16", native=native).model.embed_tokens.weight[3, 0]) > 65504
+
+
+def test_what_config_json_says_is_no_argument():
+    for name, value in {"num_experts_per_tok": 1, "max_position_embeddings": 99, "nonsense": 1}.items():
+        with pytest.raises(UsageError, match=f"^{name} is no argument of from_pretrained"):
+            moeglot.load(BUNDLED, **{name: value})
+    assert moeglot.load(BUNDLED, attn_implementation="eager").config._attn_implementation == "eager"
+
+
 # --- save ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +429,17 @@ def test_a_live_model_is_written_in_any_format(to, tmp_path):
         assert relative(logits(again), logits(of_file(live, "qwen3-moe", tmp_path / "out", *SIZES["qwen3-moe"]))) <= LIMIT
     assert moeglot.save(again, tmp_path / "again", to="qwen3-moe/hub").report.verdict == "holds"
     assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)), logits(again)) <= LIMIT
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_generation_config_is_written_as_it_is(native, tmp_path):
+    """Many models on the Hub have one with a temperature and no do_sample, which transformers reads and does not save."""
+    shutil.copytree(BUNDLED, folder := tmp_path / "source")
+    said = {"eos_token_id": 0, "temperature": 0.6, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    moeglot.save(moeglot.load(folder, native=native), tmp_path / "out", to="gpt-oss/transformers")
+    written = transformers.GenerationConfig.from_pretrained(tmp_path / "out").to_dict()
+    assert {key: written[key] for key in said} == said
 
 
 def test_tied_embeddings_are_written_once(tmp_path):

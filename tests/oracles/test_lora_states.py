@@ -15,7 +15,7 @@ import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.errors import UnsupportedAdapter, UsageError
 from moeglot.integrations.transformers import VERSION
-from moeglot.nn import Experts, add_lora, experts_of, load_adapter, save_adapter
+from moeglot.nn import Experts, add_lora, experts_of, load_adapter, remove_lora, save_adapter
 from moeglot.nn.data import read
 from moeglot.nn.tune import Recipe, tune
 
@@ -290,24 +290,105 @@ def test_half_of_what_trains_is_not_loaded_in_silence(way, tmp_path):
         assert all(torch.equal(parameter, before[name] * (2 if "lora" in name else 1)) for name, parameter in model.named_parameters())
 
 
-def test_an_adapter_that_fsdp_divided_is_saved_once_it_is_whole(tmp_path):
+@pytest.mark.parametrize("lost", ["all", "one", "under other names"])
+def test_an_adapter_that_a_state_lacks_is_not_begun_anew_in_silence(lost):
+    """Trainer loads with strict=False, and only logs what is missing."""
+    model = native()
+    add_lora(model, r=2)
+    state = fill(model).state_dict()
+    assert not model.load_state_dict(state, strict=False).missing_keys
+    mine = [key for key in state if ".lora." in key]
+    for key in mine[:1] if lost == "one" else mine:
+        tensor = state.pop(key)
+        if lost == "under other names":
+            state[key.replace("model.", "backbone.")] = tensor
+    with pytest.raises(UsageError, match="adapter of the experts, which trains"):
+        model.load_state_dict(state, strict=False)
+    with pytest.raises(UsageError, match="adapter of the experts, which trains"):
+        model.load_state_dict({key.replace("model.", "backbone."): tensor for key, tensor in state.items()}, strict=False)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_an_adapter_that_fsdp_divided_is_saved_once_it_is_whole(attention, tmp_path):
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model = native()
+    if attention:
+        model = peft.get_peft_model(model, peft.LoraConfig(**ATTENTION))
     add_lora(model, r=2)
     live = logits(fill(model))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
         with pytest.raises(UsageError, match=r"divided among processes(?s:.*)unshard\(\)"):
-            save_adapter(model, tmp_path / "adapter")
+            save_adapter(model, tmp_path / "adapter", base=BUNDLED)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
-        save_adapter(model, tmp_path / "adapter")
+        save_adapter(model, tmp_path / "adapter", base=BUNDLED)
     finally:
         torch.distributed.destroy_process_group()
     assert relative(logits(load_adapter(native(), tmp_path / "adapter").eval()), live) <= LIMIT
+
+
+# --- what PEFT asks of its own adapter ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_with_adapters_of_their_own_are_refused():
+    """PEFT refuses them on adapted parameters."""
+    model, tokens = both(), torch.arange(24).view(2, 12)
+    with torch.no_grad(), pytest.raises(UsageError, match="adapter_names"):
+        model(input_ids=tokens, use_cache=False, adapter_names=["__base__", "default"])
+    model = both()
+    remove_lora(model)
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False, adapter_names=["__base__", "default"])
+
+
+def test_an_adapter_that_is_not_active_is_left_out(base_logits):
+    model = both()
+    model.base_model.set_adapter([])
+    assert relative(logits(model), base_logits) <= LIMIT
+    model.base_model.set_adapter(["default"])
+    assert relative(logits(model), base_logits) > POWER
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_another_scale_of_pefts_adapter_is_refused(rslora):
+    from peft.helpers import rescale_adapter_scale
+
+    model = both(use_rslora=rslora, rank_pattern={"o_proj": 3}, alpha_pattern={"o_proj": 7})
+    live = logits(model)
+    for factor in (0.0, 0.25):
+        with rescale_adapter_scale(model, factor), pytest.raises(UsageError, match="has the scale"):
+            logits(model)
+        next(module for module in model.modules() if hasattr(module, "set_scale")).set_scale("default", factor)
+        with pytest.raises(UsageError, match="has the scale"):
+            logits(model)
+        next(module for module in model.modules() if hasattr(module, "set_scale")).set_scale("default", 1)
+    assert torch.equal(logits(model), live)
+
+
+def test_biases_beside_experts_are_refused_before_they_train():
+    model = peft.get_peft_model(native(), peft.LoraConfig(**ATTENTION, lora_bias=True))
+    with pytest.raises(UnsupportedAdapter, match="lora_bias"):
+        add_lora(model)
+
+
+def test_b_trains_alone(tmp_path):
+    """LoRA-FA."""
+    model = both().train()
+    gradients = []
+    for alone in (False, True):
+        model.zero_grad()
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.requires_grad_(not alone or name.endswith(".b") or "lora_B" in name)
+        logits.__wrapped__(model).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert 0 < len(gradients[1]) < len(gradients[0])
+    assert all(torch.equal(gradient, gradients[0][name]) for name, gradient in gradients[1].items())
+    save_adapter(model, tmp_path / "adapter", base=BUNDLED)
 
 
 # --- what trains ---------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.errors import UnknownFormat
+from moeglot.hf_quant_config import told_beside
 
 pytest.importorskip("modelopt.torch", reason="installed in an environment of its own")
 
@@ -189,6 +191,67 @@ def test_a_folder_that_it_exports(exported, told, tmp_path):
         assert (written[name] - values.roll(1, 0)).norm() / values.norm() > 1
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+MIXED = {"a.b": {"quant_algo": "FP8"}, "a.c": {"quant_algo": "NVFP4", "group_size": 16}, "a.d": {"quant_algo": "FP8"}, "a.e": {"quant_algo": "other"}}
+ALGORITHMS = ("FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W4A16_NVFP4", "NVFP4_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "W4A8_NVFP4_FP8", "MXFP8")
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported quantization algorithm")
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+        {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4", "group_size": 16, "exclude_modules": None},
+        {"quant_algo": "NVFP4", "kv_cache_quant_algo": None},
+        {"quant_algo": "W4A16_NVFP4", "group_size": 32, "exclude_modules": []},
+        {"quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        *({"quant_algo": algorithm, "exclude_modules": ["*router*"]} for algorithm in ("MXFP4", *ALGORITHMS)),
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": MIXED, "exclude_modules": ["lm_head"]},
+        *({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a.b": {"quant_algo": algorithm}}} for algorithm in ALGORITHMS),
+    ],
+    ids=str,
+)
+def test_what_the_file_says_alone_in_the_words_of_config_json(told):
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    beside = {"producer": {"name": "modelopt", "version": "0.29.0"}, "quantization": told}
+    assert told_beside({"a": 1}, beside) == {"a": 1, "quantization_config": convert_hf_quant_config_format(beside)}
+
+
+def test_a_folder_of_an_older_release_is_written_as_the_newer_ones_write_it(exported, tmp_path):
+    folder, _ = exported
+    shutil.copytree(folder, tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    newer = config.pop("quantization_config")
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    moeglot.convert(tmp_path / "fp8", "qwen3-moe/hub+fp8-modelopt", tmp_path / "out", shard_size=60_000)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == newer
+    assert (tmp_path / "out" / "hf_quant_config.json").read_bytes() == (folder / "hf_quant_config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("coding", "algorithm"), [("fp8-modelopt", "FP8"), ("nvfp4-modelopt", "NVFP4")])
+def test_its_words_for_activations_that_have_scales(coding, algorithm):
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+
+    from moeglot.codings import CODINGS
+    from moeglot.encoding import Part
+
+    ours = next(one for one in CODINGS if one.name == coding)
+    with_scale = replace(ours.encoding, carried=(Part("input_scale", ("F32",), (WHOLE, WHOLE)),))
+    assert ours.write(with_scale, ["lm_head"]) == convert_hf_quant_config_format({"quantization": {"quant_algo": algorithm, "exclude_modules": ["lm_head"]}})
+
+
+def test_a_folder_whose_activations_have_scales(exported, tmp_path):
+    """Exported by ModelOpt, through compressed-tensors' words and back: what it says of activations is what it said."""
+    folder, _ = exported
+    moeglot.convert(folder, "qwen3-moe/hub+fp8-tensor", tmp_path / "there", allow_loss=True)
+    moeglot.convert(tmp_path / "there", "qwen3-moe/hub+fp8-modelopt", tmp_path / "back", allow_loss=True)
+    before, after = (json.loads((where / "config.json").read_text())["quantization_config"] for where in (folder, tmp_path / "back"))
+    assert before["config_groups"] == after["config_groups"]
+    scales = [{name: t for name, t in tensors(where).items() if ".experts." in name and "input_scale" in name} for where in (folder, tmp_path / "back")]
+    assert len(scales[0]) == 2 * 4 * 3
+    assert all(torch.equal(scales[0][name], scales[1][name]) for name in scales[0])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

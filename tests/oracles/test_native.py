@@ -247,6 +247,30 @@ def test_it_loads_its_state_dict_and_refuses_another(tmp_path):
             other.load_state_dict(wrong)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_state_dict_is_assigned_to_placeholders(whole, tmp_path):
+    """torch's own way to fill a model that was built on meta; without `assign` torch copies nothing, and warns."""
+    model = moeglot.load(moeglot.demo.BUNDLED, "float32", native=True)
+    module = next(module for module in model.modules() if type(module).__name__ in ("Experts", "ScoresOfAll"))
+    filled, expected = (model, families.logits(model)) if whole else (module, None)
+    state = {key: tensor.clone() for key, tensor in filled.state_dict().items()}
+    filled.to("meta")
+    with pytest.raises(RuntimeError, match=r"placeholder(.|\n)*assign=True"):
+        filled.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="down_proj_blocks"):
+        filled.load_state_dict({key: tensor for key, tensor in state.items() if "down_proj_blocks" not in key}, assign=True)
+    filled.to("meta")
+    filled.load_state_dict(state, assign=True)
+    assert not any(tensor.is_meta for tensor in module.buffers())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in filled.state_dict().items())
+    if whole:
+        left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+        assert all("rotary" in name for name in left), left  # of no state dict: whoever builds a model on meta makes it anew
+        again = moeglot.load(moeglot.demo.BUNDLED, "float32", native=True)
+        model.model.rotary_emb = again.model.rotary_emb
+        assert torch.equal(families.logits(model), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_that_live_elsewhere_are_skipped(backend, tmp_path):
     """The contract of expert parallelism: local ids, and num_experts for all others; the parts add up to the whole."""

@@ -110,6 +110,36 @@ def test_what_autofp8_writes(plain, scheme, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(experts_of(tmp_path / "float32"), experts_of(tmp_path / "decoded"), strict=True))
 
 
+@pytest.mark.parametrize(("source", "coding"), [("autofp8", "fp8-tensor"), ("nvfp4-modelopt", "nvfp4-pack"), ("fp8-channel-quark", "fp8-channel")])
+def test_activations_that_another_producer_rounds_under_scales_of_calibration(plain, source, coding, tmp_path):
+    """compressed-tensors reads from the config that we write that a Linear module of experts has such a scale, under the name that the file has."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from transformers import AutoConfig
+
+    moeglot.convert(plain, f"{HUB}+{source}", tmp_path / "given", allow_loss=True)
+    tensors, config = load_file(tmp_path / "given" / "model.safetensors"), json.loads((tmp_path / "given" / "config.json").read_text())
+    experts = {key.removesuffix(".weight") for key in load_file(plain / "model.safetensors") if ".experts." in key}
+    (tmp_path / "given" / "moeglot.json").unlink()
+    save_file(tensors | {f"{name}.input_scale": torch.tensor(0.25) for name in experts}, tmp_path / "given" / "model.safetensors", {"format": "pt"})
+    said = config["quantization_config"]
+    if source == "autofp8":
+        said["activation_scheme"] = "static"
+    if source == "fp8-channel-quark":
+        said["global_quant_config"]["input_tensors"] = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}
+    (tmp_path / "given" / "config.json").write_text(json.dumps(config))
+    moeglot.convert(tmp_path / "given", f"{HUB}+{coding}", tmp_path / "coded", allow_loss=True)
+    written = {key: tensor for key, tensor in load_file(tmp_path / "coded" / "model.safetensors").items() if ".input_" in key and ".experts." in key}
+    assert {float(tensor) for tensor in written.values()} == {4.0 if coding == "nvfp4-pack" else 0.25}
+
+    declared = json.loads((tmp_path / "coded" / "config.json").read_text())["quantization_config"]
+    model = torch.nn.ModuleDict({"experts": torch.nn.Linear(128, 128)})
+    apply_quantization_config(model, QuantizationConfig.model_validate({key: value for key, value in declared.items() if key != "quant_method"}))
+    theirs = {name for name, _ in model["experts"].named_parameters() if name.startswith("input_")}
+    assert {key.rpartition(".")[2] for key in written} <= theirs
+    assert len(written) == len(experts)
+    assert AutoConfig.from_pretrained(tmp_path / "coded").quantization_config["config_groups"]["group_0"]["input_activations"]["dynamic"] in (False, "local")
+
+
 @pytest.mark.parametrize("name", ["laguna", "hy-v3"])
 def test_modules_of_another_name_in_memory(name, tmp_path):
     """What is left in floats is left alone under the names that its readers look for, wherever the disk has others."""

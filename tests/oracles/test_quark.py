@@ -155,6 +155,22 @@ def test_patterns(plain, tmp_path):
 
 
 @pytest.mark.parametrize("plain", ["qwen3-moe"], indirect=True)
+def test_activations_are_rounded_as_before_where_another_producer_was_between(plain, tmp_path):
+    """Its own modules compute with both; without a word on activations, the numbers are others."""
+    _, folder = plain
+    exclude = ["lm_head", "*.mlp.gate", "*self_attn*"]
+    given = exported(folder, tmp_path / "given", "fp8-quark", exclude, inputs="fp8-quark")
+    moeglot.convert(given, "qwen3-moe/hub+fp8-tensor", tmp_path / "there", allow_loss=True)
+    moeglot.convert(tmp_path / "there", "qwen3-moe/hub+fp8-quark", tmp_path / "back", allow_loss=True)
+    right = logits(imported(given)[0])
+    assert off(logits(imported(tmp_path / "back")[0]), right) < 1e-5
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    config["quantization_config"]["global_quant_config"]["input_tensors"] = None
+    (tmp_path / "back" / "config.json").write_text(json.dumps(config))
+    assert off(logits(imported(tmp_path / "back")[0]), right) > 1e-3
+
+
+@pytest.mark.parametrize("plain", ["qwen3-moe"], indirect=True)
 @pytest.mark.parametrize(
     ("coding", "wanted", "said"),
     [

@@ -83,7 +83,13 @@ def test_a_chat_template(expected, tmp_path: Path):
     assert said(str(folder)) == expected(PROMPT, do_sample=False)
 
 
-@pytest.mark.parametrize("config", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"stop_strings": ["pray"]}], ids=str)
+WAYS = (
+    *({"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}, {"token_healing": True}, {"force_words_ids": [[4]], "num_beams": 2}),
+    *({"is_assistant": True}, {"assistant_early_exit": 1}),
+)
+
+
+@pytest.mark.parametrize("config", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"stop_strings": ["pray"]}, *WAYS], ids=str)
 def test_one_text_is_streamed_whatever_generation_config_says(config, expected, tmp_path: Path):
     shutil.copytree(BUNDLED, folder := tmp_path / "own")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0, **config}))
@@ -101,3 +107,19 @@ def test_experts_that_are_encoded_on_the_way(tmp_path: Path):
     moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
     assert said(str(tmp_path / "bf16"), "--encode", "fp8-block").startswith(PROMPT)
     refused("quantized already", "--encode", "nf4")
+
+
+@pytest.mark.parametrize("seed", [-(1 << 63) - 1, 1 << 64])
+def test_a_seed_that_torch_does_not_take(seed):
+    refused("torch takes whole numbers", "--seed", str(seed))
+
+
+@pytest.mark.parametrize("config", [{"num_return_sequences": 3}, {"compile_config": {}}], ids=str)
+def test_a_generation_config_that_transformers_does_not_take(config, tmp_path: Path):
+    shutil.copytree(BUNDLED, folder := tmp_path / "own")
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"must be|num_return_sequences"):
+        transformers.GenerationConfig.from_pretrained(folder)
+    found = CliRunner().invoke(app, ["run", str(folder), "--prompt", PROMPT])
+    assert isinstance(found.exception, moeglot.UsageError)
+    assert "generation_config.json" in found.exception.wrong

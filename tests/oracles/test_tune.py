@@ -213,6 +213,7 @@ def test_what_is_measured_is_spread_over_what_is_held_out(tmp_path):
         assert float((found - (torch.arange(64) + 0.5) * rows / 64).abs().max()) <= 1
         assert len(found.unique()) == 64
     assert torch.equal(Data(numbered, numbered, "").sample(2000).tokens, numbered.tokens)
+    assert sorted(Data(numbered, numbered, "").batch(0, len(numbered), (1 << 64) - 1).tokens.flatten()) == sorted(numbered.tokens.flatten())
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0])
@@ -223,7 +224,7 @@ def test_values_that_mean_nothing_are_refused_before_any_work(alpha, tmp_path):
         found = CliRunner().invoke(app, ["tune", str(tmp_path / "none"), "--data", str(TEXT), "--out", str(tmp_path / "out"), *options])
         assert found.exit_code
         assert "none" not in str(found.exception), "the base was looked at first"
-    for options in ({"r": 0}, {"r": -1}, {"rate": float("inf")}):
+    for options in ({"r": 0}, {"r": -1}, {"rate": float("inf")}, {"seed": 1 << 64}):
         with pytest.raises(UsageError):
             Recipe(**options)
 

@@ -258,13 +258,40 @@ def test_an_adapter_for_another_base(tmp_path):
             moeglot.open_adapter(path, other, "peft")
 
 
-@pytest.mark.parametrize("said", [None, 99])
-def test_a_rank_that_the_tensors_do_not_have_is_told(said, tmp_path):
-    """They decide, and the scale is that of their rank."""
+@pytest.mark.parametrize("there", [2, 8])
+@pytest.mark.parametrize(("writer", "family"), EVERY)
+def test_an_adapter_for_a_base_with_another_number_of_experts(writer, family, there, tmp_path):
+    """As one whose experts were pruned. Where an axis holds experts and ranks, 4 of rank 8 are as long as 2 of rank 16 and 8 of rank 4."""
+    base = write_checkpoint(tmp_path / "base", BASES[family], {"e": 4, "h": 32, "i": 96}, dtype=torch.float32)
+    other = write_checkpoint(tmp_path / "other", BASES[family], {"e": there, "h": 32, "i": 96}, dtype=torch.float32)
+    convention, _, write = WRITERS[writer]
+    made = write(Job(family, 4, 32, 96, 8))
+    path = made.save(tmp_path / "adapter")
+    assert worst(moeglot.open_adapter(path, base, convention), made) <= LIMIT
+    packed = convention in ("peft", "peft-turned", "grouped", "grouped-turned")
+    with pytest.raises(moeglot.TensorMismatch if packed else moeglot.MoeglotError, match="4 experts of rank 8" if packed else None):
+        moeglot.open_adapter(path, other, convention)
+
+
+@pytest.mark.parametrize("said", [None, 7, 99])
+def test_a_rank_that_the_tensors_do_not_have_is_refused_where_they_tell_no_rank(said, tmp_path):
     path, made, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
-    assert not any("tensors decide" in reason for reason in moeglot.open_adapter(path, base, "peft").evidence)
     change_config(path, r=said)
-    adapter = moeglot.open_adapter(path, base, "peft")
+    with pytest.raises(moeglot.TensorMismatch, match="says no rank" if said is None else f"says r = {said}"):
+        moeglot.open_adapter(path, base, "peft")
+    change_config(path, rank_pattern={r".*\.experts\..*": 5})  # which explains it
+    assert worst(moeglot.open_adapter(path, base, "peft"), made) <= LIMIT
+
+
+@pytest.mark.parametrize("said", [None, 99])
+@pytest.mark.parametrize("writer", ["vLLM's keys", "tinker", "Automodel"])
+def test_a_rank_that_the_tensors_do_not_have_is_told(writer, said, tmp_path):
+    """They decide where they tell it, and the scale is that of their rank."""
+    path, made, base = make(tmp_path, writer, "qwen3-moe", "neither")
+    change_config(path, r=5)
+    assert not any("tensors decide" in reason for reason in moeglot.open_adapter(path, base, WRITERS[writer][0]).evidence)
+    change_config(path, r=said)
+    adapter = moeglot.open_adapter(path, base, WRITERS[writer][0])
     assert worst(adapter, made) <= LIMIT
     assert any(f"adapter_config.json says {said or 'no rank'}; tensors decide" in reason for reason in adapter.evidence)
 

@@ -203,7 +203,7 @@ class BNB4(Encoding):
             if (offset := QuantState.read(parts["state"]).offset) is not None:
                 return replace(self, offset=offset)
             means.append(float(parts["scale"].double().mean()))
-        return replace(self, offset=torch.tensor(sum(means) / len(means), dtype=torch.float32).item())
+        return replace(self, offset=torch.tensor(sum(means) / len(means), dtype=torch.float32, device="cpu").item())
 
     def stacked(self, parts: Parts, experts: int) -> Parts:
         if self.is_joint:

@@ -30,6 +30,16 @@ def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:
     return None
 
 
+def carries(encoding: Encoding, other: Encoding) -> bool:
+    """What the other carries, this one carries too: the rest of what this one does can be left out."""
+    return {part.name for part in other.carried} <= {part.name for part in encoding.carried}
+
+
+def carried_of(parts: Parts, other: Encoding) -> Parts:
+    """The parts that the other encoding has."""
+    return {part.name: parts[part.name] for part in other.parts}
+
+
 def without_carried(encoding: Encoding, carried: tuple[Part, ...]) -> None:
     """Raises `UsageError`: an encoder is asked for a part that weights do not tell."""
     if carried:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
-from moeglot.encodings.carried import carried_parts, carried_problem, single_of, without_carried
+from moeglot.encodings.carried import carried_of, carried_parts, carried_problem, carries, single_of, without_carried
 from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ class FP8(Encoding):
         single = single_of(shape, leading) if self.block == (WHOLE, WHOLE) else ()
         return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried_parts(found, ("input_scale",), leading))
 
+    @property
+    def bare_of_carried(self) -> FP8:
+        return replace(self, carried=())
+
     def like(self, other: Encoding) -> Encoding:
         return replace(other, bare=self.bare) if isinstance(other, FP8) else self
 
@@ -125,8 +129,7 @@ class FP8(Encoding):
 
     def recodes(self, other: Encoding) -> bool:
         """To another type of scale."""
-        same = isinstance(other, FP8) and self.block == other.block
-        return same and isinstance(other, FP8) and [part.name for part in self.carried] == [part.name for part in other.carried]
+        return isinstance(other, FP8) and self.block == other.block and carries(self, other)
 
     def recode(self, parts: Parts, other: Encoding) -> Parts | None:
         """The same codes; None if the other's scale type does not have these scales."""
@@ -134,9 +137,9 @@ class FP8(Encoding):
 
         assert isinstance(other, FP8)
         if other.scale in (None, self.scale):
-            return parts
+            return carried_of(parts, other)
         scale = fp8.scale_as(fp8.scale_values(parts["scale"]), other.scale)
-        return None if scale is None else {**parts, "scale": scale}
+        return None if scale is None else carried_of({**parts, "scale": scale}, other)
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         import torch
@@ -153,7 +156,7 @@ class FP8(Encoding):
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
         from moeglot.kernels.lattice import any_in, chosen
 
-        fresh = replace(self, carried=()).encode(values)
+        fresh = self.bare_of_carried.encode(values)
         return {**parts, "scale": chosen(any_in(beyond, self.block), fresh["scale"], parts["scale"])}
 
     def undetermined(self, parts: Parts) -> int:

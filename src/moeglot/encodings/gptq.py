@@ -63,7 +63,7 @@ class GPTQ(Words):
 
         if self.symmetric:
             packed, scale = int4.encode(values, self.block, self.scale or "F16", DIVISORS["compressed-tensors"])
-            zeros = torch.zeros(scale.shape)
+            zeros = torch.zeros_like(scale, dtype=torch.float32)
         else:
             packed, scale, zero = int4.encode_with_zero(values, self.block, self.scale or "F16")
             zeros = int4.zero_points(zero, len(values))
@@ -79,7 +79,7 @@ class GPTQ(Words):
         from moeglot.kernels import gptq, int4
 
         codes = self._side_by_side(upright, gptq.codes(upright["packed"], 4, self.packing == "awq"))
-        shape = torch.tensor(codes.shape).view(1, 1, 2)
+        shape = torch.tensor(codes.shape, dtype=torch.int64, device=codes.device).view(1, 1, 2)
         zero = {} if self.symmetric else {"zero_point": int4.pack_zero(self._zeros(upright))}
         scale = upright["scale"].contiguous()
         return {"packed": int4.packed(codes), "scale": scale, **zero, "shape": shape}
@@ -122,7 +122,7 @@ class GPTQ(Words):
         codes = gptq.codes(upright["packed"], self.bits, self.packing == "awq")
         if isinstance(other, INT4):
             zero = {"zero_point": int4.pack_zero(zeros)} if other.zero else {}
-            shape = torch.tensor(codes.shape, dtype=DTYPES[other.shape or "I64"].torch).view(1, 1, 2)
+            shape = torch.tensor(codes.shape, dtype=DTYPES[other.shape or "I64"].torch, device=codes.device).view(1, 1, 2)
             return {"packed": int4.packed(codes), "scale": scale.contiguous(), **zero, "shape": shape}
         assert isinstance(other, GPTQ)
         return other.of_codes(codes, upright["scale"], zeros, upright.get("order"))
@@ -138,7 +138,7 @@ class GPTQ(Words):
         size = (shape[1], shape[0]) if self.down else (shape[0], shape[1])
         scale, zeros = (self._by_input(upright, one) if self.act else spread(one, self.block, size) for one in (scale, zeros))
         found = Lattice(gptq.levels(self.bits), scale, gptq.codes(upright["packed"], self.bits, self.packing == "awq"), zero=zeros)
-        return found.moved(lambda tensor: tensor.mT) if self.down else found
+        return found.moved(lambda tensor: tensor.mT.contiguous()) if self.down else found
 
     def placed(self, values: torch.Tensor, parts: Parts, kept: torch.Tensor) -> Parts:
         from moeglot.kernels import gptq

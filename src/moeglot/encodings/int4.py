@@ -2,6 +2,7 @@
 
 packed I32 [..., out, ⌈in / 8⌉], lowest nibble first; scale [..., out, in / group]; shape [2], the [out, in] of the matrix; value = (nibble - 8) × scale.
 Asymmetric: zero_point I32 [..., ⌈out / 8⌉, in / group], packed along the rows in the same way; value = (nibble - zero nibble) × scale.
+A scale may be negative: AutoRound gives the largest number of a group code -8, whatever its sign.
 Nibbles are offset binary: 0 is -8 and 15 is 7. Read as two's complement every number is wrong, and packing and unpacking so is still a round trip.
 https://github.com/vllm-project/compressed-tensors (compressors/pack_quantized); Kimi-K2-Thinking: https://huggingface.co/moonshotai/Kimi-K2-Thinking
 """
@@ -100,7 +101,7 @@ class INT4(Encoding):
             packed, scale, found["zero_point"] = int4.encode_with_zero(values, self.block, dtype)
         else:
             packed, scale = int4.encode(values, self.block, dtype, DIVISORS[self.rule])
-        shape = torch.tensor(values.shape[-2:], dtype=DTYPES[self.shape or "I64"].torch)
+        shape = torch.tensor(values.shape[-2:], dtype=DTYPES[self.shape or "I64"].torch, device="cpu")
         return {"packed": packed, "scale": scale, **found, "shape": shape.expand(*values.shape[:-2], 1, 1, 2).clone()}
 
     def check(self, parts: Parts) -> str | None:
@@ -121,9 +122,9 @@ class INT4(Encoding):
             return None
         codes = int4.largest_codes(packed, columns, self.block, zero)
         if bool((small & (codes > 0)).any()):
-            return f"has scales of {scale[small].max().item():g} beside codes that are not zero, as in a file that was never filled"
+            return f"has scales of {scale[small & (codes > 0)][0].item():g} beside codes that are not zero, as in a file that was never filled"
         if not bool((wide * codes).isfinite().all()):
-            return f"has scales of {scale.max().item():g}, under which codes are infinite"
+            return f"has scales of {scale[~(wide * codes).isfinite()][0].item():g}, under which codes are infinite"
         return None
 
     def fits_in(self, other: Encoding) -> bool:
@@ -161,7 +162,7 @@ class INT4(Encoding):
 
         assert isinstance(other, GPTQ)
         rows, columns = parts["shape"].flatten().tolist()
-        zeros = int4.zero_points(parts["zero_point"], rows) if self.zero else torch.zeros(parts["scale"].shape)
+        zeros = int4.zero_points(parts["zero_point"], rows) if self.zero else torch.zeros_like(parts["scale"], dtype=torch.float32)
         return other.of_codes(int4.nibbles(parts["packed"])[:, :columns], parts["scale"], zeros)
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:

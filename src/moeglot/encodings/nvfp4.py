@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
-from moeglot.encodings.carried import carried_parts, carried_problem, single_of, without_carried
+from moeglot.encodings.carried import carried_of, carried_parts, carried_problem, carries, single_of, without_carried
 from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
 
@@ -65,6 +65,10 @@ class NVFP4(Encoding):
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> NVFP4:
         return replace(self, single=single_of(found["global"][1], leading), carried=carried_parts(found, INPUTS, leading))
 
+    @property
+    def bare_of_carried(self) -> NVFP4:
+        return replace(self, carried=())
+
     def like(self, other: Encoding) -> Encoding:
         if not isinstance(other, NVFP4):
             return self
@@ -98,8 +102,8 @@ class NVFP4(Encoding):
 
         from moeglot.kernels import e2m1, nvfp4
 
-        by = parts["global"] if self.whole is None else torch.tensor(self.whole, dtype=torch.float32)
-        reach = float(self._rules.factor(torch.tensor(nvfp4.LARGEST_SCALE), by).min())
+        by = parts["global"] if self.whole is None else torch.tensor(self.whole, dtype=torch.float32, device="cpu")
+        reach = float(self._rules.factor(torch.tensor(nvfp4.LARGEST_SCALE, dtype=torch.float32, device="cpu"), by).min())
         return 0 if largest <= reach * e2m1.levels("even").reach[1] else ceil(log2(largest / (reach * nvfp4.LARGEST_CODE)))
 
     def raised(self, parts: Parts, beside: Iterable[tuple[Parts, float]]) -> Parts:
@@ -140,7 +144,7 @@ class NVFP4(Encoding):
         # A single scale of zero beside codes is what some exports of small groups hold: its values are zeros.
         if empty and bool((packed & 0x77).any()):
             return f"has scales of zero or a global of {whole.min().item():g} beside codes that are not zero, as in a file that was never filled"
-        most = scale.to(torch.float32).amax() if scale.numel() else torch.ones(())
+        most = scale.to(torch.float32).amax() if scale.numel() else torch.ones((), dtype=torch.float32, device="cpu")
         if not bool((self._rules.factor(most, whole) * nvfp4.LARGEST_CODE).isfinite().all()):
             return f"has a global scale of {whole.min().item():g}, under which numbers are not finite"
         return carried_problem(parts, self.carried)
@@ -152,7 +156,7 @@ class NVFP4(Encoding):
 
     def recodes(self, other: Encoding) -> bool:
         """To the other convention."""
-        return isinstance(other, NVFP4) and [part.name for part in self.carried] == [part.name for part in other.carried]
+        return isinstance(other, NVFP4) and carries(self, other)
 
     def recode(self, parts: Parts, other: Encoding) -> Parts | None:
         """The same codes and scales under the reciprocal of the global; None if that moves a value. A global that is a power of two moves none, and one
@@ -162,7 +166,7 @@ class NVFP4(Encoding):
 
         assert isinstance(other, NVFP4)
         if self.convention == other.convention:
-            return parts
+            return carried_of(parts, other)
         found, scale = self.nearest(parts, other), parts["scale"].to(torch.float32)
         mine, theirs = self._rules.factor(scale, parts["global"]), other._rules.factor(scale, found["global"])
         return found if torch.equal(mine, theirs) else None
@@ -174,7 +178,7 @@ class NVFP4(Encoding):
         A carried scale of activations becomes the nearest reciprocal too.
         """
         assert isinstance(other, NVFP4)
-        return {**parts, **{name: 1 / parts[name] for name in ("global", *(part.name for part in self.carried))}}
+        return {**carried_of(parts, other), **{name: 1 / parts[name] for name in ("global", *(part.name for part in other.carried))}}
 
     def common_of_powers(self, matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> NVFP4 | None:
         """As `common`, of MXFP4's packed u8 [out, n, 16] and power u8 [out, n]: then `from_powers` has each. None if E4M3 does not span all of them."""
@@ -215,7 +219,7 @@ class NVFP4(Encoding):
         scale = self._rules.group(largest(values, (1, GROUP)), by)
         found = {**parts, "scale": chosen(new, scale.to(torch.float8_e4m3fn), parts["scale"])}
         if bool(self.grid(found, tuple(values.shape)).clips(values)[beyond].any()):
-            return {**parts, **replace(self, carried=()).encode(values)}
+            return {**parts, **self.bare_of_carried.encode(values)}
         return found
 
     def undetermined(self, parts: Parts) -> int:

@@ -174,7 +174,7 @@ class Words(Encoding):
         if not torch.equal(own.float(), scale.float()) or bool((zeros < least).any()) or (self.symmetric and bool((zeros != 0).any())):
             return None
         inputs = codes.shape[1]
-        plain = (torch.arange(inputs, dtype=torch.int32) // (self.group or inputs)).unsqueeze(0)
+        plain = (torch.arange(inputs, dtype=torch.int32, device=codes.device) // (self.group or inputs)).unsqueeze(0)
         found = {"packed": gptq.packed(codes, self.bits, self.packing == "awq"), "zero_point": self._zero_point(zeros), "scale": own}
         return self._lying({**found, **({"order": plain if order is None else order} if self.order else {})})
 
@@ -211,7 +211,7 @@ class Words(Encoding):
         import torch
 
         inputs = order.shape[-1]
-        plain = torch.arange(inputs, device=order.device) // (self.group or inputs)
+        plain = torch.arange(inputs, dtype=order.dtype, device=order.device) // (self.group or inputs)
         if bool((order == plain).all()):
             return None
         if not self.act:

@@ -1,7 +1,7 @@
 """The families whose releases hold all experts in one tensor as gate_up_proj and down_proj, in whichever orientation, and Jamba."""
 
 from moeglot.family import Activation, SparseLayers
-from moeglot.formats.lines import KINDS, LAYER, ROUTED, SILU, family, first_dense, fused, hub, memory, separate, turned
+from moeglot.formats.lines import KINDS, LAYER, ROUTED, SILU, family, first_dense, fused, hub, linears, memory, separate, turned
 
 BOTH = "the release on the Hub, and the experts module in memory: all experts in one tensor"
 TURNED = "the release on the Hub, and the experts module in memory: [in, out]"
@@ -30,6 +30,7 @@ FORMATS = (
     hub(ARIA, "rhymes-ai/Aria", turned(LAYER + "mlp.experts.", "fc1.weight", "fc2.weight"), "the release on the Hub: all experts in one tensor, [in, out]"),
     memory(ARIA, turned(LAYER + "mlp.experts.")),
     hub(GEMMA4, "google/gemma-4-26B-A4B-it", fused(LAYER + "experts."), BOTH),
+    linears(GEMMA4, separate(LAYER + "experts.")),
     hub(MISTRAL4, "mistralai/Mistral-Small-4-119B-2603", fused(LAYER + "mlp.experts."), BOTH),
     hub(ZAYA, "Zyphra/ZAYA1-8B", fused(LAYER + "mlp.experts."), BOTH),
     hub(HY_V4, "tencent/Hy4-preview", fused(LAYER + "mlp.experts."), "the release on the Hub: all experts in one tensor"),

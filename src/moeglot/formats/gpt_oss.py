@@ -155,6 +155,23 @@ LLM_COMPRESSOR = Format(
     reads="vLLM",
 )
 
+NUMBERED = EXPERTS + "{expert}."
+LLM_COMPRESSOR_0_14 = Format(
+    "gpt-oss/llm-compressor-0.14",
+    FAMILY,
+    (
+        Stored(NUMBERED + "gate_proj.weight", ("gate",), "i h"),
+        Stored(NUMBERED + "up_proj.weight", ("up",), "i h"),
+        Stored(NUMBERED + "down_proj.weight", ("down",), "h i"),
+        Stored(NUMBERED + "gate_proj.bias", ("gate_bias",), "i"),
+        Stored(NUMBERED + "up_proj.bias", ("up_bias",), "i"),
+        Stored(NUMBERED + "down_proj.bias", ("down_bias",), "h"),
+    ),
+    source="https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/moe/gpt_oss.py",
+    about="one Linear a role and expert, as llm-compressor since 0.14 and AutoRound take the experts apart to quantize them",
+    reads="vLLM",
+)
+
 UNSLOTH = Format(
     "gpt-oss/unsloth",
     FAMILY,
@@ -170,4 +187,4 @@ UNSLOTH = Format(
     reads="unsloth",
 )
 
-FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, UNSLOTH, DEQUANTIZED)
+FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, LLM_COMPRESSOR_0_14, UNSLOTH, DEQUANTIZED)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from moeglot.family import Activation
-from moeglot.formats.lines import LAYER, family, fused, hub, memory
+from moeglot.formats.lines import LAYER, family, fused, hub, linears, memory, separate
 
 SPARSE = LAYER + "block_sparse_moe."
 ROUTER = {SPARSE + "router.{rest}": SPARSE + "router.layer.{rest}"}
@@ -22,6 +22,7 @@ JETMOE = family("jetmoe", e="num_local_experts", i="intermediate_size", activati
 FORMATS = (
     hub(GRANITE, "ibm-granite/granite-3.1-3b-a800m-base", fused(SPARSE, *LINEAR), ABOUT),
     memory(GRANITE, fused(SPARSE + "experts."), ROUTER),
+    linears(GRANITE, separate(SPARSE + "experts.")),
     hub(SHARED, "ibm-research/moe-7b-1b-active-shared-experts", fused(SPARSE, *LINEAR), ABOUT),
     memory(SHARED, fused(SPARSE + "experts."), ROUTER),
     hub(HYBRID, "ibm-granite/granite-4.0-h-tiny", fused(SPARSE, *LINEAR), ABOUT),

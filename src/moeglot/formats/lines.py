@@ -139,8 +139,11 @@ def each(family: Family, lines: tuple[Stored, ...]) -> Format:
     )
 
 
-def linears(family: Family, lines: tuple[Stored, ...], file: str) -> Format:
-    """What llm-compressor makes of stacked experts before it quantizes them, and AutoRound after it: a module of Linear layers for each."""
+def linears(family: Family, lines: tuple[Stored, ...], file: str = "moe/linearize.py") -> Format:
+    """What llm-compressor makes of stacked experts before it quantizes them, and AutoRound after it: a module of Linear layers for each.
+
+    Since llm-compressor 0.14 its names are gate_proj, up_proj and down_proj whatever the release calls them, and what is no expert has the release's.
+    """
     source = f"https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/{file}"
     about = "one Linear a role and expert, as llm-compressor and AutoRound take the experts apart to quantize them"
     return Format(f"{family.name}/llm-compressor", family, lines, source, about, reads="vLLM")
@@ -193,12 +196,9 @@ def by_heads(names: Mapping[str, str]) -> tuple[Dense, ...]:
     return in_layer(names, tp="rows", between=HEADS[0])
 
 
-def query_groups(kinds: tuple[str, ...] = ("weight", "bias")) -> tuple[Dense, ...]:
+def query_groups(kind: Literal["weight", "bias"]) -> tuple[Dense]:
     """Queries, keys and values in one tensor, head group by head group."""
-    return tuple(
-        Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS, tp="rows")
-        for kind in kinds
-    )
+    return (Dense(MEGATRON + f"self_attention.linear_qkv.{kind}", tuple(LAYER + f"self_attn.{x}_proj.{kind}" for x in "qkv"), heads=HEADS, tp="rows"),)
 
 
 def gate_before_up(here: str, there: str, rows: str, only: Literal["", "dense", "sparse"] = "") -> tuple[Dense, ...]:

@@ -7,6 +7,8 @@ transformer-engine's layers have whole and the local ones divided.
 transformer-engine folds a norm into the linear that follows it, and so calls it that linear's; the local layers' checkpoints take that name for some, too.
 """
 
+from dataclasses import replace
+
 from moeglot.formats import gpt_oss
 from moeglot.formats.gate_up_down import DEEPSEEK_V3, QWEN3_MOE
 from moeglot.formats.lines import by_heads, gate_before_up, in_layer, megatron, query_groups
@@ -15,7 +17,8 @@ from moeglot.formats.w1_w3_w2 import MIXTRAL
 INPUT, OUTPUT = "input_layernorm.weight", "post_attention_layernorm.weight"
 PROJ = in_layer({"self_attention.linear_proj.weight": "self_attn.o_proj.weight"}, tp="columns", between="num_attention_heads")
 
-GROUPED = (*query_groups(), *PROJ, *in_layer({"self_attention.linear_proj.bias": "self_attn.o_proj.bias"}))
+GROUPED = (*query_groups("weight"), *PROJ)
+BIASES = (*query_groups("bias"), *in_layer({"self_attention.linear_proj.bias": "self_attn.o_proj.bias"}))
 NORMS = {
     "engine": in_layer({"self_attention.linear_qkv.layer_norm_weight": INPUT, "pre_mlp_layernorm.weight": OUTPUT}),
     "local": in_layer({"input_layernorm.weight": INPUT, "pre_mlp_layernorm.weight": OUTPUT}),
@@ -26,16 +29,12 @@ BESIDE = ("self_attention.core_attention", "pre_mlp_layernorm")
 
 SINKS = (
     *by_heads({"self_attention.core_attention.softmax_offset": "self_attn.sinks"}),
-    *in_layer({"mlp.router.{rest}": "mlp.router.{rest}"}),
+    *in_layer({f"mlp.router.{kind}": f"mlp.router.{kind}" for kind in ("weight", "bias")}),
 )
-HEAD_NORMS = in_layer(
-    {
-        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-        "mlp.router.{rest}": "mlp.gate.{rest}",
-    }
-)
-SPARSE_GATE = in_layer({"mlp.router.{rest}": "block_sparse_moe.gate.{rest}"})
+HEAD_NORMS = tuple(replace(line, of_head=True) for line in in_layer({f"self_attention.{x}_layernorm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}))
+DECLARED_BIASES = tuple(replace(line, given="attention_bias") for line in BIASES)
+GATE = in_layer({"mlp.router.weight": "mlp.gate.weight"})
+SPARSE_GATE = in_layer({"mlp.router.weight": "block_sparse_moe.gate.weight"})
 
 DOWN = {
     "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
@@ -91,10 +90,10 @@ LATENT_LINEAR = (
 )
 
 FORMATS = (
-    *megatron(gpt_oss.FAMILY, {kind: GROUPED + SINKS + norms for kind, norms in NORMS.items()}, LINEAR, BESIDE, biased=True),
+    *megatron(gpt_oss.FAMILY, {kind: GROUPED + BIASES + SINKS + norms for kind, norms in NORMS.items()}, LINEAR, BESIDE, biased=True),
     *megatron(
         QWEN3_MOE,
-        {kind: GROUPED + HEAD_NORMS + norms for kind, norms in NORMS.items()},
+        {kind: GROUPED + DECLARED_BIASES + HEAD_NORMS + GATE + norms for kind, norms in NORMS.items()},
         LINEAR,
         (*BESIDE, "self_attention.q_layernorm", "self_attention.k_layernorm"),
     ),

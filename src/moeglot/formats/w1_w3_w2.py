@@ -1,7 +1,7 @@
 """The families whose releases name an expert's matrices as Mixtral does: w1 is gate, w3 is up, w2 is down; transformers 5 moves most of them to `mlp`."""
 
 from moeglot.format import Dense, Format
-from moeglot.formats.lines import LAYER, SILU, family, first_dense, fused, hub, memory, numbered, separate
+from moeglot.formats.lines import LAYER, SILU, family, first_dense, fused, hub, linears, memory, numbered, separate
 
 SPARSE = LAYER + "block_sparse_moe."
 MLP = LAYER + "mlp."
@@ -24,16 +24,21 @@ FORMATS = (
         (Dense(MLP + "gate.{rest}", (SPARSE + "gate.{rest}",)),),
         reads="AMD's Quark",
     ),
+    linears(MIXTRAL, separate(SPARSE + "experts.")),
     hub(PHIMOE, "microsoft/Phi-3.5-MoE-instruct", numbered(SPARSE + "experts.")),
     memory(PHIMOE, fused(MLP + "experts."), {MLP + "router.{rest}": SPARSE + "gate.{rest}"}),
+    linears(PHIMOE, separate(SPARSE + "experts.")),
     hub(MINIMAX, "MiniMaxAI/MiniMax-Text-01-hf", numbered(SPARSE + "experts.")),
     memory(MINIMAX, fused(MLP + "experts."), {MLP + "gate.{rest}": SPARSE + "gate.{rest}"}),
+    linears(MINIMAX, separate(SPARSE + "experts.")),
     hub(MINIMAX_M2, "MiniMaxAI/MiniMax-M2", numbered(SPARSE + "experts.")),
     memory(
         MINIMAX_M2,
         fused(MLP + "experts."),
         {MLP + "gate.{rest}": SPARSE + "gate.{rest}", MLP + "e_score_correction_bias": SPARSE + "e_score_correction_bias"},
     ),
+    linears(MINIMAX_M2, separate(SPARSE + "experts.")),
     hub(LFM2, "LiquidAI/LFM2-8B-A1B", numbered(LAYER + "feed_forward.experts.")),
     memory(LFM2, fused(LAYER + "feed_forward.experts.")),
+    linears(LFM2, separate(LAYER + "feed_forward.experts.")),
 )

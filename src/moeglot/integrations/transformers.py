@@ -38,6 +38,8 @@ EXPERTS = re.compile(r"\.(?:layers|blocks?)\.(\d+)\.(?:\w+\.)*experts$")
 BLOCK = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe)$")
 TOWERS = re.compile(r"(?:vision|visual|audio)\S*\.(?:layers|blocks?)\.|talker|mtp|self_attention")
 """Parts of a model whose experts, if they have any, are not those of the language model's layers."""
+BUILDING = threading.Lock()
+"""Held while the library builds a model, since it sets torch's default dtype for all threads meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     elif hasattr(module, "input_linear"):
         found = _routed_by(module, expert, tokens)
     elif type(module).__name__ == "Llama4TextExperts":
-        each = torch.zeros(module.num_experts, *tokens.shape)  # it takes as many tokens for each expert, in the experts' order
+        each = tokens.new_zeros(module.num_experts, *tokens.shape)  # it takes as many tokens for each expert, in the experts' order
         each[expert] = tokens
         found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
@@ -79,10 +81,10 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
 def _routed_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
     """A module of all experts. A norm after them, which they share, belongs to no expert (Muse Spark), and is left out."""
     ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
-    routed = torch.full((len(tokens), ranks), expert)
+    routed = torch.full((len(tokens), ranks), expert, dtype=torch.int64, device="cpu")
     routed[:, 1:] = 1 - min(expert, 1)
     # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
-    weights = torch.ones(len(tokens), ranks if VERSION >= (5, 0) else module.num_experts)
+    weights = tokens.new_ones(len(tokens), ranks if VERSION >= (5, 0) else module.num_experts)
     if ranks > 1:
         weights[:, 1:] = 0
     if not hasattr(module, "post_expert_norm"):
@@ -115,8 +117,8 @@ class _Everything(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> tuple[Any, ...]:
         counts = [len(tokens) if n == self.expert else 0 for n in range(self.experts)]
-        places = torch.arange(len(tokens))
-        return places, places, torch.ones(len(tokens)), counts, None
+        places = torch.arange(len(tokens), dtype=torch.int64, device="cpu")
+        return places, places, tokens.new_ones(len(tokens)), counts, None
 
 
 def _routed_by(block: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -206,7 +208,7 @@ def load(checkpoint: Checkpoint) -> Any:
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
     folder = on_disk(checkpoint.source.home, "transformers")
-    with quiet():
+    with quiet(), BUILDING:
         model, info = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:

@@ -1,7 +1,7 @@
 """A live transformers model from any checkpoint: which of the family's layouts the installed version's modules hold, and whether all of it arrived.
 
 One way for 4.57, 5.5 and 5.23, on any device and in any float type: the concrete class, a config without `quantization_config`, and the documented
-`state_dict=` of `from_pretrained`. Nothing is patched and no private attribute is used.
+`state_dict=` of `from_pretrained`. Nothing is patched, and no private attribute is used to load.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moeglot.dtypes import DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
-from moeglot.integrations import transformers_native, transformers_parallel, transformers_placement
-from moeglot.integrations.transformers import READS, model_class
+from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
+from moeglot.integrations.transformers import BUILDING, READS, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.share import Rank
@@ -32,8 +32,6 @@ from moeglot.targets import float_type
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
-OURS = {"config", "state_dict", "torch_dtype", "quantization_config", "output_loading_info", "ignore_mismatched_sizes"}
-"""Arguments of `from_pretrained` that `load` settles itself."""
 LOADED = ("float32", "bfloat16", "float16")
 """The float types that a model computes in."""
 INSTALLED = f"transformers {transformers.__version__}"
@@ -58,10 +56,7 @@ def load(
     share: Rank | None = None,
 ) -> Any:
     """See `moeglot.load`."""
-    if taken := sorted(OURS & options.keys()):
-        raise UsageError(
-            f"{taken[0]} is settled by moeglot.load", "the config and the tensors come from the checkpoint", "leave it out; dtype= says the float type"
-        )
+    transformers_options.check(options)
     for place in (device, *_devices(options.get("device_map"))):
         _check_device(place)
     checkpoint = path if isinstance(path, Checkpoint) else open(path, format)
@@ -69,7 +64,7 @@ def load(
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
     cls = model_class(config)
-    with torch.device("meta"):
+    with torch.device("meta"), BUILDING:
         empty = cls(config)
     modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     chosen = layout(checkpoint, modules, kind)
@@ -77,7 +72,7 @@ def load(
     places = {name: options[name] for name in transformers_placement.PLACING if native and name in options}
     if native:
         transformers_native.check(chosen, modules, empty, native.encode, native.kept)
-        _check_native(checkpoint, chosen, device, places, share)
+        _check_native(chosen, modules, device, places, share)
         transformers_native.hollow(chosen, state)
     placement = {} if native else transformers_parallel.options(share) if share else _placement(device, options)
     if share and not native and (device is not None or options.keys() & placement.keys()):
@@ -85,11 +80,13 @@ def load(
     own = {name: value for name, value in options.items() if name not in places}
     given = {**own, **placement, "dtype": kind.torch, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
+        with BUILDING, transformers_options.named(own, checkpoint.known):
+            model, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **given)
     finally:  # whatever the library makes of it, the cause is what a tensor refused
         if refused := refusal(state):
             raise refused
     _check(checkpoint, chosen, state, model, info)
+    _check_dtypes(kind, model)
     _finish(checkpoint, model)
     if native:
         transformers_native.swap(checkpoint, chosen, model, native.encode, native.kept, native.backend, mine)
@@ -105,14 +102,14 @@ def load(
     return model
 
 
-def _check_native(checkpoint: Checkpoint, chosen: Plan, device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
+def _check_native(chosen: Plan, modules: Mapping[str, tuple[int, ...]], device: Any, places: Mapping[str, Any], share: Rank | None) -> None:
     """Raises `UsageError` where encoded experts cannot go."""
     if "device_map" not in places:
         return
     if share:
         raise UsageError(f"device_map={places['device_map']} with ep_size", "each process has a device of its own", "pass device=")
     _one_of(device, places)
-    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in checkpoint.layers])
+    transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in chosen.source.layers], modules)
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
@@ -220,6 +217,18 @@ def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], mode
         raise _partial(checkpoint, f"{len(placeholders)} placeholders without numbers (meta device)", placeholders)
 
 
+def _check_dtypes(kind: DType, model: Any) -> None:
+    """Raises `NotVerified` for parameters in another float type: some that must not be narrow are float32 in any model."""
+    wrong = {name: tensor.dtype for name, tensor in model.named_parameters() if tensor.is_floating_point() and tensor.dtype not in (kind.torch, torch.float32)}
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise NotVerified(
+            f"{INSTALLED} builds the model with {len(wrong)} parameters in another dtype than {kind.torch_name}, first {name} in {dtype}",
+            "while it builds a model it sets torch's default dtype for the whole process, and another thread has set it meanwhile",
+            "load it again while no other thread builds a model or sets the default dtype",
+        )
+
+
 def _name(key: Any) -> str:
     """A key of the loading report: a name, or a name with the shapes that do not fit."""
     return " ".join(str(part if isinstance(part, str) else list(part)) for part in key) if isinstance(key, (tuple, list)) else str(key)
@@ -245,4 +254,10 @@ def _finish(checkpoint: Checkpoint, model: Any) -> None:
     model.config.name_or_path = checkpoint.source.reference
     beside = checkpoint.source.home / "generation_config.json"
     if model.can_generate() and not checkpoint.source.single and beside.is_file():
-        model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
+        try:
+            model.generation_config = transformers.GenerationConfig.from_dict(read_json(beside))
+        except (TypeError, ValueError) as error:
+            known = " ".join(str(error).split())
+            raise UsageError(
+                f"generation_config.json: {INSTALLED} does not take it", known, "correct it, or remove it: it says nothing of the weights"
+            ) from error

@@ -18,10 +18,11 @@ from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
+from moeglot.foreign import HELD
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_peft
-from moeglot.integrations.transformers import VERSION
+from moeglot.integrations.transformers import READS, VERSION
 from moeglot.integrations.transformers_state import Lazy, expert_names
 from moeglot.layout import Stored
 from moeglot.nn.module import Experts
@@ -36,7 +37,7 @@ class _Nothing(torch.Tensor):
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> _Nothing:
-        return torch.zeros((), dtype=dtype).expand(shape).as_subclass(cls)
+        return torch.zeros((), dtype=dtype, device="cpu").expand(shape).as_subclass(cls)
 
     def contiguous(self, *_: Any, **__: Any) -> _Nothing:
         return self
@@ -47,7 +48,7 @@ class EachItsOwn(Experts):
 
     def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index = torch.arange(self.num_experts, device=flat.device).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
+        index = torch.arange(self.num_experts, device=flat.device, dtype=torch.int64).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
         found: torch.Tensor = super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype))
         return found.view(hidden_states.shape)
 
@@ -167,15 +168,13 @@ def hollow(chosen: Plan, state: dict[str, Lazy]) -> None:
         lazy.make = partial(_Nothing.of, shape, lazy.dtype)
 
 
-def swap(
-    checkpoint: Checkpoint, chosen: Plan, model: torch.nn.Module, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None
-) -> None:
+def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, kept: Sequence[str], backend: str, experts: range | None = None) -> None:
     """Put `moeglot.nn.Experts` in place of every experts module; raises `UsageError` where that cannot be, or if `encode` finds nothing.
 
     `experts`: those of each layer that it holds, by default all.
     """
-    form = held_format(checkpoint, encode) if encode else checkpoint.format
-    lines = held_lines(checkpoint, form) if encode else None
+    form = checkpoint.format if encode is None else held_format(checkpoint, encode)
+    lines = None if encode is None else held_lines(checkpoint, form)
     converted = 0
     for layer in checkpoint.layers:
         name = path_of(chosen, layer)
@@ -188,6 +187,9 @@ def swap(
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
+        if checkpoint.format.reads not in READS or not _as_others_save(new, name):
+            model.config.quantization_config = {HELD: f"experts in memory, in {new.form}; `moeglot.save` writes a checkpoint"}
+    model._weight_conversions = []  # of the modules that are gone: save_pretrained undoes them, would rename adapters and turn what lies as on disk
     transformers_peft.follow(model)
     if encode and not converted:
         raise UsageError(
@@ -195,6 +197,12 @@ def swap(
             f"modules_to_not_convert names all of {len(checkpoint.layers)} layers: {', '.join(kept)}",
             "name fewer modules",
         )
+
+
+def _as_others_save(new: Experts, name: str) -> bool:
+    """`save_pretrained` writes these experts as they lie in the checkpoint that they came from: plain, and in memory under its names."""
+    names = zip(new.stored(), new.relative(), strict=True)
+    return not new.is_encoded and all(key == f"{name}.{relative}" for (key, _), (relative, _) in names)
 
 
 def path_of(chosen: Plan, layer: int) -> str:
@@ -207,7 +215,7 @@ def path_of(chosen: Plan, layer: int) -> str:
 
 def check(chosen: Plan, modules: Mapping[str, tuple[int, ...]], empty: torch.nn.Module, encode: str | None, kept: Sequence[str]) -> None:
     """Before anything is read: every layer has a module whose place can be taken, what is to be encoded has whole blocks, what is kept is there."""
-    lines = held_lines(chosen.source, held_format(chosen.source, encode)) if encode else ()
+    lines = () if encode is None else held_lines(chosen.source, held_format(chosen.source, encode))
     for line, part in [(line, part) for line, encoding in lines for part in encoding.parts]:
         line.part_shape(part, chosen.source.sizes)
     for name in kept:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from moeglot.errors import HalfAdapter, UsageError
-from moeglot.nn.lora import peft_active, peft_layers
+from moeglot.nn.lora import Lora, peft_active, peft_layers
 from moeglot.nn.module import Experts
+
+WRAPPED = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What wrappers of torch's add to the names of parameters, in a module or in its state dict."""
 
 
 def follow(model: torch.nn.Module) -> None:
@@ -18,7 +24,8 @@ def follow(model: torch.nn.Module) -> None:
     body: Any = model.base_model
     body.register_forward_pre_hook(_AsPeftSays(model))
     body.register_forward_hook(_forget, always_call=True)
-    body.register_load_state_dict_pre_hook(_check_loaded)
+    for module in {body, model}:
+        module.register_load_state_dict_pre_hook(_check_loaded)
 
 
 class _AsPeftSays:
@@ -52,16 +59,24 @@ def _forget(body: torch.nn.Module, *_: Any) -> None:
 
 
 def _check_loaded(body: torch.nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Raises `UsageError` where PEFT's half of what trains is loaded and the experts' is not, as from one of Trainer's checkpoints of a PEFT model."""
+    """Raises `UsageError` where something is loaded and not all of the experts' adapter, which trains: torch leaves it as it is if it is not `strict`.
+
+    Trainer loads so, and its checkpoints of a PEFT model hold PEFT's half alone. Nothing is missed of what is another adapter of PEFT's.
+    """
     loras = [lora for module in _experts(body) for lora in module.adapters.values() if lora.trains]
-    beside = {lora.beside or "default" for lora in loras}
     mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
-    theirs = [key for key in state if "lora_" in key and not beside.isdisjoint(key.split("."))]
-    if theirs and state.keys().isdisjoint(prefix + name for name, parameter in body.named_parameters() if id(parameter) in mine):
+    layers = [body.get_submodule(name) for name in peft_layers(body)]
+    named = {name for layer in layers for held in ("scaling", "modules_to_save") for name in getattr(layer, held, ())}
+    others = named - {lora.beside or "default" for lora in loras}
+    given = {WRAPPED.sub("", key) for key in state if others.isdisjoint(key.split("."))}
+    wanted = [name for name, parameter in body.named_parameters(prefix.removesuffix(".")) if id(parameter) in mine]
+    missing = [name for name in wanted if WRAPPED.sub("", name) not in given]
+    if given and missing:
+        what = "nothing" if len(missing) == len(wanted) else f"no {missing[0]} ({len(missing)} such)"
         raise UsageError(
-            f"{theirs[0]} is loaded, and nothing for the adapter of the experts, which trains beside it",
-            "PEFT saves its own alone, and Trainer's checkpoints of a PEFT model hold no more",
-            "keep both with moeglot.nn.save_adapter, and load them with load_adapter(model, path, trainable=True)",
+            f"{next((key for key in state if 'lora_' in key), next(iter(state)))} is loaded, and {what} for the adapter of the experts, which trains",
+            "PEFT saves its own alone, and Trainer's checkpoints of a PEFT model hold no more; others were written before add_lora, or under other names",
+            "keep both with moeglot.nn.save_adapter, and load them with load_adapter(model, path, trainable=True); load what is no adapter before add_lora",
         )
 
 
@@ -75,6 +90,8 @@ def as_peft_says(model: Any) -> None:
     if not configs:
         return
     layers = peft_layers(model)
+    if any(module.lora for module in _experts(model)):
+        _check_asked(model, configs, layers)
     muted = bool(layers) and all(layers.values())
     if not muted and any(layers.values()) and any(module.lora for module in _experts(model)):
         some = next(name for name, disabled in layers.items() if disabled)
@@ -100,6 +117,34 @@ def _experts(model: torch.nn.Module) -> list[Experts]:
     return [module for module in model.modules() if isinstance(module, Experts)]
 
 
+def _learns(lora: Lora) -> bool:
+    """Some of it; with b alone it is LoRA-FA."""
+    return any(parameter.requires_grad for parameter in lora.parameters())
+
+
+def _check_asked(model: torch.nn.Module, configs: Mapping[str, Any], layers: Iterable[str]) -> None:
+    """Raises `UsageError` where PEFT's adapter is asked for in a way that the experts' does not follow: for some rows alone, or at another scale."""
+    for name in layers:
+        layer: Any = model.get_submodule(name)
+        if any(isinstance(hook, partial) and "adapter_names" in hook.keywords for hook in layer._forward_pre_hooks.values()):
+            raise UsageError(
+                "adapter_names gives each row an adapter of its own",
+                "the experts' adapter has the tokens of all rows, and PEFT itself refuses this on parameters",
+                "load the model again, since PEFT's hooks stay after an error, and compute the rows of each adapter by themselves",
+            )
+        for adapter, scale in getattr(layer, "scaling", {}).items():
+            r, alpha = layer.r.get(adapter), layer.lora_alpha.get(adapter)
+            if not r or adapter not in configs:
+                continue
+            usual = alpha / (math.sqrt(r) if getattr(configs[adapter], "use_rslora", False) else r)
+            if not math.isclose(scale, usual, rel_tol=1e-6, abs_tol=1e-12):
+                raise UsageError(
+                    f"{name}: PEFT's adapter {adapter!r} has the scale {scale:g}, and its config says {usual:g}",
+                    "the experts' adapter has no part in what set_scale or rescale_adapter_scale changed",
+                    "use model.disable_adapter() for a scale of 0; for another, save_adapter, change lora_alpha in its adapter_config.json, and load that",
+                )
+
+
 # --- several adapters of PEFT's ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +157,9 @@ def _is_another(model: torch.nn.Module, configs: Mapping[str, Any], layers: Iter
     loras = [lora for module in _experts(model) for lora in module.adapters.values()]
     active = peft_active(model)
     mine = {lora.beside or next(iter(configs)) for lora in loras}
-    if not active or not mine - set(active):
+    if layers and not active:
+        return True
+    if not mine - set(active):
         return False
     name = sorted(mine - set(active))[0]
     if name not in configs:
@@ -155,7 +202,7 @@ def _check_trained(model: torch.nn.Module, layers: Iterable[str]) -> None:
     frozen = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, Experts) and any(lora.trains and not lora.a.requires_grad for lora in module.adapters.values())
+        if isinstance(module, Experts) and any(lora.trains and not _learns(lora) for lora in module.adapters.values())
     ]
     if frozen and any(parameter.requires_grad for name in layers for parameter in model.get_submodule(name).parameters()):
         raise UsageError(

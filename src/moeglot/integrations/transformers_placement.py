@@ -22,10 +22,12 @@ STATEFUL = ["past_key_values"]
 """Arguments of a layer that stay where they are: each layer's part of the cache is on its device already."""
 
 
-def check(wanted: Any, experts: Iterable[str]) -> None:
-    """Before anything is read: raises `UsageError` for a map that names places where these modules, by name, cannot be."""
+def check(wanted: Any, experts: Iterable[str], tensors: Iterable[str]) -> None:
+    """Before anything is read: raises `UsageError` for a map that names places where these modules, by name, cannot be, or none for one of these tensors."""
     if isinstance(wanted, Mapping):
         _check(wanted, experts)
+        for name in tensors:
+            place_of(name, wanted)
     elif wanted not in STRATEGIES:
         _device(wanted)
 

@@ -36,7 +36,7 @@ def register() -> None:
 def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """A stock experts module: hidden_states [t, h], top_k_index int [t, k], top_k_weights [t, k] -> [t, h]; sums in one order, with gradients for weights."""
     routing = Routing.of(top_k_index, module.num_experts)
-    here = torch.arange(len(routing.order), device=hidden_states.device) < routing.ends[-1]
+    here = torch.arange(len(routing.order), device=hidden_states.device, dtype=torch.int64) < routing.ends[-1]
     order = routing.order
     x = torch.where(here.unsqueeze(-1), hidden_states[order // routing.ranks], 0)
     ids = row_ids(Block(range(module.num_experts), slice(0, len(order)), routing.ends)).clamp(max=module.num_experts - 1)
@@ -47,7 +47,7 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     out = torch.where(here.unsqueeze(-1), out * top_k_weights.reshape(-1)[order].unsqueeze(-1), 0)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device, dtype=torch.int64))
     return out[back].view(routing.tokens, routing.ranks, hidden_states.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
@@ -77,4 +77,4 @@ class Grouped(torch.autograd.Function):
 
 def _whole(found: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows that belong to nobody hold whatever memory held."""
-    return torch.where((torch.arange(len(found), device=found.device) < ends[-1]).unsqueeze(-1), found, 0)
+    return torch.where((torch.arange(len(found), device=found.device, dtype=torch.int64) < ends[-1]).unsqueeze(-1), found, 0)

@@ -25,6 +25,7 @@ from moeglot.config import hub_config
 from moeglot.convert import carry_out
 from moeglot.dtypes import dtype_of
 from moeglot.errors import NotVerified, UsageError
+from moeglot.foreign import HELD
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.identify import Identification, identify
@@ -98,14 +99,16 @@ def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
 
 
 def _write_beside(model: Any, folder: Path) -> None:
-    """config.json and generation_config.json, as `save_pretrained` says them."""
+    """config.json and generation_config.json, as `save_pretrained` says them; it would refuse some of the latter that many a model on the Hub has."""
     model.config.save_pretrained(folder)
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if HELD in (said.get("quantization_config") or {}):
+        del said["quantization_config"]
     said["architectures"] = [type(model).__name__]
     said["torch_dtype" if "torch_dtype" in said else "dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
     if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string(), encoding="utf-8")
 
 
 def _tied(model: Any) -> set[str]:

@@ -70,7 +70,7 @@ class Lazy:
 def state_dict(plan: Plan, dtype: DType) -> dict[str, Lazy]:
     """Every tensor of a plan's target by name: experts in `dtype`, the others in the type that they are stored in, or `dtype` if they are quantized."""
     experts = {lazy.name: lazy for step in plan.steps for lazy in _experts(plan.source, step, dtype)}
-    return experts | {name: _others(name, parts) for name, parts in plan.dense.items()}
+    return experts | {name: _others(name, parts, dtype) for name, parts in plan.dense.items()}
 
 
 def expert_names(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -111,7 +111,7 @@ def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.T
 def _stacked(source: Checkpoint, step: Step, dtype: DType, experts: range) -> torch.Tensor:
     """The tensor of these experts, filled one at a time; no others are read."""
     line, sizes = step.line, {**source.sizes, "e": len(experts)}
-    whole = torch.empty(line.shape(sizes), dtype=dtype.torch)
+    whole = torch.empty(line.shape(sizes), dtype=dtype.torch, device="cpu")
     each = whole.view(len(experts), *line.expert_shape(sizes))
     for place, expert in zip(each, experts, strict=True):
         place.copy_(_slice(source, step, expert, dtype))
@@ -132,7 +132,7 @@ def give_back() -> None:
         trim(0)
 
 
-def _others(name: str, parts: tuple[DenseTensor, ...]) -> Lazy:
+def _others(name: str, parts: tuple[DenseTensor, ...], dtype: DType) -> Lazy:
     rows = sum(part.shape[0] for part in parts) if len(parts) > 1 else 0
     shape = (rows, *parts[0].shape[1:]) if rows else parts[0].shape
 
@@ -142,6 +142,8 @@ def _others(name: str, parts: tuple[DenseTensor, ...]) -> Lazy:
         whole = torch.cat(found) if len(found) > 1 else found[0] if isinstance(parts[0], DecodedTensor) else found[0].clone()
         if whole.ndim and parts[0].dtype in WEIGHT_DTYPES and (problem := Plain(parts[0].dtype).check({"value": whole})):
             raise BadNumbers(f"{name}: {problem}", f"it is stored as {parts[0].origin}", "fetch the file again from its producer")
+        if dtype.torch == torch.float16 and parts[0].dtype in WEIGHT_DTYPES and Plain(dtype.name).check({"value": whole.to(dtype.torch)}):
+            raise BadNumbers(f"{name}: holds numbers that float16 cannot", f"it is stored as {parts[0].origin}", "load it in bfloat16 or float32")
         return whole
 
     return Lazy(name, torch.Size(shape), DTYPES[parts[0].dtype], make)

@@ -26,7 +26,7 @@ def added(packed: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, right: 
     if scale.numel() and int(scale.max()) > LAST_FINITE:
         return None
     left, right = left.contiguous(), right.contiguous()
-    to, to_scale = scratch.empty(tuple(packed.shape), torch.uint8), torch.empty(scale.shape, dtype=torch.uint8)
+    to, to_scale = scratch.empty(tuple(packed.shape), torch.uint8), torch.empty(scale.shape, dtype=torch.uint8, device="cpu")
     if fast := backend.compiled("added", packed):
         found = fast.added(packed, scale, left, right, ties, to, to_scale)
         return None if found is None else (to, to_scale, Survival(*found))
@@ -48,7 +48,7 @@ def _runs(rows: int, groups: int) -> Iterator[slice]:
 def _block(packed: torch.Tensor, scale: torch.Tensor, change: torch.Tensor, ties: str) -> Added | None:
     """As `added`, of a few rows and their change [rows, 32 n]."""
     by, grouped = powers(scale).unsqueeze(-1), (*scale.shape, GROUP)
-    weight = e2m1.unpack(packed.view(-1, GROUP // 2), torch.empty(scale.numel(), GROUP)).view(grouped).mul_(by)
+    weight = e2m1.unpack(packed.view(-1, GROUP // 2), torch.empty(scale.numel(), GROUP, dtype=torch.float32, device="cpu")).view(grouped).mul_(by)
     total = weight + change.view(grouped)
     amax = torch.maximum(total.amax(-1), -total.amin(-1))
     beyond, clipped, fresh = amax > REACH * by.squeeze(-1), 0, None

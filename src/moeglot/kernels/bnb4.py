@@ -39,8 +39,8 @@ def codebook(kind: str) -> torch.Tensor:
     FP4's code 8 is -0, as in the library's kernels; its fallback for matrices of odd width, and the map that it stores, have +0 there.
     """
     if kind == "nf4":
-        return torch.tensor(NF4)
-    positive = torch.tensor(FP4_TWELFTHS) / 12
+        return torch.tensor(NF4, dtype=torch.float32, device="cpu")
+    positive = torch.tensor(FP4_TWELFTHS, dtype=torch.float32, device="cpu") / 12
     return torch.cat([positive, -positive])
 
 
@@ -72,7 +72,7 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 @cache
 def _pairs(kind: str, device: torch.device) -> torch.Tensor:
     """int64 [256]: the two float32 of a byte, high nibble first."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
     return torch.stack([codebook(kind)[byte >> 4], codebook(kind)[byte & 15]], -1).view(torch.int64).flatten().to(device)
 
 
@@ -127,7 +127,7 @@ def encode(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tenso
 def _rounded(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tensor, torch.Tensor]:
     """flat values -> packed u8 [⌈n/2⌉, 1] and absmax [blocks], as bitsandbytes rounds; an absmax is not finite where a number of its block is not."""
     packed = scratch.empty((-(-values.numel() // 2), 1), torch.uint8)
-    absmax = torch.empty(-(-values.numel() // blocksize))
+    absmax = torch.empty(-(-values.numel() // blocksize), dtype=torch.float32, device="cpu")
     fast = backend.compiled("bnb4", values) if values.dtype in (torch.bfloat16, torch.float32) else None
     for first, block in _blocks(values, blocksize):
         start = first * blocksize // 2
@@ -144,8 +144,8 @@ def _exact(values: torch.Tensor, kind: str, blocksize: int) -> tuple[torch.Tenso
     """flat values -> codes u8 [n], absmax [blocks] that decode to the same bits; None if there are none, which the first blocks show already."""
     if values.numel() > FEW * blocksize and not _exact(values[: FEW * blocksize], kind, blocksize):
         return None
-    codes = torch.empty(values.numel(), dtype=torch.uint8)
-    absmax = torch.empty(-(-values.numel() // blocksize))
+    codes = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-values.numel() // blocksize), dtype=torch.float32, device="cpu")
     for first, block in _blocks(values, blocksize):
         found, scale = _round(block, kind, short=block.shape[1] < blocksize)
         wrong = ~_same(found, scale, block, kind)
@@ -179,7 +179,7 @@ def _same(codes: torch.Tensor, absmax: torch.Tensor, block: torch.Tensor, kind: 
 
 def zeros(kind: str) -> torch.Tensor:
     """The codes of -0 and 0 in a block of zeros, whose absmax is 0."""
-    return _nearest(torch.tensor([-1.0, 0.0]), kind)
+    return _nearest(torch.tensor([-1.0, 0.0], dtype=torch.float32, device="cpu"), kind)
 
 
 def _on_grid(block: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -190,7 +190,7 @@ def _on_grid(block: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor
     """
     if bool((block.float().sort(-1).values.diff(dim=-1) != 0).sum(-1).gt(15).any()):
         return None
-    codes, absmax = _nearest(-block.signbit().float(), kind), torch.zeros(len(block))
+    codes, absmax = _nearest(-block.signbit().float(), kind), torch.zeros(len(block), dtype=torch.float32, device="cpu")
     left = (~_same(codes, absmax, block, kind)).nonzero().flatten()
     magnitudes = sorted({abs(value) for value in codebook(kind).tolist()} - {0.0}, reverse=True)
     for unit in (sign * magnitude for magnitude in magnitudes for sign in (1, -1)):
@@ -224,14 +224,14 @@ def _middle_absmax(block: torch.Tensor, codes: torch.Tensor, kind: str) -> torch
 def pack(codes: torch.Tensor, kind: str) -> torch.Tensor:
     """u8 [n] -> [⌈n/2⌉, 1], high nibble first; a missing last value is coded as zero."""
     if codes.numel() % 2:
-        codes = torch.cat([codes, _nearest(torch.zeros(1), kind)])
+        codes = torch.cat([codes, _nearest(torch.zeros(1, dtype=torch.float32, device="cpu"), kind)])
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(-1)
 
 
 def undetermined(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, dtype: torch.dtype) -> int:
     """How many blocks the values do not show: no code of ±1 gives away the absmax, or it is more exact than `dtype`."""
     largest = codebook(kind).abs() == 1
-    shown = torch.zeros(len(absmax), dtype=torch.bool)
+    shown = torch.zeros(len(absmax), dtype=torch.bool, device="cpu")
     for first, codes in _blocks(unpacked(packed), blocksize):
         shown[first : first + len(codes)] = largest[codes.int()].any(-1)
     return int((~shown | (absmax.to(dtype).float() != absmax)).sum())
@@ -243,9 +243,9 @@ def undetermined(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksiz
 @cache
 def nested_codebook() -> torch.Tensor:
     """float32 [256]: the signed dynamic 8-bit type. Decade d of 7 is cut in 2^d steps, whose middles are its values; 0 and 1 are added."""
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [middles, -middles]
     return torch.cat(values).sort().values
@@ -254,7 +254,7 @@ def nested_codebook() -> torch.Tensor:
 def decode_nested(codes: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, offset: float) -> torch.Tensor:
     """codes u8 [b], scale float32 [⌈b/256⌉], values float32 [256] -> absmax float32 [b]: a product, then a sum, each rounded to float32."""
     spread = scale.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
-    return values[codes.int()] * spread + torch.tensor(offset, dtype=torch.float32)
+    return values[codes.int()] * spread + torch.tensor(offset, dtype=torch.float32, device="cpu")
 
 
 def encode_nested(absmax: torch.Tensor, given: float | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -262,7 +262,7 @@ def encode_nested(absmax: torch.Tensor, given: float | None = None) -> tuple[tor
 
     Of more than 32 768 absmax, its last bit depends on the number of torch's threads, here as in the library.
     """
-    offset = absmax.mean() if given is None else torch.tensor(given, dtype=torch.float32)
+    offset = absmax.mean() if given is None else torch.tensor(given, dtype=torch.float32, device="cpu")
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     scale = padded.abs().amax(-1)
@@ -275,4 +275,5 @@ def encode_nested(absmax: torch.Tensor, given: float | None = None) -> tuple[tor
 def _nested_table() -> torch.Tensor:
     """u8 [65536]: the nearest code of each position."""
     values = nested_codebook().double()
-    return torch.bucketize(torch.arange(POSITIONS + 1).double() * 2 / POSITIONS - 1, (values[:-1] + values[1:]) / 2).to(torch.uint8)
+    places = torch.arange(POSITIONS + 1, dtype=torch.float64, device="cpu") * 2 / POSITIONS - 1
+    return torch.bucketize(places, (values[:-1] + values[1:]) / 2).to(torch.uint8)

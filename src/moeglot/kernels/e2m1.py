@@ -18,7 +18,7 @@ TIES_UP = (False, True, False, True, False, True, False)  # to the code whose la
 def pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """int64 [65536]: for each pair of bytes, its four values as bfloat16 (two lookups of two values for float32)."""
     nibbles = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=device)
-    byte = torch.arange(256, device=device)
+    byte = torch.arange(256, device=device, dtype=torch.int64)
     values = torch.stack([nibbles[byte & 15], nibbles[byte >> 4]], -1)  # [256, 2]
     if dtype == torch.float32:
         return values.view(torch.int64).flatten()  # one byte is one int64
@@ -64,17 +64,17 @@ def _exchange(x: torch.Tensor, y: torch.Tensor, to_x: torch.Tensor, to_y: torch.
 @cache
 def thresholds(ties: str, device: torch.device) -> torch.Tensor:
     """float32 [7]: the smallest magnitude that gets each code but the first."""
-    middle = torch.tensor(MIDPOINTS, device=device)
+    middle = torch.tensor(MIDPOINTS, device=device, dtype=torch.float32)
     if ties == "away":
         return middle
     after = torch.nextafter(middle, torch.full_like(middle, 10))
-    return torch.where(torch.tensor(TIES_UP, device=device), middle, after)
+    return torch.where(torch.tensor(TIES_UP, device=device, dtype=torch.bool), middle, after)
 
 
 @cache
 def _table(ties: str, device: torch.device) -> torch.Tensor:
     """u8 [131072]: the code of a float32 whose first 16 bits, the next one or any after it make the index; no threshold but its successor has more bits."""
-    values = (torch.arange(1 << 17, device=device) << 15).to(torch.uint32).view(torch.float32)
+    values = (torch.arange(1 << 17, device=device, dtype=torch.int64) << 15).to(torch.uint32).view(torch.float32)
     index = torch.bucketize(values.abs(), thresholds(ties, device), right=True)  # more than 6 is 6
     return (index | torch.signbit(values) << 3).to(torch.uint8)
 
@@ -89,7 +89,7 @@ def nearest(values: torch.Tensor, ties: str) -> torch.Tensor:
 
 @cache
 def _levels() -> torch.Tensor:
-    return torch.tensor([*E2M1, *(-v for v in E2M1)])
+    return torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=torch.float32, device="cpu")
 
 
 @cache

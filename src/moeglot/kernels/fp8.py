@@ -27,12 +27,12 @@ LEAST = 2.0**-117
 
 def _nearest(quotients: torch.Tensor) -> torch.Tensor:
     codes = quotients.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return quotients.copy_(_halves(codes, torch.empty(codes.shape, dtype=torch.int16))).mul_(HALF)
+    return quotients.copy_(_halves(codes, torch.empty_like(codes, dtype=torch.int16))).mul_(HALF)
 
 
 @cache
 def _grid(dtype: str) -> Grid:
-    magnitudes = torch.arange(1, NAN, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    magnitudes = torch.arange(1, NAN, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.float32)
     if dtype == "F32":
         return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: torch.ones_like(scale, dtype=torch.bool), kind=E4M3)
     return Grid(tuple(magnitudes.flip(0).tolist()), _nearest, lambda scale: scale.bfloat16().float() == scale, ulps=0, kind=E4M3)  # 4 + 8 bits are exact in 24
@@ -45,7 +45,7 @@ def levels() -> Levels:
     def rounded(quotients: torch.Tensor) -> torch.Tensor:
         return quotients.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
 
-    return Levels(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32), rounded)
+    return Levels(torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.float32), rounded)
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _exact(weight: torch.Tensor, scale: torch.Tensor, block: Block, values: torc
 def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., out, in] of a float type -> weight F8_E4M3 [..., out, in] and its scale in `dtype`. Keeps the sign of zero."""
     weight = scratch.empty(tuple(values.shape), torch.uint8).view(torch.float8_e4m3fn)
-    factors = torch.empty(shape_of(tuple(values.shape), block))
+    factors = torch.empty(shape_of(tuple(values.shape), block), dtype=torch.float32, device="cpu")
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
         for rows, tiles in _slabs(given, block, AT_ONCE):
             factor[tiles] = _scales(given[rows], block, dtype)

@@ -28,7 +28,7 @@ def levels(bits: int) -> Levels:
     def rounded(quotients: torch.Tensor) -> torch.Tensor:
         return (quotients.round().clamp(-half, half - 1) + half).to(torch.uint8)
 
-    return Levels(torch.arange(-half, half, dtype=torch.float32), rounded)
+    return Levels(torch.arange(-half, half, dtype=torch.float32, device="cpu"), rounded)
 
 
 def codes(packed: torch.Tensor, bits: int, down: bool) -> torch.Tensor:
@@ -84,7 +84,7 @@ def decode(
 
 def away(codes: torch.Tensor, zero: torch.Tensor, bits: int, block: Block) -> torch.Tensor:
     """codes u8 [out, in], zero as in `decode` -> float32 [out, groups]: how far the farthest code of each group is from its zero point."""
-    found = torch.empty(shape_of(tuple(codes.shape), block))
+    found = torch.empty(shape_of(tuple(codes.shape), block), dtype=torch.float32, device=codes.device)
     for rows in runs(*codes.shape):
         found[rows] = largest(plus(codes[rows].to(torch.float32) - middle(bits), rows, -zero, block), block)
     return found

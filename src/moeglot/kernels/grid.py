@@ -76,7 +76,7 @@ def tiled(values: torch.Tensor, width: int) -> Iterator[tuple[torch.Tensor, slic
 
 def tile_rows(rows: slice, block: Block) -> torch.Tensor:
     """int64: the row of tiles that each row is in."""
-    numbers = torch.arange(rows.start, rows.stop)
+    numbers = torch.arange(rows.start, rows.stop, dtype=torch.int64, device="cpu")
     return numbers // block[0] if block[0] else torch.zeros_like(numbers)
 
 
@@ -122,13 +122,13 @@ def _reduced(found: torch.Tensor, rows: slice, block: Block, into: torch.Tensor,
 
 def largest(values: torch.Tensor, block: Block) -> torch.Tensor:
     """float32 [tiles, tiles]: the largest magnitude; NaN and infinity stay."""
-    amax = torch.zeros(shape_of(tuple(values.shape), block))
+    amax = torch.zeros(shape_of(tuple(values.shape), block), dtype=torch.float32, device="cpu")
     if values.dtype in (torch.bfloat16, torch.float32) and (fast := backend.compiled("grid", values)):
         fast.largest(values, block, amax)
         return amax
     height = block[0] or values.shape[0]
     shape = (min(height if height > 1 else len(values), step_of(values.shape[1])), values.shape[1])
-    room = torch.empty(shape, dtype=BITS.get(values.dtype, torch.int32))  # once: new memory costs as much as what is done in it
+    room = torch.empty(shape, dtype=BITS.get(values.dtype, torch.int32), device="cpu")  # once: new memory costs as much as what is done in it
     if height > 1:
         tiles = [values[at : at + height] for at in range(0, len(values), height)]
         columns = [torch.stack([_magnitude(tile[rows], room).amax(0) for rows in runs(*tile.shape)]).amax(0) for tile in tiles]
@@ -171,7 +171,7 @@ def refuted(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid)
 
 def neighbours(numbers: torch.Tensor, ulps: int) -> torch.Tensor:
     """[..., n] -> [..., n × (2 ulps + 1)]: each positive float32 followed by those beside it, the nearest first."""
-    steps = torch.tensor([0, *(step for n in range(1, ulps + 1) for step in (n, -n))], dtype=torch.int32)
+    steps = torch.tensor([0, *(step for n in range(1, ulps + 1) for step in (n, -n))], dtype=torch.int32, device="cpu")
     return (numbers.contiguous().view(torch.int32).unsqueeze(-1) + steps).clamp_(min=0).view(torch.float32).flatten(-2)
 
 
@@ -185,8 +185,8 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
         low, high = refuted(values, scale, block, grid)
     amax = largest(values, block) if amax is None else amax
     step, guesses = block[0] or values.shape[0], len(grid.largest) * (2 * grid.ulps + 1) * scale.shape[1]
-    numbers = torch.stack([low, high, *_first_numbers(values, step, block[1] or values.shape[1])])
-    high = torch.where(_possible(amax, numbers, grid, least), high, -inf)
+    numbers = torch.stack([low, high, *first_numbers(values, step, block[1] or values.shape[1])])
+    high = torch.where(possible(amax, numbers, grid, least), high, -inf)
     if not bool((high > -inf).any()):
         return scale
     scale = scale.clone()
@@ -199,9 +199,9 @@ def settle(values: torch.Tensor, scale: torch.Tensor, block: Block, grid: Grid, 
     return scale
 
 
-def _first_numbers(values: torch.Tensor, height: int, width: int) -> Iterator[torch.Tensor]:
+def first_numbers(values: torch.Tensor, height: int, width: int) -> Iterator[torch.Tensor]:
     """float32 [tiles, tiles], a few times: the first numbers of each tile's first row."""
-    starts = torch.arange(0, values.shape[1], width)
+    starts = torch.arange(0, values.shape[1], width, dtype=torch.int64, device="cpu")
     for n in range(min(WITNESSES, width)):
         yield values[::height, (starts + n).clamp_(max=values.shape[1] - 1)].to(torch.float32)
 
@@ -240,7 +240,7 @@ def _search(
 
 def _guesses(amax: torch.Tensor, grid: Grid, least: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest magnitudes [k] -> the scales that such a number may have [k, n], and which of them are scales at all."""
-    guesses = neighbours(amax.unsqueeze(-1) / torch.tensor(grid.largest), grid.ulps)
+    guesses = neighbours(amax.unsqueeze(-1) / torch.tensor(grid.largest, dtype=torch.float32, device="cpu"), grid.ulps)
     return guesses, grid.holds(guesses) & (guesses >= least) & (guesses < inf) & (guesses > 0)
 
 
@@ -253,10 +253,10 @@ def _fits(guesses: torch.Tensor, number: torch.Tensor, grid: Grid) -> torch.Tens
     return grid.nearest(number / guesses).mul_(guesses) == number
 
 
-def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
+def possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
     """bool [tiles, tiles]: False where no guess reproduces these numbers [n, tiles, tiles] of a tile; infinite ones name no number, and none fits."""
     if grid.kind and (fast := backend.compiled("grid", numbers)):
-        found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest, dtype=torch.float32), grid.ulps, least, grid.kind)
+        found: torch.Tensor = fast.possible(amax, numbers, torch.tensor(grid.largest, dtype=torch.float32, device="cpu"), grid.ulps, least, grid.kind)
         return found
     tiles = max(1, CHUNK // (len(grid.largest) * (2 * grid.ulps + 1)))
     flat, all_numbers = amax.flatten(), numbers.flatten(1)
@@ -266,12 +266,12 @@ def _possible(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: floa
 
 def _possible_of(amax: torch.Tensor, numbers: torch.Tensor, grid: Grid, least: float) -> torch.Tensor:
     """bool [tiles], of amax [tiles] and numbers [n, tiles]; each number leaves fewer tiles to look at."""
-    (guesses, alive), where = _guesses(amax, grid, least), torch.arange(len(amax))
+    (guesses, alive), where = _guesses(amax, grid, least), torch.arange(len(amax), dtype=torch.int64, device="cpu")
     for number in numbers:
         alive &= _fits(guesses, number[where], grid)
         left = alive.any(-1)
         guesses, alive, where = guesses[left], alive[left], where[left]
-    return torch.zeros(len(amax), dtype=torch.bool).index_fill_(0, where, True)
+    return torch.zeros(len(amax), dtype=torch.bool, device="cpu").index_fill_(0, where, True)
 
 
 def _refuted_at(
@@ -280,7 +280,7 @@ def _refuted_at(
     """`refuted` [k], twice, for the tiles `where` [k, 2] under a guess [k] each; looks at the rows of these tiles only."""
     above, place = torch.unique(where[:, 0], return_inverse=True)
     height = block[0] or values.shape[0]
-    rows = (above.unsqueeze(-1) * height + torch.arange(height)).flatten()
+    rows = (above.unsqueeze(-1) * height + torch.arange(height, dtype=torch.int64, device="cpu")).flatten()
     tried = scale[above]
     tried[place, where[:, 1]] = guess
     low, high = refuted(values[rows[rows < values.shape[0]]], tried, block, grid)

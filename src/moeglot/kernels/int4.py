@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from math import inf
 
 import torch
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels import backend
-from moeglot.kernels.grid import INT4, Block, Grid, in_singles, largest, matrices, over, plus, runs, settle, shape_of, tiled, times
+from moeglot.kernels.grid import (
+    INT4,
+    Block,
+    Grid,
+    first_numbers,
+    in_singles,
+    largest,
+    matrices,
+    over,
+    plus,
+    possible,
+    refuted,
+    runs,
+    settle,
+    shape_of,
+    tiled,
+    times,
+)
 from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
@@ -17,13 +36,13 @@ OFFSET = 8
 WIDEST = 15
 """The largest magnitude of a code less its zero point."""
 LEAST = 2.0**-126
-"""The smallest scale whose products are normal float32; float16 has none below it."""
+"""The smallest magnitude of a scale whose products are normal float32; float16 has none below it."""
 
 
 @cache
 def _pairs(device: torch.device) -> torch.Tensor:
     """int64 [256]: the two float32 of each byte."""
-    byte = torch.arange(256, device=device)
+    byte = torch.arange(256, device=device, dtype=torch.int64)
     return torch.stack([(byte & 15) - OFFSET, (byte >> 4) - OFFSET], -1).to(torch.float32).view(torch.int64).flatten()
 
 
@@ -45,7 +64,7 @@ def levels() -> Levels:
     def rounded(quotients: torch.Tensor) -> torch.Tensor:
         return (quotients.round().clamp(-OFFSET, OFFSET - 1) + OFFSET).to(torch.uint8)
 
-    return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32), rounded)
+    return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32, device="cpu"), rounded)
 
 
 @cache
@@ -131,8 +150,8 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
 
 def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """values [..., out, in] of a float type -> packed i32 [..., out, ⌈in / 8⌉], scale [..., out, in / group] in `dtype`. Zero has no sign."""
-    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
-    scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch)
+    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32, device="cpu")
+    scale = torch.empty(shape_of(tuple(values.shape), block), dtype=DTYPES[dtype].torch, device="cpu")
     fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
         for rows, some in in_singles(given):
@@ -148,11 +167,11 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
 def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `encode`, with a zero point for each group [..., ⌈out / 8⌉, in / group]: codes span the smallest to the largest number, and zero is among them."""
     shape = shape_of(tuple(values.shape), block)
-    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32)
-    scale = torch.empty(shape, dtype=DTYPES[dtype].torch)
-    zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32)
+    found = torch.empty((*values.shape[:-1], -(-values.shape[-1] // WORD)), dtype=torch.int32, device="cpu")
+    scale = torch.empty(shape, dtype=DTYPES[dtype].torch, device="cpu")
+    zero = torch.empty((*shape[:-2], -(-shape[-2] // WORD), shape[-1]), dtype=torch.int32, device="cpu")
     for given, words, factor, zeros in zip(*map(matrices, (values, found, scale, zero)), strict=True):
-        points = torch.empty(factor.shape)
+        points = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
         for rows, some in in_singles(given):
             here = slice(0, len(some))
             factor[rows], points[rows] = _spans(some.copy_(given[rows]), block, dtype)
@@ -171,7 +190,7 @@ def _spans(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     if not bool(scale.isfinite().all()):
         raise _no_scale(high.abs().maximum(low.abs()), dtype, 2 * OFFSET - 1)
     empty = (spread == 0) | (scale == 0)
-    scale = torch.where(empty, torch.tensor(torch.finfo(scale.dtype).eps, dtype=scale.dtype), scale)
+    scale = torch.where(empty, torch.tensor(torch.finfo(scale.dtype).eps, dtype=scale.dtype, device="cpu"), scale)
     settled = settle(values, scale.to(torch.float32), block, _wide_grid(dtype), LEAST)
     divisor = torch.where(settled == scale.to(torch.float32), torch.where(empty, 1.0, spread), settled)  # the quotient before the scale was rounded
     zero = torch.where(empty, 0.0, (-OFFSET - low / divisor).clamp_(-OFFSET, OFFSET - 1).round_())
@@ -192,8 +211,23 @@ def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> t
     if not bool(scale.isfinite().all()):
         raise _no_scale(amax, dtype, divisor)
     empty = torch.finfo(scale.dtype).eps  # what compressed-tensors writes for a group of zeros, and what keeps a float16 scale from being one
-    scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype), scale)
-    return settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax).to(scale.dtype)
+    scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype, device="cpu"), scale)
+    settled = settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax)
+    return _signed(values, settled, block, dtype, amax).to(scale.dtype)
+
+
+def _signed(values: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str, amax: torch.Tensor) -> torch.Tensor:
+    """The scale, negative in groups that lie on a grid under no other: their largest number is one of code -8, which has no opposite. AutoRound writes such."""
+    grid = replace(_grid(dtype), largest=(OFFSET,))
+    numbers = torch.stack([*first_numbers(values, 1, block[1] or values.shape[1])]).neg_()
+    rows = possible(amax, numbers, grid, LEAST).any(-1).nonzero().squeeze(1)
+    if not len(rows):
+        return scale
+    some, mine = values[rows].to(torch.float32), scale[rows]
+    wrong = refuted(some, mine, block, grid)[1] > -inf
+    mirrored = settle(some.neg_(), mine, block, grid, LEAST, amax[rows])
+    better = wrong & (refuted(some, mirrored, block, grid)[1] == -inf)
+    return scale.index_copy(0, rows, torch.where(better, -mirrored, mine))
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:
@@ -211,7 +245,7 @@ def packed(nibbles: torch.Tensor) -> torch.Tensor:
 def largest_codes(packed: torch.Tensor, columns: int, block: Block, zero: torch.Tensor | None = None) -> torch.Tensor:
     """float32 [..., out, groups]: the largest magnitude of a code, less its zero point, in each group."""
     shape = (*packed.shape[:-1], columns)
-    codes = decode(packed, torch.ones(shape_of(shape, block)), columns, block, torch.float32, zero)
+    codes = decode(packed, torch.ones(shape_of(shape, block), dtype=torch.float32, device="cpu"), columns, block, torch.float32, zero)
     return torch.stack([torch.cat([largest(one[rows], block) for rows in runs(*one.shape)]) for one in matrices(codes)]).view(shape_of(shape, block))
 
 

@@ -55,7 +55,7 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.T
     fast = backend.compiled("mxfp4", packed) if x.device.type == "cpu" and x.dtype != torch.float64 else None
     if fast is None:
         return None
-    found, wide = torch.empty(len(x), len(packed)), x.float()
+    found, wide = torch.empty(len(x), len(packed), dtype=torch.float32, device="cpu"), x.float()
     step = max(1, -(-len(packed) // threads.shares(2 * packed.numel())))
     runs = [slice(at, at + step) for at in range(0, len(packed), step)]
     threads.together([partial(fast.times, wide, packed[run], scale[run], found[:, run]) for run in runs])
@@ -179,7 +179,7 @@ def infinite(packed: torch.Tensor, scale: torch.Tensor) -> int | None:
     if not bool((large := scale > LAST_FINITE).any()):
         return None
     some, factors = packed[large], scale[large]
-    largest = torch.tensor(e2m1.E2M1, device=packed.device)[torch.maximum(some & 7, (some >> 4) & 7).amax(-1).int()]
+    largest = torch.tensor(e2m1.E2M1, device=packed.device, dtype=torch.float32)[torch.maximum(some & 7, (some >> 4) & 7).amax(-1).int()]
     bad = (largest * powers(factors)).isinf()
     return int(factors[bad].max()) if bool(bad.any()) else None
 

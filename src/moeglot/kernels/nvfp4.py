@@ -74,7 +74,7 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: R
         rows = max(1, CHUNK // max(1, to.shape[1]))
         for at in range(0, len(to), rows):
             some = slice(at, at + rows)
-            found = torch.empty(factors[some].numel(), GROUP, device=to.device)
+            found = torch.empty(factors[some].numel(), GROUP, device=to.device, dtype=torch.float32)
             e2m1.unpack(codes[some].reshape(-1, GROUP // 2), found).mul_(factors[some].reshape(-1, 1))
             to[some] = found.view(to[some].shape)
     return values
@@ -102,10 +102,10 @@ def _encode(matrix: torch.Tensor, rules: Rules, whole: float | None) -> tuple[to
         by, exact = _global([groups], rules)
     else:
         _largest(groups)
-        by = torch.tensor(whole, dtype=torch.float32)
+        by = torch.tensor(whole, dtype=torch.float32, device="cpu")
         exact = not len(_refuting([groups], by, rules))
-    packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8)
-    scale = torch.empty(len(groups), dtype=torch.float8_e4m3fn)
+    packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(len(groups), dtype=torch.float8_e4m3fn, device="cpu")
     fast = backend.compiled("nvfp4", matrix)
     for some in _runs(groups):
         given = groups[some].to(torch.float32)
@@ -131,15 +131,15 @@ def _runs(groups: torch.Tensor) -> list[slice]:
 @cache
 def _products() -> torch.Tensor:
     """float32, falling: what the largest magnitude of a matrix may be, in units of the global; a code times a scale."""
-    scales = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
-    codes = torch.tensor(e2m1.E2M1[1:])
+    scales = torch.arange(1, 0x7F, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.float32)
+    codes = torch.tensor(e2m1.E2M1[1:], dtype=torch.float32, device="cpu")
     products: torch.Tensor = torch.unique(codes.unsqueeze(-1) * scales)
     return products.flip(0)
 
 
 def _largest(groups: torch.Tensor) -> torch.Tensor:
     """float32 (0-d): the largest magnitude, 0 of no groups. Raises `BadNumbers` if it is not finite."""
-    amax = torch.stack([torch.zeros((), dtype=groups.dtype), *(groups[some].abs().amax() for some in _runs(groups))]).amax().to(torch.float32)
+    amax = torch.stack([torch.zeros((), dtype=groups.dtype, device="cpu"), *(groups[some].abs().amax() for some in _runs(groups))]).amax().to(torch.float32)
     if not bool(amax.isfinite()):
         raise BadNumbers(
             "a weight is NaN or infinite, which NVFP4 cannot hold",
@@ -179,7 +179,7 @@ def _refuting(groups: Sequence[torch.Tensor], by: torch.Tensor, rules: Rules) ->
         wrong = odd[~_fit(odd, by.view(1), rules)[1][:, 0]] if len(odd) else odd
         if len(wrong):
             return wrong[:3]
-    return torch.empty(0, GROUP)
+    return torch.empty(0, GROUP, dtype=torch.float32, device="cpu")
 
 
 def _fit(groups: torch.Tensor, by: torch.Tensor, rules: Rules) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +200,7 @@ def _reproduced(groups: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rul
     """groups [..., 16], scale [...] -> bool [...]: code × S is every number of the group."""
     factor = rules.factor(scale, by).unsqueeze(-1)
     code = e2m1.nearest((groups / factor).abs(), "even")
-    return (torch.tensor(e2m1.E2M1)[code.int()] * factor == groups.abs()).all(-1)
+    return (torch.tensor(e2m1.E2M1, dtype=torch.float32, device="cpu")[code.int()] * factor == groups.abs()).all(-1)
 
 
 def power_of(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], rules: Rules) -> float | None:
@@ -226,7 +226,7 @@ def from_powers(packed: torch.Tensor, power: torch.Tensor, rules: Rules, whole: 
     found = [power_of([pair], rules) if whole is None else whole for pair in pairs]
     if None in found:
         return None
-    by, powers = torch.tensor(found, dtype=torch.float32).view(*power.shape[:-2], 1, 1), torch.exp2(power.float() - 127)
+    by, powers = torch.tensor(found, dtype=torch.float32, device="cpu").view(*power.shape[:-2], 1, 1), torch.exp2(power.float() - 127)
     scale = (powers * by if rules.divides else powers / by).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)
     moved = (rules.factor(scale.to(torch.float32), by) != powers) & ((packed & 0x77).amax(-1) > 0)
     return None if bool(moved.any()) else (packed.flatten(-2), scale.repeat_interleave(2, -1), by)

@@ -28,7 +28,7 @@ def stochastic(values: torch.Tensor, grid: Grid, seed: int, place: tuple[object,
     """[out, in] -> a number of the grid on either side of each, so that its expectation is the value. `place` and `seed` decide, nothing else."""
     low, high = grid.around(values)
     digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
-    chance = torch.rand(values.shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+    chance = torch.rand(values.shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")), dtype=torch.float32, device="cpu")
     return torch.where(chance * (high - low) < values - low, high, low)
 
 
@@ -40,7 +40,7 @@ def delta(values: torch.Tensor, grid: Grid, right: torch.Tensor, epsilon: float 
     _, weights, rows = torch.linalg.svd(right.double(), full_matrices=False)
     basis = rows[weights > 1e-6 * weights[0]].mT  # [in, r]
     pull = _pulls(basis, epsilon)
-    behind = torch.zeros(len(values), basis.shape[1], dtype=torch.float64)
+    behind = torch.zeros(len(values), basis.shape[1], dtype=torch.float64, device="cpu")
     rounded = torch.empty_like(values)
     for column in range(values.shape[1]):
         wanted = values[:, column].double()
@@ -54,7 +54,7 @@ def _pulls(basis: torch.Tensor, epsilon: float) -> torch.Tensor:
     """[in, r]: for each column j, (εI + Σ_{k ≥ j} v_k v_kᵀ)⁻¹ v_j."""
     columns, rank = basis.shape
     pulls = torch.empty_like(basis)
-    gram = epsilon * torch.eye(rank, dtype=basis.dtype)
+    gram = epsilon * torch.eye(rank, dtype=basis.dtype, device="cpu")
     step = max(1, (1 << 20) // rank**2)
     for last in range(columns, 0, -step):
         some = basis[max(0, last - step) : last]
@@ -68,13 +68,13 @@ def gptq(values: torch.Tensor, grid: Grid, moments: torch.Tensor) -> torch.Tenso
     """[out, in] rounded one column after the other under second moments [in, in] of the inputs, damped by 1 % of their mean."""
     moments = moments.double()
     mean = moments.diagonal().mean()
-    damped = moments + (DAMP * mean if mean > 0 else 1.0) * torch.eye(len(moments), dtype=torch.float64)
+    damped = moments + (DAMP * mean if mean > 0 else 1.0) * torch.eye(len(moments), dtype=torch.float64, device="cpu")
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     left = values.double()
     rounded = torch.empty_like(values)
     for first in range(0, values.shape[1], BLOCK):
         last = min(first + BLOCK, values.shape[1])
-        errors = torch.empty(len(values), last - first, dtype=torch.float64)
+        errors = torch.empty(len(values), last - first, dtype=torch.float64, device="cpu")
         for column in range(first, last):
             found = grid.nearest(left[:, column].float().unsqueeze(1), slice(column, column + 1)).squeeze(1)
             rounded[:, column] = found

@@ -26,7 +26,7 @@ from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists,
 from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places
 from moeglot.nn.lora import Lora, experts_of, freeze, peft_active, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
-from moeglot.nn.unsaved import check_saved
+from moeglot.nn.unsaved import check_saved, check_whole
 
 READER = "transformers-5"
 FIRST = (".lora_A.weight", ".lora_embedding_A")
@@ -46,6 +46,7 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
     live = {module.layer: module for module in experts_of(model).values() if module.adapters}
     if not live:
         raise AdapterError("no expert has an adapter", "PEFT's own save_pretrained writes what it put on other modules", "call moeglot.nn.add_lora first")
+    check_whole(model)
     said, tensors = _of_peft(model)
     check_saved(model, tensors.values(), checkpoint)
     said["task_type"] = said.get("task_type") or _task(model)
@@ -106,7 +107,8 @@ def _of_peft(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Te
     ((name, config),) = configs.items()
     said = plain(config.to_dict())
     AdapterConfig(said).check()
-    tensors = get_peft_model_state_dict(model, adapter_name=name)
+    live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = get_peft_model_state_dict(model, state_dict=live, adapter_name=name)  # model.state_dict() would have FSDP2 divide them again
     return said, {key if key.startswith(PREFIX) else PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
@@ -205,7 +207,8 @@ def _put(adapter: Adapter, layer: int, module: Experts, dropout: float) -> None:
             for expert in range(e):
                 sides = {role: pairs[0].raw(role, expert) for role in wanted}
                 lora.a[expert].copy_(sides[wanted[0]][1])
-                lora.b[expert].copy_(torch.cat([sides[role][0] if role in sides else torch.zeros(out, lora.rank) for role in roles]))
+                none = torch.zeros(out, lora.rank, dtype=torch.float32, device="cpu")
+                lora.b[expert].copy_(torch.cat([sides[role][0] if role in sides else none for role in roles]))
         parts = dict(zip(roles, lora.b.detach().chunk(len(roles), 1), strict=True))
         lora.targets = tuple(role for role in roles if role in wanted and bool(parts[role].any())) or tuple(wanted)  # zeros: it was no target
         module.lora[name] = lora.to(module.lines[0].device)

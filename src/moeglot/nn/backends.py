@@ -37,7 +37,7 @@ OTHERS = 1 << 28
 def reference(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Each expert by `moeglot.experts`, in float32, its adapter added to its matrices: what the others are measured against."""
     routing = Routing.of(index, module.num_experts)
-    total = torch.zeros(hidden.shape, device=hidden.device)
+    total = torch.zeros(hidden.shape, device=hidden.device, dtype=torch.float32)
     for block in routing.blocks(1):
         slots = routing.order[block.rows]
         roles = {role: each for line in module.lines for role, each in line.roles(block.experts.start).items()}

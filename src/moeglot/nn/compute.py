@@ -48,7 +48,7 @@ class Factors:
         if not self.dropout:
             return None
         generator = torch.Generator(x.device).manual_seed(self.seed + block.experts.start)
-        kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
+        kept = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) >= self.dropout
         return kept.to(x.dtype) / (1 - self.dropout)
 
     def of_targets(self, grad: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ class Part:
         if experts == 1 or experts * rank > TOGETHER or is_native(self.sides[0].device, self.dtype):
             return None
         ids = row_ids(self.block)
-        return (ids.unsqueeze(-1) != torch.arange(experts, device=ids.device)).repeat_interleave(rank, -1)
+        return (ids.unsqueeze(-1) != torch.arange(experts, device=ids.device, dtype=torch.int64)).repeat_interleave(rank, -1)
 
     def _to_low(self, x: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
         """x [n, in], side [b, r, in]."""

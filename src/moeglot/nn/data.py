@@ -74,7 +74,13 @@ class Data:
 
 @lru_cache(maxsize=2)
 def _order(rows: int, seed: int) -> torch.Tensor:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed % (1 << 64)), dtype=torch.int64, device="cpu")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `UsageError` for one that torch does not take."""
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UsageError(f"seed = {seed}", "torch takes whole numbers from -2^63 to 2^64 - 1", "pass --seed 1, for example")
 
 
 def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
@@ -97,7 +103,7 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
         ids += tokens
         labels += [READ] * asked + tokens[asked:]
     rows = len(ids) // length
-    both = torch.tensor([ids, labels])[:, : rows * length].view(2, rows, length)
+    both = torch.tensor([ids, labels], dtype=torch.int64, device="cpu")[:, : rows * length].view(2, rows, length)
     every = Rows(*both[:, (both[1, :, 1:] != READ).any(-1)])
     kept = max(1, round(len(every) * share)) if share else 0
     if len(every) - kept < 1:

@@ -68,7 +68,7 @@ class Held(torch.nn.Module):
                 self.types[name] = tensor.dtype
             return
         if name not in self._buffers:
-            self.register_buffer(name, torch.empty(self.sizes["e"], *tensor.shape, dtype=tensor.dtype), persistent=False)
+            self.register_buffer(name, torch.empty(self.sizes["e"], *tensor.shape, dtype=tensor.dtype, device="cpu"), persistent=False)
             self.types[name] = tensor.dtype
         self.get_buffer(name)[expert].copy_(tensor)
 
@@ -78,6 +78,12 @@ class Held(torch.nn.Module):
             if buffer is not None:
                 self._buffers[name] = fn(buffer.reshape(-1).view(torch.uint8)).view(buffer.dtype).view(buffer.shape)
         return self
+
+    def leave_meta(self, device: torch.device) -> None:
+        """Buffers on the meta device get memory on another, for numbers to come."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                self._buffers[name] = torch.empty_like(buffer, device=device)
 
     def check_types(self) -> None:
         """Raises `UsageError` where somebody cast codes or scales, as FSDP casts buffers: they would be other numbers."""

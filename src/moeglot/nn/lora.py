@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moeglot.adapter_config import AdapterConfig
-from moeglot.errors import UsageError
+from moeglot.errors import UnsupportedAdapter, UsageError
 
 if TYPE_CHECKING:
     from moeglot.nn.module import Experts
@@ -34,8 +34,8 @@ class Lora(torch.nn.Module):
         """The name of PEFT's adapter that it was put beside; it is left out where that is not active. Empty: PEFT had none."""
         self.copied: set[str] = set()
         """Names of PEFT's adapters that were copies of that one while this was not zero."""
-        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner, dtype=torch.float32))
-        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank, dtype=torch.float32))
+        self.a = torch.nn.Parameter(torch.empty(experts, rank, inner, dtype=torch.float32, device="cpu"))
+        self.b = torch.nn.Parameter(torch.zeros(experts, len(roles) * out, rank, dtype=torch.float32, device="cpu"))
         bound = 1 / math.sqrt(inner)  # as torch.nn.Linear starts, and PEFT with it
         torch.nn.init.uniform_(self.a, -bound, bound)
 
@@ -74,7 +74,7 @@ def add_lora(
     check(r, alpha, targets, dropout)
     configs = peft_configs(model)
     for config in configs.values():
-        AdapterConfig(plain(config.to_dict())).check()
+        _check_beside(config)
     found = experts_of(model)
     if busy := [name or "it" for name, module in found.items() if module.lora]:
         raise UsageError(f"{busy[0]} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
@@ -92,6 +92,14 @@ def add_lora(
     if not configs:  # else PEFT has said what trains
         freeze(model, added)
     return added
+
+
+def _check_beside(config: Any) -> None:
+    """Raises `UnsupportedAdapter` for what PEFT could not save in one folder with an adapter of experts."""
+    AdapterConfig(plain(config.to_dict())).check()
+    if getattr(config, "lora_bias", False):
+        known = "PEFT trains biases of modules alone, and the experts' adapter is one of parameters in the same folder"
+        raise UnsupportedAdapter("PEFT's adapter has lora_bias", known, "make it without lora_bias")
 
 
 def check(r: int, alpha: float | None, targets: Sequence[str], dropout: float) -> None:

@@ -134,7 +134,8 @@ class Experts(torch.nn.Module):
             raise UsageError(
                 f"layer {self.layer}: no gradient goes through these experts", "their family has a norm after each expert", "use backend='reference' to train"
             )
-        seed = int(torch.randint(1 << 62, ())) if dropped else None  # the global generator, so that checkpointing draws it again
+        # from the global generator, so that checkpointing draws it again
+        seed = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")) if dropped else None
         if name == "triton":
             from moeglot.nn.fused import Fused
 
@@ -202,6 +203,10 @@ class Experts(torch.nn.Module):
         error_msgs: list[str],
     ) -> None:
         mine = {prefix + key: tensor for key, tensor in self.relative()}
+        if local_metadata.get("assign_to_params_buffers") and mine.keys() <= state_dict.keys():
+            for line in self.lines:
+                line.leave_meta(next(state_dict[key].device for key in mine))
+            mine = {prefix + key: tensor for key, tensor in self.relative()}
         others = {key: tensor for key, tensor in state_dict.items() if key not in mine}
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, tensor in mine.items():
@@ -210,6 +215,8 @@ class Experts(torch.nn.Module):
                 missing_keys.append(key)
             elif given.shape != tensor.shape or given.dtype != tensor.dtype:
                 error_msgs.append(f"{key}: {given.dtype} {list(given.shape)}, held are {tensor.dtype} {list(tensor.shape)}")
+            elif tensor.is_meta and not given.is_meta:
+                error_msgs.append(f"{key}: held is a placeholder without numbers (meta device); pass assign=True, and all tensors of the layer")
             else:
                 tensor.copy_(given)
         for line in self.lines:

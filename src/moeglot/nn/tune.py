@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from moeglot.errors import BadNumbers, OutputExists, UsageError
 from moeglot.nn.adapters import save_adapter
-from moeglot.nn.data import READ, Data, Rows, read
+from moeglot.nn.data import READ, Data, Rows, check_seed, read
 from moeglot.nn.lora import TARGETS, add_lora, check, experts_of
 
 Step = Callable[[int, int, float], None]
@@ -49,6 +49,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self.r, self.alpha, self.targets, self.dropout)
+        check_seed(self.seed)
         if not 0 <= self.rate < math.inf:
             raise UsageError(f"rate = {self.rate}", "a learning rate is a finite number of at least 0", "pass --rate 1e-3, for example")
 
@@ -252,7 +253,8 @@ class _Run:
             with torch.no_grad():
                 parameter.copy_(tensors[f"{n}.value"])
             first, second = (tensors[f"{n}.{which}"].to(parameter.device) for which in ("first", "second"))
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(len(self.record.losses))), "exp_avg": first, "exp_avg_sq": second}
+            steps = torch.tensor(float(len(self.record.losses)), dtype=torch.float32, device="cpu")
+            self.optimizer.state[parameter] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
         torch.set_rng_state(tensors["rng"])
 
 

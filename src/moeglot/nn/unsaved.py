@@ -22,11 +22,10 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def check_saved(model: torch.nn.Module, written: Iterable[torch.Tensor], base: Checkpoint) -> None:
     """Raises `UsageError` for such a tensor; `written`: what of PEFT's is saved. Weights are compared if the model was loaded from the base itself."""
-    loras = [module for module in model.modules() if isinstance(module, Lora)]
-    _check_whole(model, loras)
+    loras = check_whole(model)
     mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
     theirs = {tensor.data_ptr() for tensor in written}
-    training = any(lora.a.requires_grad for lora in loras)
+    training = any(parameter.requires_grad for lora in loras for parameter in lora.parameters())
     for name, parameter in model.named_parameters():
         if training and parameter.requires_grad and id(parameter) not in mine and parameter.data_ptr() not in theirs:
             raise UsageError(f"{name} trains, and an adapter would not hold it", KNOWN, DO)
@@ -39,8 +38,9 @@ def check_saved(model: torch.nn.Module, written: Iterable[torch.Tensor], base: C
             raise UsageError(f"{name} is not what the base has under that name", f"the adapter would name {base.source.name} as its base; {KNOWN}", DO)
 
 
-def _check_whole(model: torch.nn.Module, loras: Sequence[Lora]) -> None:
-    """Raises `UsageError` for parameters that FSDP has divided among processes."""
+def check_whole(model: torch.nn.Module) -> Sequence[Lora]:
+    """The adapters of a model's experts; raises `UsageError` for parameters that FSDP has divided among processes."""
+    loras = [module for module in model.modules() if isinstance(module, Lora)]
     parts = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
     if parts or any(lora.a.ndim != 3 for lora in loras):
         raise UsageError(
@@ -48,6 +48,7 @@ def _check_whole(model: torch.nn.Module, loras: Sequence[Lora]) -> None:
             "FSDP holds a part of each parameter, and an adapter is written whole",
             "on all processes call unshard() of every FSDPModule (FSDP1: be within summon_full_params), then save_adapter on one",
         )
+    return loras
 
 
 def _own(model: torch.nn.Module, theirs: set[int]) -> Iterator[tuple[str, torch.Tensor]]:

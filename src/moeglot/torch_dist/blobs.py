@@ -30,6 +30,8 @@ STORAGES = {"F64": "DoubleStorage", "F32": "FloatStorage", "BF16": "BFloat16Stor
 LARGE = 1 << 20
 """Bytes from which numbers start at a page, so that they can be written past the page cache."""
 SMALL_ALIGNMENT = 64  # what torch.save gives every record
+SUMMED = 1 << 22
+"""Bytes that are summed at a time."""
 
 
 class _Slice(io.RawIOBase):
@@ -59,7 +61,10 @@ class _Slice(io.RawIOBase):
 
 
 def find_numbers(path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ...]) -> int:
-    """Where in a file the numbers of a saved tensor begin; raises `BrokenFile` unless it is a contiguous one of this dtype and shape."""
+    """Where in a file the numbers of a saved tensor begin; raises `BrokenFile` unless it is a contiguous one of this dtype and shape.
+
+    Their CRC-32 is taken when they are first asked for. One that is 0 says nothing: torch.serialization.set_crc32_options(False) leaves all of them so.
+    """
     now = path.stat()
     return _find(path, offset, length, dtype, shape, now.st_ino, now.st_mtime_ns)
 
@@ -76,6 +81,9 @@ def _find(path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ..
         try:
             with zipfile.ZipFile(file) as archive:
                 records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                for info in records.values():
+                    if not info.CRC:
+                        del info.CRC  # zipfile then asks for none
                 if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
                     raise refuse("a record of it is compressed")
                 said = look_at(archive.read(records["data.pkl"]), f"{path.name} at {offset}")
@@ -89,9 +97,19 @@ def _find(path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ..
             raise refuse("another tensor, or one that is not contiguous")
         if record.file_size < prod(shape) * DTYPES[dtype].size or start + record.file_size > archive.start_dir:
             raise refuse("its numbers are too few, or not where they should be")
+        if hasattr(record, "CRC") and _sum(descriptor, offset + start, record.file_size) != record.CRC:
+            raise refuse("its numbers are not those whose CRC-32 was saved with them")
         return offset + start
     finally:
         os.close(descriptor)
+
+
+def _sum(descriptor: int, offset: int, length: int) -> int:
+    """The CRC-32 of some bytes of a file."""
+    found = 0
+    for at in range(0, length, SUMMED):
+        found = zlib.crc32(os.pread(descriptor, min(SUMMED, length - at), offset + at), found)
+    return found
 
 
 def _content(file: _Slice, header: int) -> int:

@@ -31,7 +31,17 @@ STATES = "._extra_state"
 TRAINING = ("optimizer.", "chained_", "optimizer_state", "opt_param_scheduler", "rng_state", "rerun_state_machine_state")
 """Beginnings of keys that are the training run's, and no weights."""
 Shape = tuple[int, ...]
-Found = tuple[dict[str, Entry], tuple[Path, ...], Literal["stacked", "single"]]
+MASTERS = ".fp32_param."
+"""In the keys of the float32 weights that an optimizer keeps of what it trains in 16 bits."""
+
+
+class Found(NamedTuple):
+    """Name -> tensor, the files that hold them, how experts lie there, and the keys of `MASTERS`, which are not read."""
+
+    entries: dict[str, Entry]
+    files: tuple[Path, ...]
+    experts: Literal["stacked", "single"]
+    masters: tuple[str, ...]
 
 
 class Chunk(NamedTuple):
@@ -83,7 +93,7 @@ class ChunkedEntry(Entry):
         touched = [run for run in self.runs if run.offsets[0] < first + rows and first < run.offsets[0] + run.sizes[0]]
         if len(touched) == 1 and touched[0].sizes[1:] == self.shape[1:]:
             return touched[0].read(self.dtype).narrow(0, first - touched[0].offsets[0], rows)
-        found = torch.empty((rows, *self.shape[1:]), dtype=DTYPES[self.dtype].torch)
+        found = torch.empty((rows, *self.shape[1:]), dtype=DTYPES[self.dtype].torch, device="cpu")
         for run in touched:
             begin, end = max(first, run.offsets[0]), min(first + rows, run.offsets[0] + run.sizes[0])
             place = found.narrow(0, begin - first, end - begin)
@@ -99,7 +109,7 @@ def is_torch_dist(folder: Path) -> bool:
 
 
 def read_entries(folder: Path) -> Found:
-    """(name -> tensor, the files that hold them, how experts lie there); training state is left aside. Raises `BrokenFile`."""
+    """What a folder holds; training state is left aside. Raises `BrokenFile`."""
     try:
         return _read(folder, look_at((folder / METADATA).read_bytes(), METADATA))
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -122,7 +132,8 @@ def _read(folder: Path, said: Any) -> Found:
             found.setdefault(template.format(*index), []).append((half, dtype, shape[axes:], runs))
     entries = {name: _entry(name, parts) for name, parts in found.items()}
     files = {run.chunk.path for entry in entries.values() for run in entry.runs}
-    return dict(entries), tuple(sorted(files)), "single" if any(map(has_expert, weights)) else "stacked"
+    masters = tuple(key for key in tensors if key.startswith(TRAINING) and MASTERS in key)
+    return Found(dict(entries), tuple(sorted(files)), "single" if any(map(has_expert, weights)) else "stacked", masters)
 
 
 def _refuse(what: str, wrong: str, known: str) -> BrokenFile:

@@ -105,8 +105,9 @@ class DistFile:
 
     @property
     def header(self) -> bytes:
-        """How the file begins."""
-        return self.frames[0][1]
+        """How the file begins, up to the first byte that is not known before its tensors are: a CRC-32."""
+        first = self.placed[0].frame
+        return first.before[: min(first.sums)]
 
     @cached_property
     def _end(self) -> int:

@@ -9,7 +9,7 @@ import numpy
 import torch
 from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import Array, Run, inline, jit, memory, rows_together, space
+from moeglot.kernels.compiled.jit import Array, Run, checked, inline, jit, memory, rows_together, space
 from moeglot.kernels.compiled.mxfp4 import CEIL, powers, scale_of, thresholds
 from moeglot.kernels.compiled.numbers import e2m1
 
@@ -25,7 +25,7 @@ W, D, T, BYTE, SUM = 0, 2 * LANES, 4 * LANES, 6 * LANES, 7 * LANES
 @cache
 def _reach() -> Run:
     """int32 [253]: under each scale, the bits of 7: above, a next level that the codes lack would be nearer."""
-    return memory((7 * torch.exp2(torch.arange(253, dtype=torch.float64) - 127)).to(torch.float32)).view("int32")
+    return memory((7 * torch.exp2(torch.arange(253, dtype=torch.float64, device="cpu") - 127)).to(torch.float32)).view("int32")
 
 
 def added(
@@ -34,11 +34,13 @@ def added(
     """As `kernels.added.added`, into `to` and `to_scale`, which have no gaps; the sums, or None if one is not finite."""
     packed, scale = rows_together(packed, 2), rows_together(scale)
     rows, groups = scale.shape
+    checked(packed, (rows, groups, LANES), torch.uint8)
     apart = torch.cat([right[:, 0::2], right[:, 1::2]], 1)
-    change = torch.empty(min(ROWS, rows), 32 * groups)
+    change = torch.empty(min(ROWS, rows), 32 * groups, dtype=torch.float32, device="cpu")
     given = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), groups, memory(change).view("int32"))
-    tables, into = (powers(), thresholds(ties, False), _reach()), (memory(to), memory(to_scale))
-    lanes, sums, counts = space(SUM + 5 * LANES, "int32"), torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    tables = powers(), thresholds(ties, False), _reach()
+    into = memory(checked(to, tuple(packed.shape), torch.uint8)), memory(checked(to_scale, (rows, groups), torch.uint8))
+    lanes, sums, counts = space(SUM + 5 * LANES, "int32"), torch.zeros(4, dtype=torch.float64, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
     room = (lanes, memory(sums).view("float64"), memory(counts).view("int64"))
     for first in range(0, rows, ROWS):
         count = min(ROWS, rows - first)

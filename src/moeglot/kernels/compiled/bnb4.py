@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import Array, inline, jit, memory, space
+from moeglot.kernels.compiled.jit import FLOATS, Array, checked, inline, jit, memory, singles, space
 from moeglot.kernels.compiled.numbers import stored, wide
 
 SMALLEST = float32(1e-38)
@@ -16,9 +16,10 @@ SMALLEST = float32(1e-38)
 def decode(packed: torch.Tensor, absmax: torch.Tensor, codebook: torch.Tensor, blocksize: int, out: torch.Tensor) -> None:
     """packed u8 [⌈n/2⌉], high nibble first, absmax float32 [⌈n/blocksize⌉], codebook float32 [16] -> out [n], bfloat16 or float32."""
     if out.numel():
-        single_scale, values = memory(absmax.contiguous()).view("float32"), memory(codebook).view("float32")
-        to = memory(out)
-        _decode(memory(packed.contiguous()), single_scale, values, blocksize, out.numel(), to, space(16, to.dtype))
+        count, to = out.numel(), memory(checked(out, tuple(out.shape), *FLOATS))
+        codes = memory(checked(packed, (-(-count // 2),), torch.uint8).contiguous())
+        by = singles(checked(absmax, (-(-count // blocksize),), torch.float32).contiguous())
+        _decode(codes, by, singles(checked(codebook, (16,), torch.float32)), blocksize, count, to, space(16, to.dtype))
 
 
 @jit
@@ -37,10 +38,12 @@ def _decode(packed: Array, absmax: Array, codebook: Array, blocksize: int, count
 
 def nearest(block: torch.Tensor, midpoints: torch.Tensor, codes: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
     """block [b, s], bfloat16 or float32, s even -> packed u8 [b × s / 2, 1], absmax float32 [b]; values × (1 / absmax), at a midpoint the lower value."""
-    pairs = codes[:0] if bool((codes == torch.arange(16)).all()) else (codes.unsqueeze(-1) << 4 | codes).flatten()
-    where = (memory(midpoints).view("float32"), memory(pairs), memory(packed), memory(absmax).view("float32"))
+    pairs = codes[:0] if bool((codes == torch.arange(16, dtype=torch.int64, device="cpu")).all()) else (codes.unsqueeze(-1) << 4 | codes).flatten()
+    rows, size = checked(block, tuple(block.shape), *FLOATS).shape
+    into = memory(checked(packed, (rows * size // 2, 1), torch.uint8)), singles(checked(absmax, (rows,), torch.float32))
     # of bytes, the compiler would pack each of fifteen comparisons
-    _nearest(memory(block.contiguous()), *block.shape, SMALLEST, *where, space(block.shape[1] // 2, "int32"))
+    room = space(size // 2, "int32")
+    _nearest(memory(block.contiguous()), rows, size, SMALLEST, singles(checked(midpoints, (15,), torch.float32)), memory(pairs), *into, room)
 
 
 @inline

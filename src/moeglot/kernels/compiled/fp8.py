@@ -6,15 +6,17 @@ import torch
 from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
-from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together, space
+from moeglot.kernels.compiled.jit import FLOATS, Array, checked, jit, memory, rows_together, singles, space
 from moeglot.kernels.compiled.numbers import e4m3_code, stored, wide
+from moeglot.kernels.grid import shape_of
 
 
 def decode(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor) -> None:
     """weight F8_E4M3 [rows, columns], scale float32 [tiles, tiles] -> out, bfloat16 or float32 of any strides. NaN codes stay NaN."""
     rows, columns = weight.shape
     weight, tile = rows_together(weight), (block[0] or rows, block[1] or columns)
-    factors = memory(scale.contiguous()).view("float32")
+    factors = singles(checked(scale, shape_of((rows, columns), block), torch.float32).contiguous())
+    checked(out, (rows, columns), *FLOATS)
     if not weight.numel():
         return
     for some, to in in_rows(out):
@@ -41,10 +43,11 @@ def _decode(
 
 def encode(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], out: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32, contiguous, scale float32 [tiles, tiles] -> out F8_E4M3 of the same shape, contiguous."""
-    rows, columns = values.shape
+    rows, columns = shape = tuple(checked(values, tuple(values.shape), *FLOATS).shape)
     if values.numel():
-        tile = (block[0] or rows, block[1] or columns)
-        _encode(memory(values), rows, columns, memory(scale.contiguous()).view("float32"), scale.shape[1], *tile, memory(out), space(columns, "float32"))
+        tile, to = (block[0] or rows, block[1] or columns), memory(checked(out, shape, torch.float8_e4m3fn))
+        factors = singles(checked(scale, shape_of(shape, block), torch.float32).contiguous())
+        _encode(memory(values), rows, columns, factors, scale.shape[1], *tile, to, space(columns, "float32"))
 
 
 @jit

@@ -5,17 +5,23 @@ from __future__ import annotations
 import torch
 from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import Array, jit, memory, space
+from moeglot.kernels.compiled.jit import FLOATS, Array, checked, jit, memory, singles, space
 from moeglot.kernels.compiled.numbers import KINDS, in_order, made, wide
+from moeglot.kernels.grid import shape_of
 
 CHUNK = 1 << 19
 
 
 def largest(values: torch.Tensor, block: tuple[int, int], into: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32 -> into float32 [tiles, tiles], zeros before: the largest magnitude of each; NaN is larger than infinity."""
-    tile = (block[0] or values.shape[0], block[1] or values.shape[1])
+    tile, to = _tile(values, block), memory(checked(into, shape_of(tuple(values.shape), block), torch.float32))
     for some, given in _rows(values):
-        _largest(memory(given), given.stride(0), *given.shape, some.start, into.shape[1], *tile, memory(into))
+        _largest(memory(given), given.stride(0), *given.shape, some.start, into.shape[1], *tile, to)
+
+
+def _tile(values: torch.Tensor, block: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = checked(values, tuple(values.shape), *FLOATS).shape
+    return block[0] or rows, block[1] or columns
 
 
 def _rows(values: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
@@ -41,11 +47,11 @@ def _largest(values: Array, row: int, rows: int, columns: int, first: int, tiles
 
 def refuted(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], kind: str, low: torch.Tensor, high: torch.Tensor) -> None:
     """The smallest and the largest number of each tile that codes × scale do not reproduce -> low, high, float32 [tiles, tiles], inf and -inf before."""
-    tile = (block[0] or values.shape[0], block[1] or values.shape[1])
-    into = (memory(low).view("float32"), memory(high).view("float32"))
-    factors = memory(scale.contiguous()).view("float32")
+    tile, shape = _tile(values, block), shape_of(tuple(values.shape), block)
+    low_to, high_to = (singles(checked(one, shape, torch.float32)) for one in (low, high))
+    factors = singles(checked(scale, shape, torch.float32).contiguous())
     for some, given in _rows(values):
-        _refuted(memory(given), given.stride(0), *given.shape, some.start, factors, scale.shape[1], *tile, KINDS[kind], *into)
+        _refuted(memory(given), given.stride(0), *given.shape, some.start, factors, scale.shape[1], *tile, KINDS[kind], low_to, high_to)
 
 
 LAST, FIRST = 0x7F800000, -0x7F800001
@@ -80,9 +86,9 @@ def _note(least: int, most: int, place: int, low: Array, high: Array) -> None:
 
 def fits(guesses: torch.Tensor, witness: torch.Tensor, kind: str) -> torch.Tensor:
     """guesses float32 [k, n], a number for each row [k] -> bool [k, n]: a code × the guess is that number."""
-    found = torch.empty(guesses.shape, dtype=torch.bool)
+    found = torch.empty(guesses.shape, dtype=torch.bool, device="cpu")
     if guesses.numel():
-        given = (memory(tensor.contiguous()).view("float32") for tensor in (guesses, witness))
+        given = (singles(tensor.contiguous()) for tensor in (guesses, checked(witness, tuple(guesses.shape[:1]), torch.float32)))
         _fits(*given, *guesses.shape, KINDS[kind], memory(found.view(torch.uint8)))
     return found
 
@@ -97,9 +103,9 @@ def _fits(guesses: Array, witness: Array, rows: int, columns: int, kind: int, fo
 
 def possible(amax: torch.Tensor, numbers: torch.Tensor, largest: torch.Tensor, ulps: int, least: float, kind: str) -> torch.Tensor:
     """Largest magnitude of each tile [...] and some of its numbers [n, ...] -> bool [...]: whether a scale (≥ `least`) may have codes for them all."""
-    found = torch.empty(amax.shape, dtype=torch.bool)
+    found = torch.empty(amax.shape, dtype=torch.bool, device="cpu")
     if amax.numel():
-        given = (memory(tensor.contiguous()).view("float32") for tensor in (amax, numbers, largest))
+        given = (singles(tensor.contiguous()) for tensor in (amax, checked(numbers, (len(numbers), *amax.shape), torch.float32), largest))
         count = len(largest) * (2 * ulps + 1)
         room = (space(count, "float32"), space(count, "int32"), space(count, "float32"), space(count, "uint8"))
         _possible(*given, ulps, float32(least), KINDS[kind], memory(found.view(torch.uint8)), *room)

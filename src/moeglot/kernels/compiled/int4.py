@@ -6,13 +6,15 @@ import torch
 from numpy import float32, int16, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
-from moeglot.kernels.compiled.jit import Array, jit, memory, rows_together
+from moeglot.kernels.compiled.jit import FLOATS, Array, checked, jit, memory, rows_together, singles
 from moeglot.kernels.compiled.numbers import int4, stored, wide
 
 
 def decode(packed: torch.Tensor, scale: torch.Tensor, group: int, out: torch.Tensor) -> None:
     """packed i32 [rows, words], scale float32 [rows, groups] -> out [rows, columns], bfloat16 or float32 of any strides."""
-    packed, factors = rows_together(packed), memory(scale.contiguous()).view("float32")
+    rows, columns = checked(out, tuple(out.shape), *FLOATS).shape
+    packed = rows_together(checked(packed, (rows, -(-columns // 8)), torch.int32))
+    factors = singles(checked(scale, (rows, -(-columns // group)), torch.float32).contiguous())
     for some, to in in_rows(out):
         if to.numel():
             codes = memory(packed[some]).view("uint8")
@@ -41,10 +43,12 @@ def _decode(packed: Array, packed_row: int, rows: int, columns: int, scale: Arra
 
 def encode(values: torch.Tensor, scale: torch.Tensor, group: int, packed: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32, contiguous, scale float32 [rows, groups] -> packed i32 [rows, words], contiguous."""
+    rows, columns = checked(values, tuple(values.shape), *FLOATS).shape
     if values.numel():
-        codes = memory(torch.zeros((values.shape[1] + 7) // 8 * 8, dtype=torch.int16))  # those behind the last number stay 0
-        factors, room = memory(scale.contiguous()).view("float32"), (codes.view("int16"), codes.view("int32"))
-        _encode(memory(values), *values.shape, factors, scale.shape[1], group, memory(packed).view("uint8"), *room)
+        codes = memory(torch.zeros((columns + 7) // 8 * 8, dtype=torch.int16, device="cpu"))  # those behind the last number stay 0
+        factors, room = singles(checked(scale, (rows, -(-columns // group)), torch.float32).contiguous()), (codes.view("int16"), codes.view("int32"))
+        to = memory(checked(packed, (rows, -(-columns // 8)), torch.int32)).view("uint8")
+        _encode(memory(values), rows, columns, factors, scale.shape[1], group, to, *room)
 
 
 @jit

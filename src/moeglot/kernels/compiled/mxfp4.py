@@ -12,7 +12,7 @@ import numpy
 import torch
 from numpy import float32, int32, uint8, uint16, uint32, uint64
 
-from moeglot.kernels.compiled.jit import Array, Run, jit, jit_sums, memory, rows_together, space
+from moeglot.kernels.compiled.jit import FLOATS, Array, Run, checked, jit, jit_sums, memory, rows_together, singles, space
 from moeglot.kernels.compiled.numbers import e2m1, e2m1_code, exponent, magnitude, single
 from moeglot.kernels.compiled.turning import STEP, TILE, WORDS, turn
 from moeglot.kernels.e2m1 import E2M1, MIDPOINTS, TIES_UP
@@ -23,9 +23,9 @@ LAST_FINITE = 252
 @cache
 def _pairs() -> Run:
     """u32 [256 × 256]: the two bfloat16 of each byte under each scale, low nibble in the low half; 256 entries of it are in use at a time."""
-    codes = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
-    byte = torch.arange(256)
-    scales = torch.exp2(torch.arange(256, dtype=torch.float64) - 127)
+    codes = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64, device="cpu")
+    byte = torch.arange(256, dtype=torch.int64, device="cpu")
+    scales = torch.exp2(torch.arange(256, dtype=torch.float64, device="cpu") - 127)
     scales[255] = float("nan")
     pairs = torch.stack([codes[byte & 15], codes[byte >> 4]], -1)
     return memory((scales[:, None, None] * pairs).to(torch.bfloat16).view(torch.int32).flatten())
@@ -35,9 +35,9 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> int:
     """packed u8 [rows, n, 16], scale u8 [rows, n] -> out [rows, 32 n], bfloat16 or float32 of any strides; returns the largest scale that made a code
     infinite or NaN, or 0.
     """
-    packed, scale = rows_together(packed, 2), rows_together(scale)
     rows, groups = scale.shape
-    if not out.numel():
+    packed, scale = rows_together(checked(packed, (rows, groups, 16), torch.uint8), 2), rows_together(scale)
+    if not checked(out, (rows, 32 * groups), *FLOATS).numel():
         return 0
     if out.stride(1) == 1 and out.stride(0) % 4 == 0:
         kernel = _rows_half if out.dtype == torch.bfloat16 else _rows_single
@@ -50,7 +50,7 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> int:
         room = (turned, turned.view("uint8"), space(TILE, "uint16"), space(groups * STEP, "uint8"))
         most = _turned_half(*words, memory(scale), scale.stride(0), rows, groups, _pairs(), memory(out), out.stride(1), *room)
     else:
-        found = torch.empty(out.shape, dtype=out.dtype)
+        found = torch.empty(out.shape, dtype=out.dtype, device="cpu")
         bad = decode(packed, scale, found)
         out.copy_(found)
         return bad
@@ -160,16 +160,16 @@ def times(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, out: torch
     """x float32 [n, 32 g], packed u8 [rows, g, 16], scale u8 [rows, g], no code infinite under it -> out float32 [n, rows], rows without gaps."""
     packed, scale = rows_together(packed, 2), rows_together(scale)
     if out.numel():
-        even, odd = (memory(x[:, first::2].contiguous()).view("float32") for first in (0, 1))
+        even, odd = (singles(checked(x, (len(x), 32 * scale.shape[1]), torch.float32)[:, first::2].contiguous()) for first in (0, 1))
         where = (memory(packed), packed.stride(0), memory(scale), scale.stride(0), *scale.shape, powers())
         room = (space(even.size // len(x), "float32"), space(odd.size // len(x), "float32"))
-        _times(even, odd, len(x), *where, memory(out).view("float32"), out.stride(0), *room)
+        _times(even, odd, len(x), *where, singles(checked(out, (len(x), len(packed)), torch.float32)), out.stride(0), *room)
 
 
 @cache
 def powers() -> Run:
     """float32 [256]: 2^(scale - 127)."""
-    return memory(torch.exp2(torch.arange(256, dtype=torch.float64) - 127).to(torch.float32)).view("float32")
+    return singles(torch.exp2(torch.arange(256, dtype=torch.float64, device="cpu") - 127).to(torch.float32))
 
 
 @jit_sums
@@ -220,20 +220,21 @@ BLOCK = 64
 @cache
 def thresholds(ties: str, half: bool) -> Run:
     """int32 [255 × 7]: under each scale, the bits of the smallest magnitude that gets each code but the first; of a bfloat16, or of a float32."""
-    middle = torch.tensor(MIDPOINTS, dtype=torch.float64) * torch.exp2(torch.arange(255, dtype=torch.float64) - 127)[:, None]
+    middle = torch.tensor(MIDPOINTS, dtype=torch.float64, device="cpu") * torch.exp2(torch.arange(255, dtype=torch.float64, device="cpu") - 127)[:, None]
     bits = middle.to(torch.float32).view(torch.int32).to(torch.int64)  # exact, or infinite
     if ties == "even":
-        bits += ~torch.tensor(TIES_UP)
+        bits += ~torch.tensor(TIES_UP, dtype=torch.bool, device="cpu")
     return memory(((bits + 0xFFFF) >> 16 if half else bits).to(torch.int32).flatten()).view("int32")
 
 
 def encode(values: torch.Tensor, scale_rule: str, ties: str, packed: torch.Tensor, scale: torch.Tensor) -> bool:
     """values [n, 32], bfloat16 or float32, contiguous -> packed u8 [n, 16], scale u8 [n]; False if a number is not finite."""
-    half = values.dtype == torch.bfloat16
-    given = memory(values).view("int16" if half else "int32")
+    half, count = values.dtype == torch.bfloat16, len(values)
+    given = memory(checked(values, (count, 32), *FLOATS)).view("int16" if half else "int32")
     codes = space(32 * BLOCK, "int16")
     room = (codes, codes.view("int32"), space(BLOCK, given.dtype))
-    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", thresholds(ties, half), memory(packed), memory(scale), *room))
+    to = memory(checked(packed, (count, 16), torch.uint8)), memory(checked(scale, (count,), torch.uint8))
+    return bool(_encode(given, *values.shape, RULES[scale_rule], ties == "even", thresholds(ties, half), *to, *room))
 
 
 @jit

@@ -8,22 +8,24 @@ import torch
 from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
-from moeglot.kernels.compiled.jit import Array, Run, jit, memory, rows_together, space
+from moeglot.kernels.compiled.jit import FLOATS, Array, Run, checked, jit, memory, rows_together, singles, space
 from moeglot.kernels.compiled.numbers import e2m1, stored
 from moeglot.kernels.e2m1 import thresholds
 
 
 @cache
 def _limits() -> Run:
-    return memory(thresholds("even", torch.device("cpu"))).view("float32")
+    return singles(thresholds("even", torch.device("cpu")))
 
 
 def decode(packed: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
     """packed u8 [rows, 8 n], factor float32 [rows, n] -> out [rows, 16 n], bfloat16 or float32 of any strides."""
-    packed, factors = rows_together(packed), memory(factor.contiguous()).view("float32")
+    rows, groups = factor.shape
+    packed, factors = rows_together(checked(packed, (rows, 8 * groups), torch.uint8)), singles(factor.contiguous())
+    checked(out, (rows, 16 * groups), *FLOATS)
     for some, to in in_rows(out):
         if to.numel():
-            given = (memory(packed[some]), packed.stride(0), len(to), factors.since(some.start * factor.shape[1]), factor.shape[1])
+            given = (memory(packed[some]), packed.stride(0), len(to), factors.since(some.start * groups), groups)
             numbers = memory(to)
             _decode(*given, numbers, to.stride(0), space(16, numbers.dtype))
 
@@ -44,8 +46,9 @@ def _decode(packed: Array, packed_row: int, rows: int, factor: Array, groups: in
 
 def encode(values: torch.Tensor, factor: torch.Tensor, packed: torch.Tensor) -> None:
     """values float32 [n, 16], factor float32 [n] -> packed u8 [n, 8]; quotients to the nearest code, ties to even."""
-    given = memory(values.contiguous()).view("float32")
-    _encode(given, memory(factor.contiguous()).view("float32"), len(values), _limits(), memory(packed))
+    count = len(values)
+    given, by = singles(checked(values, (count, 16), torch.float32).contiguous()), singles(checked(factor, (count,), torch.float32).contiguous())
+    _encode(given, by, count, _limits(), memory(checked(packed, (count, 8), torch.uint8)))
 
 
 @jit

@@ -16,7 +16,7 @@ def outer(narrow: torch.Tensor, wide: torch.Tensor, rows: Rows, gather: bool = F
     check_dtype(narrow.dtype)
     narrow, wide = narrow.contiguous(), wide.contiguous()
     rank, columns, experts = narrow.shape[1], wide.shape[1], len(rows.ends)
-    out = torch.empty(experts, rank, columns, device=narrow.device)
+    out = torch.empty(experts, rank, columns, device=narrow.device, dtype=torch.float32)
     width = 32 if narrow.device.type == "cpu" else 128
     some = ranks_at_once(rank)
     grid = (experts, triton.cdiv(columns, width), triton.cdiv(rank, some))

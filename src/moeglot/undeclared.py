@@ -1,0 +1,31 @@
+"""What the source's quantization_config has a server do beside the weights and the output's does not, and the tensors that are left out with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moeglot.coding import said
+from moeglot.plan import Plan
+from moeglot.served import has_cache, is_of_cache, is_static
+
+
+def undeclared(plan: Plan) -> Iterator[dict[str, Any]]:
+    """For each such thing: `what` is left out, how many `tensors`, and `why`."""
+    source, declared = plan.source, said(plan.source.source.config)
+    written = {tensor.name for parts in plan.dense.values() for tensor in parts}
+    others = [parts["input_scale"] for _, parts in source.matrices.values() if "input_scale" in parts]
+    if count := sum(name not in written for name in others) + _of_experts(plan):
+        static = any(is_static(declared, line.module(layer)) for layer in source.layers for line in source.format.lines(layer) if not line.is_plain)
+        why = f"{source.format.name} has activations rounded under them, and the output's config.json has not" if static else "config.json does not use them"
+        yield {"what": "scales of activations", "tensors": count, "why": why}
+    if has_cache(declared) and not has_cache(said(plan.config)):
+        gone = [name for name in source.dense if is_of_cache(name) and name not in written]
+        why = f"{source.format.name} has them kept in fewer bits, and the output's config.json has not"
+        yield {"what": "scales of keys and values", "tensors": len(gone), "why": why}
+
+
+def _of_experts(plan: Plan) -> int:
+    source, carried = plan.source, {(role, step.layer) for step in plan.steps if step.target.carried for role in step.line.roles}
+    lines = [(line, layer) for layer in source.layers for line in source.format.lines(layer) if (line.roles[0], layer) not in carried]
+    return sum(source.sizes["e"] if line.per_expert else 1 for line, layer in lines if source.encoding(line, layer).carried)

@@ -1,0 +1,51 @@
+"""Models are the same whatever torch's default dtype is; transformers sets it for all threads while it builds one, and they may load meanwhile."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from test_default_dtype import OTHERS, folder, under
+
+import moeglot
+from moeglot.errors import NotVerified
+
+__all__ = ["folder"]
+
+
+@pytest.mark.parametrize("default", OTHERS)
+def test_a_default_changes_no_model(default, folder):
+    """Weights, logits and what is saved; what a release refuses, it refuses."""
+    expected, found = under(folder, "float32", "models"), under(folder, default, "models")
+    assert not all("Error" in bits for bits in expected["during"].values())
+    for when in ("during", "after"):
+        wrong = {name: found[when][name] for name, bits in expected[when].items() if found[when][name] != bits}
+        assert not wrong, f"{when}: {len(wrong)} of {len(expected[when])}: {wrong}"
+
+
+def test_threads_load_in_dtypes_of_their_own(folder):
+    before, jobs = torch.get_default_dtype(), [("bfloat16", "fp8-block"), ("float32", "nvfp4-pack"), ("bfloat16", "mxfp4-pack"), ("float32", "nf4")]
+    expected = {job: moeglot.load(folder / job[1], dtype=job[0]).state_dict() for job in jobs}
+    with ThreadPoolExecutor(4) as pool:
+        for job, model in pool.map(lambda job: (job, moeglot.load(folder / job[1], dtype=job[0])), jobs * 6):
+            found = model.state_dict()
+            assert [name for name, tensor in expected[job].items() if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor)] == []
+    assert torch.get_default_dtype() == before
+
+
+def test_a_model_in_another_dtype_is_refused(folder, monkeypatch):
+    """What a program does to the library that builds models in two threads: the default changes after it was set."""
+    build = transformers.Qwen3MoeForCausalLM.__init__
+
+    def late(self, *args, **kwargs):
+        torch.set_default_dtype(torch.bfloat16)
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "__init__", late)
+    try:
+        with pytest.raises(NotVerified, match=r"parameters in another dtype than float32, first \S+ in torch\.bfloat16"):
+            moeglot.load(folder / "nf4", dtype="float32")
+    finally:
+        torch.set_default_dtype(torch.float32)
