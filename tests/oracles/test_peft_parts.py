@@ -216,10 +216,8 @@ def test_biases_of_factors_are_no_part_of_a_folder_with_experts(tmp_path):
     model_of().save_pretrained(tmp_path / "base")
     native = moeglot.load(tmp_path / "base", "float32", native=True)
     model = peft.get_peft_model(native, peft.LoraConfig(r=2, target_modules=ATTENTION, lora_bias=True))
-    add_lora(model, r=2)
     with pytest.raises(UnsupportedAdapter, match="lora_bias"):
-        save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
-    assert not list(tmp_path.glob("adapter*"))
+        add_lora(model, r=2)
 
 
 def test_the_last_adapter_beside_a_trainers_checkpoints(tmp_path):

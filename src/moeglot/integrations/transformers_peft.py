@@ -66,7 +66,7 @@ def _check_loaded(body: torch.nn.Module, state: Mapping[str, Any], prefix: str, 
     loras = [lora for module in _experts(body) for lora in module.adapters.values() if lora.trains]
     mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
     layers = [body.get_submodule(name) for name in peft_layers(body)]
-    named = {name for layer in layers for held in ("scaling", "modules_to_save") for name in getattr(layer, held, ())}
+    named = {name for layer in layers for held in (_scales(layer), getattr(layer, "modules_to_save", ())) for name in held}
     others = named - {lora.beside or "default" for lora in loras}
     given = {WRAPPED.sub("", key) for key in state if others.isdisjoint(key.split("."))}
     wanted = [name for name, parameter in body.named_parameters(prefix.removesuffix(".")) if id(parameter) in mine]
@@ -122,6 +122,12 @@ def _learns(lora: Lora) -> bool:
     return any(parameter.requires_grad for parameter in lora.parameters())
 
 
+def _scales(layer: Any) -> Mapping[str, float]:
+    """adapter -> its scale in a layer of PEFT's; none where PEFT keeps a copy of the module, whose own `scaling` shows through."""
+    found = getattr(layer, "scaling", None)
+    return found if isinstance(found, Mapping) else {}
+
+
 def _check_asked(model: torch.nn.Module, configs: Mapping[str, Any], layers: Iterable[str]) -> None:
     """Raises `UsageError` where PEFT's adapter is asked for in a way that the experts' does not follow: for some rows alone, or at another scale."""
     for name in layers:
@@ -132,7 +138,7 @@ def _check_asked(model: torch.nn.Module, configs: Mapping[str, Any], layers: Ite
                 "the experts' adapter has the tokens of all rows, and PEFT itself refuses this on parameters",
                 "load the model again, since PEFT's hooks stay after an error, and compute the rows of each adapter by themselves",
             )
-        for adapter, scale in getattr(layer, "scaling", {}).items():
+        for adapter, scale in _scales(layer).items():
             r, alpha = layer.r.get(adapter), layer.lora_alpha.get(adapter)
             if not r or adapter not in configs:
                 continue

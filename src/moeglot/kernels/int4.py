@@ -233,13 +233,14 @@ def _signed(values: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str,
 def nibbles(packed: torch.Tensor) -> torch.Tensor:
     """i32 [n, k] -> u8 [n, 8 k]."""
     byte = packed.contiguous().view(torch.uint8)
-    return torch.stack([byte & 15, byte >> 4], -1).view(len(packed), -1)
+    return torch.stack([byte & 15, byte >> 4], -1).flatten(1)
 
 
 def packed(nibbles: torch.Tensor) -> torch.Tensor:
     """u8 [n, in] -> i32 [n, ⌈in / 8⌉]; nibbles behind the last number are 0."""
     nibbles = torch.nn.functional.pad(nibbles, (0, -nibbles.shape[1] % WORD))
-    return (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).flatten().view(torch.int32).view(len(nibbles), -1)  # strides of an axis of one may be anything
+    words = (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).flatten().view(torch.int32)  # strides of an axis of one may be anything
+    return words.view(len(nibbles), nibbles.shape[1] // WORD)
 
 
 def largest_codes(packed: torch.Tensor, columns: int, block: Block, zero: torch.Tensor | None = None) -> torch.Tensor:
