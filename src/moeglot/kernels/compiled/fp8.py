@@ -6,7 +6,7 @@ import torch
 from numpy import float32, int32, uint8, uint32
 
 from moeglot.kernels.backend import in_rows
-from moeglot.kernels.compiled.jit import FLOATS, Array, checked, jit, memory, rows_together, singles, space
+from moeglot.kernels.compiled.jit import FLOATS, Array, checked, jit, memory, rows_together, singles
 from moeglot.kernels.compiled.numbers import e4m3_code, stored, wide
 from moeglot.kernels.grid import shape_of
 
@@ -47,18 +47,17 @@ def encode(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], ou
     if values.numel():
         tile, to = (block[0] or rows, block[1] or columns), memory(checked(out, shape, torch.float8_e4m3fn))
         factors = singles(checked(scale, shape_of(shape, block), torch.float32).contiguous())
-        _encode(memory(values), rows, columns, factors, scale.shape[1], *tile, to, space(columns, "float32"))
+        _encode(memory(values), rows, columns, factors, scale.shape[1], *tile, to)
 
 
 @jit
-def _encode(values: Array, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array, factors: Array) -> None:
+def _encode(values: Array, rows: int, columns: int, scale: Array, tiles: int, height: int, width: int, out: Array) -> None:
     for r in range(rows):
-        if r % height == 0:
-            for tile in range(tiles):
-                factors[tile * width : (tile + 1) * width] = scale[r // height * tiles + tile]
-        given, to = values[r * columns :], out[r * columns :]
-        for k in range(columns):
-            bits = uint32(wide(given[k]))
-            quotient = float32(uint32(bits & uint32(0x7FFFFFFF)).view(float32) / factors[k])
-            quotient = quotient if quotient < float32(448.0) else float32(448.0)
-            to[k] = uint8(e4m3_code(quotient) | uint32(uint32(bits >> uint32(24)) & uint32(0x80)))
+        for tile in range(tiles):
+            at, factor = tile * width, scale[r // height * tiles + tile]
+            given, to, count = values[r * columns + at :], out[r * columns + at :], min(width, columns - at)
+            for k in range(count):
+                bits = uint32(wide(given[k]))
+                quotient = float32(uint32(bits & uint32(0x7FFFFFFF)).view(float32) / factor)
+                quotient = quotient if quotient < float32(448.0) else float32(448.0)
+                to[k] = uint8(e4m3_code(quotient) | uint32(uint32(bits >> uint32(24)) & uint32(0x80)))

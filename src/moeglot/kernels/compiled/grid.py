@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from numpy import float32, int32, uint8, uint32
 
-from moeglot.kernels.compiled.jit import FLOATS, Array, checked, jit, memory, singles, space
-from moeglot.kernels.compiled.numbers import KINDS, in_order, made, wide
+from moeglot.kernels.compiled.jit import FLOATS, Array, checked, inline, jit, memory, singles, space
+from moeglot.kernels.compiled.numbers import KINDS, in_order, made, magnitude, single, wide
 from moeglot.kernels.grid import shape_of
 
 CHUNK = 1 << 19
@@ -14,9 +14,11 @@ CHUNK = 1 << 19
 
 def largest(values: torch.Tensor, block: tuple[int, int], into: torch.Tensor) -> None:
     """values [rows, columns], bfloat16 or float32 -> into float32 [tiles, tiles], zeros before: the largest magnitude of each; NaN is larger than infinity."""
-    tile, to = _tile(values, block), memory(checked(into, shape_of(tuple(values.shape), block), torch.float32))
+    tile, to = _tile(values, block), memory(checked(into, shape_of(tuple(values.shape), block), torch.float32)).view("int32")
+    bits = "int16" if values.dtype == torch.bfloat16 else "int32"
+    room = space(values.shape[1], bits)
     for some, given in _rows(values):
-        _largest(memory(given), given.stride(0), *given.shape, some.start, into.shape[1], *tile, to)
+        _largest(memory(given).view(bits), given.stride(0), *given.shape, some.start, into.shape[1], *tile, to, room)
 
 
 def _tile(values: torch.Tensor, block: tuple[int, int]) -> tuple[int, int]:
@@ -32,17 +34,38 @@ def _rows(values: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
 
 
 @jit
-def _largest(values: Array, row: int, rows: int, columns: int, first: int, tiles: int, height: int, width: int, into: Array) -> None:
-    for r in range(rows):
+def _largest(values: Array, row: int, rows: int, columns: int, first: int, tiles: int, height: int, width: int, into: Array, room: Array) -> None:
+    """`room`: the largest of each column in a row of tiles; the magnitudes of floats are ordered as their bits."""
+    r = 0
+    while r < rows:
+        count, place, given = min(rows - r, height - (first + r) % height), (first + r) // height * tiles, values[r * row :]
+        if count > 1:
+            _downwards(given, row, count, columns, room)
+            given = room
         for tile in range(tiles):
-            at = tile * width
-            given, count = values[r * row + at :], min(width, columns - at)
-            most = int32(0)
-            for k in range(count):
-                bits = int32(wide(given[k]) & uint32(0x7FFFFFFF))
-                most = bits if bits > most else most
-            place = (first + r) // height * tiles + tile
-            into[place] = most if most > into[place] else into[place]
+            some = given[tile * width :]
+            most = magnitude(some[0])
+            for k in range(min(width, columns - tile * width)):
+                number = magnitude(some[k])
+                most = number if number > most else most
+            found = int32(single(most))
+            into[place + tile] = found if found > into[place + tile] else into[place + tile]
+        r += count
+
+
+@inline
+def _downwards(values: Array, row: int, count: int, columns: int, room: Array) -> None:
+    for k in range(columns):
+        room[k] = magnitude(values[k])
+    for r in range(1, count, 4):
+        second, third, fourth = min(r + 1, count - 1), min(r + 2, count - 1), min(r + 3, count - 1)
+        a, b, c, d = values[r * row :], values[second * row :], values[third * row :], values[fourth * row :]
+        for k in range(columns):
+            one, two, three, four = magnitude(a[k]), magnitude(b[k]), magnitude(c[k]), magnitude(d[k])
+            one = one if one > two else two
+            three = three if three > four else four
+            one = one if one > three else three
+            room[k] = one if one > room[k] else room[k]
 
 
 def refuted(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], kind: str, low: torch.Tensor, high: torch.Tensor) -> None:
