@@ -122,8 +122,18 @@ DEFECTS = (
         "it decides by shape whether to transpose the stacked experts, and with H = I or H = 2 I takes them wrongly",
         lambda c: c.format.family.name == "qwen3-vl-moe" and _stacked(c) and _square(c),
     ),
+    Defect(
+        "transformers 5.24",
+        "its modules name attention's matrices otherwise than 5.23's, which wrote these: it leaves attention random and only warns",
+        lambda c: c.format.name in ("inkling2/transformers-5", "inkling2-text/transformers-5"),
+    ),
+    Defect(
+        "transformers 5.24",
+        "a forward of Llama4ForConditionalGeneration raises AttributeError (image_outputs); Llama4ForCausalLM runs",
+        lambda c: "Llama4ForConditionalGeneration" in (c.source.config.get("architectures") or ()),
+    ),
 )
-"""Measured with transformers 4.57.6, 5.5.4 and 5.23.0 and bitsandbytes 0.50.2 on a CPU."""
+"""Measured with transformers 4.57.6, 5.5.4, 5.23.0 and 5.24.0 and bitsandbytes 0.50.2 on a CPU."""
 
 
 def _native(c: Checkpoint) -> bool:

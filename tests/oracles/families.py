@@ -99,6 +99,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "vision_config.num_local_experts": 4,
     },
     "dots3-note-text": {"layer_types": ["indexed_attention"] * 3},
+    "inkling2": {"text_config.unpadded_vocab_size": 90},
+    "inkling2-text": {"unpadded_vocab_size": 90},
     "longcat-flash": {"qk_head_dim": 16, "zero_expert_num": 0, "head_dim": 8},
     "qwen3-omni-moe": {
         "thinker_config.vision_start_token_id": 7,  # as the release says it; 4.57 has no default

@@ -242,10 +242,12 @@ def _is_carried(name: str, checkpoint: Checkpoint) -> bool:
 
 def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotError:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    writer = checkpoint.source.config.get("transformers_version")
+    other = writer and f"transformers {writer}" != INSTALLED
     return NotVerified(
         f"{INSTALLED} builds the model with {what}: {', '.join(names[:SHOWN])}{more}",
-        checkpoint.known,
-        "check config.json against the producer's; a model without all its tensors is not returned",
+        checkpoint.known + (f"; config.json was written by transformers {writer}, whose modules may have other names" if other else ""),
+        f"{'load it with that release, or ' if other else ''}check config.json against the producer's; a model without all its tensors is not returned",
     )
 
 

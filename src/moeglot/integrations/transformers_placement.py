@@ -18,8 +18,8 @@ PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 OFFLOADED = ("cpu", "disk")
 """Places that accelerate computes nothing on, if there is another device: it brings the weights from there for each forward pass."""
-STATEFUL = ["past_key_values"]
-"""Arguments of a layer that stay where they are: each layer's part of the cache is on its device already."""
+STATEFUL = ["past_key_values", "cache"]
+"""Arguments of a layer, in 5.23 and in 5.24, that stay where they are: each layer's part of the cache is on its device already."""
 
 
 def check(wanted: Any, experts: Iterable[str], tensors: Iterable[str]) -> None:
