@@ -16,6 +16,7 @@ from moeglot.defects import DEFECTS
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
+from moeglot.errors import BadNumbers
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 from moeglot.rules import method
@@ -159,15 +160,14 @@ def _numbers(c: Checkpoint) -> Iterator[Finding]:
     import torch
 
     for layer in dict.fromkeys((c.layers[0], c.layers[-1])):
-        for line in _matrices(c):
+        for line in (line for line in c.format.lines(layer) if line.is_matrix):
             largest = {}
             for expert in sorted({0, c.sizes["e"] // 2, c.sizes["e"] - 1}):
-                stored = c.stored(line, layer, expert)
-                key = f"{next(iter(line.keys(layer, expert).values()))}, expert {expert}"
-                if problem := stored.encoding.check(stored.parts):
-                    yield Finding("numbers", f"{key}: {problem}", {"layer": layer, "expert": expert})
+                try:
+                    roles = c.expert(line, layer, expert).values()
+                except BadNumbers as error:
+                    yield Finding("numbers", error.wrong, {"layer": layer, "expert": expert})
                     continue
-                roles = c.split(c.line(line, layer), stored).values()
                 largest[expert] = max(float(rows.decode(torch.float32).abs().max()) for role in roles for rows in role.row_blocks())
             yield from _absurd(line, layer, largest)
 

@@ -15,7 +15,7 @@ from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.divided import alongside
 from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
-from moeglot.errors import Contradiction, MoeglotError, TensorMismatch
+from moeglot.errors import BadNumbers, Contradiction, MoeglotError, TensorMismatch
 from moeglot.fingerprint import Fingerprint
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
@@ -110,10 +110,11 @@ def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | No
     """Read every expert: no NaN, no scale that is zero, NaN or a placeholder."""
 
     def work(layer: int, expert: int) -> str | None:
-        for line in checkpoint.format.stored:
-            stored = checkpoint.stored(line, layer, expert)
-            if problem := stored.encoding.check(stored.parts):
-                return f"{next(iter(line.keys(layer, expert).values()))}, expert {expert}: {problem}"
+        try:
+            for line in checkpoint.format.stored:
+                checkpoint.checked(line, layer, expert)
+        except BadNumbers as error:
+            return error.wrong
         return None
 
     bad = [found for found in each_expert(checkpoint, work, "reading", workers, progress) if found]

@@ -139,6 +139,18 @@ def test_the_tensors_refute_what_config_says(tmp_path):
         moeglot.open(folder)
 
 
+def test_numbers_that_are_wrong_are_named_as_the_layer_stores_them(tmp_path):
+    """A layer that is left alone has other keys than the lines of its format."""
+    by_name, key = {coding.name: coding for coding in KEEPING}, "model.layers.2.mlp.experts.0.gate_proj.weight"
+    folder = mixed(tmp_path, by_name["nvfp4-pack"], (2,))
+    held = load_file(folder / "model.safetensors")
+    held[key][0, 0] = float("nan")
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    told = f"{key}, expert 0: holds NaN or infinite numbers"
+    assert f"{told} (1 experts)" in [check.detail for check in moeglot.verify(folder).checks]
+    assert [told] == [finding.what for finding in moeglot.lint(folder) if finding.about == "numbers"]
+
+
 def test_patterns_of_each_producer(tmp_path):
     by_name = {coding.name: coding for coding in KEEPING}
     for name, pattern in {
