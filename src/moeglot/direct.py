@@ -104,13 +104,17 @@ class Output:
         write_at(self._descriptor, data, offset)
 
     def put(self, tensor: torch.Tensor, pieces: tuple[Piece, ...], at: int = 0) -> None:
-        """The bytes of a tensor from `at` in the pieces in turn, and the checksum of each piece that is then whole."""
-        if len(pieces) == 1 and not pieces[0].sums:
+        """The bytes of a tensor from `at` in the pieces in turn, and the checksum of each piece that is then whole. Only in one without a checksum may it fill
+        a part; raises `ValueError` for a tensor that would lie elsewhere.
+        """
+        nbytes, room = tensor.numel() * tensor.element_size(), sum(piece.nbytes for piece in pieces)
+        in_parts = len(pieces) == 1 and not pieces[0].sums
+        if at + nbytes > room or (nbytes < room and not in_parts):
+            raise ValueError(f"{nbytes} bytes from {at} on do not fit in the {room} of {len(pieces)} pieces")
+        if in_parts:
             self.write(tensor, pieces[0].offset + at)
             return
         data = tensor_bytes(tensor)
-        assert at == 0
-        assert len(data) == sum(piece.nbytes for piece in pieces)
         for piece in pieces:
             run, data = data[: piece.nbytes], data[piece.nbytes :]
             for first in range(0, piece.nbytes, PIECE):

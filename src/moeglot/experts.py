@@ -159,7 +159,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found - expected‖ / ‖expected‖; infinite where either is not finite."""
     import torch
 
-    assert found.shape == expected.shape, f"{found.shape} is not {expected.shape}"
+    if found.shape != expected.shape:
+        raise ValueError(f"{list(found.shape)} is not {list(expected.shape)}")
     difference = torch.linalg.vector_norm((found - expected).double()).item()
     size = torch.linalg.vector_norm(expected.double()).item()
     if difference == 0:

@@ -320,7 +320,7 @@ def test_kernels_run_side_by_side_and_leave_torch_s_threads_alone():
 def test_an_out_of_another_shape_is_refused():
     parts = parts_of(NVFP4(), (16, 64), 1)
     for wrong in (torch.empty(64, 16), torch.empty(16, 64, dtype=torch.float64)):
-        with pytest.raises(AssertionError, match="out is"):
+        with pytest.raises(ValueError, match="out is"):
             NVFP4().decode(parts, torch.float32, wrong)
 
 
@@ -418,5 +418,46 @@ def test_a_compiled_kernel_is_not_entered_with_other_memory():
         other = torch.zeros(shape, dtype={1: torch.int8, 2: torch.float16, 4: torch.uint32}[dtype.itemsize])
         wider = torch.zeros(shape, dtype=torch.float64)
         for wrong in (half, other, wider, torch.zeros(shape, dtype=dtype, device="meta")):
-            with pytest.raises(AssertionError, match="a kernel"):
+            with pytest.raises(ValueError, match="a kernel"):
                 print(name, call(wrong))
+
+
+IN_OTHER_MEMORY = """
+import os, sys, torch
+from moeglot.direct import Output
+from moeglot.encodings.quant_state import QuantState
+from moeglot.experts import relative_error
+from moeglot.kernels import mxfp4
+from moeglot.kernels.compiled import jit
+from moeglot.shards import Piece
+
+path = sys.argv[1]
+open(path, "wb").write(bytes(16))
+put = Output(path).put
+calls = {
+    "out": lambda: mxfp4.decode(torch.zeros(64, 2, 16).byte(), torch.full((64, 2), 127).byte(), torch.float32, torch.empty(8, 8)),
+    "shape": lambda: jit.checked(torch.ones(2), (3,), torch.float32),
+    "device": lambda: jit.memory(torch.ones(2, device="meta")),
+    "dtype": lambda: jit.singles(torch.ones(2).int()),
+    "too long": lambda: put(torch.ones(9).byte(), (Piece(0, 8),)),
+    "too far": lambda: put(torch.ones(4).byte(), (Piece(0, 8),), 5),
+    "too short for its pieces": lambda: put(torch.ones(7).byte(), (Piece(0, 4), Piece(4, 4))),
+    "not from the first": lambda: put(torch.ones(4).byte(), (Piece(0, 8, (12,)),), 4),
+    "quant_state": lambda: QuantState("nf4", 64, "BF16", (2, 64)).write(16),
+    "broadcast": lambda: relative_error(torch.ones(2, 2), torch.ones(2)),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except ValueError:
+        continue
+    print(name, "was not refused")
+put(torch.ones(4).byte(), (Piece(0, 8),), 4)
+print(list(open(path, "rb").read()))
+"""
+
+
+def test_other_memory_is_refused_by_python_without_asserts(tmp_path):
+    command, environment = [sys.executable, "-O", "-c", IN_OTHER_MEMORY, str(tmp_path / "file")], {"MOEGLOT_KERNELS": "torch", "PYTHONPATH": ":".join(sys.path)}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == [str([0] * 4 + [1] * 4 + [0] * 8)]

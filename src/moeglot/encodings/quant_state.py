@@ -54,7 +54,8 @@ class QuantState:
         if self.offset is not None:
             told |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": self.offset}
         text = json.dumps(told).encode().ljust(max(length, 0))
-        assert length in (ANY, len(text)), f"{len(text)} bytes of quant_state do not fit in {length}"
+        if length not in (ANY, len(text)):
+            raise ValueError(f"{len(text)} bytes of quant_state do not fit in {length}")
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def slice_shape(self, packed: torch.Tensor) -> tuple[int, ...] | None:

@@ -129,7 +129,8 @@ def place(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, out:
     """Where a kernel writes: `out`, which must have this shape and dtype, or new memory."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    assert (tuple(out.shape), out.dtype) == (shape, dtype), f"out is {out.dtype} {list(out.shape)}, the values are {dtype} {list(shape)}"
+    if (tuple(out.shape), out.dtype) != (shape, dtype):
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}, the values are {dtype} {list(shape)}")
     return out
 
 

@@ -182,21 +182,23 @@ FLOATS = (torch.bfloat16, torch.float32)
 
 def checked(tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> torch.Tensor:
     """The tensor, which must have this shape and one of these dtypes: in any other memory a kernel would write past the end."""
-    fits = tuple(tensor.shape) == shape and tensor.dtype in dtypes
-    assert fits, f"a kernel takes {' or '.join(map(str, dtypes))} {list(shape)} here, and was given {tensor.dtype} {list(tensor.shape)}"
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise ValueError(f"a kernel takes {' or '.join(map(str, dtypes))} {list(shape)} here, and was given {tensor.dtype} {list(tensor.shape)}")
     return tensor
 
 
 def memory(tensor: torch.Tensor) -> Run:
     """The memory that a tensor spans, as unsigned integers of its item size [n]; strides of the tensor count in these."""
-    assert tensor.device.type == "cpu", f"a kernel computes in this machine's memory, and was given a tensor on {tensor.device}"
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a kernel computes in this machine's memory, and was given a tensor on {tensor.device}")
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     return Run(tensor.data_ptr(), span, _UNSIGNED[tensor.element_size()], tensor)
 
 
 def singles(tensor: torch.Tensor) -> Run:
     """As `memory`, of float32 and as such."""
-    assert tensor.dtype == torch.float32, f"a kernel takes float32 here, and was given {tensor.dtype}"
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"a kernel takes float32 here, and was given {tensor.dtype}")
     return memory(tensor).view("float32")
 
 
