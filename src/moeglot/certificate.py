@@ -132,20 +132,22 @@ class Rounded:
         if not self.steps:
             return values(written, self.plan.source, workers=threads, progress=progress)
 
-        def work(layer: int, expert: int) -> tuple[float, Loss]:
-            mine, theirs, worst, apart = right(written, layer, expert), self.matrix(layer, expert), 0.0, Loss()
+        def work(layer: int, expert: int) -> tuple[list[float], Loss]:
+            mine, theirs, off, apart = right(written, layer, expert), self.matrix(layer, expert), list[float](), Loss()
             for role in written.format.family.roles:
-                worst = max(worst, difference(mine(role), theirs(role)))
+                if (error := difference(mine(role), theirs(role))) is not None:
+                    off.append(error)
                 if self._only_rounded(role, layer, expert):
                     apart += self._distance(mine(role), role, layer, expert)
-            return worst, apart
+            return off, apart
 
         rows = list(each_expert(written, work, "values", threads, progress))
-        worst, apart = max(worst for worst, _ in rows), sum((loss for _, loss in rows), Loss()).relative
+        off, apart = [error for errors, _ in rows for error in errors], sum((loss for _, loss in rows), Loss()).relative
+        worst = max(off, default=0.0)
         rounding = ", ".join(sorted({str(step.target) for step in self.steps.values()}))
         of = "the source with the adapter's change" if self.plan.change else "the source"
         figures = {"relative_error_beyond_rounding": worst, "rounding": rounding, "relative_error": apart}
-        if worst or not abs(apart - self.stated) <= 1e-3 * self.stated:
+        if off or not abs(apart - self.stated) <= 1e-3 * self.stated:
             detail = f"off {of} as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
             return Check("values", "does not hold", "canonical tensors", detail, figures)
         detail = f"{of} as {rounding} rounds it, bit for bit" + (f"; relative error {apart:.3g}" if self.lossy else "")

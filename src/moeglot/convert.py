@@ -274,7 +274,7 @@ def _refuse_expected_loss(plan: Plan) -> None:
     if plan.lossy:
         verb = plan.lossy[0]
         raise LossRefused(
-            f"to {verb} changes numbers: relative error about {plan.expected_error[verb]:.2g}",
+            f"to {verb} changes numbers: {plan.expected_loss[verb].told}",
             "measured on a few of its experts; their values do not lie on the target's grid",
             "pass --allow-loss if that is meant; the certificate will state the loss",
         )

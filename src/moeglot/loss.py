@@ -13,6 +13,9 @@ from moeglot.survival import Survival, added
 if TYPE_CHECKING:
     import torch
 
+NONE = "0, as of signs of zero"
+"""The relative error of numbers of which bits changed, in words."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -51,6 +54,11 @@ class Loss:
     def relative(self) -> float:
         """‖changed - original‖ / ‖original‖."""
         return float((self.error / self.size) ** 0.5) if self.size else 0.0
+
+    @property
+    def told(self) -> str:
+        """Of a loss that was measured on a few experts."""
+        return f"relative error {f'about {self.relative:.2g}' if self.relative else NONE}"
 
     def as_json(self) -> dict[str, Any]:
         return {

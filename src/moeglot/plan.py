@@ -26,6 +26,7 @@ from moeglot.format import Dense, Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import written_marks
 from moeglot.layout import Sizes, Stored
+from moeglot.loss import Loss
 from moeglot.merging import Change, Merged, MergedPart
 from moeglot.remote import Location
 from moeglot.rounding import Rounding
@@ -118,7 +119,7 @@ class Plan:
     shards: tuple[ShardPlan | DistFile, ...]
     config: Mapping[str, Any]
     others: tuple[Location, ...]
-    expected_error: Mapping[str, float] = field(default_factory=dict)
+    expected_loss: Mapping[str, Loss] = field(default_factory=dict)
     change: Change | None = None
     expected_survival: Mapping[str, Survival] = field(default_factory=dict)
     estimated: bool = False
@@ -151,7 +152,7 @@ class Plan:
     @property
     def lossy(self) -> tuple[str, ...]:
         """Verbs of the steps that change numbers of this checkpoint, as measured on a sample of its experts."""
-        return tuple(verb for verb, error in self.expected_error.items() if error > 0)
+        return tuple(verb for verb, loss in self.expected_loss.items() if loss.changed)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

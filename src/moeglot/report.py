@@ -108,27 +108,27 @@ def _verbs(plan: Plan) -> Counter[str]:
 def _others(plan: Plan) -> list[dict[str, Any]]:
     """What is done to the numbers of tensors that are no experts."""
     found = [(verb, n) for verb, n in plan.dense_verbs.items() if verb]
-    return [{"do": verb, "tensors": n, "loss": "measured", "expected_relative_error": plan.expected_error.get(verb, 0.0)} for verb, n in found]
+    return [{"do": verb, "tensors": n, "loss": "measured", "expected_relative_error": plan.expected_loss.get(verb, Loss()).relative} for verb, n in found]
 
 
 def _expected(plan: Plan, verb: str) -> dict[str, Any]:
     exact = all(step.exact for step in plan.steps if step.verb == verb)
-    return {"loss": "none, whatever the numbers" if exact else "measured", "expected_relative_error": plan.expected_error.get(verb, 0.0)}
+    return {"loss": "none, whatever the numbers" if exact else "measured", "expected_relative_error": plan.expected_loss.get(verb, Loss()).relative}
 
 
 def show_plan(console: Console, plan: Plan) -> None:
     aside = left_aside(plan.source)
     rows, whose = [], f", what {plan.source.share} holds alone" if plan.source.share else ""
     for verb, count in _verbs(plan).items():
-        error = plan.expected_error.get(verb)
-        loss = "exact" if error is None else "exact on the sample; every tensor is checked" if not error else f"loses: relative error about {error:.2g}"
-        rows.append((verb, f"{count} tensors", loss))
+        lost = plan.expected_loss.get(verb)
+        told = "exact" if lost is None else f"loses: {lost.told}" if lost.changed else "exact on the sample; every tensor is checked"
+        rows.append((verb, f"{count} tensors", told))
     for role, one in plan.expected_survival.items():
         rows.append(("add the adapter's change", role, f"about {one.rec:.1%} of it survives, as measured on a few experts"))
     for done, count in plan.dense_verbs.items():
         if done:
-            error = plan.expected_error.get(done)
-            rows.append((done, f"{count} tensors", f"loses: relative error about {error:.2g}" if error else "every tensor is measured as it is written"))
+            lost = plan.expected_loss.get(done, Loss())
+            rows.append((done, f"{count} tensors", f"loses: {lost.told}" if lost.changed else "every tensor is measured as it is written"))
             continue
         less = f", but for what is left aside of {len(aside)}" if aside else ""
         rows.append(("copy other tensors", f"{count} tensors", f"byte for byte{less}" + (f", {len(plan.renamed)} renamed or joined" if plan.renamed else "")))

@@ -216,6 +216,4 @@ def _estimated(plan: Plan) -> Plan:
             _, loss = make(plan, Unit("sample", step, expert, merged=merged))
             found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
             survived = added(survived, loss.survived)
-    # Signs of zero and the like change bits without changing the error; what is no error at all must stay distinguishable.
-    errors = {verb: loss.relative or (1e-45 if loss.changed else 0.0) for verb, loss in found.items()}
-    return replace(plan, expected_error=errors, expected_survival=survived, estimated=True)
+    return replace(plan, expected_loss=found, expected_survival=survived, estimated=True)

@@ -20,6 +20,7 @@ from moeglot.fingerprint import Fingerprint
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
+from moeglot.loss import NONE
 from moeglot.misreadings import right
 from moeglot.served import has_cache, is_of_cache
 from moeglot.unsound import unsound
@@ -137,25 +138,25 @@ def values(subject: Checkpoint, other: Checkpoint, *, workers: int = 1, progress
     """Canonical tensors equal bit for bit, or else their relative error by role."""
     comparable(subject, other)
 
-    def work(layer: int, expert: int) -> tuple[int, dict[str, float]]:
+    def work(layer: int, expert: int) -> tuple[int, dict[str, float | None]]:
         mine, theirs = right(subject, layer, expert), right(other, layer, expert)
         return layer, {role: difference(mine(role), theirs(role)) for role in subject.format.family.roles}
 
     return _worst(subject, each_expert(subject, work, "values", workers, progress))
 
 
-def _worst(subject: Checkpoint, found: Iterator[tuple[int, dict[str, float]]]) -> Check:
+def _worst(subject: Checkpoint, found: Iterator[tuple[int, dict[str, float | None]]]) -> Check:
     roles: dict[str, float] = {}
     layers: dict[int, float] = {}
     unequal = total = 0
     for layer, errors in found:
         for role, error in errors.items():
-            roles[role] = max(roles.get(role, 0), error)
-            layers[layer] = max(layers.get(layer, 0), error)
-            total, unequal = total + 1, unequal + (error > 0)
+            roles[role] = max(roles.get(role, 0), error or 0)
+            layers[layer] = max(layers.get(layer, 0), error or 0)
+            total, unequal = total + 1, unequal + (error is not None)
     if not unequal:
         return Check("values", "holds", "canonical tensors", f"{total} of {total} equal bit for bit", {"unequal": 0, "tensors": total}, layers)
-    worst = ", ".join(f"{role} {error:.2g}" for role, error in roles.items() if error)
+    worst = ", ".join(f"{role} {error:.2g}" for role, error in roles.items() if error) or NONE
     figures = {"unequal": unequal, "tensors": total, "relative_error": roles}
     return Check("values", "does not hold", "canonical tensors", f"{unequal} of {total} differ; relative error {worst}", figures, layers)
 
@@ -178,12 +179,12 @@ def _which(checkpoint: Checkpoint) -> str:
     return f"what {checkpoint.share} holds" if checkpoint.share else "the whole model"
 
 
-def difference(mine: Encoded, theirs: Encoded) -> float:
-    """0 if the numbers are the same, bit for bit (the sign of zero too); else their relative error, never 0."""
+def difference(mine: Encoded, theirs: Encoded) -> float | None:
+    """None if the numbers are the same, bit for bit (the sign of zero too); else their relative error, 0 where signs of zero are all that differs."""
     from moeglot.kernels.bits import same
 
     if _same_parts(mine, theirs) or _same_in_half(mine, theirs):
-        return 0.0
+        return None
     error = size = 0.0
     equal, dtype = True, compared_dtype(mine, theirs)
     for a, b in row_pairs(mine, theirs):
@@ -192,9 +193,9 @@ def difference(mine: Encoded, theirs: Encoded) -> float:
         error += squares(x - y)
         size += squares(y)
     if equal:
-        return 0.0
-    ratio = (error / size) ** 0.5 if size else float("inf")
-    return max(ratio, 1e-45) if ratio == ratio else float("inf")
+        return None
+    ratio = (error / size) ** 0.5 if size else float("inf") if error else 0.0
+    return ratio if ratio == ratio else float("inf")
 
 
 def _same_parts(mine: Encoded, theirs: Encoded) -> bool:

@@ -13,6 +13,7 @@ from moeglot.codings import CODINGS
 from moeglot.convert import carry_out
 from moeglot.errors import LossRefused
 from moeglot.formats import by_name
+from moeglot.report import plan_json
 from moeglot.units import estimate
 
 LAYOUTS = ("qwen3-moe/hub", "qwen3-moe/transformers-5")
@@ -112,13 +113,37 @@ def test_a_loss_is_stated_before_and_after(tmp_path):
     write_checkpoint(tmp_path / "plain", LAYOUTS[0], {"e": 4, "h": 128, "i": 128}, 1)
     plan = estimate(moeglot.plan(tmp_path / "plain", LAYOUTS[0], encode="fp8-block"))
     assert plan.target.name == f"{LAYOUTS[0]}+fp8-block"
-    (expected,) = plan.expected_error.values()
+    (expected,) = plan.expected_loss.values()
     with pytest.raises(LossRefused, match="relative error"):
         moeglot.convert(tmp_path / "plain", LAYOUTS[0], tmp_path / "out", encode="fp8-block")
     certificate = moeglot.convert(tmp_path / "plain", LAYOUTS[0], tmp_path / "out", encode="fp8-block", allow_loss=True)
     (loss,) = certificate.losses.values()
     assert 0.01 < loss.relative < 0.05
-    assert abs(expected / loss.relative - 1) < 0.2
+    assert abs(expected.relative / loss.relative - 1) < 0.2
+
+
+def test_signs_of_zero_are_a_change_without_an_error(tmp_path):
+    """INT4 has no negative zero: it is told as a change, and no number stands for an error that nobody measured."""
+    write_checkpoint(tmp_path / "plain", LAYOUTS[0], {"e": 2, "h": 128, "i": 128}, 1)
+    moeglot.convert(tmp_path / "plain", LAYOUTS[0], tmp_path / "coded", encode="int4:32", allow_loss=True)
+    for name in ("decoded", "turned"):
+        moeglot.convert(tmp_path / "coded", LAYOUTS[0], tmp_path / name, encode="float32")
+    path = tmp_path / "turned" / "model.safetensors"
+    held = {key: torch.where(tensor == 0, -0.0, tensor) if "0.up_proj" in key else tensor for key, tensor in load_file(path).items()}
+    save_file(held, path, {"format": "pt"})
+    (values,) = (check for check in moeglot.compare(tmp_path / "turned", tmp_path / "decoded").checks if check.what == "canonical tensors")
+    assert values.verdict == "does not hold"
+    assert values.detail == "1 of 6 differ; relative error 0, as of signs of zero"
+    assert (values.figures["unequal"], values.figures["relative_error"]) == (1, {"gate": 0, "up": 0, "down": 0})
+    plan = estimate(moeglot.plan(tmp_path / "turned", LAYOUTS[0], encode="int4:32"))
+    (verb,) = plan.lossy
+    assert (plan.expected_loss[verb].changed > 0, plan.expected_loss[verb].relative) == (True, 0)
+    told = plan_json(plan)
+    assert (told["needs_allow_loss"], {step["expected_relative_error"] for step in told["steps"]}) == (True, {0})
+    with pytest.raises(LossRefused, match="changes numbers: relative error 0, as of signs of zero"):
+        moeglot.convert(tmp_path / "turned", LAYOUTS[0], tmp_path / "again", encode="int4:32")
+    certificate = moeglot.convert(tmp_path / "turned", LAYOUTS[0], tmp_path / "again", encode="int4:32", allow_loss=True)
+    assert certificate.report.verdict == "holds"
 
 
 def test_the_block_size_is_what_config_says(tmp_path):

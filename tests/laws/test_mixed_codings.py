@@ -117,7 +117,7 @@ def test_where_the_target_cannot_say_it_the_plan_states_the_loss(tmp_path):
     config["quantization_config"]["modules_to_not_convert"].append("layers.1.ffn.experts")
     (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
     plan = estimate(moeglot.plan(tmp_path / "whole", "deepseek-v4/hub+fp4-experts"))
-    assert any(verb.startswith("encode bfloat16") for verb in plan.expected_error)
+    assert any(verb.startswith("encode bfloat16") for verb in plan.expected_loss)
     with pytest.raises(LossRefused):
         moeglot.convert(tmp_path / "whole", "deepseek-v4/hub+fp4-experts", tmp_path / "out")
 
