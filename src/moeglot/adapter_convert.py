@@ -19,7 +19,7 @@ from moeglot.conventions import Convention, target
 from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
 from moeglot.errors import AdapterError, NotVerified, OutputExists
-from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places, shapes
+from moeglot.factors import Place, holds, join, lay, places, shapes, stacked_form
 from moeglot.layout import Sizes
 from moeglot.shards import ShardPlan, Slot, tensor_bytes, write_at
 
@@ -59,7 +59,7 @@ class Conversion:
 def plan_conversion(adapter: Adapter, to: str) -> Conversion:
     """`to`: a convention, or a reader who needs one. Raises `AdapterError` where it cannot hold this adapter."""
     family, experts = adapter.base.format.family, adapter.base.sizes["e"]
-    convention, patterns = target(to, in_out(family), family.name in SAY_TRANSPOSED)
+    convention, patterns = target(to, stacked_form(family))
     if not holds(convention, family):
         raise AdapterError(f"{convention.name} cannot hold experts of {family.name}", convention.about, "`moeglot adapter conventions` says which are for all")
     found = [_place(adapter, convention, place) for layer in adapter.layers for place in places(convention, family, layer, experts, adapter.roles(layer))]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moeglot.axes import parse_axes
 from moeglot.errors import UsageError
+from moeglot.format import Format
 
 Leaves = tuple[tuple[tuple[str, ...], str], ...]
 """(roles, name) of each tensor pair of a layer's experts."""
@@ -194,14 +195,13 @@ def by_name(name: str) -> Convention:
     raise UsageError(f"{name!r} is not a convention", f"known: {', '.join(c.name for c in CONVENTIONS)}", "`moeglot adapter conventions` says what each one is")
 
 
-def target(name: str, in_out: bool, said: bool = True) -> tuple[Convention, bool]:
-    """The convention of a name, or the one that a reader of this name needs where experts are stored [e, in, out] (or not); whether patterns are read.
-
-    `said`: the module of experts that are stored so says it (`is_transposed`).
-    """
+def target(name: str, form: Format | None) -> tuple[Convention, bool]:
+    """The convention of a name, or the one that a reader of this name needs; whether patterns are read. `form`: how a family's experts are stacked."""
     for reader in READERS:
         if reader.name == name:
-            convention = (reader.in_out if said else reader.silent or reader.in_out) if in_out else reader.out_in
+            convention = reader.in_out if form and form.is_in_out else reader.out_in
+            if form and form.is_in_out and not form.says_transposed:
+                convention = reader.silent or reader.in_out
             return convention, convention.patterns and reader.patterns
     if name in (convention.name for convention in CONVENTIONS):
         return by_name(name), by_name(name).patterns

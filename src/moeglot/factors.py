@@ -23,10 +23,6 @@ WRAP = ".base_layer"
 """What PEFT adds to a module's name for each wrapper around it."""
 
 
-QUANTIZERS = ("llm-compressor", "llm-compressor-0.14", "unsloth")
-"""Layouts in which models are quantized and served, and in which PEFT wraps no module."""
-
-
 @dataclass(frozen=True)
 class Place:
     """The two tensors of one parameter or module: their keys, whose factors they hold, and the `name` that adapter_config.json calls it by.
@@ -66,7 +62,7 @@ def aliases(name: str, family: Family) -> tuple[str, ...]:
 def per_expert_form(family: Family) -> Format | None:
     """The format in which each expert of a family is a module of its own."""
     found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and all(line.per_expert for line in form.stored)]
-    return next((form for form in found if form.name.partition("/")[2] not in QUANTIZERS), None)
+    return next((form for form in found if form.wrapped), None)
 
 
 def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:
@@ -78,21 +74,13 @@ def lines_of(convention: Convention, family: Family) -> tuple[Stored, ...]:
 def in_out(family: Family) -> bool:
     """A family's stacked parameters lie [e, in, out]."""
     form = stacked_form(family)
-    return form is not None and _is_in_out(form)
-
-
-def _is_in_out(form: Format) -> bool:
-    return form.stored[0].expert_groups[0] == ("h",)
+    return form is not None and form.is_in_out
 
 
 def turns_differ(family: Family) -> bool:
     """The stacked parameters of a family lie [e, in, out] in one release of transformers and [e, out, in] in another; an adapter's file does not say which."""
     forms = [form for form in PLAIN if form.family == family and form.is_plain and "transformers" in form.reads]
-    return len({_is_in_out(form) for form in forms if not any(line.per_expert for line in form.stored)}) > 1
-
-
-SAY_TRANSPOSED = ("gpt-oss", "openai-privacy-filter", "aria", "aria-text")
-"""Families whose modules in transformers 5.23 say `is_transposed`: their parameters lie [e, in, out], and PEFT >= 0.19 knows. Llama 4's do not say it."""
+    return len({form.is_in_out for form in forms if not any(line.per_expert for line in form.stored)}) > 1
 
 
 def holds(convention: Convention, family: Family) -> bool:

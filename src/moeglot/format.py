@@ -135,7 +135,8 @@ class Format:
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
     `asked`: what its producer did that only shapes tell from another format, if so; it is then read only if --format or our mark says so.
     `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
-    `by_rank`: each process of several has such files of its own, its layers and experts numbered from 0; `Dense.tp` says what else is divided.
+    `says_transposed`: its module in transformers says `is_transposed`: the parameters lie [e, in, out], and PEFT >= 0.19 knows. `wrapped`: PEFT wraps
+    its modules; not those that an expert has only to be quantized and served. `by_rank`: each process of several has such files of its own, its layers and experts numbered from 0; `Dense.tp` says what else is divided.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
@@ -155,11 +156,15 @@ class Format:
     container: TorchDist | None = None
     asked: str = ""
     by_rank: bool = False
+    says_transposed: bool = False
+    wrapped: bool = True
 
     def __post_init__(self) -> None:
         held = sorted(role for line in self.stored for role in line.roles)
         if held != sorted(self.family.roles) or not set(held) <= set(ROLES):
             raise ValueError(f"{self.name}: {self.family.name} has roles {sorted(self.family.roles)}, the lines hold {held}")
+        if self.says_transposed and not self.is_in_out:
+            raise ValueError(f"{self.name}: its module says is_transposed, its lines {[line.axes for line in self.stored]}")
 
     def __repr__(self) -> str:
         return f"Format({self.name!r})"
@@ -173,6 +178,11 @@ class Format:
     def is_plain(self) -> bool:
         """Nothing in it is quantized."""
         return all(isinstance(line.encoding, Plain) for line in self.stored)
+
+    @property
+    def is_in_out(self) -> bool:
+        """Its matrices lie [in, out]."""
+        return self.stored[0].expert_groups[0] == ("h",)
 
     @property
     def is_upright(self) -> bool:

@@ -82,10 +82,11 @@ def formats_of(family):
 
 def unlike_flags(module, forms) -> list[str]:
     """How the flags of an experts module contradict the format that describes memory."""
+    memory, found = next((form for form in reversed(forms) if not form.stored[0].per_expert), None), []
+    if memory and getattr(module, "is_transposed", False) != memory.says_transposed:
+        found.append(f"is_transposed is said: {memory.says_transposed}")
     if not hasattr(module, "has_gate"):
-        return []  # it has no flags
-    memory = next(form for form in reversed(forms) if not form.stored[0].per_expert)
-    found = []
+        return found  # it has no flags
     roles = memory.family.roles
     if module.has_gate != ("gate" in roles):
         found.append(f"has_gate is {module.has_gate}")
@@ -181,6 +182,8 @@ def test_a_spec_that_has_drifted_is_seen():
     assert "interleaved" in str(drifted("inkling2-text", old="(i p)", new="(p i)"))
     assert "transposed" in str(drifted("qwen3-vl-moe", old="e i h", new="e h i"))
     assert "no such line" in str(drifted("mixtral", old_key="w1", new_key="w9"))
+    unsaid = [replace(form, says_transposed=False) for form in formats_of(by_name["gpt-oss"])]
+    assert "is_transposed is said: False" in unlike_flags(next(iter(experts_of(model_of(by_name["gpt-oss"], "neither")).values()))[0], unsaid)
 
 
 def _wrong(line: Stored, old="", new="", swap=False, old_key="", new_key="") -> Stored:

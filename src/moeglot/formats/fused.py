@@ -1,5 +1,7 @@
 """The families whose releases hold all experts in one tensor as gate_up_proj and down_proj, in whichever orientation, and Jamba."""
 
+from dataclasses import replace
+
 from moeglot.family import Activation, SparseLayers
 from moeglot.formats.lines import KINDS, LAYER, ROUTED, SILU, family, first_dense, fused, hub, linears, memory, separate, turned
 
@@ -28,7 +30,7 @@ FORMATS = (
     memory(JAMBA, fused(LAYER + "feed_forward.experts.")),
     hub(LLAMA4, "meta-llama/Llama-4-Scout-17B-16E", turned(LAYER + "feed_forward.experts."), TURNED),
     hub(ARIA, "rhymes-ai/Aria", turned(LAYER + "mlp.experts.", "fc1.weight", "fc2.weight"), "the release on the Hub: all experts in one tensor, [in, out]"),
-    memory(ARIA, turned(LAYER + "mlp.experts.")),
+    replace(memory(ARIA, turned(LAYER + "mlp.experts.")), says_transposed=True),
     hub(GEMMA4, "google/gemma-4-26B-A4B-it", fused(LAYER + "experts."), BOTH),
     linears(GEMMA4, separate(LAYER + "experts.")),
     hub(MISTRAL4, "mistralai/Mistral-Small-4-119B-2603", fused(LAYER + "mlp.experts."), BOTH),

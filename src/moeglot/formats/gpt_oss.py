@@ -56,6 +56,7 @@ TRANSFORMERS = Format(
     ),
     source="https://github.com/huggingface/transformers/blob/main/src/transformers/models/gpt_oss/modeling_gpt_oss.py",
     about="GptOssExperts in memory, and what save_pretrained writes of it",
+    says_transposed=True,
 )
 
 DEQUANTIZED = Format(
@@ -153,6 +154,7 @@ LLM_COMPRESSOR = Format(
     source="https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/gpt_oss.py",
     about="one Linear a role and expert, as llm-compressor takes the experts apart to quantize them (convert_model_for_quantization_gptoss)",
     reads="vLLM",
+    wrapped=False,
 )
 
 NUMBERED = EXPERTS + "{expert}."
@@ -170,6 +172,7 @@ LLM_COMPRESSOR_0_14 = Format(
     source="https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/moe/gpt_oss.py",
     about="one Linear a role and expert, as llm-compressor since 0.14 and AutoRound take the experts apart to quantize them",
     reads="vLLM",
+    wrapped=False,
 )
 
 UNSLOTH = Format(
@@ -185,6 +188,7 @@ UNSLOTH = Format(
     about="unsloth's 4-bit release, and what a merge with it writes: one Linear an expert",
     dense=(Dense(HUB + "mlp.router.linear.{rest}", (HUB + "mlp.router.{rest}",)),),
     reads="unsloth",
+    wrapped=False,
 )
 
 FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, LLM_COMPRESSOR_0_14, UNSLOTH, DEQUANTIZED)

@@ -146,7 +146,7 @@ def linears(family: Family, lines: tuple[Stored, ...], file: str = "moe/lineariz
     """
     source = f"https://github.com/vllm-project/llm-compressor/blob/main/src/llmcompressor/modeling/{file}"
     about = "one Linear a role and expert, as llm-compressor and AutoRound take the experts apart to quantize them"
-    return Format(f"{family.name}/llm-compressor", family, lines, source, about, reads="vLLM")
+    return Format(f"{family.name}/llm-compressor", family, lines, source, about, reads="vLLM", wrapped=False)
 
 
 def memory(family: Family, lines: tuple[Stored, ...], renamed: Mapping[str, str] | None = None, packed: tuple[Dense, ...] = (), alone: str = "") -> Format:

@@ -1,5 +1,7 @@
 """The families whose language model is one part of several: config keys below `text_config`, tensors below `language_model`."""
 
+from dataclasses import replace
+
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Dense
 from moeglot.formats.lines import (
@@ -57,7 +59,7 @@ LANGUAGE = {"model.language_model.{rest}": "language_model.model.{rest}", "lm_he
 PROJECTOR = {"model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}"}
 
 ARIA_NAMES = {**LANGUAGE, "model.vision_tower.{rest}": "vision_tower.{rest}", **PROJECTOR}
-ARIA_MEMORY = memory(ARIA, turned(NESTED + "mlp.experts."), ARIA_NAMES)
+ARIA_MEMORY = replace(memory(ARIA, turned(NESTED + "mlp.experts."), ARIA_NAMES), says_transposed=True)
 
 FORMATS = (
     hub(ARIA, "rhymes-ai/Aria", turned(INNER + "mlp.experts.", "fc1.weight", "fc2.weight"), "the release on the Hub: all experts in one tensor, [in, out]"),

@@ -23,7 +23,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
-from moeglot.factors import SAY_TRANSPOSED, Place, holds, in_out, join, lay, places
+from moeglot.factors import Place, holds, join, lay, places, stacked_form
 from moeglot.nn.lora import Lora, experts_of, freeze, peft_active, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
 from moeglot.nn.unsaved import check_saved, check_whole
@@ -55,7 +55,7 @@ def save_adapter(model: torch.nn.Module, out: str | Path, *, to: str = READER, b
         _write(work, live, checkpoint, said, tensors)
         adapter = open_adapter(work, checkpoint)
         _prove(adapter, live, out)
-        if to == READER and target(to, in_out(family), family.name in SAY_TRANSPOSED)[0] is PEFT:
+        if to == READER and target(to, stacked_form(family))[0] is PEFT:
             work.rename(out)
         else:
             convert_adapter(adapter, to, out)
