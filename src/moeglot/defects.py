@@ -50,7 +50,7 @@ DEFECTS = (
     Defect(
         "transformers 4.57",
         "its modules have one matrix for each expert: it finds the stacked tensors unexpected, leaves the experts random and only warns",
-        lambda c: c.format.reads == "transformers 5" and _stacked(c),
+        lambda c: c.format.transformers == "5" and _stacked(c),
     ),
     Defect(
         "transformers 4.57",

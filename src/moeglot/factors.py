@@ -79,7 +79,7 @@ def in_out(family: Family) -> bool:
 
 def turns_differ(family: Family) -> bool:
     """The stacked parameters of a family lie [e, in, out] in one release of transformers and [e, out, in] in another; an adapter's file does not say which."""
-    forms = [form for form in PLAIN if form.family == family and form.is_plain and "transformers" in form.reads]
+    forms = [form for form in PLAIN if form.family == family and form.is_plain and form.transformers]
     return len({form.is_in_out for form in forms if not any(line.per_expert for line in form.stored)}) > 1
 
 

@@ -128,6 +128,10 @@ class ConfigForm:
     quantization: Mapping[str, Any] | None = None
 
 
+RELEASES: Mapping[str, Literal["any", "5", "5.5"]] = {"any transformers": "any", "transformers 5": "5", "transformers 5.5": "5.5"}
+"""What `Format.reads` says of transformers; any other text is another reader's name."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A producer's complete way to store a checkpoint of one family: the experts line by line, and what else it names differently.
@@ -178,6 +182,11 @@ class Format:
     def is_plain(self) -> bool:
         """Nothing in it is quantized."""
         return all(isinstance(line.encoding, Plain) for line in self.stored)
+
+    @property
+    def transformers(self) -> Literal["any", "5", "5.5", ""]:
+        """Which releases of transformers read it."""
+        return RELEASES.get(self.reads, "")
 
     @property
     def is_in_out(self) -> bool:

@@ -66,7 +66,7 @@ def own(form: Format, wanted: Encoding | None) -> Format:
         return found
     able = [variant(other, wanted) for other in of_family(form.family) if not other.coding and other.alone == form.alone and other.is_plain]
     able = [other for other in able if other.is_plain == isinstance(wanted, Plain)]
-    able = [other for other in able if "transformers" in other.reads] or able
+    able = [other for other in able if other.transformers] or able
     if len(able) != 1:
         names = ", ".join(other.name for other in able) or "none"
         raise UsageError(f"{form.name} cannot hold {wanted}", f"formats of {form.family.name} that can: {names}", "pass --to with one of these")
@@ -254,7 +254,7 @@ def in_floats(target: Format) -> list[str]:
     """The layouts with matrices in floats that stand for a quantized format: its own, or those that most software reads, or all."""
     forms = [form for form in of_family(target.family) if form.is_plain and not form.asked and form.alone == target.alone]
     own = [form for form in forms if form.name == target.name.partition("+")[0]]
-    return [form.name for form in own or [form for form in forms if "transformers" in form.reads] or forms]
+    return [form.name for form in own or [form for form in forms if form.transformers] or forms]
 
 
 def _codes(form: Format, wanted: Encoding) -> bool:

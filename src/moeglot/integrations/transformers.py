@@ -32,8 +32,8 @@ AUTOS = (
 )
 """Where the library keeps its models, those that compute most first."""
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-READS = (*(["transformers 5"] if VERSION >= (5, 0) else []), *(["transformers 5.5"] if (5, 0) <= VERSION < (5, 6) else []), "any transformers")
-"""`Format.reads` of what the installed version loads."""
+READS = (*(["5"] if VERSION >= (5, 0) else []), *(["5.5"] if (5, 0) <= VERSION < (5, 6) else []), "any")
+"""`Format.transformers` of what the installed version loads."""
 EXPERTS = re.compile(r"\.(?:layers|blocks?)\.(\d+)\.(?:\w+\.)*experts$")
 BLOCK = re.compile(r"\.layers\.(\d+)\.(?:mlp|block_sparse_moe)$")
 TOWERS = re.compile(r"(?:vision|visual|audio)\S*\.(?:layers|blocks?)\.|talker|mtp|self_attention")
@@ -195,11 +195,10 @@ def quiet() -> Iterator[None]:
 
 def load(checkpoint: Checkpoint) -> Any:
     """The model in float32, by transformers alone."""
-    reads = checkpoint.format.reads
-    if reads not in READS:
+    if checkpoint.format.transformers not in READS:
         raise UsageError(
             f"transformers {transformers.__version__} does not read {checkpoint.format.name}",
-            f"that format is for {reads}",
+            f"that format is for {checkpoint.format.reads}",
             f"pass --against SRC, or convert to {checkpoint.format.family.name}'s format on the Hub first",
         )
     quantized = any(not isinstance(line.encoding, Plain) for line in checkpoint.format.stored)

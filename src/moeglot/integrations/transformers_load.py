@@ -157,8 +157,8 @@ def layouts(source: Format) -> list[Format]:
 
     Qwen3-VL's has the Hub's names and other axes; given the Hub's, version 5 turns a tensor or not by its shape, and a square fits both ways.
     """
-    plain = [form for form in of_family(source.family) if form.reads in READS and form.is_plain]
-    return sorted((form for form in plain if form.alone == source.alone), key=lambda form: READS.index(form.reads))
+    plain = [form for form in of_family(source.family) if form.transformers in READS and form.is_plain]
+    return sorted((form for form in plain if form.alone == source.alone), key=lambda form: READS.index(form.transformers))
 
 
 def _placement(device: str | torch.device | int | None, options: Mapping[str, Any]) -> dict[str, Any]:

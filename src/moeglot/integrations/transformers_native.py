@@ -187,7 +187,7 @@ def swap(checkpoint: Checkpoint, chosen: Plan, model: Any, encode: str | None, k
         new.declared = {} if mine else dict(said(checkpoint.source.config))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.train(old.training))
-        if checkpoint.format.reads not in READS or not _as_others_save(new, name):
+        if checkpoint.format.transformers not in READS or not _as_others_save(new, name):
             model.config.quantization_config = {HELD: f"experts in memory, in {new.form}; `moeglot.save` writes a checkpoint"}
     model._weight_conversions = []  # of the modules that are gone: save_pretrained undoes them, would rename adapters and turn what lies as on disk
     transformers_peft.follow(model)
