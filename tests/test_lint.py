@@ -89,6 +89,13 @@ def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
     assert "model.layers.{n}.mlp.experts.gate_up_proj" in findings(plain)["mixed layouts"].what
 
 
+def test_such_a_layer_whose_name_begins_with_its_number(tmp_path):
+    folder = write_checkpoint(tmp_path / "a", "deepseek-v4/hub", SIZES, 2)
+    change_config(folder, num_nextn_predict_layers=1)
+    change(folder, lambda tensors: tensors.update({"layers.2.ffn.experts.gate_up_proj": torch.ones(4, 256, 128).bfloat16()}))
+    assert "layers.{n}.ffn.experts.gate_up_proj" in findings(folder)["mixed layouts"].what
+
+
 @pytest.mark.parametrize(
     ("make", "reader", "words"),
     [

@@ -108,7 +108,7 @@ def check_dense_there(files: AdapterFiles, base: Checkpoint, dense: Mapping[str,
     leaves = {name.rpartition(".")[2] for name in dense}
     for key, tensor in base.decoded("F32").items():
         name, _, leaf = key.rpartition(".")
-        if key in replaced or _is_carried(key, base):
+        if key in replaced or family.is_carried(key, base.config):
             continue
         if any(config.saves(alias) for alias in aliases(key, family)):
             raise _missing(key, "trained as a whole", "modules_to_save names it")
@@ -129,9 +129,3 @@ def check_dense_there(files: AdapterFiles, base: Checkpoint, dense: Mapping[str,
 
 def _missing(name: str, what: str, known: str) -> HalfAdapter:
     return HalfAdapter(f"{name}: {CONFIG} says that it is {what}, and the adapter has no tensor for it", known, FETCH)
-
-
-def _is_carried(key: str, base: Checkpoint) -> bool:
-    """It belongs to a layer for multi-token prediction, which no module of transformers has."""
-    found = re.search(r"\.layers\.(\d+)\.", f".{key}")
-    return found is not None and int(found[1]) in base.format.family.carried_layers(base.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from moeglot.layout import SECOND
 from moeglot.share import Share, held_layers, held_sizes
 
 Config = Mapping[str, Any]
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def dig(config: Config, path: str) -> Any:
@@ -164,6 +166,11 @@ class Family:
         count = dig(config, self.sparse.count)
         extra = next((n for key in self.carried if isinstance(n := dig(config, key), int)), 0)
         return range(count, count + min(extra, MAX_LAYERS)) if isinstance(count, int) else range(0)
+
+    def is_carried(self, name: str, config: Config) -> bool:
+        """A tensor or module belongs to one of `carried_layers`, which no module of transformers has."""
+        layer = LAYER.search(name)
+        return layer is not None and int(layer[1]) in self.carried_layers(config)
 
     def read_sizes(self, config: Config) -> dict[str, int]:
         """letter -> size; raises `Contradiction` if a size is missing or if two keys for one size disagree."""

@@ -113,8 +113,7 @@ SUFFIXES = tuple(SIBLINGS)
 
 def _mixed(c: Checkpoint) -> Iterator[Finding]:
     """Layers for multi-token prediction whose experts are stored otherwise than the others."""
-    carried = c.format.family.carried_layers(c.config)
-    here = [key for key in c.others if ".experts." in key and _is_mtp(key, carried)]
+    here = [key for key in c.others if ".experts." in key and (".mtp." in f".{key}" or c.format.family.is_carried(key, c.config))]
     other = sorted({_template(key) for key in here if not c.format.match(key)})
     if other:
         yield Finding(
@@ -126,11 +125,6 @@ def _mixed(c: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "mixed layouts", f"layers for multi-token prediction have experts of {' and '.join(sorted(declared))}, the others of {' and '.join(sorted(main))}"
         )
-
-
-def _is_mtp(key: str, carried: range) -> bool:
-    found = re.search(r"\.layers\.(\d+)\.", key)
-    return key.startswith("mtp.") or ".mtp." in key or bool(found and int(found[1]) in carried)
 
 
 def _template(key: str) -> str:

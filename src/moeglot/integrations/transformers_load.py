@@ -6,7 +6,6 @@ One way for 4.57, 5.5 and 5.23, on any device and in any float type: the concret
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from moeglot.share import Rank
 from moeglot.source import read_json
 from moeglot.targets import float_type
 
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHOWN = 3
 LOADED = ("float32", "bfloat16", "float16")
 """The float types that a model computes in."""
@@ -204,7 +202,7 @@ def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], mode
     for kind, found in info.items():
         names = sorted(map(_name, found))
         if kind == "unexpected_keys":
-            names = [name for name in names if not _is_carried(name, checkpoint)]
+            names = [name for name in names if not checkpoint.format.family.is_carried(name, checkpoint.config)]
         if names:
             raise _partial(checkpoint, f"{len(names)} {kind.replace('_', ' ')}", names)
     experts = expert_names(chosen).keys()
@@ -232,12 +230,6 @@ def _check_dtypes(kind: DType, model: Any) -> None:
 def _name(key: Any) -> str:
     """A key of the loading report: a name, or a name with the shapes that do not fit."""
     return " ".join(str(part if isinstance(part, str) else list(part)) for part in key) if isinstance(key, (tuple, list)) else str(key)
-
-
-def _is_carried(name: str, checkpoint: Checkpoint) -> bool:
-    """It belongs to a layer for multi-token prediction, which transformers' modules do not have."""
-    layer = LAYER.search(name)
-    return bool(layer and int(layer[1]) in checkpoint.format.family.carried_layers(checkpoint.config))
 
 
 def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotError:
