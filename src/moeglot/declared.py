@@ -159,7 +159,7 @@ def settled(form: Format, source: Source) -> Format:
 def _unlike(form: Format, quantization: Mapping[str, Any], layers: tuple[int, ...], sizes: Sizes) -> dict[int, tuple[Stored, ...]]:
     """Layer -> its lines, for the layers that quantization_config leaves alone, in part or in whole."""
     assert form.coding
-    plain = by_name(form.name.partition("+")[0]).sized(sizes).stored
+    plain = by_name(form.layout).sized(sizes).stored
     found, before = {}, dict[tuple[str, ...], Encoding]()
     for layer in layers:
         lines = tuple(other if leaves_alone(quantization, line.module(layer)) else line for line, other in zip(form.stored, plain, strict=True))

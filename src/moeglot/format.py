@@ -179,6 +179,11 @@ class Format:
         return replace(self, stored=lines) if lines != self.stored else self
 
     @property
+    def layout(self) -> str:
+        """The name of the layout whose matrices are quantized here, its own where `coded` quantized none."""
+        return self.name.removesuffix(f"+{self.coding.name}") if self.coding else self.name
+
+    @property
     def is_plain(self) -> bool:
         """Nothing in it is quantized."""
         return all(isinstance(line.encoding, Plain) for line in self.stored)

@@ -46,7 +46,7 @@ def variant(target: Format, wanted: Encoding | None) -> Format:
     """The format that is meant by a plain one and an encoding that is not plain."""
     if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
         return target
-    coded = [form for form in of_family(target.family) if form.coding and form.name.startswith(target.name + "+") and form.coding.encoding.kind == wanted.kind]
+    coded = [form for form in of_family(target.family) if form.coding and form.layout == target.name and form.coding.encoding.kind == wanted.kind]
     coded = [form for form in coded if form.coding and not form.coding.spelled]
     named = [form for form in coded if form.coding and form.coding.name == wanted.name]
     coded = named or [form for form in coded if form.coding and form.coding.encoding.name == wanted.name] or coded
@@ -60,7 +60,7 @@ def own(form: Format, wanted: Encoding | None) -> Format:
     """The layout that a checkpoint has, for its own encoding or for another; raises `UsageError` if it has none for that."""
     if wanted is None:
         return by_name(form.name)  # what this file left open is open again
-    layout = next((other for other in of_family(form.family) if other.name == form.name.partition("+")[0]), form)
+    layout = next((other for other in of_family(form.family) if other.name == form.layout), form)
     found = variant(layout, wanted)
     if found.is_plain == isinstance(wanted, Plain):
         return found
@@ -95,7 +95,7 @@ def arranged(source: Checkpoint, target: Format) -> Format:
     target = target.sized(source.sizes)
     if not (target.coding and target.coding.kept and source.format.coding):
         return target
-    plain, unlike = by_name(target.name.partition("+")[0]).sized(source.sizes).stored, {}
+    plain, unlike = by_name(target.layout).sized(source.sizes).stored, {}
     for layer in source.format.unlike:
         roles = {role for line in source.format.lines(layer) if line.is_plain for role in line.roles}
         lines = tuple(other if roles >= set(line.roles) else line for line, other in zip(target.stored, plain, strict=True))
@@ -112,14 +112,14 @@ def keeping(source: Checkpoint, target: Format, touched: Callable[[Stored, int],
         able = [form.name for form in of_family(target.family) if form.coding and form.coding.kept]
         do = f"pass --to {able[0]}, for example" if able else "leave --keep-touched out, or pass --encode bf16"
         raise UsageError(f"{target.name} cannot leave some experts in floats", "its config.json has no list of modules that are not quantized", do)
-    plain = by_name(target.name.partition("+")[0]).sized(source.sizes).stored
+    plain = by_name(target.layout).sized(source.sizes).stored
     unlike = dict(target.unlike)
     for layer in source.layers:
         lines = tuple(other if touched(line, layer) else line for line, other in zip(target.lines(layer), plain, strict=True))
         if lines != target.stored:
             unlike[layer] = lines
     if all(line.is_plain for layer in source.layers for line in unlike.get(layer, target.stored)):
-        return by_name(target.name.partition("+")[0]).sized(source.sizes)
+        return by_name(target.layout).sized(source.sizes)
     return replace(target, unlike=unlike)
 
 
@@ -253,7 +253,7 @@ def widest(line: Stored, sources: tuple[Encoding, ...]) -> Encoding:
 def in_floats(target: Format) -> list[str]:
     """The layouts with matrices in floats that stand for a quantized format: its own, or those that most software reads, or all."""
     forms = [form for form in of_family(target.family) if form.is_plain and not form.asked and form.alone == target.alone]
-    own = [form for form in forms if form.name == target.name.partition("+")[0]]
+    own = [form for form in forms if form.name == target.layout]
     return [form.name for form in own or [form for form in forms if form.transformers] or forms]
 
 

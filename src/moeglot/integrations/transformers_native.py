@@ -136,7 +136,7 @@ def format_of(source: Format, wanted: Encoding) -> Format:
 def _producers(source: Format, wanted: Encoding) -> Format | None:
     """The format that this layout has in the encoding, or that the family has at all; none if nobody stores it so."""
     forms = [form for form in of_family(source.family) if any(line.encoding.kind == wanted.kind for line in form.stored)]
-    near = [form for form in forms if form.name.startswith(source.name + "+")] or [form for form in forms if not form.coding and not form.config.only]
+    near = [form for form in forms if form.coding and form.layout == source.name] or [form for form in forms if not form.coding and not form.config.only]
     exact = [form for form in near if any(line.encoding.name == wanted.name for line in form.stored)]
     return next(iter(exact or near), None)
 
