@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moeglot import newfile
 from moeglot.adapter import Adapter, open_adapter
@@ -29,14 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """One place of the target: its rank and scale, whether roles with right factors of their own lie side by side, which of a, b is one for all experts."""
+    """The factors of one module or parameter as they will be: by which `name` the config calls it, and in which type."""
 
-    place: Place
+    name: str
     rank: int
     scale: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ExpertsWritten(Written):
+    """Those of experts: whether roles with right factors of their own lie side by side, and which of a, b is one for all experts."""
+
+    place: Place
     beside: bool
     shared: tuple[bool, bool]
-    dtype: str
+
+
+W = TypeVar("W", bound=Written)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Conversion:
 
     adapter: Adapter
     to: Convention
-    places: tuple[Written, ...]
+    places: tuple[ExpertsWritten, ...]
     dense: tuple[tuple[str, Dense, Written], ...]
     replaced: tuple[tuple[str, Replaced], ...]
     config: dict[str, Any]
@@ -64,13 +74,11 @@ def plan_conversion(adapter: Adapter, to: str) -> Conversion:
         raise AdapterError(f"{convention.name} cannot hold experts of {family.name}", convention.about, "`moeglot adapter conventions` says which are for all")
     found = [_place(adapter, convention, place) for layer in adapter.layers for place in places(convention, family, layer, experts, adapter.roles(layer))]
     dense = [(_alias(dense, convention, adapter), dense) for dense in adapter.dense.values()]
-    others = [
-        Written(Place("", "", alias, (), "", 0, None), one.rank, one.scale, False, (False, False), _common(one.a.dtype, one.b.dtype)) for alias, one in dense
-    ]
+    others = [Written(alias, one.rank, one.scale, _common(one.a.dtype, one.b.dtype)) for alias, one in dense]
     notes = list(_notes(adapter, convention, found))
     if not patterns:
         found, others = _uniform(found, others, notes)
-    modules = [Module(written.place.name, written.rank, written.scale, bool(written.place.roles)) for written in (*found, *others)]
+    modules = [Module(one.name, one.rank, one.scale, isinstance(one, ExpertsWritten)) for one in (*found, *others)]
     replaced = [(whole_name(one, convention, family), one) for one in adapter.replaced.values()]
     config = written_config(adapter.config.raw, adapter.base, convention, modules, [name for name, _ in replaced])
     if (dropout := adapter.config.raw.get("lora_dropout")) and not config["lora_dropout"]:
@@ -104,7 +112,7 @@ def _pairs(adapter: Adapter, place: Place) -> Iterator[tuple[int, list[tuple[str
         yield expert, [(role, adapter.pairs.get((place.layer, role, expert))) for role in place.roles]
 
 
-def _place(adapter: Adapter, to: Convention, place: Place) -> Written:
+def _place(adapter: Adapter, to: Convention, place: Place) -> ExpertsWritten:
     sources = dict(_pairs(adapter, place))
     used = [pair for of in sources.values() for _, pair in of if pair]
     beside = any(not _one_right(of, expert) for expert, of in sources.items())
@@ -112,11 +120,11 @@ def _place(adapter: Adapter, to: Convention, place: Place) -> Written:
     rank = max(max(sum(of) if beside else max(of, default=1) for of in ranks), 1)
     same = len({id(pair) for pair in used}) == 1
     alone = (same and to.shared and _shared(used[0], "x"), same and to.shared and _shared(used[0], "y"))
-    shared = alone if "x" in to.a else (alone[1], alone[0])
+    shared = alone[::-1] if to.turned else alone
     dtype = _common(*(entry.dtype for pair in used for entry in (pair.a, pair.b))) if used else "F32"
     if len({pair.scale for pair in used}) > 1:
         dtype = "F32"
-    return Written(place, rank, max((pair.scale for pair in used), key=abs, default=1.0), beside, shared, dtype)
+    return ExpertsWritten(place.name, rank, max((pair.scale for pair in used), key=abs, default=1.0), dtype, place, beside, shared)
 
 
 def _one_right(roles: list[tuple[str, Pair | None]], expert: int) -> bool:
@@ -140,7 +148,7 @@ def _common(*dtypes: str) -> str:
     return dtypes[0] if len(set(dtypes)) == 1 and dtypes[0] in ("F32", "BF16", "F16") else "F32"
 
 
-def _uniform(places: list[Written], others: list[Written], notes: list[str]) -> tuple[list[Written], list[Written]]:
+def _uniform(places: list[ExpertsWritten], others: list[Written], notes: list[str]) -> tuple[list[ExpertsWritten], list[Written]]:
     """One rank and one scale for all, because the reader knows no others."""
     every = [*places, *others]
     rank, scale = max(one.rank for one in every), max((one.scale for one in every), key=abs)
@@ -149,13 +157,13 @@ def _uniform(places: list[Written], others: list[Written], notes: list[str]) -> 
     if len({one.scale for one in every}) > 1:
         notes.append(f"scales are folded into the factors, in float32, because the reader knows one scale ({scale:g})")
 
-    def unify(one: Written) -> Written:
-        return Written(one.place, rank, scale, one.beside, one.shared, one.dtype if one.scale == scale else "F32")
+    def unify(one: W) -> W:
+        return replace(one, rank=rank, scale=scale, dtype=one.dtype if one.scale == scale else "F32")
 
     return [unify(one) for one in places], [unify(one) for one in others]
 
 
-def _notes(adapter: Adapter, to: Convention, found: list[Written]) -> Iterator[str]:
+def _notes(adapter: Adapter, to: Convention, found: list[ExpertsWritten]) -> Iterator[str]:
     beside = [one for one in found if one.beside]
     if beside:
         rank = max(one.rank for one in beside)
@@ -196,10 +204,10 @@ def _slots(plan: Conversion) -> Iterator[Slot]:
     for one in plan.places:
         for key, shape in zip((one.place.a, one.place.b), shapes(plan.to, one.place, plan.adapter.base.sizes, one.rank, one.shared), strict=True):
             yield Slot(PREFIX + key, one.dtype, shape)
-    for alias, dense, one in plan.dense:
+    for alias, dense, as_ in plan.dense:
         a, b = _dense_keys(alias, dense)
-        yield Slot(a, one.dtype, (one.rank, dense.a.shape[1]))
-        yield Slot(b, one.dtype, (dense.b.shape[0], one.rank))
+        yield Slot(a, as_.dtype, (as_.rank, dense.a.shape[1]))
+        yield Slot(b, as_.dtype, (dense.b.shape[0], as_.rank))
         if dense.bias_entry:
             yield Slot(f"{PREFIX}{alias}.lora_B.bias", "F32", dense.bias_entry.shape)
     for name, replaced in plan.replaced:
@@ -215,21 +223,21 @@ def _tensors(plan: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
     for one in plan.places:
         sides = [_sides(one, plan.adapter.base.sizes, expert, roles) for expert, roles in _pairs(plan.adapter, one.place)]
         lefts, rights = ([side[n] for side in sides] for n in (0, 1))
-        of_x, of_y = one.shared if "x" in plan.to.a else (one.shared[1], one.shared[0])
+        of_x, of_y = one.shared[::-1] if plan.to.turned else one.shared
         dtype = DTYPES[one.dtype].torch
         stored = lay(plan.to, [left.to(dtype) for left in (lefts[:1] if of_y else lefts)], [right.to(dtype) for right in (rights[:1] if of_x else rights)])
         yield from zip((PREFIX + one.place.a, PREFIX + one.place.b), stored, strict=True)
-    for alias, dense, one in plan.dense:
-        left, right = _scaled(*dense.raw(), _ratio(dense.scale, one.scale))
-        left, right = (side.to(DTYPES[one.dtype].torch) for side in (_pad(left, one.rank, 1), _pad(right, one.rank, 0)))
+    for alias, dense, as_ in plan.dense:
+        left, right = _scaled(*dense.raw(), _ratio(dense.scale, as_.scale))
+        left, right = (side.to(DTYPES[as_.dtype].torch) for side in (_pad(left, as_.rank, 1), _pad(right, as_.rank, 0)))
         yield from zip(_dense_keys(alias, dense), (left.mT, right.mT) if dense.embedding else (right, left), strict=True)
         if dense.bias_entry:
-            yield f"{PREFIX}{alias}.lora_B.bias", dense.bias_entry.read().float() * _ratio(dense.scale, one.scale)
+            yield f"{PREFIX}{alias}.lora_B.bias", dense.bias_entry.read().float() * _ratio(dense.scale, as_.scale)
     for name, replaced in plan.replaced:
         yield PREFIX + name, replaced.entry.read()
 
 
-def _sides(one: Written, sizes: Sizes, expert: int, roles: list[tuple[str, Pair | None]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _sides(one: ExpertsWritten, sizes: Sizes, expert: int, roles: list[tuple[str, Pair | None]]) -> tuple[torch.Tensor, torch.Tensor]:
     """[y, r] and [r, x] of one expert of a place, padded with zeros to its rank."""
     import torch
 
