@@ -18,7 +18,7 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import Convention, by_name
 from moeglot.errors import HalfAdapter, TensorMismatch, UsageError
-from moeglot.factors import Place, fit, in_out, stacked_form
+from moeglot.factors import Misfit, Place, fit, in_out, stacked_form
 
 if TYPE_CHECKING:
     import torch
@@ -143,20 +143,15 @@ def _read_experts(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], as
         )
     wrapped = wrapped_lines(files, base, keys) if any(convention.wraps for convention in conventions) else {}
     found = {convention: [_complete(files, place) for place in expected_places(files, base, convention, keys, wrapped)] for convention in conventions}
-    ranks = {convention: [_fit(files, base, convention, place) for place in places] for convention, places in found.items()}
-    readings = [
-        Reading(convention, tuple(rank for rank in of if isinstance(rank, int)), next((why for why in of if isinstance(why, str)), None))
-        for convention, of in ranks.items()
-    ]
+    readings = {convention: _reading(files, base, convention, places) for convention, places in found.items()}
     chosen, evidence = decide(
-        files.name, readings, files.config, family, base.sizes["e"], asked, lambda: _cluster(files, found[conventions[0]], base.sizes["e"])
+        files.name, [*readings.values()], files.config, family, base.sizes["e"], asked, lambda: _cluster(files, found[conventions[0]], base.sizes["e"])
     )
     if chosen.wraps and (form := stacked_form(family)):
         evidence = (*evidence, f"parameters lie {'[e, in, out]' if in_out(family) else '[e, out, in]'} in {form.name}")
     pairs: Pairs = {}
     other: dict[str, list[str]] = defaultdict(list)
-    for place, rank in zip(found[chosen], ranks[chosen], strict=True):
-        assert isinstance(rank, int)
+    for place, rank in zip(found[chosen], readings[chosen].ranks, strict=True):
         pair = Pair(chosen, place, files.entries[place.a], files.entries[place.b], rank, files.config.scale(place.name, rank), base.sizes)
         if (said := files.config.rank(place.name)) != rank:
             if chosen.packed:
@@ -188,8 +183,14 @@ def _of_other_experts(files: AdapterFiles, base: Checkpoint, place: Place, rank:
     )
 
 
-def _fit(files: AdapterFiles, base: Checkpoint, convention: Convention, place: Place) -> int | str:
-    return fit(convention, place, base.sizes, files.entries[place.a].shape, files.entries[place.b].shape)
+def _reading(files: AdapterFiles, base: Checkpoint, convention: Convention, places: Sequence[Place]) -> Reading:
+    ranks: list[int] = []
+    try:
+        for place in places:
+            ranks.append(fit(convention, place, base.sizes, files.entries[place.a].shape, files.entries[place.b].shape))
+    except Misfit as refuted:
+        return Reading(convention, tuple(ranks), str(refuted))
+    return Reading(convention, tuple(ranks), None)
 
 
 def _cluster(files: AdapterFiles, places: Sequence[Place], experts: int) -> Clustering | None:

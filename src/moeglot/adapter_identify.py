@@ -25,7 +25,7 @@ PACKINGS = {"rank_major": False, "grouped_by_expert": True}
 
 @dataclass(frozen=True)
 class Reading:
-    """A convention that the names allow, the rank of each of its pairs, or the shape that refutes it."""
+    """A convention that the names allow, and the rank of each of its pairs; or the shape that refutes it, and those before it."""
 
     convention: Convention
     ranks: tuple[int, ...]

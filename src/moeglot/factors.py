@@ -147,21 +147,27 @@ def _place(convention: Convention, stem: str, name: str, roles: tuple[str, ...],
 # --- shapes --------------------------------------------------------------------------------------------------------------------------
 
 
-def fit(convention: Convention, place: Place, sizes: Sizes, a: tuple[int, ...], b: tuple[int, ...]) -> int | str:
-    """The rank of two tensors of these shapes, or why they cannot be what this convention says."""
+class Misfit(Exception):
+    """Why two tensors cannot be what a convention says."""
+
+
+def fit(convention: Convention, place: Place, sizes: Sizes, a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """The rank of two tensors of these shapes; raises `Misfit`."""
     known, ranks = place.sizes(sizes), set()
     for key, axes, shape in ((place.a, convention.a, a), (place.b, convention.b, b)):
         groups = parse_axes(axes)
         refused = f'{key} is {list(shape)}; "{axes}" with {", ".join(f"{letter} = {n}" for letter, n in known.items() if letter in axes)} is another shape'
         if len(groups) != len(shape):
-            return refused
+            raise Misfit(refused)
         for group, size in zip(groups, shape, strict=True):
             expected = prod(known[letter] for letter in group if letter != "r")
             if "r" in group and size and size % expected == 0:
                 ranks.add(size // expected)
             elif size != expected and not (convention.shared and group == ("e",) and size == 1):
-                return refused
-    return ranks.pop() if len(ranks) == 1 else f"{place.a} and {place.b} have the ranks {sorted(ranks)}"
+                raise Misfit(refused)
+    if len(ranks) != 1:
+        raise Misfit(f"{place.a} and {place.b} have the ranks {sorted(ranks)}")
+    return ranks.pop()
 
 
 def shapes(convention: Convention, place: Place, sizes: Sizes, rank: int, shared: tuple[bool, bool] = (False, False)) -> tuple[tuple[int, ...], ...]:
