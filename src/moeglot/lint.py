@@ -19,6 +19,7 @@ from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored
+from moeglot.profiles import spread
 from moeglot.rules import method
 
 ALIGNMENT = 16
@@ -153,10 +154,10 @@ def _numbers(c: Checkpoint) -> Iterator[Finding]:
     """Scales that are zero, NaN or placeholders, and weights of a size that training does not give, in a few experts of the first and last layer."""
     import torch
 
-    for layer in dict.fromkeys((c.layers[0], c.layers[-1])):
+    for layer in spread(c.layers, 2):
         for line in (line for line in c.format.lines(layer) if line.is_matrix):
             largest = {}
-            for expert in sorted({0, c.sizes["e"] // 2, c.sizes["e"] - 1}):
+            for expert in spread(range(c.sizes["e"]), 3):
                 try:
                     roles = c.expert(line, layer, expert).values()
                 except BadNumbers as error:
@@ -178,9 +179,9 @@ def _absurd(line: Stored, layer: int, largest: Mapping[int, float]) -> Iterator[
 
 def _apart(c: Checkpoint) -> Iterator[Finding]:
     """Gate and up of an expert without one global for both, in a few experts of the first and last layer."""
-    for layer in dict.fromkeys((c.layers[0], c.layers[-1])):
+    for layer in spread(c.layers, 2):
         coded = {role: line for line in c.format.lines(layer) if line.common for role in line.roles}
-        for expert in sorted({0, c.sizes["e"] // 2, c.sizes["e"] - 1}) if len(coded) > 1 else ():
+        for expert in spread(range(c.sizes["e"]), 3) if len(coded) > 1 else ():
             matrices = {role: c.split(line, c.stored(line, layer, expert))[role] for role, line in coded.items()}
             wholes = {role: float(matrix.parts[_single(matrix)].max()) for role, matrix in matrices.items()}
             if len(set(wholes.values())) > 1:

@@ -19,6 +19,7 @@ from moeglot.layout import Stored
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
 from moeglot.plan import Plan, Step, Unit
+from moeglot.profiles import spread
 from moeglot.survival import OTHERS, Survival, added
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _estimated(plan: Plan) -> Plan:
     found: dict[str, Loss] = {}
     survived: dict[str, Survival] = {}
     experts = plan.source.sizes["e"]
-    layers = {plan.source.layers[n] for n in (0, len(plan.source.layers) // 2, -1)}
+    layers = spread(plan.source.layers, 3)
     decoded = next((unit for unit in plan.units if unit.step is None and unit.verb), None)
     if decoded and decoded.verb:
         found[decoded.verb] = make(plan, decoded)[1]
