@@ -11,7 +11,6 @@ from typing import Any
 
 from moeglot.axes import written
 from moeglot.encoding import Encoding
-from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
 from moeglot.layout import SECOND, Stored
 from moeglot.rules import Quantization, method, quark_briefly, quark_layer, quark_online, spared, told_by_rules
@@ -71,7 +70,7 @@ class Coding:
 
     def line(self, line: Stored) -> Stored:
         """A line of a plain layout as this producer stores it; vectors stay as they are."""
-        if not isinstance(line.encoding, Plain) or not line.is_matrix:
+        if not line.is_plain or not line.is_matrix:
             return line
         group = SECOND if line.roles[0].startswith(SECOND) else ""
         common = tuple(group + role for role in self.common)

@@ -44,7 +44,7 @@ def encoding_named(name: str) -> Encoding:
 
 def variant(target: Format, wanted: Encoding | None) -> Format:
     """The format that is meant by a plain one and an encoding that is not plain."""
-    if wanted is None or isinstance(wanted, Plain) or any(not isinstance(line.encoding, Plain) for line in target.stored):
+    if wanted is None or isinstance(wanted, Plain) or not target.is_plain:
         return target
     coded = [form for form in of_family(target.family) if form.coding and form.layout == target.name and form.coding.encoding.kind == wanted.kind]
     coded = [form for form in coded if form.coding and not form.coding.spelled]
@@ -210,7 +210,7 @@ def _kinds(form: Format, source: Checkpoint) -> set[tuple[object, ...]]:
 def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple[Encoding, ...], wanted: Encoding | None) -> Encoding:
     if not line.is_matrix:
         return widest(line, sources)
-    if not isinstance(line.encoding, Plain):
+    if not line.is_plain:
         if wanted and wanted.kind != line.encoding.kind:
             raise cannot_hold(target, line.encoding, wanted)
         found = line.encoding.like(wanted) if wanted else line.encoding

@@ -17,7 +17,6 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.encodings.plain import Plain
 from moeglot.errors import NotVerified, UsageError
 from moeglot.experts import Expert, Matrix
 from moeglot.forward import loud_tokens
@@ -201,9 +200,8 @@ def load(checkpoint: Checkpoint) -> Any:
             f"that format is for {checkpoint.format.reads}",
             f"pass --against SRC, or convert to {checkpoint.format.family.name}'s format on the Hub first",
         )
-    quantized = any(not isinstance(line.encoding, Plain) for line in checkpoint.format.stored)
     # MXFP4 in float32 crashes in 4.57 and is silently bfloat16 in 5.5; bfloat16 holds every MXFP4 value, and float32 those.
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if quantized else torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32 if checkpoint.format.is_plain else torch.bfloat16, "output_loading_info": True}
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
     folder = on_disk(checkpoint.source.home, "transformers")

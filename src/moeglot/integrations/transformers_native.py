@@ -124,7 +124,7 @@ def _check_holdable(line: Stored, checkpoint: Checkpoint, encode: str) -> None:
 def held_lines(checkpoint: Checkpoint, form: Format) -> Lines:
     """The lines of a format, and what holds each; vectors stay in the float type that they have on disk."""
     plain = checkpoint.experts(checkpoint.layers[0])
-    return tuple((line, plain[line.roles[0]].encoding if isinstance(line.encoding, Plain) else line.encoding) for line in form.stored)
+    return tuple((line, plain[line.roles[0]].encoding if line.is_plain else line.encoding) for line in form.stored)
 
 
 def format_of(source: Format, wanted: Encoding) -> Format:
