@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from moeglot.coding import Coding
 from moeglot.encoding import Encoding, Part
-from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction
 from moeglot.family import Config, Family, dig
 from moeglot.layout import BEHIND, ROLES, Sizes, Stored
@@ -139,8 +138,9 @@ class Format:
     `alone`: why the tensors that are no experts cannot be told in the Hub's form, if so; such a format is read, verified and written as itself only.
     `asked`: what its producer did that only shapes tell from another format, if so; it is then read only if --format or our mark says so.
     `closed`: it names every tensor that it can hold, and a tensor of another name is refused. `container`: what the tensors lie in, if not safetensors.
-    `says_transposed`: its module in transformers says `is_transposed`: the parameters lie [e, in, out], and PEFT >= 0.19 knows. `wrapped`: PEFT wraps
-    its modules; not those that an expert has only to be quantized and served. `by_rank`: each process of several has such files of its own, its layers and experts numbered from 0; `Dense.tp` says what else is divided.
+    `says_transposed`: its module in transformers says `is_transposed`: the parameters lie [e, in, out], and PEFT >= 0.19 knows.
+    `wrapped`: PEFT wraps its modules; not those that an expert has only to be quantized and served.
+    `by_rank`: each process of several has such files of its own, its layers and experts numbered from 0; `Dense.tp` says what else is divided.
     `unlike`: layer -> its lines, where a checkpoint stores it otherwise than `stored` says: quantization_config leaves its experts alone.
     Law: write∘read is the identity on bytes.
     """
@@ -186,7 +186,7 @@ class Format:
     @property
     def is_plain(self) -> bool:
         """Nothing in it is quantized."""
-        return all(isinstance(line.encoding, Plain) for line in self.stored)
+        return all(line.is_plain for line in self.stored)
 
     @property
     def transformers(self) -> Literal["any", "5", "5.5", ""]:
@@ -198,11 +198,6 @@ class Format:
         """Its matrices lie [in, out]."""
         return self.stored[0].expert_groups[0] == ("h",)
 
-    @property
-    def is_upright(self) -> bool:
-        """Every matrix lies [out, in], as quantizers want it: their blocks run along what is summed."""
-        return all(line.upright for line in self.stored)
-
     def coded(self, coding: Coding) -> Format:
         """This layout with its matrices as a producer quantizes them."""
         lines = tuple(coding.line(line) for line in self.stored)
@@ -212,7 +207,7 @@ class Format:
         """This format with the encodings of its coded lines settled by a file."""
 
         def settled(lines: tuple[Stored, ...]) -> tuple[Stored, ...]:
-            return tuple(line if isinstance(line.encoding, Plain) else replace(line, encoding=settle(line)) for line in lines)
+            return tuple(line if line.is_plain else replace(line, encoding=settle(line)) for line in lines)
 
         return replace(self, stored=settled(self.stored), unlike={layer: settled(lines) for layer, lines in self.unlike.items()})
 
