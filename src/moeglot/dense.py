@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 CODES = (".qweight", ".qzeros", ".SCB")
-"""How names of codes end that no encoding of ours has: GPTQ's and AWQ's, bitsandbytes' of 8 bits."""
+"""How other names of codes end: words of GPTQ and AWQ, which are known where config.json declares them, and bitsandbytes' 8 bits, which never are."""
 PIECE = 1 << 25
 """Bytes that are compared at a time."""
 

@@ -1,4 +1,4 @@
-"""Encoding: how numbers are coded in parts, and nothing of names, experts or orientation."""
+"""Encoding: how numbers are coded in parts; nothing of names, and of experts and orientation what the codes depend on."""
 
 from __future__ import annotations
 

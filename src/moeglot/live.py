@@ -1,4 +1,4 @@
-"""Live models: `load` and `save`, which are the only verbs that need transformers; it is imported when one of them is called."""
+"""Live models: `load` and `save`, which need transformers: it is imported when one of them is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How results are shown: tables for a terminal, plain lines for a pipe, JSON with a versioned schema, one HTML file with a plot."""
+"""How results are shown: tables for a terminal, plain lines for a pipe, JSON with a versioned schema, one HTML file with the plots that are drawn here."""
 
 from __future__ import annotations
 

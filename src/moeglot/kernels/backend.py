@@ -55,7 +55,7 @@ def current() -> str:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """All threads compute with these kernels while it lasts."""
+    """All threads compute with these kernels while it lasts. For tests: who uses moeglot sets MOEGLOT_KERNELS."""
     global _asked
     before, _asked = _asked, name
     try:
