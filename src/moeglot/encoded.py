@@ -59,7 +59,7 @@ class Encoded:
             yield Encoded(self.encoding, parts, (last - first, *self.shape[1:]))
 
     def cut(self, axis: int, run: range) -> Encoded:
-        """A run of one axis, as views; every part `cuts` there."""
+        """A run along one of the axes of `shape`, as views; every part `cuts` there."""
         blocks = {part.name: part.blocks(len(self.shape))[axis] for part in self.encoding.parts}
         parts = {
             name: tensor.narrow(axis, run.start // block, -(-run.stop // block) - run.start // block) if (block := blocks[name]) else tensor

@@ -45,7 +45,7 @@ def exactly(encoded: Encoded) -> Encoded:
 
 
 def row_pairs(a: Encoded, b: Encoded, numbers: int = 1 << 18) -> Iterator[tuple[Encoded, Encoded]]:
-    """The same runs of rows of two matrices [out, in], as views, of about so many numbers each; one that is flat is decoded as a whole first."""
+    """The same runs of rows of two matrices [out, in], as views, of about `numbers` of them each; one that is flat is decoded as a whole first."""
     a, b = (exactly(one) if one.is_flat else one for one in (a, b))
     return zip(a.row_blocks(numbers, b.row_unit), b.row_blocks(numbers, a.row_unit), strict=True)
 

@@ -32,11 +32,12 @@ class Piece:
 
     @cached_property
     def change(self) -> torch.Tensor:
+        """float32 [out, in]."""
         return (self.left @ self.right).view(self.weight.shape)
 
     @cached_property
     def sum(self) -> torch.Tensor:
-        """Raises `BadNumbers` if it is not finite."""
+        """Weight and change, float32 [out, in]. Raises `BadNumbers` if it is not finite."""
         found = self.weight + self.change
         if not bool(found.isfinite().all()):
             what = ", ".join(map(str, self.place))
@@ -56,8 +57,8 @@ def fold(
 ) -> tuple[Parts, dict[str, Survival]]:
     """The pieces of one stored slice with their changes added, in its encoding; and what is left of each change.
 
-    `parts`: the slice without the change. `moved`: in the base's own codes; then its scales are kept, but for blocks where they do not reach, and so are
-    the codes of numbers that do not change.
+    `parts`: the slice without the change, whose numbers are of this `shape`, as it is stored; `join` makes such of the roles' [out, in].
+    `moved`: in the base's own codes; then its scales are kept, but for blocks where they do not reach, and so are the codes of numbers that do not change.
     """
     import torch
 

@@ -174,7 +174,7 @@ def live(written: Checkpoint, plan: Plan, losses: Mapping[str, Loss], threads: i
 
 
 def _beside(plan: Plan, layer: int, expert: int, base: Matrix) -> Matrix:
-    """The base's matrices with the change added in float32."""
+    """role -> [out, in] of the base; where the adapter touches it, float32 with the change added."""
     assert plan.change
     adapter = plan.change.adapter
 

@@ -59,7 +59,7 @@ class Change:
     ) -> tuple[Parts, dict[str, Survival]]:
         """One expert's slice of a stored line with the change added, and what is left of it in each role.
 
-        `parts`: the slice without the change; `roles` reads the base's matrices; `moved` as in `fold`.
+        `parts`: the slice without the change, in stored axes; `roles` reads the base's matrices [out, in]; `moved` as in `fold`.
         """
         stored = Encoded(encoding, parts, line.expert_shape(self.adapter.base.sizes))
         if not line.movable(encoding, self.adapter.base.sizes):  # blocks hold numbers of several roles
@@ -155,10 +155,12 @@ def _all(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _cut(line: Stored, role: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers of an expert's slice, in stored axes -> those of a role, [out, in]."""
     return line.split(values(tensor))[role].parts["value"]
 
 
 def _join(line: Stored, role: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """role -> [out, in] to the numbers of an expert's slice, in stored axes."""
     return line.join(lambda name: values(role(name))).parts["value"]
 
 

@@ -53,6 +53,7 @@ def _touches(plan: Plan, step: Step, role: str, expert: int) -> bool:
 
 
 def _sum(plan: Plan, step: Step, role: str, expert: int, matrix: Encoded) -> torch.Tensor:
+    """float32 [out, in]: a role's matrix with its change, where it has one."""
     import torch
 
     values = matrix.decode(torch.float32)

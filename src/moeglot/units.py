@@ -72,7 +72,7 @@ def _roles(plan: Plan, step: Step, expert: int) -> dict[str, Encoded]:
 
 
 def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
-    """One expert's slice of a stored tensor: copied, moved in the same codes, or encoded."""
+    """The parts of one expert's slice of a stored tensor, in stored axes: copied, moved in the same codes, or encoded."""
     source = plan.source
     if step.twin:
         twin = source.checked(step.twin, step.layer, expert)
@@ -147,7 +147,7 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
 
 
 def _rounded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
-    """The roles in a float type that does not hold all of their numbers, some rows at a time and where they belong."""
+    """The roles, [out, in], in a float type that does not hold all of their numbers, some rows at a time and where they belong in stored axes."""
     assert isinstance(step.target, Plain)
     dtype, lost = by_torch_name(step.target.name).torch, Loss()
 
@@ -181,7 +181,7 @@ def _near(encoded: Encoded, target: Encoding) -> Encoded | None:
 
 
 def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
-    """A tensor that is no expert, and what decoding it lost."""
+    """A tensor that is no expert, in its shape and float type, and what decoding it lost."""
     if isinstance(part, Merged | MergedPart):
         found, survival = part.merge()
         return found, Loss(survived={OTHERS: survival})
