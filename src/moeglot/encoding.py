@@ -160,9 +160,13 @@ class Encoding(ABC):
         """A target as `like` has it where it is of this kind, so that these codes can be moved to it; else as it is."""
         return target.like(self) if self.kind == target.kind else target
 
-    @abstractmethod
     def check(self, parts: Parts) -> str | None:
         """What makes these parts impossible (a NaN, zero or placeholder scale), or None."""
+        return "is a placeholder without numbers (meta device)" if any(part.is_meta for part in parts.values()) else self._problem(parts)
+
+    @abstractmethod
+    def _problem(self, parts: Parts) -> str | None:
+        """As `check`, of parts that have numbers."""
 
     @abstractmethod
     def fits_in(self, other: Encoding) -> bool:

@@ -121,11 +121,9 @@ class BNB4(Encoding):
             parts["nested_map"], state = bnb4.nested_codebook().clone(), replace(state, offset=offset)
         return parts | {"state": state.write(self.state_bytes)}
 
-    def check(self, parts: Parts) -> str | None:
+    def _problem(self, parts: Parts) -> str | None:
         from moeglot.kernels import bnb4
 
-        if any(part.is_meta for part in parts.values()):
-            return "is a placeholder without numbers (meta device)"
         try:
             state = QuantState.read(parts["state"])
         except BadNumbers as error:

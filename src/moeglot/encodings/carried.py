@@ -23,8 +23,6 @@ def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:
     """What makes a carried part impossible, or None. A zero is what some producers write for an expert that no token reached."""
     for name in (part.name for part in carried):
         number = parts[name]
-        if number.is_meta:
-            return "is a placeholder without numbers (meta device)"
         if not bool(number.isfinite().all()) or bool((number < 0).any()):
             return f"has an {name} of {number.min().item():g}"
     return None

@@ -90,11 +90,9 @@ class MXFP4(Encoding):
             packed = packed.view(torch.int8)
         return {"packed": packed, "scale": scale.view(torch.float8_e8m0fnu) if self.parts[1].dtypes[0] == "F8_E8M0" else scale}
 
-    def check(self, parts: Parts) -> str | None:
+    def _problem(self, parts: Parts) -> str | None:
         from moeglot.kernels import mxfp4
 
-        if parts["scale"].is_meta or parts["packed"].is_meta:
-            return "is a placeholder without numbers (meta device)"
         packed, scale = _blocks(parts)
         if bool((scale == 255).any()):
             return "has scales of 255, which is NaN in E8M0"

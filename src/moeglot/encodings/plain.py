@@ -53,10 +53,8 @@ class Plain(Encoding):
             )
         return {"value": coded}
 
-    def check(self, parts: Parts) -> str | None:
+    def _problem(self, parts: Parts) -> str | None:
         value = parts["value"]
-        if value.is_meta:
-            return "is a placeholder without numbers (meta device)"
         finite = not value.numel() or all(isfinite(number.item()) for number in value.aminmax())  # one pass; NaN is both the least and the most
         return None if finite else "holds NaN or infinite numbers"
 

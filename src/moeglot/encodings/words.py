@@ -178,13 +178,11 @@ class Words(Encoding):
         found = {"packed": gptq.packed(codes, self.bits, self.packing == "awq"), "zero_point": self._zero_point(zeros), "scale": own}
         return self._lying({**found, **({"order": plain if order is None else order} if self.order else {})})
 
-    def check(self, parts: Parts) -> str | None:
+    def _problem(self, parts: Parts) -> str | None:
         import torch
 
         from moeglot.kernels import gptq, int4
 
-        if any(part.is_meta for part in parts.values()):
-            return "is a placeholder without numbers (meta device)"
         upright = self._upright(parts)
         scale, awq, most = upright["scale"], self.packing == "awq", (1 << self.bits) - 1
         if not bool(scale.isfinite().all()):
