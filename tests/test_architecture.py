@@ -44,7 +44,7 @@ LAYERS = (
     {"certified"},
     {"misreadings", "targets", "defects"},
     {"lint"},
-    {"dense_plan", "dist_plan"},
+    {"dense_plan", "dist_plan", "steps"},
     {"plan"},
     {"forward", "pairs", "units", "parts", "undeclared"},
     {"work"},

@@ -64,7 +64,7 @@ def test_two_parts_share_no_file_but_the_one_where_they_meet(plan: moeglot.Plan)
     file_of = {name: shard.file for shard in plan.shards for name in shard.offsets}
 
     def files(units: tuple[Any, ...]) -> set[str]:
-        names = [u.key.removesuffix("|dense") if u.step is None else u.step.line.key_of(u.step.target.parts[0], u.step.layer, u.expert) for u in units]
+        names = [unit.outputs[0] for unit in units]
         return {file_of[name] for name in names}
 
     first, second, third = (files(units) for units in parted(plan, 3))

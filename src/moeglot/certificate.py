@@ -21,9 +21,10 @@ from moeglot.forward import Matrices, forward
 from moeglot.kept import Survived, applied, live, merge_json, sums, survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
-from moeglot.plan import Plan, Step, Unit
+from moeglot.plan import Plan
 from moeglot.remote import Location
 from moeglot.source import TEMPLATES
+from moeglot.steps import Step
 from moeglot.undeclared import undeclared
 from moeglot.units import make
 from moeglot.unsound import unsound
@@ -117,13 +118,13 @@ class Rounded:
                 return declared(name)
             if name not in made:
                 made = {}
-                made = self._made(step, expert, merged)
+                made = self._made(step, expert)
             return made[name]
 
         return role
 
-    def _made(self, step: Step, expert: int, merged: bool) -> Mapping[str, Encoded]:
-        parts, _ = make(self.plan, Unit("again", step, expert, merged=merged))
+    def _made(self, step: Step, expert: int) -> Mapping[str, Encoded]:
+        parts, _ = make(self.plan, self.plan.unit(step, expert))
         stored = Encoded(step.target, parts, step.line.expert_shape(self.plan.source.sizes))
         return self.plan.source.split(step.line, stored)
 

@@ -22,6 +22,7 @@ from moeglot.merging import Change
 from moeglot.misreadings import right
 from moeglot.plan import Plan
 from moeglot.remote import Location
+from moeglot.steps import DenseUnit, ExpertUnit
 from moeglot.survival import OTHERS, Survival, added
 from moeglot.targets import in_floats
 
@@ -43,7 +44,7 @@ def survived(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int, str
     found: dict[tuple[int, int, str] | str, Survival] = {}
     for unit in plan.units:
         for role, survival in losses[unit.key].survived.items():
-            place = (unit.step.layer, unit.expert, role) if unit.step else unit.key.removesuffix("|dense")
+            place = unit.name if isinstance(unit, DenseUnit) else (unit.step.layer, unit.expert, role)
             found[place] = survival
     return found
 
@@ -135,7 +136,7 @@ def _rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], f
     """(layer, expert) -> how far its matrices were rounded while writing, that of the worst: those that the adapter leaves alone, too."""
     found: dict[tuple[int, int], float] = {}
     for unit in plan.units:
-        if unit.step:
+        if isinstance(unit, ExpertUnit):
             place, loss = (unit.step.layer, unit.expert), losses[unit.key]
             found[place] = max(found.get(place, 0.0), loss.relative, *(survival.noise for survival in loss.survived.values()))
     return found

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from moeglot.encoded import Encoded
 from moeglot.encoding import Encoding, Parts
 from moeglot.floats import exactly
-from moeglot.plan import Plan, Step
+from moeglot.plan import Plan
+from moeglot.steps import Step
 
 if TYPE_CHECKING:
     import torch

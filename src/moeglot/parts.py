@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moeglot.errors import UsageError
-from moeglot.plan import Plan, Unit
+from moeglot.plan import Plan
+from moeglot.steps import Unit
 
 AUTO = "auto"
 
@@ -60,13 +61,7 @@ def parted(plan: Plan, count: int) -> tuple[tuple[Unit, ...], ...]:
 def in_file_order(plan: Plan) -> list[Unit]:
     """All units, by the place where their first bytes go."""
     places = {name: (n, pieces[0].offset) for n, shard in enumerate(plan.shards) for name, pieces in shard.pieces.items()}
-
-    def place(unit: Unit) -> tuple[tuple[int, int], int]:
-        if unit.step is None:
-            return places[unit.key.removesuffix("|dense")], 0
-        return places[unit.step.line.key_of(unit.step.target.parts[0], unit.step.layer, unit.expert)], unit.expert
-
-    return sorted(plan.units, key=place)
+    return sorted(plan.units, key=lambda unit: places[unit.outputs[0]])  # the experts of one tensor are in their order already
 
 
 def _launched(environment: Mapping[str, str]) -> Part:

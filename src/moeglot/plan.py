@@ -8,31 +8,30 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.coding import SAID_AGAIN, said
 from moeglot.config import write_config
-from moeglot.dense import DecodedTensor, DenseTensor
+from moeglot.dense import DenseTensor
 from moeglot.dense_plan import dense_slot, dense_tensors
 from moeglot.dist_plan import stack, states
-from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
-from moeglot.format import Dense, Format
+from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import written_marks
-from moeglot.layout import Sizes, Stored
+from moeglot.layout import Stored
 from moeglot.loss import Loss
-from moeglot.merging import Change, Merged, MergedPart
+from moeglot.merging import Change
 from moeglot.remote import Location
 from moeglot.rounding import Rounding
 from moeglot.shards import ShardPlan, Slot, plan_shards
 from moeglot.share import Asked, Share
 from moeglot.sizes import parse_size
+from moeglot.steps import DenseUnit, ExpertUnit, Step, Unit
 from moeglot.survival import Survival
 from moeglot.targets import arranged, dtype_note, encoding_named, encoding_of, keeping, keeps, own, quantization, rounds_inputs, shared, twin, variant
 from moeglot.torch_dist.writing import DistFile, plan_files
@@ -43,69 +42,6 @@ if TYPE_CHECKING:
     from moeglot.adapter import Adapter
 
 SHARD_SIZE = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Step:
-    """How one stored tensor of a layer comes about: from which encodings of its roles to which."""
-
-    line: Stored
-    layer: int
-    sources: tuple[Encoding, ...]
-    target: Encoding
-    movable: bool
-    twin: Stored | None = None
-    """A line of the source that holds the same roles along the same axes, in the same parts: its slices are copied."""
-
-    @property
-    def moves_codes(self) -> bool:
-        """Codes are moved as they are, without a decode."""
-        return self.twin is not None or (self.movable and all(source.recodes(self.target) for source in self.sources))
-
-    @property
-    def exact(self) -> bool:
-        """Nothing is lost, whatever the numbers."""
-        if self.moves_codes and all(source.parts == self.target.parts for source in self.sources):
-            return True
-        return isinstance(self.target, Plain) and all(source.fits_in(self.target) for source in self.sources)
-
-    def nbytes(self, sizes: Sizes) -> int:
-        """Bytes of one expert's slice."""
-        return sum(prod(self.line.slice_shape(part, sizes)) * DTYPES[part.dtypes[0]].size for part in self.target.parts)
-
-    @property
-    def verb(self) -> str:
-        if self.moves_codes and all(encoding.name == self.target.name for encoding in self.sources):
-            return f"move {self.target.name} codes"
-        source = " and ".join(sorted({encoding.name for encoding in self.sources}))
-        if isinstance(self.target, Plain):
-            return f"{'cast' if isinstance(self.sources[0], Plain) else 'decode'} {source} to {self.target.name}"
-        return f"encode {source} as {self.target}"
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A piece of work that can be done in any order, any number of times: one expert's slice of a step, or one tensor that is no expert."""
-
-    key: str
-    step: Step | None = None
-    expert: int = 0
-    parts: tuple[DenseTensor, ...] = ()
-    line: Dense | None = None
-    """How the target has the tensor that is no expert, if otherwise than the Hub."""
-    nbytes: int = 0
-    merged: bool = False
-    """An adapter's change is added to the slice."""
-
-    @property
-    def verb(self) -> str | None:
-        """What it does to numbers; None where bytes are copied."""
-        if self.step:
-            return f"add the adapter's change and round to {self.step.target}" if self.merged else self.step.verb
-        if any(isinstance(part, Merged | MergedPart) for part in self.parts):
-            return "add the adapter's change outside the experts"
-        decoded = [part for part in self.parts if isinstance(part, DecodedTensor)]
-        return f"decode {decoded[0].encoding.name} to {DTYPES[decoded[0].dtype].torch_name} outside the experts" if decoded else None
 
 
 @dataclass(frozen=True)
@@ -156,18 +92,7 @@ class Plan:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        experts = self.source.sizes["e"]
-        slices = [
-            Unit(
-                f"{step.line.key}|{step.layer}|{expert + step.line.offset}",
-                step,
-                expert,
-                nbytes=step.nbytes(self.source.sizes),
-                merged=self.merges(step, expert),
-            )
-            for step in self.steps
-            for expert in range(experts)
-        ]
+        slices = [self.unit(step, expert) for step in self.steps for expert in range(self.source.sizes["e"])]
         return (*slices, *(self._dense_unit(key, parts) for key, parts in self.dense.items()))
 
     @cached_property
@@ -175,9 +100,12 @@ class Plan:
         """What is done to tensors that are no experts, and to how many; None where bytes are copied."""
         return Counter(self._dense_unit(key, parts).verb for key, parts in self.dense.items())
 
-    def _dense_unit(self, key: str, parts: tuple[DenseTensor, ...]) -> Unit:
+    def unit(self, step: Step, expert: int) -> ExpertUnit:
+        return ExpertUnit(step, expert, step.nbytes(self.source.sizes), self.merges(step, expert))
+
+    def _dense_unit(self, key: str, parts: tuple[DenseTensor, ...]) -> DenseUnit:
         named = self.target.dense_line(key)
-        return Unit(f"{key}|dense", parts=parts, line=named and named[0], nbytes=dense_slot(key, parts).nbytes)
+        return DenseUnit(key, parts, named and named[0], dense_slot(key, parts).nbytes)
 
     @cached_property
     def digest(self) -> str:

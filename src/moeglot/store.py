@@ -18,8 +18,9 @@ from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import allocate
 from moeglot.errors import OutputError, OutputExists
 from moeglot.loss import Loss
-from moeglot.plan import Plan, Unit
+from moeglot.plan import Plan
 from moeglot.remote import Remote
+from moeglot.steps import Unit
 from moeglot.stream import Engine
 from moeglot.work import damaged, losses, of_another
 
@@ -162,11 +163,4 @@ def _said(path: Remote) -> dict[str, Any]:
 def shards_of(plan: Plan) -> dict[str, set[str]]:
     """Unit -> the files that have some of its bytes."""
     file_of = {name: shard.file for shard in plan.shards for name in shard.pieces}
-
-    def files(unit: Unit) -> set[str]:
-        if unit.step is None:
-            return {file_of[unit.key.removesuffix("|dense")]}
-        step = unit.step
-        return {file_of[step.line.key_of(part, step.layer, unit.expert)] for part in step.target.parts}
-
-    return {unit.key: files(unit) for unit in plan.units}
+    return {unit.key: {file_of[name] for name in unit.outputs} for unit in plan.units}

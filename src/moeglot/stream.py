@@ -11,7 +11,8 @@ from moeglot.checks import Progress, workers_of_one_thread
 from moeglot.direct import Output
 from moeglot.errors import LossRefused
 from moeglot.loss import Loss
-from moeglot.plan import Plan, Unit
+from moeglot.plan import Plan
+from moeglot.steps import DenseUnit, Unit
 from moeglot.units import make
 
 if TYPE_CHECKING:
@@ -43,14 +44,13 @@ class Files:
 
     def write(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> None:
         """The tensors of a unit, each to its place."""
-        if unit.step is None:
-            self._put(unit.key.removesuffix("|dense"), parts["value"])
+        if isinstance(unit, DenseUnit):
+            self._put(unit.name, parts["value"])
             return
-        line = unit.step.line
-        for part in unit.step.target.parts:
+        for part, name in zip(unit.step.target.parts, unit.outputs, strict=True):
             tensor = parts[part.name]
-            first = 0 if line.per_expert or part.shared else unit.expert * tensor.numel() * tensor.element_size()
-            self._put(line.key_of(part, unit.step.layer, unit.expert), tensor, first)
+            first = 0 if unit.step.line.per_expert or part.shared else unit.expert * tensor.numel() * tensor.element_size()
+            self._put(name, tensor, first)
 
     def _put(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         file, pieces = self.places[name]
@@ -120,9 +120,8 @@ def stream(
 
 
 def _refuse_loss(unit: Unit, loss: Loss) -> None:
-    place = f"layer {unit.step.layer}, expert {unit.expert}" if unit.step else unit.key.removesuffix("|dense")
     raise LossRefused(
-        f"{place}: to {unit.verb} changes {loss.changed} of {loss.values} values",
+        f"{unit.place}: to {unit.verb} changes {loss.changed} of {loss.values} values",
         f"relative error {loss.relative:.2g}; what was sampled while planning lost nothing, this does",
         "pass --resume --allow-loss if that is meant; the certificate will state the loss",
     )

@@ -18,8 +18,9 @@ from moeglot.floats import exact_dtype, exactly, row_pairs, values
 from moeglot.layout import Stored
 from moeglot.loss import Loss, blocks_of, measure
 from moeglot.merging import Merged, MergedPart
-from moeglot.plan import Plan, Step, Unit
+from moeglot.plan import Plan
 from moeglot.profiles import spread
+from moeglot.steps import DenseUnit, Step, Unit
 from moeglot.survival import OTHERS, Survival, added
 
 if TYPE_CHECKING:
@@ -28,24 +29,24 @@ if TYPE_CHECKING:
 
 def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
     """The bytes of a unit: part -> tensor in stored axes (one expert's slice, or a tensor that is no expert), and what was lost."""
-    if unit.step is None:
+    if isinstance(unit, DenseUnit):
         found = [_dense(part) for part in unit.parts]
         groups = unit.line.groups(plan.source.config, plan.source.tp) if unit.line else 1
         return {"value": taking_turns([tensor for tensor, _ in found], groups)}, sum((loss for _, loss in found), Loss())
     if unit.step.line.per_expert:
-        return _made(plan, unit.step, unit)
+        return _made(plan, unit.step, unit.expert)
     step = replace(unit.step, target=_settled(plan, unit.step))
-    parts, loss = _made(plan, step, unit)
+    parts, loss = _made(plan, step, unit.expert)
     return dict(step.target.stacked(parts, plan.source.sizes["e"])), loss
 
 
-def _made(plan: Plan, step: Step, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
-    step = replace(step, target=pairs.settled(plan, step, unit.expert))
-    parts, loss = _slice(plan, step, unit.expert)
-    parts = pairs.raised(plan, step, unit.expert, parts)
-    if plan.change and unit.merged:
-        roles = cache(partial(_roles, plan, step, unit.expert))
-        parts, survived = plan.change.apply(step.line, step.layer, unit.expert, step.target, parts, roles, step.moves_codes)
+def _made(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss]:
+    step = replace(step, target=pairs.settled(plan, step, expert))
+    parts, loss = _slice(plan, step, expert)
+    parts = pairs.raised(plan, step, expert, parts)
+    if plan.change and plan.merges(step, expert):
+        roles = cache(partial(_roles, plan, step, expert))
+        parts, survived = plan.change.apply(step.line, step.layer, expert, step.target, parts, roles, step.moves_codes)
         loss = replace(loss, survived=survived)
     return dict(parts), loss
 
@@ -57,8 +58,8 @@ def _settled(plan: Plan, step: Step) -> Encoding:
         return step.target
     if key not in plan.settled:
         apart = replace(step, target=step.target.apart)
-        experts = (Unit("settling", expert=n, merged=plan.merges(step, n)) for n in range(plan.source.sizes["e"]))
-        looked = [plan.source.checked(step.twin, step.layer, 0).parts] if step.twin else (_made(plan, apart, unit)[0] for unit in experts)
+        experts = range(plan.source.sizes["e"])
+        looked = [plan.source.checked(step.twin, step.layer, 0).parts] if step.twin else (_made(plan, apart, expert)[0] for expert in experts)
         plan.settled[key] = step.target.settled(looked)
     return plan.settled[key]
 
@@ -207,14 +208,13 @@ def _estimated(plan: Plan) -> Plan:
     survived: dict[str, Survival] = {}
     experts = plan.source.sizes["e"]
     layers = spread(plan.source.layers, 3)
-    decoded = next((unit for unit in plan.units if unit.step is None and unit.verb), None)
+    decoded = next((unit for unit in plan.units if isinstance(unit, DenseUnit) and unit.verb), None)
     if decoded and decoded.verb:
         found[decoded.verb] = make(plan, decoded)[1]
     for step in plan.steps:
-        expert = step.layer % experts
-        merged = plan.merges(step, expert)
-        if step.layer in layers and (merged or not step.exact):
-            _, loss = make(plan, Unit("sample", step, expert, merged=merged))
+        unit = plan.unit(step, step.layer % experts)
+        if step.layer in layers and (unit.merged or not step.exact):
+            _, loss = make(plan, unit)
             found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
             survived = added(survived, loss.survived)
     return replace(plan, expected_loss=found, expected_survival=survived, estimated=True)

@@ -24,8 +24,9 @@ from moeglot.errors import OutputExists, UsageError
 from moeglot.loss import Loss
 from moeglot.mapped import forget_mappings
 from moeglot.parts import Part
-from moeglot.plan import Plan, Unit
+from moeglot.plan import Plan
 from moeglot.remote import Location, local_only
+from moeglot.steps import Unit
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
 

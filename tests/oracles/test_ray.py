@@ -16,7 +16,7 @@ import pytest
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.plan import Unit
+from moeglot.steps import ExpertUnit, Unit
 
 ray = pytest.importorskip("ray")
 
@@ -177,7 +177,7 @@ def test_a_refusal_of_a_task_is_the_refusal_of_the_conversion(cluster: Cluster, 
 
     work = Work(tmp_path / "out")
     with work.session(plan, resume=False):
-        lossy: list[Unit] = [unit for unit in plan.units if unit.step]
+        lossy: list[Unit] = [unit for unit in plan.units if isinstance(unit, ExpertUnit)]
         with pytest.raises(moeglot.LossRefused, match="changes"):
             list(engine_of.engine()(plan, work.files, lossy, False))
 

@@ -11,6 +11,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot import certificate, kept, stream
 from moeglot.errors import LossRefused, NotVerified
+from moeglot.steps import ExpertUnit
 
 SIZES = {"e": 4, "h": 64, "i": 64}
 
@@ -33,7 +34,7 @@ def spoil(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tens
 
         def wrong(plan, unit, make=make):
             parts, loss = make(plan, unit)
-            return ({name: change(part) for name, part in parts.items()} if unit.step else parts), loss
+            return ({name: change(part) for name, part in parts.items()} if isinstance(unit, ExpertUnit) else parts), loss
 
         patch.setattr(maker, "make", wrong)
 

@@ -14,7 +14,8 @@ from typing import Any
 from moeglot.checks import keep_heap_small, one_thread
 from moeglot.errors import MoeglotError, Unfinished, UsageError
 from moeglot.loss import Loss
-from moeglot.plan import Plan, Unit
+from moeglot.plan import Plan
+from moeglot.steps import Unit
 from moeglot.stream import Engine, Files, carry_out_unit
 
 try:

@@ -21,7 +21,8 @@ from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, MoeglotError
 from moeglot.floats import values
-from moeglot.plan import Plan, Step
+from moeglot.plan import Plan
+from moeglot.steps import Step
 
 
 @dataclass(eq=False)
