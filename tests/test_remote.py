@@ -147,7 +147,7 @@ def begun(source: Path, out: str, after: int) -> None:
     """An output of which some units were made when its run died."""
     plan, work = moeglot.plan(source, TO, shard_size=SMALL), Store(Remote(out))
     with work.session(plan, False) as done, pytest.raises(RuntimeError, match="died"):
-        stream(plan, work, done, plan.units, work.uploading(failing(after)), False, None)
+        stream(plan, work, done, plan.units, work.engine(failing(after)), False, None)
 
 
 @pytest.mark.parametrize("size", [SHARD_SIZE, SMALL, 5_000_000])

@@ -131,7 +131,7 @@ def carry_out(
         if work.renamed(plan):
             return _named(work)
         with _full_disk_told(plan, work):
-            losses = stream(plan, work, done, plan.units, work.uploading(run) if isinstance(work, Store) else run, allow_loss, progress)
+            losses = stream(plan, work, done, plan.units, work.engine(run), allow_loss, progress)
             return _finalize(plan, work, losses, count, progress, threshold, resumed=bool(done))
 
 

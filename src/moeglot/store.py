@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moeglot.certified import made_of
 from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import allocate
 from moeglot.errors import OutputError, OutputExists
 from moeglot.loss import Loss
+from moeglot.outputs import damaged, is_output_of, not_finished, of_another, there_already
 from moeglot.plan import Plan
 from moeglot.remote import Remote
 from moeglot.steps import Unit
 from moeglot.stream import Engine
-from moeglot.work import damaged, losses, of_another
+from moeglot.work import losses
 
 
 class Store:
@@ -41,17 +41,13 @@ class Store:
         return self._verified
 
     def _certified(self, plan: Plan) -> bool:
-        """Journals of this plan say that the certificate that waits is its own. One that has its name is the one that was noted before; where an older
-        moeglot noted none, it is asked of what it was made, except of a merge.
-        """
-        told, certificate = bool(self._told()), self.out / CERTIFICATE
+        """Journals of this plan say that the certificate that waits is its own; of one that has its name, see `is_output_of`."""
+        told, noted = bool(self._told()), self._noted().get("certified")
         if self.files.files():
             return told and (self.files / CERTIFICATE).exists()
-        if noted := self._noted().get("certified"):
-            return certificate.exists() and sha256(certificate) == noted
-        if plan.change:
-            return told and certificate.exists()
-        return made_of(plan.source, self.out, {shard.file: shard.header for shard in plan.shards})
+        if plan.change and not noted:  # an older moeglot noted none
+            return told and (self.out / CERTIFICATE).exists()
+        return is_output_of(plan, self.out, noted)
 
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
@@ -59,12 +55,10 @@ class Store:
         self._digest = plan.digest
         if self.folder.exists():
             if not resume:
-                raise OutputExists(
-                    f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
-                )
+                raise not_finished(self.folder)
             self._check_ours(plan)
         if self.out.exists() and not self.renamed(plan):
-            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
+            raise there_already(self.out)
         self._losses = {} if self.renamed(plan) else self._read()
         shards = shards_of(plan)
         yield {key: loss for key, loss in self._losses.items() if shards[key] <= self._uploaded}
@@ -106,7 +100,7 @@ class Store:
     def done(self, unit: Unit, loss: Loss) -> None:
         """Noted when its shard is uploaded."""
 
-    def uploading(self, engine: Engine) -> Engine:
+    def engine(self, inner: Engine) -> Engine:
         """An engine that has another one make the shards on a disk, in their order, and uploads each; a unit in two shards is made once, and a file stays until
         it is whole.
         """
@@ -125,7 +119,7 @@ class Store:
                         if one.file in needed - allocated:
                             allocate(disk / one.file, one)
                             allocated.add(one.file)
-                    for unit, loss in engine(plan, disk, mine, allow_loss):
+                    for unit, loss in inner(plan, disk, mine, allow_loss):
                         made[unit.key] = loss
                         here.add(unit.key)
                         yield unit, loss

@@ -17,16 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moeglot.certified import begins, made_of
+from moeglot.certified import begins
 from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import File, allocate, flush, no_space
 from moeglot.errors import OutputExists, UsageError
 from moeglot.loss import Loss
 from moeglot.mapped import forget_mappings
+from moeglot.outputs import damaged, is_output_of, not_finished, of_another, there_already
 from moeglot.parts import Part
 from moeglot.plan import Plan
 from moeglot.remote import Location, local_only
 from moeglot.steps import Unit
+from moeglot.stream import Engine
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
 
@@ -52,19 +54,17 @@ class Work:
         told = _lines(self.journal) if self.journal.is_file() else []
         if not told:  # killed at its very end; or the folder is anybody's, and so is OUT
             if self._made is None:
-                self._made = plan.change is None and made_of(plan.source, self.out, {shard.file: shard.header for shard in plan.shards})
+                self._made = is_output_of(plan, self.out, None)
             return self._made
-        noted, certificate = [line["certified"] for line in told if "certified" in line], self.out / CERTIFICATE
-        return bool(noted) and certificate.is_file() and sha256(certificate) == noted[-1]
+        noted = [line["certified"] for line in told if "certified" in line]
+        return bool(noted) and is_output_of(plan, self.out, noted[-1])
 
     @contextmanager
     def session(self, plan: Plan, resume: bool) -> Iterator[dict[str, Loss]]:
         """The units that are already done; holds the journal's lock while it lasts."""
         if os.path.lexists(self.folder):
             if not resume:
-                raise OutputExists(
-                    f"{self.folder} exists", "an earlier conversion to the same place did not finish", "pass --resume to go on with it, or remove it yourself"
-                )
+                raise not_finished(self.folder)
             self._check_ours(plan)
         if not self.renamed(plan):
             self._refuse_output()
@@ -150,7 +150,7 @@ class Work:
 
     def _refuse_output(self) -> None:
         if os.path.lexists(self.out):
-            raise OutputExists(f"{self.out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
+            raise there_already(self.out)
 
     def _make_folder(self, plan: Plan) -> None:
         try:
@@ -182,6 +182,10 @@ class Work:
         with self._lock:
             while data:  # a nearly full disk takes a part
                 data = data[os.write(self._descriptor, data) :]
+
+    def engine(self, run: Engine) -> Engine:
+        """It writes into the output's files as they lie here."""
+        return run
 
     def done(self, unit: Unit, loss: Loss) -> None:
         self._note({"unit": unit.key, "loss": loss.row()})
@@ -221,17 +225,6 @@ def _locked(path: Path) -> Iterator[str]:
 
 def _whole_file(path: Path, shard: File) -> bool:
     return begins(path, shard.header) and path.stat().st_size == shard.nbytes
-
-
-def of_another(folder: Location) -> OutputExists:
-    """A work folder whose journal has the digest of another plan."""
-    known = "its journal has another source, target, adapter, rounding or shard size"
-    return OutputExists(f"{folder} belongs to another conversion", known, "repeat the first command, or remove it")
-
-
-def damaged(path: Location, why: object) -> OutputExists:
-    """A file of the work folder does not say what we write there."""
-    return OutputExists(f"{path}: this journal is damaged", str(why), "remove the folder that it lies in, and begin again")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,40 @@
+"""Whether what lies at OUT is the output of a plan, on a disk or in a store; and the refusals of what lies at OUT or in OUT.partial."""
+
+from __future__ import annotations
+
+from moeglot.certified import made_of
+from moeglot.digests import CERTIFICATE, sha256
+from moeglot.errors import OutputExists
+from moeglot.plan import Plan
+from moeglot.remote import Location
+
+
+def is_output_of(plan: Plan, out: Location, noted: str | None) -> bool:
+    """`noted`: the sha256 of its certificate, if a journal of this plan has that. If none does, the certificate says of what `out` was made; what was
+    merged, it does not say well enough.
+    """
+    if noted:
+        certificate = out / CERTIFICATE
+        return certificate.is_file() and sha256(certificate) == noted
+    return plan.change is None and made_of(plan.source, out, {shard.file: shard.header for shard in plan.shards})
+
+
+def there_already(out: Location) -> OutputExists:
+    return OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
+
+
+def not_finished(folder: Location) -> OutputExists:
+    """A work folder, and nobody said --resume."""
+    known = "an earlier conversion to the same place did not finish"
+    return OutputExists(f"{folder} exists", known, "pass --resume to go on with it, or remove it yourself")
+
+
+def of_another(folder: Location) -> OutputExists:
+    """A work folder whose journal has the digest of another plan."""
+    known = "its journal has another source, target, adapter, rounding or shard size"
+    return OutputExists(f"{folder} belongs to another conversion", known, "repeat the first command, or remove it")
+
+
+def damaged(path: Location, why: object) -> OutputExists:
+    """A file of the work folder does not say what we write there."""
+    return OutputExists(f"{path}: this journal is damaged", str(why), "remove the folder that it lies in, and begin again")
