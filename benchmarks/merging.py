@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from streaming import SIZES, device, write_gpt_oss
 
 import moeglot
+from moeglot.carrying import Carrying
 from moeglot.convert import carry_out
 from moeglot.kernels import backend
 from moeglot.plan import Plan, plan
@@ -74,7 +75,7 @@ def timed(made: Plan, out: Path) -> Seconds:
     if made.change:
         made = estimate(made)
         tell("planning")
-    carry_out(made, out, allow_loss=True, workers=1, progress=tell, threshold=-1.0)
+    carry_out(made, out, Carrying(allow_loss=True, workers=1, threshold=-1.0), tell)
     tell("certificate")
     shutil.rmtree(out)
     return found

@@ -52,7 +52,7 @@ LAYERS = (
     {"fingerprint"},
     {"verify", "kept"},
     {"certificate"},
-    {"store"},
+    {"store", "carrying"},
     {"convert"},
     {"merge"},
     {"report"},

@@ -12,6 +12,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot import Plan
+from moeglot.carrying import Carrying
 from moeglot.convert import carry_out
 from moeglot.floats import values
 from moeglot.kept import live
@@ -226,7 +227,7 @@ def test_an_expert_without_factors_that_is_spoilt_is_off_by_more_than_rounding(e
     """The forward level alone tells it, whatever the values say: turned, read from another expert, or one matrix of it gone."""
     opened = moeglot.open(base_of(tmp_path, "qwen3-moe", "fp8-channel", "square"))
     plan = moeglot.plan(opened, adapter=of_some_experts(tmp_path / "adapter", opened, (1,))[0], encode=encode)
-    carry_out(plan, tmp_path / "out", allow_loss=True, threshold=0)
+    carry_out(plan, tmp_path / "out", Carrying(allow_loss=True, threshold=0))
     losses = {unit.key: make(plan, unit)[1] for unit in plan.units}
 
     def verdict():
@@ -292,8 +293,8 @@ def test_a_merge_that_is_found_lost_once_it_is_written(tmp_path):
     assert refused.value.do.startswith(f"remove {out}.partial, then pass --to")
     assert refused.value.do.endswith("or keep it, and pass --resume with a lower --threshold, if that is meant")
     with pytest.raises(moeglot.OutputExists, match="rounding"):
-        carry_out(planned("stochastic"), out, resume=True)
-    assert carry_out(planned("nearest"), out, resume=True, threshold=0).report.verdict == "holds"
+        carry_out(planned("stochastic"), out, Carrying(resume=True))
+    assert carry_out(planned("nearest"), out, Carrying(resume=True, threshold=0)).report.verdict == "holds"
 
 
 def test_what_is_touched_can_stay_in_bfloat16(tmp_path):

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import moeglot
 from moeglot import cli_adapter, cli_ending, inspection, newfile, report
+from moeglot.carrying import Carrying, default_workers
 from moeglot.cli_merge import merge, show_and_carry_out
 from moeglot.cli_moments import moments
 from moeglot.cli_options import (
@@ -45,7 +46,6 @@ from moeglot.cli_options import (
 from moeglot.cli_run import run
 from moeglot.cli_tune import tune
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
-from moeglot.convert import default_workers
 from moeglot.errors import UnknownFormat, UsageError
 from moeglot.kept import THRESHOLD
 from moeglot.lint import lint
@@ -181,7 +181,8 @@ def convert(
     }
     change = moeglot.open_adapter(adapter, checkpoint, convention) if adapter is not None else None
     plan = moeglot.plan(checkpoint, to, encode=encode, adapter=change, round=round, shard_size=shard_size, **ranks)
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, where=where))
+    how = Carrying(allow_loss, workers, resume, threshold)
+    raise typer.Exit(show_and_carry_out(plan, out_folder, how, where, dry_run=dry_run, json=json))
 
 
 @app.command()

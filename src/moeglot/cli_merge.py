@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from moeglot import newfile, report
+from moeglot.carrying import Carrying
 from moeglot.checks import keep_heap_small
 from moeglot.cli_options import (
     AllowLossOption,
@@ -66,21 +67,11 @@ def merge(
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)
     plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    raise typer.Exit(show_and_carry_out(plan, out_folder, dry_run, allow_loss, workers, resume, json, threshold, html, where))
+    how = Carrying(allow_loss, workers, resume, threshold)
+    raise typer.Exit(show_and_carry_out(plan, out_folder, how, where, dry_run=dry_run, json=json, html=html))
 
 
-def show_and_carry_out(
-    plan: Plan,
-    out: str,
-    dry_run: bool,
-    allow_loss: bool,
-    workers: int | None,
-    resume: bool,
-    json: bool,
-    threshold: float = THRESHOLD,
-    html: Path | None = None,
-    where: Where | None = None,
-) -> int:
+def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry_run: bool, json: bool, html: Path | None = None) -> int:
     """Show a plan, carry it out, and report; returns the exit status."""
     from moeglot.cli_progress import bar
     from moeglot.units import estimate
@@ -93,7 +84,7 @@ def show_and_carry_out(
         report.show_plan(console, plan)
     if dry_run:
         return 0
-    certificate = (where or Where()).run(plan, out, allow_loss, workers, resume, json, threshold, bar)
+    certificate = where.run(plan, out, how, bar, json=json)
     if certificate is None:
         return 0
     if json:
@@ -105,7 +96,7 @@ def show_and_carry_out(
         report.show_certificate(recorded, certificate)
         merged = certificate.document["merge"]
         title = f"moeglot merge {plan.source.source.name} {merged['adapter']} {certificate.out}: {certificate.report.verdict}"
-        report.write_html(html, title, recorded, plots(merged, threshold))
+        report.write_html(html, title, recorded, plots(merged, how.threshold))
     return certificate.report.exit_status
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
+from moeglot.carrying import Carrying
 from moeglot.certificate import Certificate
 from moeglot.cli_options import print_json
 from moeglot.convert import carry_out, finalize, write_part
@@ -58,16 +59,16 @@ class Where:
                 "--part and --finalize", "a part writes, --finalize verifies what all parts have written", "run --finalize once, after the last part"
             )
 
-    def run(self, plan: Plan, out: str, allow_loss: bool, workers: int | None, resume: bool, json: bool, threshold: float, bar: Bar) -> Certificate | None:
+    def run(self, plan: Plan, out: str, how: Carrying, bar: Bar, *, json: bool) -> Certificate | None:
         """Carry out a plan, or a part of it, which has no certificate."""
         if not self.part:
             with bar(json) as progress:
                 if self.finalize:
-                    return finalize(plan, out, workers=workers, progress=progress, threshold=threshold)
-                return carry_out(plan, out, allow_loss, workers, resume, progress, threshold, self.device, self._engine())
+                    return finalize(plan, out, workers=how.workers, progress=progress, threshold=how.threshold)
+                return carry_out(plan, out, replace(how, device=self.device, engine=self._engine()), progress)
         part = Part.of(self.part)
         with bar(json or part.number > 1) as progress:  # one bar for the whole job
-            write_part(plan, out, part, allow_loss=allow_loss, workers=workers, progress=progress, threshold=threshold)
+            write_part(plan, out, part, allow_loss=how.allow_loss, workers=how.workers, progress=progress, threshold=how.threshold)
         _tell(plan, out, part, json)
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -12,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeglot.carrying import AS_USUAL, Carrying
 from moeglot.certificate import Certificate, certify, read_certificate, write_json
 from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Progress, check_workers
+from moeglot.checks import Progress
 from moeglot.direct import no_space
 from moeglot.errors import LossRefused, MoeglotError, NotVerified, Unfinished, UsageError
 from moeglot.format import Format
@@ -86,53 +86,33 @@ def convert(
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size, **ranks)
-    return carry_out(plan, out, allow_loss, workers, resume, progress, device=device, engine=engine)
+    return carry_out(plan, out, Carrying(allow_loss, workers, resume, device=device, engine=engine), progress)
 
 
-def default_workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def carry_out(
-    plan: Plan,
-    out: str | Path,
-    allow_loss: bool = False,
-    workers: int | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
-    threshold: float = THRESHOLD,
-    device: str | None = None,
-    engine: Engine | None = None,
-) -> Certificate:
-    """Carry out a plan. `out`: a folder, or the URL of one in a store. `threshold`: the share of an adapter's change that must survive in each role.
-    `device` as in `convert`. `engine`: what runs the units, by default threads.
-    """
+def carry_out(plan: Plan, out: str | Path, how: Carrying = AS_USUAL, progress: Progress | None = None) -> Certificate:
+    """Carry out a plan. `out`: a folder, or the URL of one in a store."""
     place = location(out)
-    if engine and not callable(engine):
-        raise UsageError(f"{engine!r} is no engine", "an engine carries out the units of a plan", "pass moeglot.integrations.ray.engine(), or none")
     _refuse_inside(plan, place)
-    if engine and isinstance(place, Remote):
+    if how.engine and isinstance(place, Remote):
         raise UsageError(
             f"OUT {place} is a URL, and other machines do the work", "shards for a store are made on the disk of this one", "name a folder that all of them see"
         )
     if plan.target.container and isinstance(place, Remote):
         raise UsageError(f"OUT {place} is a URL", "torch_dist is written in place, which a store cannot do", "write it to a disk, and copy the folder")
-    if engine and device:
-        raise UsageError(f"device {device}", "the engine decides where its tasks compute", "leave out one of the two")
-    if device:
+    if how.device:
         from moeglot.kernels import backend
 
-        with backend.on(device):
+        with backend.on(how.device):
             pass  # or it is refused before anything is touched
     work = Store(place) if isinstance(place, Remote) else Work(place)
-    count = _begin(plan, allow_loss, workers, threshold)
-    run = engine or threads(count, device)
-    with work.session(plan, resume) as done:
+    _begin(plan, how)
+    run = how.engine or threads(how.count, how.device)
+    with work.session(plan, how.resume) as done:
         if work.renamed(plan):
             return _named(work)
         with _full_disk_told(plan, work):
-            losses = stream(plan, work, done, plan.units, work.engine(run), allow_loss, progress)
-            return _finalize(plan, work, losses, count, progress, threshold, resumed=bool(done))
+            losses = stream(plan, work, done, plan.units, work.engine(run), how.allow_loss, progress)
+            return _finalize(plan, work, losses, how, progress, resumed=bool(done))
 
 
 def write_part(
@@ -153,9 +133,10 @@ def write_part(
     part = part if isinstance(part, Part) else Part.of(part)
     work = Work(out)
     _refuse_inside(plan, work.out)
-    count = _begin(plan, allow_loss, workers, threshold)
+    how = Carrying(allow_loss, workers, threshold=threshold)
+    _begin(plan, how)
     with work.part_session(plan, part) as done, _full_disk_told(plan, work):
-        stream(plan, work, done, part.units(plan), threads(count), allow_loss, progress and _of_all_parts(plan, work, progress))
+        stream(plan, work, done, part.units(plan), threads(how.count), allow_loss, progress and _of_all_parts(plan, work, progress))
     return part
 
 
@@ -175,7 +156,7 @@ def _of_all_parts(plan: Plan, work: Work, progress: Progress) -> Progress:
 
 def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progress: Progress | None = None, threshold: float = THRESHOLD) -> Certificate:
     """Once all parts of a plan are written: re-read the output, verify and certify it, and give it its name. Raises `Unfinished`, naming parts that are not."""
-    work, count = Work(out), _count(workers)
+    work, how = Work(out), Carrying(workers=workers, threshold=threshold)
     if not work.folder.exists():
         raise Unfinished(f"no part of {out} is written", f"there is no {work.folder}", "pass --part 1/N and so on first, or neither --part nor --finalize")
     with work.session(plan, resume=True) as done:
@@ -183,7 +164,7 @@ def finalize(plan: Plan, out: str | Path, *, workers: int | None = None, progres
             return _named(work)
         _refuse_unfinished(plan, work, done)
         with _full_disk_told(plan, work):
-            return _finalize(plan, work, done, count, progress, threshold, resumed=True)
+            return _finalize(plan, work, done, how, progress, resumed=True)
 
 
 def _refuse_inside(plan: Plan, out: Location) -> None:
@@ -194,33 +175,22 @@ def _refuse_inside(plan: Plan, out: Location) -> None:
         raise UsageError(f"OUT {out} lies in the source", f"each folder in {source.name} is what one process holds", "choose an OUT elsewhere")
 
 
-def _count(workers: int | None) -> int:
-    if workers is None:
-        return default_workers()
-    check_workers(workers)
-    return workers
-
-
-def _begin(plan: Plan, allow_loss: bool, workers: int | None, threshold: float) -> int:
-    """Before a byte is written: refuse what is expected to be lost; returns how many threads are to work."""
+def _begin(plan: Plan, how: Carrying) -> None:
+    """Before a byte is written: refuse what is expected to be lost."""
     plan.check_unchanged()
-    count = _count(workers)
-    if not allow_loss or plan.change:
+    if not how.allow_loss or plan.change:
         expected = estimate(plan)
-        if not allow_loss:
+        if not how.allow_loss:
             _refuse_expected_loss(expected)
-        refuse_lost(plan, expected.expected_survival, threshold)
-    return count
+        refuse_lost(plan, expected.expected_survival, how.threshold)
 
 
-def _finalize(
-    plan: Plan, work: Work | Store, losses: Mapping[str, Loss], count: int, progress: Progress | None, threshold: float, *, resumed: bool
-) -> Certificate:
+def _finalize(plan: Plan, work: Work | Store, losses: Mapping[str, Loss], how: Carrying, progress: Progress | None, *, resumed: bool) -> Certificate:
     losses = {unit.key: losses[unit.key] for unit in plan.units}  # in one order, so that sums of them are the same whoever wrote what
-    refuse_lost(plan, sum(losses.values(), Loss()).survived, threshold, work.folder)
+    refuse_lost(plan, sum(losses.values(), Loss()).survived, how.threshold, work.folder)
     _write_rest(plan, work.files)
     try:
-        certificate = certify(plan, work.files, losses, count, progress)
+        certificate = certify(plan, work.files, losses, how.count, progress)
     except NotVerified as error:
         if not resumed:
             raise

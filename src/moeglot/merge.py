@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeglot.carrying import Carrying
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Progress
@@ -54,4 +55,4 @@ def merge(
     checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
     change = open_adapter(adapter, checkpoint, convention) if isinstance(adapter, str | Path) else adapter
     made = plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(made, out, allow_loss, workers, resume, progress, threshold, engine=engine)
+    return carry_out(made, out, Carrying(allow_loss, workers, resume, threshold, engine=engine), progress)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.carrying import Carrying
 from moeglot.codings import CODINGS
 from moeglot.convert import carry_out
 from moeglot.errors import LossRefused
@@ -170,7 +171,7 @@ def test_another_process_gets_checkpoint_and_plan(coding, tmp_path):
     plan = moeglot.plan(checkpoint, LAYOUTS[0], encode="float32")
     there_checkpoint, there = pickle.loads(pickle.dumps((checkpoint, plan)))
     assert there_checkpoint.format == checkpoint.format
-    assert carry_out(there, tmp_path / "there", True, 1, False, None).report.verdict == "holds"
+    assert carry_out(there, tmp_path / "there", Carrying(allow_loss=True, workers=1)).report.verdict == "holds"
     moeglot.convert(checkpoint, LAYOUTS[0], tmp_path / "here", encode="float32")
     assert differing(tmp_path / "here", tmp_path / "there") == []
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from moeglot.carrying import Carrying
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Progress
@@ -73,7 +74,7 @@ def save(
     """See `moeglot.save`."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint_of(model, Path(folder))
-        return carry_out(plan(checkpoint, to, encode=encode, shard_size=shard_size), out, allow_loss, workers, False, progress)
+        return carry_out(plan(checkpoint, to, encode=encode, shard_size=shard_size), out, Carrying(allow_loss, workers), progress)
 
 
 def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
