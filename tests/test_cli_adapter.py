@@ -10,6 +10,7 @@ from synthetic import write_checkpoint
 from test_cli import run, told
 
 import moeglot
+from moeglot.encodings.plain import Plain
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,25 @@ def test_convert_folds_an_adapter_in_as_merge_does(folder, tmp_path):
     lost = told(*given, "--convention", "peft", "--threshold", "1", status=2)
     assert (lost["error"], "--threshold" in lost["do"]) == ("LossRefused", True)
     assert told(*given, "--convention", "peft", "--threshold", "0")["merge"]["convention"] == "peft"
+    done = ("--convention", "peft", "--threshold", "0", "--keep-touched", "bf16", "--html", tmp_path / "page.html")
+    kept = told(*given[:2], tmp_path / "kept", *given[3:], *done)
+    assert moeglot.open(tmp_path / "kept").experts(0)["down"].encoding == Plain("BF16")
+    assert all(one["rec"] > 0.9 for one in kept["merge"]["survived"].values())
+    assert "<polyline" in (tmp_path / "page.html").read_text()
+
+
+def test_convert_in_python_is_merge(folder, tmp_path):
+    """With the same options; where no format is named, in that of the source."""
+    options = {"convention": "peft", "threshold": 0, "encode": "bf16", "allow_loss": True, "device": "cpu"}
+    moeglot.merge(folder / "base", folder / "peft", tmp_path / "merged", **options)
+    moeglot.convert(folder / "base", None, tmp_path / "converted", adapter=folder / "peft", **options)
+    assert [path.read_bytes() for path in sorted((tmp_path / "converted").iterdir())] == [path.read_bytes() for path in sorted((tmp_path / "merged").iterdir())]
+    with pytest.raises(moeglot.UsageError, match="nothing can be decoded on 'nowhere'"):
+        moeglot.merge(folder / "base", folder / "peft", tmp_path / "none", convention="peft", device="nowhere")
+
+
+def test_a_conversion_has_a_page(folder, tmp_path):
+    run("convert", folder / "base", tmp_path / "out", "--to", "qwen3-moe/hub", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"<h1>moeglot convert {folder / 'base'} {tmp_path / 'out'}: holds</h1>" in page
+    assert "relative error by layer" in page

@@ -64,7 +64,10 @@ def small(tmp_path):
     return write_checkpoint(tmp_path / "small", "qwen3-moe/hub")
 
 
-@pytest.mark.parametrize("arguments", ["inspect {m} --html {f}", "verify {m} --html {f}", "merge {m} lora out --html {f}", "moments {m} t -o {f}"])
+REPORTS = ("inspect {m} --html {f}", "verify {m} --html {f}", "convert {m} out --to x --html {f}", "merge {m} lora out --html {f}")
+
+
+@pytest.mark.parametrize("arguments", [*REPORTS, "moments {m} t -o {f}"])
 def test_a_report_overwrites_nothing(arguments, small, tmp_path):
     """Told before the work: neither the checkpoint nor anything else need be there."""
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
@@ -244,6 +247,7 @@ def test_labels_of_a_plot_lie_apart():
         (("run", BUNDLED, "--prompt", "And", "--convention", "peft"), ["--adapter"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--convention", "peft"), ["--adapter"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--threshold", "0.5"), ["--adapter"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--keep-touched", "bf16"), ["--adapter"]),
     ],
 )
 def test_what_cannot_be_meant(arguments, words):
@@ -261,7 +265,7 @@ def test_what_python_may_pass(small, tmp_path):
     for name, value in wrong.items():
         with pytest.raises(moeglot.UsageError, match=f"{name}|big"):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
-    for name, value in {"shard_size": 1.5, "encode": "", "workers": 0}.items():
+    for name, value in {"shard_size": 1.5, "encode": "", "workers": 0, "convention": "peft", "threshold": 0.5, "keep_touched": "bf16"}.items():
         with pytest.raises(moeglot.UsageError):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
     with pytest.raises(moeglot.UsageError, match="is not a format"):

@@ -150,6 +150,18 @@ def begun(source: Path, out: str, after: int) -> None:
         stream(plan, work, done, plan.units, work.engine(failing(after)), False, None)
 
 
+def test_a_live_model_goes_to_a_store(source: Path, out: str, tmp_path: Path) -> None:
+    """With the options of `convert` that mean something there."""
+    pytest.importorskip("transformers")
+    model = moeglot.load(source, dtype="float32", native=True)
+    with pytest.raises(UsageError, match="nothing can be decoded on 'nowhere'"):
+        moeglot.save(model, out, to=TO, device="nowhere")
+    for place in (tmp_path / "disk", out):
+        moeglot.save(model, place, to=TO, shard_size="500KB", device="cpu")
+    assert stored("/made/out") == tree(tmp_path / "disk")
+    assert stored("/made") == stored("/made/out")
+
+
 @pytest.mark.parametrize("size", [SHARD_SIZE, SMALL, 5_000_000])
 def test_an_output_in_a_store_is_that_on_a_disk(size: int, source: Path, out: str, tmp_path: Path) -> None:
     """Every file; and it is a checkpoint that can be read there."""

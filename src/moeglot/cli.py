@@ -20,6 +20,7 @@ from moeglot.cli_moments import moments
 from moeglot.cli_options import (
     AllowLossOption,
     ConventionOption,
+    DecodeOption,
     DryRunOption,
     EncodeOption,
     EpRankOption,
@@ -29,6 +30,7 @@ from moeglot.cli_options import (
     FormatOption,
     HtmlOption,
     JsonOption,
+    KeepTouchedOption,
     OutArgument,
     PathArgument,
     PpRankOption,
@@ -46,6 +48,7 @@ from moeglot.cli_options import (
 from moeglot.cli_run import run
 from moeglot.cli_tune import tune
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
+from moeglot.convert import refuse_without_adapter
 from moeglot.errors import UnknownFormat, UsageError
 from moeglot.kept import THRESHOLD
 from moeglot.lint import lint
@@ -141,13 +144,14 @@ def convert(
     convention: ConventionOption = None,
     threshold: ThresholdOption = THRESHOLD,
     round: RoundOption = "nearest",
+    keep_touched: KeepTouchedOption = None,
     format: FormatOption = None,
     dry_run: DryRunOption = False,
     allow_loss: AllowLossOption = False,
     shard_size: ShardSizeOption = "5GB",
     workers: WorkersOption = None,
     resume: ResumeOption = False,
-    device: Annotated[Optional[str], typer.Option("--device", help="Where MXFP4 and FP8 are decoded, such as cuda; by default the CPU.")] = None,  # noqa: UP045
+    device: DecodeOption = None,
     part: PartOption = None,
     finalize: FinalizeOption = False,
     engine: EngineOption = "local",
@@ -162,11 +166,12 @@ def convert(
     ep_size: EpSizeOption = None,
     padded_vocab_size: WordsOption = None,
     json: JsonOption = False,
+    html: HtmlOption = None,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
+    newfile.check(html, "--html")
     where = Where(part, finalize, engine, ray_address, device)
-    if adapter is None and (convention is not None or threshold != THRESHOLD):
-        raise UsageError("--convention or --threshold without --adapter", "they are of an adapter that is folded in", "pass --adapter too, or leave them out")
+    refuse_without_adapter(adapter, convention, threshold)
     checkpoint = moeglot.open(src, format)
     ranks: Asked = {
         "tp_rank": tp_rank,
@@ -180,9 +185,9 @@ def convert(
         "padded_vocab_size": padded_vocab_size,
     }
     change = moeglot.open_adapter(adapter, checkpoint, convention) if adapter is not None else None
-    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=change, round=round, shard_size=shard_size, **ranks)
+    plan = moeglot.plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size, **ranks)
     how = Carrying(allow_loss, workers, resume, threshold)
-    raise typer.Exit(show_and_carry_out(plan, out_folder, how, where, dry_run=dry_run, json=json))
+    raise typer.Exit(show_and_carry_out(plan, out_folder, how, where, dry_run=dry_run, json=json, html=html))
 
 
 @app.command()

@@ -15,11 +15,13 @@ from moeglot.checks import keep_heap_small
 from moeglot.cli_options import (
     AllowLossOption,
     ConventionOption,
+    DecodeOption,
     DryRunOption,
     EncodeOption,
     FormatOption,
     HtmlOption,
     JsonOption,
+    KeepTouchedOption,
     OutArgument,
     ResumeOption,
     RoundOption,
@@ -40,7 +42,7 @@ def merge(
     to: Annotated[Optional[str], typer.Option("--to", metavar="FORMAT", help="The format to write; by default the base's own.")] = None,  # noqa: UP045
     encode: EncodeOption = None,
     round: RoundOption = "nearest",
-    keep_touched: Annotated[Optional[str], typer.Option("--keep-touched", metavar="DTYPE", help="Leave the changed matrices in this float type.")] = None,  # noqa: UP045
+    keep_touched: KeepTouchedOption = None,
     threshold: ThresholdOption = THRESHOLD,
     convention: ConventionOption = None,
     name: Annotated[Optional[str], typer.Option("--adapter", metavar="NAME", help="Which of several in the adapter's folder.")] = None,  # noqa: UP045
@@ -50,6 +52,7 @@ def merge(
     shard_size: ShardSizeOption = "5GB",
     workers: WorkersOption = None,
     resume: ResumeOption = False,
+    device: DecodeOption = None,
     part: PartOption = None,
     finalize: FinalizeOption = False,
     engine: EngineOption = "local",
@@ -63,7 +66,7 @@ def merge(
     from moeglot.checkpoint import open as open_checkpoint
     from moeglot.plan import plan as make_plan
 
-    where = Where(part, finalize, engine, ray_address)
+    where = Where(part, finalize, engine, ray_address, device)
     checkpoint = open_checkpoint(base, format)
     change = open_adapter(adapter, checkpoint, convention, name)
     plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
@@ -94,9 +97,10 @@ def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry
     if html:
         recorded = report.recorder()
         report.show_certificate(recorded, certificate)
-        merged = certificate.document["merge"]
-        title = f"moeglot merge {plan.source.source.name} {merged['adapter']} {certificate.out}: {certificate.report.verdict}"
-        report.write_html(html, title, recorded, plots(merged, how.threshold))
+        merged, drawn = certificate.document.get("merge"), report.plot_checks(certificate.report.checks)
+        done = f"merge {plan.source.source.name} {merged['adapter']}" if merged else f"convert {plan.source.source.name}"
+        title = f"moeglot {done} {certificate.out}: {certificate.report.verdict}"
+        report.write_html(html, title, recorded, plots(merged, how.threshold) if merged else drawn)
     return certificate.report.exit_status
 
 

@@ -22,6 +22,11 @@ ShardSizeOption = Annotated[str, typer.Option("--shard-size", metavar="SIZE", he
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")]
 EncodeOption = Annotated[Optional[str], typer.Option("--encode", metavar="ENCODING", help="Such as bfloat16, mxfp4, fp8-block or nf4.")]  # noqa: UP045
 RoundOption = Annotated[str, typer.Option("--round", metavar="HOW", help="With an adapter: nearest, stochastic[:SEED], delta or gptq:FILE.")]
+KeepTouchedOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--keep-touched", metavar="DTYPE", help="With an adapter: leave the changed matrices in this float type."),
+]
+DecodeOption = Annotated[Optional[str], typer.Option("--device", help="Where MXFP4 and FP8 are decoded, such as cuda; by default the CPU.")]  # noqa: UP045
 ConventionOption = Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="How the adapter's factors lie.")]  # noqa: UP045
 ThresholdOption = Annotated[float, typer.Option("--threshold", min=0.0, max=1.0, help="The share of an adapter's change that must survive in each role.")]
 

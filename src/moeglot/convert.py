@@ -45,14 +45,16 @@ EVERY = 2.0
 
 def convert(
     source: Checkpoint | str | Path,
-    to: str | Format,
+    to: str | Format | None,
     out: str | Path,
     *,
     encode: str | None = None,
     adapter: Adapter | str | Path | None = None,
     round: str = "nearest",
     keep_touched: str | None = None,
+    convention: str | None = None,
     format: str | Format | None = None,
+    threshold: float = THRESHOLD,
     allow_loss: bool = False,
     shard_size: int | str = SHARD_SIZE,
     workers: int | None = None,
@@ -62,13 +64,13 @@ def convert(
     engine: Engine | None = None,
     **ranks: Unpack[Asked],
 ) -> Certificate:
-    """Write `source` to the folder `out` in the format named `to`, verify what lies there, and certify it.
+    """Write `source` to the folder `out` in the format named `to`, or in its own for None, verify what lies there, and certify it.
 
     `source`: a folder, a safetensors file, a URL, a Hub id or a Checkpoint; `format` names what it is where it does not say so itself.
     `out`: a folder that is not there yet, or the URL of one in a store.
     `encode`: how the experts' matrices [out, in] are coded there: a float type ("float32", "bfloat16", "float16"), or "mxfp4", "fp8-block", "nf4" and others
     that the page on formats lists. Without it, as the target stores them: a target in floats has the source's float type, or the one that config.json declares.
-    `adapter`, `round` and `keep_touched` as in `merge`.
+    `adapter`, `round`, `keep_touched`, `convention` and `threshold` as in `merge`; without an adapter, the others are refused.
     `allow_loss`: steps may change numbers, by as much as the certificate then states.
     `shard_size`: how many bytes of tensors a file has at most, as a number or as text in powers of 1000 ("5GB"); a larger tensor has a file of its own.
     `workers`: threads, by default one for each CPU and 8 at most; the bytes are the same with any number.
@@ -84,9 +86,20 @@ def convert(
     Raises `MoeglotError`: `UsageError` for a name that is not known or what the target cannot hold, `LossRefused`, `OutputExists`, `NoSpace`, `NotVerified`,
     and what `open` raises. Nothing that this run did not write is touched, and what is not verified keeps its temporary name.
     """
+    refuse_without_adapter(adapter, convention, threshold)
     checkpoint = source if isinstance(source, Checkpoint) else open(source, format)
+    if isinstance(adapter, str | Path):
+        from moeglot.adapter import open_adapter
+
+        adapter = open_adapter(adapter, checkpoint, convention)
     plan = make_plan(checkpoint, to, encode=encode, adapter=adapter, round=round, keep_touched=keep_touched, shard_size=shard_size, **ranks)
-    return carry_out(plan, out, Carrying(allow_loss, workers, resume, device=device, engine=engine), progress)
+    return carry_out(plan, out, Carrying(allow_loss, workers, resume, threshold, device, engine), progress)
+
+
+def refuse_without_adapter(adapter: Adapter | str | Path | None, convention: str | None, threshold: float) -> None:
+    """Raises `UsageError` for what says something of an adapter where there is none."""
+    if adapter is None and (convention is not None or threshold != THRESHOLD):
+        raise UsageError("--convention or --threshold without --adapter", "they are of an adapter that is folded in", "pass --adapter too, or leave them out")
 
 
 def carry_out(plan: Plan, out: str | Path, how: Carrying = AS_USUAL, progress: Progress | None = None) -> Certificate:

@@ -65,21 +65,23 @@ def save(
     to: str | Format,
     encode: str | None = None,
     allow_loss: bool = False,
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | str = SHARD_SIZE,
     workers: int | None = None,
     progress: Progress | None = None,
+    device: str | None = None,
 ) -> Certificate:
     """Write a live transformers model to the folder `out` in the format named `to`, verify what lies there, and certify it as `convert` does.
 
     Tensors are taken from the model's `state_dict()`, not from `save_pretrained`. The tokenizer is no part of the model: save it yourself.
     Experts of a native model are the bytes that they hold now: in the format that they were loaded from they stay those, in others they are converted.
-    `encode`, `allow_loss`, `shard_size`, `workers` and `progress` as in `convert`.
+    `out`, `encode`, `allow_loss`, `shard_size`, `workers`, `progress` and `device` as in `convert`. There is no `resume`: nothing says that a model is still
+    the one that an interrupted run wrote.
     Raises `MoeglotError`, as `convert` does; `UsageError` for an adapter that is not merged, and for experts that processes divide.
     """
     _require("save")
     from moeglot.integrations import transformers_save
 
-    return transformers_save.save(model, Path(out), to, encode, allow_loss, shard_size, workers, progress)
+    return transformers_save.save(model, out, to, encode, allow_loss, shard_size, workers, progress, device)
 
 
 def _names(modules: Sequence[str] | None) -> tuple[str, ...]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeglot.carrying import Carrying
 from moeglot.certificate import Certificate
-from moeglot.checkpoint import Checkpoint, open
+from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Progress
-from moeglot.convert import carry_out
+from moeglot.convert import convert
 from moeglot.format import Format
 from moeglot.kept import THRESHOLD
-from moeglot.plan import SHARD_SIZE, plan
+from moeglot.plan import SHARD_SIZE
 from moeglot.stream import Engine
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ def merge(
     workers: int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    device: str | None = None,
     engine: Engine | None = None,
 ) -> Certificate:
     """Write `base` with the change of `adapter` to the folder `out`, say what of the change survived the encoding, verify and certify it.
@@ -46,13 +46,26 @@ def merge(
     "nearest", "stochastic[:SEED]", "delta" or "gptq:FILE". The base's scales stay, but for blocks in which a sum lies beyond them. Matrices without a
     change are moved as `convert` moves them.
     `keep_touched`: in each layer, matrices that the adapter changes stay in that float type, where the target's config can say so.
-    `allow_loss`, `shard_size`, `workers`, `resume`, `progress` and `engine` as in `convert`.
+    `allow_loss`, `shard_size`, `workers`, `resume`, `progress`, `device` and `engine` as in `convert`.
     Raises `LossRefused` if less than `threshold`, from 0 to 1, of the change survives in some role, as what is there projects on it; and all that
     `open_adapter` and `convert` do.
     """
-    from moeglot.adapter import open_adapter
-
-    checkpoint = base if isinstance(base, Checkpoint) else open(base, format)
-    change = open_adapter(adapter, checkpoint, convention) if isinstance(adapter, str | Path) else adapter
-    made = plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
-    return carry_out(made, out, Carrying(allow_loss, workers, resume, threshold, engine=engine), progress)
+    return convert(
+        base,
+        to,
+        out,
+        encode=encode,
+        adapter=adapter,
+        round=round,
+        keep_touched=keep_touched,
+        convention=convention,
+        format=format,
+        threshold=threshold,
+        allow_loss=allow_loss,
+        shard_size=shard_size,
+        workers=workers,
+        resume=resume,
+        progress=progress,
+        device=device,
+        engine=engine,
+    )

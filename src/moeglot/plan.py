@@ -141,7 +141,7 @@ def plan(
     target = own(source.format, wanted) if to is None else variant(by_name(to), wanted)
     share = Share.asked(**ranks)
     words = share.words if share else source.share.words if source.share else None
-    change = _change(source, adapter, round, share or source.share)
+    change = _change(source, adapter, round, keep_touched, share or source.share)
     if target.family != source.format.family:
         names = ", ".join(form.name for form in of_family(source.format.family) if not form.coding) + "; or a quantized variant, see `moeglot formats`"
         raise UsageError(f"{target.name} stores {target.family.name}, this is {source.format.family.name}", source.known, f"pass --to one of: {names}")
@@ -177,11 +177,13 @@ def plan(
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 
-def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str, share: Share | None) -> Change | None:
+def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str, keep_touched: str | None, share: Share | None) -> Change | None:
     rounding = Rounding.by_name(round)
     if adapter is None:
         if rounding != Rounding():
             raise UsageError(f"--round {round} without an adapter", "it says how weights with an adapter's change are rounded", "pass --adapter DIR too")
+        if keep_touched:
+            raise UsageError(f"--keep-touched {keep_touched} without an adapter", "it is of matrices with an adapter's change", "pass --adapter DIR too")
         return None
     if share:
         raise UsageError(f"an adapter, and what {share} holds", "its factors are those of the whole model", "merge it into the whole model, then convert that")

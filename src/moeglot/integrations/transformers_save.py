@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import transformers
 
-from moeglot.carrying import Carrying
 from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Progress
 from moeglot.coding import WEIGHT, leaves_alone
 from moeglot.codings import CODINGS
 from moeglot.config import hub_config
-from moeglot.convert import carry_out
+from moeglot.convert import convert
 from moeglot.dtypes import dtype_of
 from moeglot.errors import NotVerified, UsageError
 from moeglot.foreign import HELD
@@ -34,7 +33,6 @@ from moeglot.integrations.transformers_load import INSTALLED, layouts
 from moeglot.layout import Stored
 from moeglot.nn.held import Held
 from moeglot.nn.module import Experts
-from moeglot.plan import plan
 from moeglot.shards import Entry
 from moeglot.source import Source
 
@@ -69,12 +67,20 @@ def hold(name: str, tensor: torch.Tensor) -> HeldEntry:
 
 
 def save(
-    model: Any, out: Path, to: str | Format, encode: str | None, allow_loss: bool, shard_size: int, workers: int | None, progress: Progress | None
+    model: Any,
+    out: str | Path,
+    to: str | Format,
+    encode: str | None,
+    allow_loss: bool,
+    shard_size: int | str,
+    workers: int | None,
+    progress: Progress | None,
+    device: str | None,
 ) -> Certificate:
     """See `moeglot.save`."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = checkpoint_of(model, Path(folder))
-        return carry_out(plan(checkpoint, to, encode=encode, shard_size=shard_size), out, Carrying(allow_loss, workers), progress)
+        source = checkpoint_of(model, Path(folder))
+        return convert(source, to, out, encode=encode, allow_loss=allow_loss, shard_size=shard_size, workers=workers, progress=progress, device=device)
 
 
 def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
