@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import atexit
 import gc
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 import moeglot
 from moeglot import cli_adapter, cli_ending, inspection, newfile, report
@@ -43,6 +41,7 @@ from moeglot.cli_options import (
     TpSizeOption,
     WordsOption,
     WorkersOption,
+    console,
     print_json,
 )
 from moeglot.cli_run import run
@@ -69,7 +68,7 @@ app = typer.Typer(
 
 app.add_typer(cli_adapter.app, name="adapter")
 
-out = Console(soft_wrap=not (sys.stdout and sys.stdout.isatty()))  # it is None where it was closed, as by `>&-`
+out = console()
 
 
 def _bar(quiet: bool) -> AbstractContextManager[Any]:
@@ -110,10 +109,10 @@ def inspect(
             inspection.show_outline(out, outline(read_source(path, headers_only=True)))
         raise
     weighed, findings = weigh(checkpoint) if deep else None, lint(checkpoint, sample=deep)
-    for console in ([] if json else [out]) + ([recorder := report.recorder()] if html else []):
-        inspection.show_inspect(console, checkpoint, findings)
+    for shown in ([] if json else [out]) + ([recorder := report.recorder()] if html else []):
+        inspection.show_inspect(shown, checkpoint, findings)
         if weighed:
-            inspection.show_evidence(console, weighed)
+            inspection.show_evidence(shown, weighed)
     if html:
         from moeglot.plots import plots
 
@@ -228,9 +227,9 @@ def _finish(found: moeglot.Report, command: str, title: str, json: bool, html: P
         report.show_report(out, found, title)
         out.print(found.verdict, style=report.COLOURS[found.verdict])
     if html:
-        console = report.recorder()
-        report.show_report(console, found, title)
-        report.write_html(html, f"moeglot {command} {title}: {found.verdict}", console, report.plot_checks(found.checks))
+        recorded = report.recorder()
+        report.show_report(recorded, found, title)
+        report.write_html(html, f"moeglot {command} {title}: {found.verdict}", recorded, report.plot_checks(found.checks))
     raise typer.Exit(found.exit_status)
 
 

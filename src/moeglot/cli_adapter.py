@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from moeglot import report
-from moeglot.cli_options import print_json
+from moeglot.cli_options import ConventionOption, FormatOption, JsonOption, console, print_json
 
 if TYPE_CHECKING:
     from moeglot.adapter import Adapter
@@ -18,16 +17,7 @@ app = typer.Typer(help="Read LoRA adapters of experts, and write them in another
 
 AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder that PEFT or another writer saved, or a Hub id.", show_default=False)]
 BaseOption = Annotated[str, typer.Option("--base", metavar="PATH", help="The checkpoint that it adapts, in any format.", show_default=False)]
-FormatOption = Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What the base is, if it does not say so itself.")]  # noqa: UP045
-ConventionOption = Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="How its factors lie, if it does not say so itself.")]  # noqa: UP045
 NameOption = Annotated[Optional[str], typer.Option("--adapter", metavar="NAME", help="Which of several in a folder; its own is default.")]  # noqa: UP045
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON with a versioned schema instead of tables.")]
-
-
-def _console() -> Console:
-    import sys
-
-    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 def _open(path: str, base: str, format: str | None, convention: str | None, name: str | None) -> Adapter:
@@ -55,9 +45,9 @@ def inspect(
         ("experts", f"{len(adapter.layers)} of {len(adapter.base.layers)} layers, {told['experts']['adapted']} matrices"),
         ("other modules", f"{len(adapter.dense)} with factors, {len(adapter.replaced)} tensors replaced"),
     ]
-    report.table(_console(), adapter.name, ("", ""), rows)
+    report.table(console(), adapter.name, ("", ""), rows)
     shown = [(", ".join(map(str, one["layers"])), one["role"], ", ".join(map(str, one["ranks"])), one["scale"]) for one in told["experts"]["roles"]]
-    report.table(_console(), "what it changes in experts", ("layers", "role", "rank", "scale"), shown)
+    report.table(console(), "what it changes in experts", ("layers", "role", "rank", "scale"), shown)
 
 
 def inspect_json(adapter: Adapter) -> dict[str, Any]:
@@ -101,10 +91,10 @@ def convert(
     if json:
         print_json(told)
         return
-    console = _console()
-    console.print(f"{out_folder}: {done.tensors} tensors, {done.to.name}: {done.to.about}", highlight=False, markup=False)
+    shown = console()
+    shown.print(f"{out_folder}: {done.tensors} tensors, {done.to.name}: {done.to.about}", highlight=False, markup=False)
     for note in done.notes:
-        console.print(f"  {note}", highlight=False, markup=False)
+        shown.print(f"  {note}", highlight=False, markup=False)
 
 
 @app.command()
@@ -117,6 +107,6 @@ def conventions(json: JsonOption = False) -> None:
         readers = [{"name": r.name, "out_in": r.out_in.name, "in_out": r.in_out.name, "about": r.about} for r in READERS]
         print_json({"schema": "moeglot/conventions/1", "conventions": known, "readers": readers})
         return
-    report.table(_console(), "conventions (y = out, x = in)", ("name", "A", "B", "what it is"), [(c.name, c.a, c.b, c.about) for c in CONVENTIONS])
+    report.table(console(), "conventions (y = out, x = in)", ("name", "A", "B", "what it is"), [(c.name, c.a, c.b, c.about) for c in CONVENTIONS])
     rows = [(r.name, r.out_in.name, r.in_out.name, r.about) for r in READERS]
-    report.table(_console(), "readers", ("--to", "experts [out, in]", "gpt-oss [in, out]", "who"), rows)
+    report.table(console(), "readers", ("--to", "experts [out, in]", "gpt-oss [in, out]", "who"), rows)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from moeglot import newfile, report
 from moeglot.carrying import Carrying
@@ -28,6 +26,7 @@ from moeglot.cli_options import (
     ShardSizeOption,
     ThresholdOption,
     WorkersOption,
+    console,
     print_json,
 )
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
@@ -80,11 +79,11 @@ def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry
     from moeglot.units import estimate
 
     keep_heap_small()
-    console, plan = Console(soft_wrap=not sys.stdout.isatty()), estimate(plan)
+    out_console, plan = console(), estimate(plan)
     if json and dry_run:
         print_json(report.plan_json(plan))
     elif not json:
-        report.show_plan(console, plan)
+        report.show_plan(out_console, plan)
     if dry_run:
         return 0
     certificate = where.run(plan, out, how, bar, json=json)
@@ -93,7 +92,7 @@ def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry
     if json:
         print_json({**certificate.document, "out": str(certificate.out)})
     else:
-        report.show_certificate(console, certificate)
+        report.show_certificate(out_console, certificate)
     if html:
         recorded = report.recorder()
         report.show_certificate(recorded, certificate)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from rich.console import Console
 
 from moeglot import report
 
@@ -26,6 +27,9 @@ KeepTouchedOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--keep-touched", metavar="DTYPE", help="With an adapter: leave the changed matrices in this float type."),
 ]
+DtypeOption = Annotated[Optional[str], typer.Option("--dtype", help="bfloat16, float16 or float32; by default what config.json declares.")]  # noqa: UP045
+DeviceOption = Annotated[Optional[str], typer.Option("--device", help="Where the model goes, such as cuda; by default the CPU.")]  # noqa: UP045
+QuantizeOption = Annotated[Optional[str], typer.Option("--encode", help="Quantize plain experts in memory: mxfp4, fp8-block, nf4, ...")]  # noqa: UP045
 DecodeOption = Annotated[Optional[str], typer.Option("--device", help="Where MXFP4 and FP8 are decoded, such as cuda; by default the CPU.")]  # noqa: UP045
 ConventionOption = Annotated[Optional[str], typer.Option("--convention", metavar="NAME", help="How the adapter's factors lie.")]  # noqa: UP045
 ThresholdOption = Annotated[float, typer.Option("--threshold", min=0.0, max=1.0, help="The share of an adapter's change that must survive in each role.")]
@@ -40,6 +44,11 @@ PpSizeOption = Annotated[Number, typer.Option("--pp-size", metavar="N", help="Ho
 EpRankOption = Annotated[Number, typer.Option("--ep-rank", metavar="R", help="As --tp-rank, of those that divide the experts of each layer.")]
 EpSizeOption = Annotated[Number, typer.Option("--ep-size", metavar="N", help="How many processes divide the experts of each layer.")]
 WordsOption = Annotated[Number, typer.Option("--padded-vocab-size", metavar="N", help="Rows of Megatron's whole embedding; those beyond the words are zeros.")]
+
+
+def console() -> Console:
+    """Lines of any length where they are not for a terminal."""
+    return Console(soft_wrap=not (sys.stdout and sys.stdout.isatty()))  # it is None where it was closed, as by `>&-`
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from moeglot.cli_options import ConventionOption
+from moeglot.cli_options import ConventionOption, DeviceOption, DtypeOption, FormatOption, QuantizeOption
 from moeglot.errors import UsageError
 from moeglot.live import load
 from moeglot.remote import on_disk
@@ -27,13 +27,13 @@ def run(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A folder or a Hub id (owner/name).", show_default=False)],
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="What the text begins with.", show_default=False)],
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens to add at most.")] = 64,
-    dtype: Annotated[Optional[str], typer.Option("--dtype", help="bfloat16, float16 or float32; by default what config.json declares.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option("--device", help="Where the model goes, such as cuda; by default the CPU.")] = None,  # noqa: UP045
-    format: Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What PATH is, if it does not say so itself.")] = None,  # noqa: UP045
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    format: FormatOption = None,
     adapter: Annotated[Optional[str], typer.Option("--adapter", metavar="DIR", help="LoRA of its experts, in any convention.")] = None,  # noqa: UP045
     convention: ConventionOption = None,
     native: Annotated[bool, typer.Option("--native", help="Keep the experts encoded in memory; an adapter and --encode need it.")] = False,
-    encode: Annotated[Optional[str], typer.Option("--encode", help="Quantize plain experts in memory: mxfp4, fp8-block, nf4, ...")] = None,  # noqa: UP045
+    encode: QuantizeOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="The text is what a user says: it is put into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="Of the distribution that tokens are drawn from; 0: the likeliest.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the tokens that are drawn.")] = 0,

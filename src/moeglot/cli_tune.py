@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from moeglot import curves
+from moeglot.cli_options import DeviceOption, DtypeOption, FormatOption, QuantizeOption, ResumeOption
 from moeglot.cli_run import tokenizer_of
 from moeglot.live import load
 
@@ -34,11 +35,11 @@ def tune(
     save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")] = 50,
     checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Keep fewer activations and compute them again.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the adapter's start and the order of rows.")] = 0,
-    encode: Annotated[Optional[str], typer.Option("--encode", help="Quantize plain experts in memory: mxfp4, fp8-block, nf4, ...")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option("--dtype", help="bfloat16, float16 or float32; by default what config.json declares.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option("--device", help="Where the model goes, such as cuda; by default the CPU.")] = None,  # noqa: UP045
-    format: Annotated[Optional[str], typer.Option("--format", metavar="FORMAT", help="What BASE is, if it does not say so itself.")] = None,  # noqa: UP045
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was interrupted.")] = False,
+    encode: QuantizeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    format: FormatOption = None,
+    resume: ResumeOption = False,
 ) -> None:
     """Fine-tune the experts of a checkpoint in any format; DIR/adapter is a PEFT folder."""
     from moeglot.nn.tune import Recipe

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from moeglot.carrying import Carrying
 from moeglot.certificate import Certificate
-from moeglot.cli_options import print_json
+from moeglot.cli_options import console, print_json
 from moeglot.convert import carry_out, finalize, write_part
 from moeglot.errors import UsageError
 from moeglot.parts import Part
@@ -86,4 +85,4 @@ def _tell(plan: Plan, out: str, part: Part, json: bool) -> None:
     if json:
         print_json({"schema": "moeglot/part/1", "part": part.number, "of": part.count, "units": len(units), "bytes": nbytes, "out": str(out)})
     else:
-        Console().print(f"part {part} is written: {len(units)} units, {size(nbytes)}; --finalize after the last", highlight=False)
+        console().print(f"part {part} is written: {len(units)} units, {size(nbytes)}; --finalize after the last", highlight=False)
