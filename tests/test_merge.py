@@ -16,6 +16,7 @@ from moeglot.carrying import Carrying
 from moeglot.convert import carry_out
 from moeglot.floats import values
 from moeglot.kept import live
+from moeglot.kept import rounding as measured
 from moeglot.units import make
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -231,7 +232,7 @@ def test_an_expert_without_factors_that_is_spoilt_is_off_by_more_than_rounding(e
     losses = {unit.key: make(plan, unit)[1] for unit in plan.units}
 
     def verdict():
-        return live(moeglot.open(tmp_path / "out"), plan, losses, 1, None)
+        return live(moeglot.open(tmp_path / "out"), opened, plan.change.adapter, measured(plan, losses), 1, None)
 
     assert verdict().verdict == "holds"
     tensors = load_file(tmp_path / "out" / "model.safetensors")

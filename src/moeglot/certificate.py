@@ -18,7 +18,7 @@ from moeglot.errors import BadNumbers, Contradiction, NotVerified
 from moeglot.experts import Expert, Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Matrices, forward
-from moeglot.kept import Survived, applied, live, merge_json, sums, survived
+from moeglot.kept import Survived, applied, live, merge_json, rounding, sums, survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan
@@ -48,7 +48,8 @@ class Certificate:
 def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Certificate:
     """Re-read the output from disk, verify it at all three levels, and write moeglot.json; raises `NotVerified`, or `BadNumbers`
     for what was broken before. `losses`: by unit."""
-    report = _verify(plan, folder, losses, threads, progress)
+    steps, found = by_verb(plan, losses), survived(plan, losses)
+    report = _verify(plan, folder, losses, steps, found, threads, progress)
     plan.check_unchanged()
     if report.exit_status == 1:
         failed = next(check for check in report.checks if check.verdict == "does not hold")
@@ -57,10 +58,10 @@ def certify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
             f"it was re-read from {folder} and compared with the source",
             "report this as a bug; the folder keeps its temporary name",
         )
-    document = _document(plan, folder, losses, report, threads)
+    document = _document(plan, folder, steps, found, report, threads)
     plan.check_unchanged()  # what was hashed is what was read
     write_json(folder / CERTIFICATE, document)
-    return Certificate(folder, document, report, by_verb(plan, losses), survived(plan, losses))
+    return Certificate(folder, document, report, steps, found)
 
 
 def by_verb(plan: Plan, losses: Mapping[str, Loss]) -> dict[str, Loss]:
@@ -71,11 +72,13 @@ def by_verb(plan: Plan, losses: Mapping[str, Loss]) -> dict[str, Loss]:
     return found
 
 
-def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Report:
+def _verify(
+    plan: Plan, folder: Location, losses: Mapping[str, Loss], steps: Mapping[str, Loss], found: Survived, threads: int, progress: Progress | None
+) -> Report:
     written = open(str(folder))
     if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
-    rounded = Rounded(plan, by_verb(plan, losses))
+    rounded = Rounded(plan, steps)
     source, family = plan.source, plan.source.format.family
     named = "the source, rounded" if rounded.steps else "the source"
     side = Matrices(named, lambda layer: Expert.of(family, source.config, source.number(layer)), rounded.matrix)
@@ -86,7 +89,9 @@ def _verify(plan: Plan, folder: Location, losses: Mapping[str, Loss], threads: i
         *forward(written, side, workers=threads, progress=progress),
     ]
     if plan.change and plan.change.adapter.layers:
-        checks += [applied(written, plan, sums(survived(plan, losses)), threads, progress), live(written, plan, losses, threads, progress)]
+        adapter = plan.change.adapter
+        checks.append(applied(written, source, adapter, sums(found), threads, progress))
+        checks.append(live(written, source, adapter, rounding(plan, losses), threads, progress))
     if fault := next(unsound(written), None):
         known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
         raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")
@@ -194,7 +199,7 @@ def report_json(report: Report) -> dict[str, Any]:
     return {"against": report.against, "verdict": report.verdict, "checks": checks}
 
 
-def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: Report, threads: int) -> dict[str, Any]:
+def _document(plan: Plan, folder: Location, steps: Mapping[str, Loss], found: Survived, report: Report, threads: int) -> dict[str, Any]:
     source = plan.source
     files = source_files(source)
     templates = folder / TEMPLATES
@@ -214,10 +219,10 @@ def _document(plan: Plan, folder: Location, losses: Mapping[str, Loss], report: 
             **({"share": share_json(source)} if source.share else {}),
             "sha256": {name: hashes[path] for name, path in sorted(written.items())},
         },
-        "steps": {verb: loss.as_json() for verb, loss in by_verb(plan, losses).items() if not loss.survived},
+        "steps": {verb: loss.as_json() for verb, loss in steps.items() if not loss.survived},
         **({"left_aside": aside} if (aside := left_aside(source)) else {}),
         **({"undeclared": gone} if (gone := list(undeclared(plan))) else {}),
-        **({"merge": merge_json(plan, survived(plan, losses))} if plan.change else {}),
+        **({"merge": merge_json(plan.change, found)} if plan.change else {}),
         "verification": {**report_json(report), "against": "the source"},
     }
 

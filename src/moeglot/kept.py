@@ -95,10 +95,8 @@ def _ways_out(plan: Plan, plain: bool, rounding: str) -> Iterator[str]:
 # --- read again ----------------------------------------------------------------------------------------------------------------------
 
 
-def applied(written: Checkpoint, plan: Plan, stated: Mapping[str, Survival], threads: int, progress: Progress | None) -> Check:
+def applied(written: Checkpoint, source: Checkpoint, adapter: Adapter, stated: Mapping[str, Survival], threads: int, progress: Progress | None) -> Check:
     """What of the change is in the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
-    assert plan.change
-    adapter, source = plan.change.adapter, plan.source
 
     def work(layer: int, expert: int) -> dict[str, Survival]:
         before, after = right(source, layer, expert), right(written, layer, expert)
@@ -132,7 +130,7 @@ def _between(before: Encoded, after: Encoded, left: torch.Tensor, inner: torch.T
     return found
 
 
-def _rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], float]:
+def rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], float]:
     """(layer, expert) -> how far its matrices were rounded while writing, that of the worst: those that the adapter leaves alone, too."""
     found: dict[tuple[int, int], float] = {}
     for unit in plan.units:
@@ -142,18 +140,16 @@ def _rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], f
     return found
 
 
-def live(written: Checkpoint, plan: Plan, losses: Mapping[str, Loss], threads: int, progress: Progress | None) -> Check:
+def live(written: Checkpoint, source: Checkpoint, adapter: Adapter, rounded: Mapping[tuple[int, int], float], threads: int, progress: Progress | None) -> Check:
     """What each expert of the output computes, against the base with the adapter applied beside it, unrounded.
 
-    It may be off by what the rounding of its weights, as measured while writing, can do to an output. `losses`: by unit.
+    It may be off by what the rounding of its weights, as measured while writing, can do to an output. `rounded`: see `rounding`.
     """
-    assert plan.change
-    adapter, source, rounding = plan.change.adapter, plan.source, _rounding(plan, losses)
 
     def work(layer: int, expert: int) -> tuple[float, Survival]:
         model = Expert.of(source.format.family, source.config, layer)
         base = right(source, layer, expert)
-        with_adapter = _beside(plan, layer, expert, base)
+        with_adapter = _beside(adapter, layer, expert, base)
         tokens = loud_tokens(layer, expert, model, with_adapter, source.sizes["h"])
         before, wanted, found = (model.forward(tokens, matrix) for matrix in (base, with_adapter, right(written, layer, expert)))
         return float((found - wanted).norm() / wanted.norm()), Survival.of(before, wanted - before, found)
@@ -163,7 +159,7 @@ def live(written: Checkpoint, plan: Plan, losses: Mapping[str, Loss], threads: i
     total, beyond = Survival(), 0
     for place, (error, survival) in zip(places, each_expert(written, work, "live", threads, progress, places), strict=True):
         layers[place[0]] = max(layers.get(place[0], 0.0), error)
-        beyond += not error <= LIMIT + AMPLIFIED * rounding[place]
+        beyond += not error <= LIMIT + AMPLIFIED * rounded[place]
         total += survival
     worst = max(layers.values())
     figures = {"relative_error": worst, "rec_of_the_response": total.rec, "cosine_of_the_response": total.cosine, "beyond_rounding": beyond}
@@ -174,10 +170,8 @@ def live(written: Checkpoint, plan: Plan, losses: Mapping[str, Loss], threads: i
     return Check("forward", "holds", "against the base with the adapter beside it", detail, figures, layers)
 
 
-def _beside(plan: Plan, layer: int, expert: int, base: Matrix) -> Matrix:
+def _beside(adapter: Adapter, layer: int, expert: int, base: Matrix) -> Matrix:
     """role -> [out, in] of the base; where the adapter touches it, float32 with the change added."""
-    assert plan.change
-    adapter = plan.change.adapter
 
     def matrix(role: str) -> Encoded:
         import torch
@@ -226,10 +220,9 @@ def _merged_before(base: Checkpoint) -> list[str]:
         return []
 
 
-def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
+def merge_json(change: Change, found: Survived) -> dict[str, Any]:
     """The machine-readable form of a merge: what it added, and what of it survived, whole."""
-    assert plan.change
-    adapter = plan.change.adapter
+    adapter = change.adapter
     experts = {place: survival for place, survival in found.items() if not isinstance(place, str)}
     return {
         "adapter": adapter.name,
@@ -237,9 +230,9 @@ def merge_json(plan: Plan, found: Survived) -> dict[str, Any]:
         "base_named_by_adapter": adapter.config.raw.get("base_model_name_or_path"),
         "convention": adapter.convention.name if adapter.convention else None,
         "evidence": list(adapter.evidence),
-        "notes": notes(plan.change),
-        "fell_back_to_nearest": [list(place) for place in plan.change.unmeasured],
-        "rounding": str(plan.change.rounding),
+        "notes": notes(change),
+        "fell_back_to_nearest": [list(place) for place in change.unmeasured],
+        "rounding": str(change.rounding),
         "survived": {role: survival.as_json() for role, survival in sums(found).items()},
         "layers": {str(layer): {role: one.as_json() for role, one in of.items()} for layer, of in by_layer(found).items()},
         "experts": [{"layer": layer, "expert": expert, "role": role, **one.as_json()} for (layer, expert, role), one in experts.items()],
