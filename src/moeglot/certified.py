@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from typing import Any
 
 from moeglot import hub
 from moeglot.checkpoint import Checkpoint
@@ -25,7 +26,19 @@ LOOKED_FOR = (*TOKENIZER, "*.py", "*config.json", "params.json", "*.index.json")
 """The files that readers look for by name: one that was added changes what they do."""
 NAMED = 4
 """Files that a detail names."""
-UNREAD = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+def stated(folder: Location, *keys: str) -> dict[str, Any]:
+    """The object under these keys in a folder's moeglot.json; raises `OSError`, and `ValueError` where there is none."""
+    try:
+        found = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{' '.join(keys) or 'it'} is no object")
+    return found
 
 
 def as_certified(checkpoint: Checkpoint) -> list[Check]:
@@ -86,16 +99,16 @@ def _is_file(path: Location) -> bool:
 
 def _said(source: Source) -> Mapping[str, str] | str:
     """File -> the sha256 that a certificate states for it, none where there is no certificate; or why that cannot be told."""
-    if source.single or not (path := source.home / CERTIFICATE).exists():
+    if source.single or not (source.home / CERTIFICATE).exists():
         return {}
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))["output"]["sha256"]
-        names = [(PurePosixPath(name), digest) for name, digest in said.items()]
-    except UNREAD as error:
+        said = stated(source.home, "output", "sha256")
+    except (OSError, ValueError) as error:
         return f"{CERTIFICATE} cannot be read ({type(error).__name__}), so nothing says what the files were"
+    names = [(PurePosixPath(name), digest) for name, digest in said.items()]
     if not said or not all(isinstance(digest, str) and str(name.parent) in (".", TEMPLATES) and name.name != ".." for name, digest in names):
         return f"{CERTIFICATE} certifies no files of this folder"
-    return dict(said)
+    return said
 
 
 # --- what an output was made of ------------------------------------------------------------------------------------------------------
@@ -123,12 +136,11 @@ def made_of(checkpoint: Checkpoint, out: Location, headers: Mapping[str, bytes])
     if not checkpoint.source.shards or checkpoint.share != checkpoint.source.share or not all(begins(out / name, header) for name, header in headers.items()):
         return False
     try:
-        said = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
-        stated = dict(said["source"]["sha256"])
-    except UNREAD:
+        merged, said = "merge" in stated(out), stated(out, "source", "sha256")
+    except (OSError, ValueError):
         return False
     files = source_files(checkpoint)
-    return "merge" not in said and stated.keys() == files.keys() and all(stated[name] == sha256(path) for name, path in files.items())
+    return not merged and said.keys() == files.keys() and all(said[name] == sha256(path) for name, path in files.items())
 
 
 def begins(path: Location, header: bytes) -> bool:

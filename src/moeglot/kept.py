@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from moeglot import scratch
+from moeglot.certified import stated
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.digests import CERTIFICATE, sha256
@@ -95,7 +95,7 @@ def _ways_out(plan: Plan, plain: bool, rounding: str) -> Iterator[str]:
 # --- read again ----------------------------------------------------------------------------------------------------------------------
 
 
-def applied(written: Checkpoint, source: Checkpoint, adapter: Adapter, stated: Mapping[str, Survival], threads: int, progress: Progress | None) -> Check:
+def applied(written: Checkpoint, source: Checkpoint, adapter: Adapter, measured: Mapping[str, Survival], threads: int, progress: Progress | None) -> Check:
     """What of the change is in the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
 
     def work(layer: int, expert: int) -> dict[str, Survival]:
@@ -109,11 +109,11 @@ def applied(written: Checkpoint, source: Checkpoint, adapter: Adapter, stated: M
     for (layer, _), found in zip(places, each_expert(written, work, "change", threads, progress, places), strict=True):
         total = added(total, found)
         layers[layer] = max([layers.get(layer, 0.0), *(abs(1 - survival.rec) for survival in found.values())])
-    wrong = [role for role, survival in total.items() if not abs(survival.rec - stated[role].rec) <= AGREEMENT * max(1.0, abs(stated[role].rec))]
+    wrong = [role for role, survival in total.items() if not abs(survival.rec - measured[role].rec) <= AGREEMENT * max(1.0, abs(measured[role].rec))]
     figures = {role: survival.as_json() for role, survival in total.items()}
     shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
     if wrong:
-        told = ", ".join(f"{role} {stated[role].rec:.1%}" for role in total)
+        told = ", ".join(f"{role} {measured[role].rec:.1%}" for role in total)
         return Check("values", "does not hold", "the adapter's change", f"{shares} of it is in the output; while writing it was {told}", figures, layers)
     return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
 
@@ -215,9 +215,10 @@ def _digest(adapter: Adapter) -> str:
 def _merged_before(base: Checkpoint) -> list[str]:
     """The digests of the adapters that a base's own certificate says are in it; [] where there is none that says any."""
     try:
-        return list(json.loads((base.source.home / CERTIFICATE).read_text(encoding="utf-8"))["merge"]["adapters"])
-    except (OSError, ValueError, KeyError, TypeError):
+        adapters = stated(base.source.home, "merge").get("adapters")
+    except (OSError, ValueError):
         return []
+    return adapters if isinstance(adapters, list) else []
 
 
 def merge_json(change: Change, found: Survived) -> dict[str, Any]:
