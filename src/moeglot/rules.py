@@ -41,6 +41,20 @@ def settings(quantization: Quantization, module: str) -> Mapping[str, Any]:
     return {**quantization, **(_rule(quantization, module) or {})}
 
 
+LAID = ("checkpoint_format", "format", "version")
+"""Keys under which GPTQModel, transformers and AutoAWQ say how words are laid out. Each reads some of them, and not in one order."""
+
+
+def laid(said: Mapping[str, Any], usual: str) -> str:
+    """What they say, in lower case, `usual` if none does; raises `Contradiction` where they do not agree."""
+    told = {key: str(said[key]).lower() for key in LAID if said.get(key) and (key != "version" or method(said) == "awq")}
+    if len(set(told.values())) > 1:
+        wrong = "quantization_config says " + " and ".join(f"{key} = {value}" for key, value in told.items())
+        known = "they mean the same; GPTQModel goes by format, SGLang and transformers by checkpoint_format or version"
+        raise Contradiction(wrong, known, "take config.json from the checkpoint's producer")
+    return next(iter(told.values()), usual)
+
+
 def spared(quantization: Quantization, module: str) -> bool:
     """A rule, or a list of blocks or of modules in them, says that this module stays as it is."""
     rule = _rule(quantization, module)
@@ -116,7 +130,7 @@ def told_by_rules(quantization: Quantization, module: str) -> Iterator[tuple[str
     """What GPTQ, AWQ or AutoRound say of a module that decides how it is decoded."""
     if method(quantization) in ("gptq", "awq", *AUTO_ROUND):
         found = settings(quantization, module)
-        keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "pack_dtype", "version", "backend", "packing_format", "data_type")
+        keys = ("bits", "group_size", "sym", "desc_act", *LAID, "pack_dtype", "backend", "packing_format", "data_type")
         yield from ((key, found[key]) for key in keys if found.get(key) is not None)
 
 

@@ -1,0 +1,110 @@
+"""GPTQ, AWQ and AutoRound as their own tools write them: what their quantization_config says is read, kept, written for its readers, or refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import write_checkpoint
+
+import moeglot
+from moeglot.errors import Contradiction
+
+HUB = "qwen3-moe/hub"
+SIZES = {"e": 3, "h": 64, "i": 64}
+GROUP = 32
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": True, "data_type": "int", "packing_format": "auto_round:auto_gptq"}
+
+
+def words(codes: torch.Tensor, axis: int, bits: int, order=None) -> torch.Tensor:
+    """Integers along an axis -> I32, the lowest bits first, those of a word in this order."""
+    split = codes.unflatten(axis, (-1, 32 // bits))
+    places = order or range(32 // bits)
+    found = sum(split.select(axis + 1, place) << (bits * n) for n, place in enumerate(places))
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).to(torch.int32)
+
+
+def packed(weight: torch.Tensor, bits=4, symmetric=True, less=True, shuffled=False, awq=False, group=GROUP) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """weight [out, in] -> its tensors as GPTQ or AWQ has them, and the float32 that they mean, written from the definition alone."""
+    values, half = weight.float().T, 1 << (bits - 1)
+    of_input = torch.arange(len(values)) // group
+    of_input = of_input[torch.randperm(len(values), generator=torch.Generator().manual_seed(1))] if shuffled else of_input
+    zero = torch.full((len(values) // group, values.shape[1]), half) if symmetric else torch.arange(len(values) // group).unsqueeze(1) + half - 3
+    zero = zero.expand(-1, values.shape[1]).contiguous()
+    scale = torch.stack([values[of_input == n].abs().amax(0) / (half - 4) for n in range(len(zero))]).half()
+    codes = (values / scale.float()[of_input] + zero[of_input]).round().clamp(0, 2 * half - 1).long()
+    meant = ((codes - zero[of_input]) * scale.float()[of_input]).T.contiguous()
+    if awq:
+        interleaved = [0, 2, 4, 6, 1, 3, 5, 7]
+        return {"qweight": words(codes, 1, 4, interleaved), "qzeros": words(zero, 1, 4, interleaved), "scales": scale}, meant
+    return {
+        "qweight": words(codes, 0, bits),
+        "qzeros": words(zero - int(less), 1, bits),
+        "scales": scale,
+        "g_idx": of_input.to(torch.int32),
+    }, meant
+
+
+def folder(where, quantization, layers=1, beside=None, layout=HUB, coded=".experts.", unlike=None, **how):
+    """A checkpoint whose matrices of these names are packed as `how` says, or as `unlike` says of a name; and what they mean."""
+    plain = write_checkpoint(where, layout, SIZES, layers)
+    found, meant = {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        meant[name] = tensor.float()
+        if coded in name and name.endswith("_proj.weight"):
+            parts, meant[name] = packed(tensor, **{**how, **(unlike(name) if unlike else {})})
+            found |= {name.removesuffix("weight") + part: one.contiguous() for part, one in parts.items()}
+        else:
+            found[name] = tensor
+    save_file(found, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": quantization}
+    (plain / "config.json").write_text(json.dumps(config))
+    for name, said in (beside or {}).items():
+        (plain / name).write_text(json.dumps(said))
+    return plain, meant
+
+
+def experts(where) -> dict[str, torch.Tensor]:
+    """What moeglot reads of the experts of each layer, in float32, by their names on the Hub."""
+    checkpoint, found = moeglot.open(where), {}
+    for layer in checkpoint.layers:
+        for role, encoded in checkpoint.experts(layer).items():
+            for n in range(SIZES["e"]):
+                found[f"model.layers.{layer}.mlp.experts.{n}.{role}_proj.weight"] = encoded[n].decode(torch.float32)
+    return found
+
+
+def agrees(where, meant, limit=0.0) -> bool:
+    found = experts(where)
+    assert found.keys() == {name for name in meant if ".experts." in name}
+    return all((one - meant[name]).norm() <= limit * meant[name].norm() for name, one in found.items())
+
+
+def without(said: dict, *keys: str) -> dict:
+    return {key: value for key, value in said.items() if key not in keys}
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_either_key_says_how_zero_points_are_stored(key, version, tmp_path):
+    said = without(GPTQ, "checkpoint_format") | {"sym": False, key: version}
+    where, meant = folder(tmp_path / "in", said, symmetric=False, less=version == "gptq")
+    assert agrees(where, meant)
+    moeglot.convert(where, HUB, tmp_path / "out", allow_loss=True)
+    assert agrees(tmp_path / "out", meant, 3e-3)
+
+
+@pytest.mark.parametrize("said", [GPTQ | {"format": "gptq_v2"}, AWQ | {"format": "gemv"}, AWQ | {"checkpoint_format": "gemv"}])
+def test_two_keys_that_disagree_are_refused(said, tmp_path):
+    """GPTQModel goes by the one, transformers by the other."""
+    where, _ = folder(tmp_path / "in", said, awq=said["quant_method"] == "awq")
+    with pytest.raises(Contradiction, match="format = gptq_v2|format = gemv"):
+        moeglot.open(where)
+
+
+def test_awq_that_is_no_gemm_by_its_other_key(tmp_path):
+    where, _ = folder(tmp_path / "in", without(AWQ, "version") | {"format": "gemv"}, awq=True, symmetric=False)
+    with pytest.raises(moeglot.MoeglotError, match="gemv"):
+        moeglot.open(where)
