@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import Contradiction
+from moeglot.errors import Contradiction, UnknownFormat
 
 HUB = "qwen3-moe/hub"
 SIZES = {"e": 3, "h": 64, "i": 64}
@@ -108,3 +108,24 @@ def test_awq_that_is_no_gemm_by_its_other_key(tmp_path):
     where, _ = folder(tmp_path / "in", without(AWQ, "version") | {"format": "gemv"}, awq=True, symmetric=False)
     with pytest.raises(moeglot.MoeglotError, match="gemv"):
         moeglot.open(where)
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        (AUTO_ROUND | {"rotation_config": {"hadamard_type": "hadamard", "block_size": 32}}, True),
+        (AUTO_ROUND | {"spinquant_config": {"r4": True}}, True),
+        (GPTQ | {"rotation": "hadamard"}, True),
+        (AUTO_ROUND | {"rotation_config": {}}, False),
+        (GPTQ | {"rotation": None}, False),
+    ],
+    ids=str,
+)
+def test_rotations_of_activations_are_in_no_weight(said, refused, tmp_path):
+    """AutoRound's and GPTQModel's loaders turn the inputs of these matrices as the model computes."""
+    where, meant = folder(tmp_path / "in", said)
+    if refused:
+        with pytest.raises(UnknownFormat, match="says (rotation|rotation_config|spinquant_config) = "):
+            moeglot.open(where)
+    else:
+        assert agrees(where, meant)
