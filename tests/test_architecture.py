@@ -18,7 +18,7 @@ LAYERS = (
     {"axes"},
     {"layout"},
     {"straddled"},
-    {"coding", "family", "hf_quant_config", "served"},
+    {"coding", "family", "hf_quant_config", "said_again", "served"},
     {"format"},
     {"codings_compressed", "codings_quark", "codings_gptq"},
     {"codings"},

@@ -100,7 +100,7 @@ def test_either_key_says_how_zero_points_are_stored(key, version, tmp_path):
 def test_two_keys_that_disagree_are_refused(said, tmp_path):
     """GPTQModel goes by the one, transformers by the other."""
     where, _ = folder(tmp_path / "in", said, awq=said["quant_method"] == "awq")
-    with pytest.raises(Contradiction, match="format = gptq_v2|format = gemv"):
+    with pytest.raises(Contradiction, match=r"format = (gptq_v2|gemv)"):
         moeglot.open(where)
 
 
@@ -125,7 +125,43 @@ def test_rotations_of_activations_are_in_no_weight(said, refused, tmp_path):
     """AutoRound's and GPTQModel's loaders turn the inputs of these matrices as the model computes."""
     where, meant = folder(tmp_path / "in", said)
     if refused:
-        with pytest.raises(UnknownFormat, match="says (rotation|rotation_config|spinquant_config) = "):
+        with pytest.raises(UnknownFormat, match=r"says (rotation|rotation_config|spinquant_config) = "):
             moeglot.open(where)
     else:
         assert agrees(where, meant)
+
+
+OLD_AWQ = {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "beside", "told"),
+    [
+        (GPTQ, "quantize_config.json", GPTQ | {"meta": {}, "dynamic": None}, None),
+        (GPTQ, "quantize_config.json", {"bits": 4, "group_size": GROUP, "model_file_base_name": "model"}, None),
+        (AWQ, "quant_config.json", OLD_AWQ, None),
+        (AUTO_ROUND, "quantization_config.json", AUTO_ROUND | {"quant_method": "intel/auto-round"}, None),
+        (GPTQ, "quantization_config.json", {"quant_type": "int4"}, None),
+        (
+            GPTQ,
+            "quantize_config.json",
+            without(GPTQ, "checkpoint_format") | {"format": "gptq_v2"},
+            "= gptq, and quantize_config.json gptq_v2",
+        ),
+        (without(GPTQ, "checkpoint_format"), "quant_config.json", GPTQ | {"checkpoint_format": "gptq_v2"}, "= gptq, and quant_config.json gptq_v2"),
+        (GPTQ, "quantize_config.json", GPTQ | {"sym": False}, "sym = True, and quantize_config.json False"),
+        (GPTQ, "quantize_config.json", GPTQ | {"quant_method": "awq"}, "quant_method = gptq, and quantize_config.json awq"),
+        (GPTQ, "quantize_config.json", GPTQ | {"rotation": "hadamard"}, "rotation = False, and quantize_config.json hadamard"),
+        (GPTQ | {"dynamic": {}}, "quantize_config.json", GPTQ | {"dynamic": {"-:lm_head": {}}}, "dynamic = "),
+        (AWQ, "quant_config.json", OLD_AWQ | {"q_group_size": 64}, f"group_size = {GROUP}, and quant_config.json 64"),
+        (AUTO_ROUND, "quantization_config.json", AUTO_ROUND | {"packing_format": "auto_round:gptqmodel"}, "packing_format = auto_gptq, and "),
+    ],
+    ids=str,
+)
+def test_a_file_that_says_it_again_says_the_same(said, name, beside, told, tmp_path):
+    where, meant = folder(tmp_path / "in", said, beside={name: beside}, awq=said["quant_method"] == "awq", symmetric=said["quant_method"] != "awq")
+    if told is None:
+        assert agrees(where, meant)
+    else:
+        with pytest.raises(Contradiction, match=told):
+            moeglot.open(where)

@@ -134,12 +134,15 @@ def told_by_rules(quantization: Quantization, module: str) -> Iterator[tuple[str
         yield from ((key, found[key]) for key in keys if found.get(key) is not None)
 
 
+ROTATIONS = ("rotation_config", "spinquant_config", "rotation")
+
+
 def rotated(quantization: Quantization) -> str | None:
     """Which key says that inputs of matrices are rotated as the model computes: AutoRound's, for any packing, or GPTQModel's; None if none does.
 
     https://github.com/intel/auto-round (inference/convert_model.py); https://github.com/ModelCloud/GPTQModel (gptqmodel/models/loader.py)
     """
-    told = ((key, quantization[key]) for key in ("rotation_config", "spinquant_config", "rotation") if quantization.get(key))
+    told = ((key, quantization[key]) for key in ROTATIONS if quantization.get(key))
     return next((f"quantization_config in config.json says {key} = {str(value)[:80]}" for key, value in told), None)
 
 
