@@ -165,3 +165,30 @@ def test_a_file_that_says_it_again_says_the_same(said, name, beside, told, tmp_p
     else:
         with pytest.raises(Contradiction, match=told):
             moeglot.open(where)
+
+
+CODES = {
+    "act-order": (GPTQ | {"desc_act": True}, {"shuffled": True}),
+    "8 bits": (GPTQ | {"bits": 8}, {"bits": 8}),
+    "8 bits in act-order": (GPTQ | {"bits": 8, "desc_act": True}, {"bits": 8, "shuffled": True}),
+    "plain": (GPTQ, {}),
+    "asymmetric": (GPTQ | {"sym": False}, {"symmetric": False}),
+    "awq": (AWQ, {"awq": True, "symmetric": False}),
+}
+MOVED = {("plain", "awq"), ("asymmetric", "awq"), ("awq", "awq"), ("8 bits", "auto-round"), ("plain", "auto-round"), ("asymmetric", "auto-round")}
+MOVED |= {("awq", "auto-round"), *((name, "gptq") for name in CODES)}
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq", "auto-round"])
+@pytest.mark.parametrize("name", CODES)
+def test_codes_are_moved_where_the_target_can_say_them_and_made_anew_in_the_same_groups(name, target, tmp_path):
+    """AWQ and AutoRound have no word for inputs in any group, and AWQ none for 8 bits."""
+    where, meant = folder(tmp_path / "in", CODES[name][0], **CODES[name][1])
+    steps = moeglot.plan(where, f"{HUB}+{target}").steps
+    assert all(step.moves_codes for step in steps) == ((name, target) in MOVED)
+    assert {getattr(step.target, "group", None) for step in steps} == {GROUP}
+    certificate = moeglot.convert(where, f"{HUB}+{target}", tmp_path / "out", allow_loss=(name, target) not in MOVED)
+    assert certificate.report.verdict == "holds"
+    assert agrees(tmp_path / "out", meant, 0 if (name, target) in MOVED else 0.2)
+    if target == "awq":
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["zero_point"] is True
