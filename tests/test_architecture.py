@@ -42,7 +42,7 @@ LAYERS = (
     {"adapter_convert", "merging"},
     {"checks", "experts", "loss", "unsound", "ropes"},
     {"certified"},
-    {"misreadings", "targets", "defects"},
+    {"misreadings", "left_alone", "targets", "defects"},
     {"lint"},
     {"dense_plan", "dist_plan"},
     {"plan"},

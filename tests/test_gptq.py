@@ -1,6 +1,7 @@
 """GPTQ, AWQ and AutoRound as their own tools write them: what their quantization_config says is read, kept, written for its readers, or refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -192,3 +193,29 @@ def test_codes_are_moved_where_the_target_can_say_them_and_made_anew_in_the_same
     assert agrees(tmp_path / "out", meant, 0 if (name, target) in MOVED else 0.2)
     if target == "awq":
         assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["zero_point"] is True
+
+
+def skipped_by_servers(said: dict, prefix: str) -> bool:
+    """Whether vLLM (gptq_utils.get_dynamic_override, quant_utils.is_layer_skipped) and SGLang (is_layer_skipped_awq) leave the module of this prefix alone."""
+    if said["quant_method"] == "awq":
+        return any(name in prefix for name in said["modules_to_not_convert"])
+    return any(re.match(pattern.removeprefix("-:"), prefix) for pattern in said["dynamic"] if pattern.startswith("-:"))
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_servers_find_what_is_left_alone_by_the_names_that_they_ask_for(target, tmp_path):
+    """All experts of a layer are one module for them, and q, k and v are one matrix."""
+    where, meant = folder(tmp_path / "in", GPTQ | {"dynamic": {r"-:.*layers\.1\..*": {}}}, layers=3, coded="layers.")
+    given, plain = load_file(where / "model.safetensors"), load_file(write_checkpoint(tmp_path / "plain", HUB, SIZES, 3) / "model.safetensors")
+    given = {name: tensor for name, tensor in given.items() if ".layers.1." not in name} | {name: one for name, one in plain.items() if ".layers.1." in name}
+    save_file(given, where / "model.safetensors", {"format": "pt"})
+    meant |= {name: one.float() for name, one in plain.items() if ".layers.1." in name}
+    moeglot.convert(where, f"{HUB}+awq", tmp_path / "out", allow_loss=True)
+    if target == "gptq":
+        moeglot.convert(tmp_path / "out", f"{HUB}+gptq", tmp_path / "again", allow_loss=True)
+    out = tmp_path / ("again" if target == "gptq" else "out")
+    assert agrees(out, meant)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert [skipped_by_servers(said, f"model.layers.{n}.mlp.experts") for n in range(3)] == [False, True, False]
+    assert all(skipped_by_servers(said, f"model.layers.{n}.self_attn.{name}") for n in range(3) for name in ("q_proj", "qkv_proj", "o_proj"))
+    assert not any(".experts.0" in str(name) for name in said.get("modules_to_not_convert", said["dynamic"]))

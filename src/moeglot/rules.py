@@ -117,8 +117,8 @@ def sparing(quantization: Quantization, key: str, modules: Sequence[str]) -> dic
 
 
 def skipped(modules: Sequence[str]) -> dict[str, Any]:
-    """GPTQModel's rules for modules that stay as they are."""
-    return {f"-:{re.escape(module)}$": {} for module in modules}
+    """GPTQModel's rules for modules that stay as they are, with all that they hold."""
+    return {rf"-:{re.escape(module)}(\..*)?$": {} for module in modules}
 
 
 def sixteen(modules: Sequence[str]) -> dict[str, Any]:
