@@ -219,3 +219,11 @@ def test_servers_find_what_is_left_alone_by_the_names_that_they_ask_for(target, 
     assert [skipped_by_servers(said, f"model.layers.{n}.mlp.experts") for n in range(3)] == [False, True, False]
     assert all(skipped_by_servers(said, f"model.layers.{n}.self_attn.{name}") for n in range(3) for name in ("q_proj", "qkv_proj", "o_proj"))
     assert not any(".experts.0" in str(name) for name in said.get("modules_to_not_convert", said["dynamic"]))
+
+
+def test_awq_in_its_older_words(tmp_path):
+    where, meant = folder(tmp_path / "in", OLD_AWQ | {"quant_method": "awq"}, awq=True, symmetric=False)
+    assert agrees(where, meant)
+    where, _ = folder(tmp_path / "3 bits", OLD_AWQ | {"quant_method": "awq", "w_bit": 3}, awq=True, symmetric=False)
+    with pytest.raises(UnknownFormat, match="'w_bit': 3, 'q_group_size': 32, 'zero_point': True, 'version': 'GEMM'"):
+        moeglot.open(where)

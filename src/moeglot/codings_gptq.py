@@ -21,7 +21,7 @@ PARTS = {"packed": ".qweight", "zero_point": ".qzeros", "scale": ".scales"}
 
 def _group(said: Mapping[str, Any]) -> int | None:
     """Inputs to a scale; None if nothing says how many."""
-    size = said.get("group_size")
+    size = said.get("group_size", said.get("q_group_size"))
     return WHOLE if size == -1 else size if isinstance(size, int) and size > 0 else None
 
 

@@ -130,7 +130,7 @@ def told_by_rules(quantization: Quantization, module: str) -> Iterator[tuple[str
     """What GPTQ, AWQ or AutoRound say of a module that decides how it is decoded."""
     if method(quantization) in ("gptq", "awq", *AUTO_ROUND):
         found = settings(quantization, module)
-        keys = ("bits", "group_size", "sym", "desc_act", *LAID, "pack_dtype", "backend", "packing_format", "data_type")
+        keys = ("bits", "w_bit", "group_size", "q_group_size", "sym", "zero_point", "desc_act", *LAID, "pack_dtype", "backend", "packing_format", "data_type")
         yield from ((key, found[key]) for key in keys if found.get(key) is not None)
 
 
