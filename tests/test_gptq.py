@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.errors import Contradiction, UnknownFormat
+from moeglot.errors import Contradiction, TensorMismatch, UnknownFormat
+from moeglot.rules import telling_apart
 
 HUB = "qwen3-moe/hub"
 SIZES = {"e": 3, "h": 64, "i": 64}
@@ -227,3 +228,36 @@ def test_awq_in_its_older_words(tmp_path):
     where, _ = folder(tmp_path / "3 bits", OLD_AWQ | {"quant_method": "awq", "w_bit": 3}, awq=True, symmetric=False)
     with pytest.raises(UnknownFormat, match="'w_bit': 3, 'q_group_size': 32, 'zero_point': True, 'version': 'GEMM'"):
         moeglot.open(where)
+
+
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        (GPTQ, {"sym": False}),
+        (GPTQ | {"sym": False}, {"checkpoint_format": "gptq_v2"}),
+        (GPTQ, {"desc_act": True}),
+        (GPTQ, {"bits": 8}),
+        (AUTO_ROUND, {"sym": False}),
+    ],
+    ids=str,
+)
+def test_an_expert_that_is_coded_otherwise_is_told_as_such(said, rule, tmp_path):
+    """Not as a damaged file: a rule of quantization_config says it."""
+    module = "model.layers.0.mlp.experts.2.down_proj"
+    how = {"symmetric": rule.get("sym", said["sym"]), "less": "checkpoint_format" not in rule, "shuffled": "desc_act" in rule, "bits": rule.get("bits", 4)}
+    rules = {"dynamic": {"+:" + module: rule}} if said is not AUTO_ROUND else {"extra_config": {module: rule}}
+    where, _ = folder(tmp_path / "in", said | rules, symmetric=said["sym"], unlike=lambda name: how if name.startswith(module) else {})
+    with pytest.raises(TensorMismatch, match=r"experts\.2\.down_proj: quantization_config says that it is .*, and \S+experts\.0\.down_proj ") as refused:
+        moeglot.open(where)
+    assert "experts of a layer are stored alike" in refused.value.known
+    assert "fetch" not in refused.value.do
+
+
+def test_which_rules_can_tell_experts_apart():
+    """Those of other modules are not asked for each expert: there may be as many as modules."""
+    holder = "model.layers.1.mlp.experts"
+    named = [r"+:.*\.2\.down_proj", r"-:model\.layers\.1\.mlp\.experts\.2\.(up|gate)_proj", "model.layers.1.*", "+:model.layers.[12].*", "lm_head|.*2.up_proj"]
+    others = [r"-:model\.layers\.0\.mlp\.experts\.2\.", "model.layers.1.self_attn.q_proj", r"-:model\.layers\.11\..*"]
+    found = telling_apart({"quant_method": "gptq", "dynamic": dict.fromkeys([*named, *others], {})}, holder)
+    assert found["dynamic"].keys() == {*named}
+    assert telling_apart({"quant_method": "gptq", "dynamic": {"+:.*down_proj": {"bits": 8}}}, holder) is None

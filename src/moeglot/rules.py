@@ -93,6 +93,28 @@ def _matches(pattern: str, module: str, how: Any) -> bool:
         raise Contradiction(wrong, str(error), "take config.json from the checkpoint's producer") from error
 
 
+_LITERAL = re.compile(r"(?:[\w.-]|\\\W)*(?![*+?{])")
+"""What a pattern begins with that stands for itself. A dot of a name is one, escaped or not."""
+
+
+def telling_apart(quantization: Quantization, holder: str) -> Quantization | None:
+    """The same with those rules alone that may name a module below `holder`; None where none of them has a number, so that it says the same of all experts."""
+    key = "extra_config" if method(quantization) in AUTO_ROUND else "dynamic"
+    if method(quantization) not in ("gptq", "awq", *AUTO_ROUND):
+        return None
+    rules = {pattern: rule for pattern, rule in mapping(quantization.get(key)).items() if _may_name(pattern, holder)}
+    return {**quantization, key: rules} if any(re.search(r"[\d\[]|\\d", pattern) for pattern in rules) else None
+
+
+def _may_name(pattern: str, holder: str) -> bool:
+    """False only where the names that it stands for begin otherwise."""
+    pattern = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
+    found = _LITERAL.match(pattern)
+    literal = found[0].replace("\\", "") if found else ""
+    first = holder.partition(".")[0] + "."
+    return "|" in pattern or not literal.startswith(first) or f"{holder}.".startswith(literal) or literal.startswith(holder)
+
+
 def _blocks(quantization: Quantization) -> Sequence[str]:
     """What the names of all modules begin with that AutoRound quantized."""
     if method(quantization) not in AUTO_ROUND:
