@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.coding import leaves_alone
 from moeglot.errors import Contradiction, TensorMismatch, UnknownFormat
 from moeglot.rules import telling_apart
 
@@ -258,6 +259,24 @@ def test_which_rules_can_tell_experts_apart():
     holder = "model.layers.1.mlp.experts"
     named = [r"+:.*\.2\.down_proj", r"-:model\.layers\.1\.mlp\.experts\.2\.(up|gate)_proj", "model.layers.1.*", "+:model.layers.[12].*", "lm_head|.*2.up_proj"]
     others = [r"-:model\.layers\.0\.mlp\.experts\.2\.", "model.layers.1.self_attn.q_proj", r"-:model\.layers\.11\..*"]
-    found = telling_apart({"quant_method": "gptq", "dynamic": dict.fromkeys([*named, *others], {})}, holder)
+    found = telling_apart({"quant_method": "gptq", "dynamic": {pattern: {} for pattern in [*named, *others]}}, holder)
     assert found["dynamic"].keys() == {*named}
     assert telling_apart({"quant_method": "gptq", "dynamic": {"+:.*down_proj": {"bits": 8}}}, holder) is None
+
+
+@pytest.mark.parametrize(("said", "awq"), [(GPTQ, False), (AWQ, True), (AUTO_ROUND, False)], ids=["gptq", "awq", "auto-round"])
+def test_stacked_experts_that_were_left_alone(said, awq, tmp_path):
+    """They are no Linear modules; one by one they are, and each is then named as left alone."""
+    where, _ = folder(tmp_path / "in", said, layout="qwen3-moe/transformers-5", coded="self_attn", awq=awq, symmetric=not awq)
+    moeglot.convert(where, HUB, tmp_path / "out")
+    assert moeglot.compare(where, tmp_path / "out").verdict == "holds"
+    save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors", {"format": "pt"})  # without our mark
+    found = moeglot.open(tmp_path / "out")
+    assert found.format.name == HUB
+    declared = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    names = ["model.layers.0.mlp.experts.2.up_proj", "model.layers.0.self_attn.q_proj"]
+    assert [leaves_alone(declared, name) for name in names] == [True, False]
+    if said is not AUTO_ROUND:
+        assert skipped_by_servers(declared, "model.layers.0.mlp.experts")
+    moeglot.convert(tmp_path / "out", "qwen3-moe/transformers-5", tmp_path / "back")
+    assert moeglot.compare(where, tmp_path / "back").verdict == "holds"

@@ -23,7 +23,7 @@ from moeglot.factors import aliases
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
-from moeglot.left_alone import experts_alone, fused, holder
+from moeglot.left_alone import BY_HOLDER, experts_alone, fused, holder
 from moeglot.rules import AUTO_ROUND, method, sparing
 from moeglot.served import cache_scheme, is_static
 from moeglot.share import Share
@@ -161,7 +161,7 @@ def rounds_inputs(source: Checkpoint, target: Format) -> bool:
 def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
     """quantization_config that leaves the target's plain experts alone where each is a module: of stacked ones it need not speak."""
     lines = {layer: [line for line in target.lines(layer) if line.per_expert] for layer in source.layers}
-    told = [line.module(layer, 0) for layer, each in lines.items() for line in each]
+    told = [line.module(layer, expert) for layer, each in lines.items() for line in each for expert in range(source.sizes["e"])]
     if all(leaves_alone(declared, module) for module in told):
         return declared
     stems = sorted({holder(line, layer) for layer, each in lines.items() for line in each})
@@ -170,7 +170,7 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
     elif method(declared) == "modelopt":
         key, names = "ignore", [f"{stem}.*" for stem in stems]
     elif method(declared) in ("gptq", *AUTO_ROUND):
-        return sparing(declared, "", told)
+        return sparing(declared, "", stems if method(declared) in BY_HOLDER else told)
     else:
         key, names = "llm_int8_skip_modules" if method(declared) == "bitsandbytes" else "modules_to_not_convert", stems
         if not declared.get(key):  # a list that is there is all that is left alone, the output layer among it
@@ -179,7 +179,7 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
                 for name, (part, *_) in dense.items()
                 if name.endswith(WEIGHT) and part.dtype in WEIGHT_DTYPES and len(part.shape) == 2
             ]
-    return {**declared, key: [*(declared.get(key) or ()), *names]}
+    return sparing(declared, key, names)
 
 
 def keeps(source: Checkpoint, target: Format, wanted: Encoding | None) -> bool:
