@@ -11,7 +11,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot.coding import leaves_alone
 from moeglot.errors import Contradiction, TensorMismatch, UnknownFormat
-from moeglot.rules import telling_apart
+from moeglot.rules import sparing, telling_apart
 
 HUB = "qwen3-moe/hub"
 SIZES = {"e": 3, "h": 64, "i": 64}
@@ -280,3 +280,12 @@ def test_stacked_experts_that_were_left_alone(said, awq, tmp_path):
         assert skipped_by_servers(declared, "model.layers.0.mlp.experts")
     moeglot.convert(tmp_path / "out", "qwen3-moe/transformers-5", tmp_path / "back")
     assert moeglot.compare(where, tmp_path / "back").verdict == "holds"
+
+
+@pytest.mark.parametrize("said", [GPTQ, AWQ], ids=["gptq", "awq"])
+def test_what_is_left_alone_comes_before_the_rules_that_are_there(said):
+    """GPTQModel takes the first that names a module."""
+    told = sparing(said | {"dynamic": {"+:.*experts.*": {"bits": 4}}}, "modules_to_not_convert", ["model.layers.0.mlp.experts"])
+    assert skipped_by_servers(told, "model.layers.0.mlp.experts")
+    assert next(iter(told["dynamic"])).startswith("-:")
+    assert leaves_alone(told, "model.layers.0.mlp.experts.1.up_proj")

@@ -130,11 +130,11 @@ def _flat(said: object) -> list[str]:
 def sparing(quantization: Quantization, key: str, modules: Sequence[str]) -> dict[str, Any]:
     """The same, and under `key`, or where its library looks instead, that these modules stay as they are too."""
     if method(quantization) == "gptq":
-        return {**quantization, "dynamic": {**mapping(quantization.get("dynamic")), **skipped(modules)}}
+        return {**quantization, "dynamic": {**skipped(modules), **mapping(quantization.get("dynamic"))}}  # the first that names a module counts
     if method(quantization) in AUTO_ROUND:
         return {**quantization, "extra_config": {**mapping(quantization.get("extra_config")), **sixteen(modules)}}
     if method(quantization) == "awq":
-        quantization = {**quantization, "dynamic": {**mapping(quantization.get("dynamic")), **skipped(modules)}}
+        quantization = {**quantization, "dynamic": {**skipped(modules), **mapping(quantization.get("dynamic"))}}
     return {**quantization, key: [*(quantization.get(key) or ()), *modules]}
 
 
