@@ -289,3 +289,22 @@ def test_what_is_left_alone_comes_before_the_rules_that_are_there(said):
     assert skipped_by_servers(told, "model.layers.0.mlp.experts")
     assert next(iter(told["dynamic"])).startswith("-:")
     assert leaves_alone(told, "model.layers.0.mlp.experts.1.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told"),
+    [
+        ("floats", "gptq", {"sym": True, "checkpoint_format": "gptq", "desc_act": False}),
+        ("floats", "awq", {"version": "gemm", "zero_point": True}),
+        ("floats", "auto-round", {"sym": True, "packing_format": "auto_round:auto_gptq"}),
+        ("zero points", "gptq", {"sym": False, "checkpoint_format": "gptq_v2"}),
+        ("zero points", "awq", {"version": "gemm", "zero_point": True}),
+        ("zero points", "auto-round", {"sym": False, "packing_format": "auto_round:gptqmodel"}),
+    ],
+)
+def test_what_docs_formats_says_that_servers_read_is_what_is_written(source, target, told, tmp_path):
+    where = write_checkpoint(tmp_path / "plain", HUB, SIZES | {"h": 128, "i": 128}, 1)
+    if source == "zero points":
+        where, _ = folder(tmp_path / "in", AWQ, awq=True, symmetric=False)
+    said = moeglot.plan(where, f"{HUB}+{target}").config["quantization_config"]
+    assert {key: said[key] for key in told} == told
