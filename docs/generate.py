@@ -244,6 +244,12 @@ def _arguments(value: Any) -> str:
     return text if len(text) < 120 else "(\n" + "".join(f"    {one},\n" for one in re.split(r", (?=\*|\w+: )", inner)) + ")" + after
 
 
+SERVERS = (
+    "https://github.com/vllm-project/vllm/tree/main/vllm/model_executor/layers/quantization",
+    "https://github.com/sgl-project/sglang/tree/main/python/sglang/srt/layers/quantization",
+)
+
+
 def formats_page() -> str:
     """docs/formats.md."""
     head = """# Formats
@@ -274,6 +280,27 @@ where it goes.
 {table(*readme_table())}
 
 {table(*parts_table())}
+
+### Servers of GPTQ, AWQ and AutoRound
+
+Read in the source of vLLM ([auto_gptq.py, auto_awq.py, auto_round.py, moe_wna16.py]({SERVERS[0]})) and SGLang
+([gptq, awq, auto_round.py]({SERVERS[1]})); neither is run in the tests.
+
+| variant | vLLM | SGLang |
+| --- | --- | --- |
+| `gptq`, symmetric, `checkpoint_format` gptq | 4 or 8 bits | 4 or 8 bits; experts of a layer that are left alone are not looked for |
+| `gptq` with zero points | refused; `moe_wna16`, if asked for, adds one to each zero point, also to those of `gptq_v2`, which need none | refused for experts |
+| `awq` | yes, with `zero_point` true | yes, with `zero_point` true |
+| `auto-round` as `auto_round:auto_gptq` or `auto_round:auto_awq` | yes | yes |
+| `auto-round` as `auto_round:gptqmodel` | refused | refused |
+
+- What is made from floats is written as both read it: `gptq` and `auto-round` symmetric, zero points less one; `awq` with zero points.
+- Numbers that have zero points (AWQ, asymmetric GPTQ and INT4) keep them. For a server, `--to FORMAT+awq` is their place: `gptq` and `auto-round` store them as
+  they are (`gptq_v2`, `auto_round:gptqmodel`), because a zero point of 0 cannot be stored less one.
+- AWQ has no `g_idx` and 4 bits alone, and AutoRound has no `desc_act`: GPTQ's numbers in act-order, and to AWQ those of 8 bits, are encoded anew.
+- What is left in floats is listed under the names that these servers ask for, too: the module that holds a layer's experts, and `qkv_proj` or `gate_up_proj`.
+- transformers 5.23 goes by `checkpoint_format` (AWQ: `version`) before `format`, GPTQModel by `format`, and by a quantize_config.json before config.json: a
+  folder in which these disagree is refused.
 """
     return head + overview + "".join(_family(family) for family in FAMILIES) + _encodings()
 

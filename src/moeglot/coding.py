@@ -13,7 +13,7 @@ from moeglot.axes import written
 from moeglot.encoding import Encoding
 from moeglot.errors import Contradiction
 from moeglot.layout import SECOND, Stored
-from moeglot.rules import Quantization, method, quark_briefly, quark_layer, quark_online, spared, told_by_rules
+from moeglot.rules import Quantization, method, quark_briefly, quark_layer, quark_online, rotated, spared, told_by_rules
 
 WEIGHT = ".weight"
 JOINED = ("gate", "up")
@@ -190,12 +190,15 @@ def _groups(quantization: Quantization) -> list[Mapping[str, Any]]:
 
 
 def transformed(quantization: Quantization) -> str | None:
-    """What transform_config, or Quark's algo_config, says is done to activations while the model computes, which no weight holds; None if nothing is.
+    """What transform_config, Quark's algo_config, or a rotation of AutoRound or GPTQModel says is done to activations while the model computes, which no
+    weight holds; None if nothing is.
 
     https://github.com/vllm-project/compressed-tensors/blob/main/src/compressed_tensors/transform/transform_args.py
     """
     if method(quantization) == "quark":
         return quark_online(quantization)
+    if turns := rotated(quantization):
+        return turns
     declared = quantization.get("transform_config")
     schemes = declared.get("config_groups") if isinstance(declared, Mapping) else None
     for name, scheme in (schemes or {}).items():

@@ -9,26 +9,28 @@ from typing import Any
 from moeglot.coding import Coding
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings.gptq import GPTQ
-from moeglot.rules import Quantization, method, packing, settings, sixteen, skipped
+from moeglot.rules import Quantization, laid, method, packing, settings, sixteen, skipped
 
 GPTQMODEL = "https://github.com/ModelCloud/GPTQModel/blob/main/gptqmodel/quantization/config.py"
 AUTOROUND = "https://github.com/intel/auto-round/blob/main/auto_round/export/export_to_autoround/export.py"
 AUTOAWQ = "https://github.com/casper-hansen/AutoAWQ/blob/main/awq/modules/linear/gemm.py"
 LESS = {"gptq": True, "gptq_v2": False}
-"""checkpoint_format: whether zero points are stored less one. Who says nothing means the first."""
+"""checkpoint_format, or format: whether zero points are stored less one. Who says nothing means the first."""
 PARTS = {"packed": ".qweight", "zero_point": ".qzeros", "scale": ".scales"}
 
 
 def _group(said: Mapping[str, Any]) -> int | None:
     """Inputs to a scale; None if nothing says how many."""
-    size = said.get("group_size")
+    size = said.get("group_size", said.get("q_group_size"))
     return WHOLE if size == -1 else size if isinstance(size, int) and size > 0 else None
 
 
 def _read_gptq(said: Quantization, module: str) -> Encoding | None:
+    if method(said) != "gptq":
+        return None
     found = settings(said, module)
-    less, group = LESS.get(str(found.get("checkpoint_format") or "gptq")), _group(found)
-    known = method(said) == "gptq" and found.get("bits") in (4, 8) and str(found.get("pack_dtype") or "int32") == "int32"
+    less, group = LESS.get(laid(found, "gptq")), _group(found)
+    known = found.get("bits") in (4, 8) and str(found.get("pack_dtype") or "int32") == "int32"
     if not known or less is None or group is None:
         return None
     return GPTQ(group, found["bits"], symmetric=found.get("sym", True) is True, less=less, order=True, act=found.get("desc_act") is True)
@@ -65,11 +67,11 @@ GPTQ_WORDS = Coding(
 
 
 def _read_auto_round(said: Quantization, module: str) -> Encoding | None:
-    found, laid = settings(said, module), packing(said)
+    found, packed = settings(said, module), packing(said)
     group = _group(found)
-    if laid not in ("auto_gptq", "gptqmodel") or found.get("bits") not in (4, 8) or found.get("data_type", "int") != "int" or group is None:
+    if packed not in ("auto_gptq", "gptqmodel") or found.get("bits") not in (4, 8) or found.get("data_type", "int") != "int" or group is None:
         return None
-    return GPTQ(group, found["bits"], symmetric=found.get("sym", True) is True, less=laid == "auto_gptq")
+    return GPTQ(group, found["bits"], symmetric=found.get("sym", True) is True, less=packed == "auto_gptq")
 
 
 def _write_auto_round(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ AUTO_ROUND_WORDS = replace(
 def _read_awq(said: Quantization, module: str) -> Encoding | None:
     found = settings(said, module)
     group = _group(found)
-    own = method(said) == "awq" and str(found.get("version") or "gemm").lower() == "gemm" and found.get("backend") in (None, "auto", "autoawq")
+    own = method(said) == "awq" and laid(found, "gemm") == "gemm" and found.get("backend") in (None, "auto", "autoawq")
     if not (own or packing(said) == "auto_awq") or found.get("bits", found.get("w_bit")) != 4 or group is None:
         return None
     symmetric = found.get("zero_point", True) is not True if own else found.get("sym", True) is True

@@ -16,12 +16,16 @@ from moeglot.family import Family
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.layout import Sizes, Stored
-from moeglot.rules import method
+from moeglot.rules import AUTO_ROUND, method
 from moeglot.shards import Entry
 from moeglot.source import Source
 
 First = Mapping[tuple[tuple[str, ...], str], Entry]
 """(roles, part) of a line -> the first tensor that there is of it."""
+
+
+OF_LINEARS = ("bitsandbytes", "quark", "gptq", "awq", *AUTO_ROUND)
+"""Libraries that quantize Linear modules alone."""
 
 
 def first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: Sizes, every: bool = False) -> First:
@@ -80,7 +84,7 @@ def refuted(form: Format, lines: tuple[Stored, ...], source: Source, layers: tup
     alone = [any(leaves_alone(declared, line.module(layer)) for line in form.stored) for layer in layers]
     if not used or used == expected or all(alone):
         return None
-    if not any(line.per_expert for line in form.stored) and (used in ("bitsandbytes", "quark") or (of_modules(declared) and not any(alone))):
+    if not any(line.per_expert for line in form.stored) and (used in OF_LINEARS or (of_modules(declared) and not any(alone))):
         return None  # they quantize Linear modules, and leave stacked experts as they are without a word
     return f"quantization_config.quant_method is {declared['quant_method']}, the tensors are not quantized that way"
 

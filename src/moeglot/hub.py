@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moeglot.coding import MODELOPT_FILE
 from moeglot.errors import CheckpointError, UsageError
 from moeglot.hf_quant_config import told_beside
+from moeglot.said_again import check_again
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
@@ -46,7 +48,9 @@ def fetch_headers(name: str) -> tuple[dict[str, Any], dict[str, Header]]:
             file: ({key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for key, t in found.tensors.items()}, found.metadata)
             for file, found in files.items()
         }
-        return told_beside(config, beside, {key: tensor for found in files.values() for key, tensor in found.tensors.items()}), headers
+        config = told_beside(config, beside, {key: tensor for found in files.values() for key, tensor in found.tensors.items()})
+        check_again(config, partial(_json, name))
+        return config, headers
 
 
 def cached(name: str) -> Path | None:

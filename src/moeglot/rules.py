@@ -41,6 +41,20 @@ def settings(quantization: Quantization, module: str) -> Mapping[str, Any]:
     return {**quantization, **(_rule(quantization, module) or {})}
 
 
+LAID = ("checkpoint_format", "format", "version")
+"""Keys under which GPTQModel, transformers and AutoAWQ say how words are laid out. Each reads some of them, and not in one order."""
+
+
+def laid(said: Mapping[str, Any], usual: str) -> str:
+    """What they say, in lower case, `usual` if none does; raises `Contradiction` where they do not agree."""
+    told = {key: str(said[key]).lower() for key in LAID if said.get(key) and (key != "version" or method(said) == "awq")}
+    if len(set(told.values())) > 1:
+        wrong = "quantization_config says " + " and ".join(f"{key} = {value}" for key, value in told.items())
+        known = "they mean the same; GPTQModel goes by format, SGLang and transformers by checkpoint_format or version"
+        raise Contradiction(wrong, known, "take config.json from the checkpoint's producer")
+    return next(iter(told.values()), usual)
+
+
 def spared(quantization: Quantization, module: str) -> bool:
     """A rule, or a list of blocks or of modules in them, says that this module stays as it is."""
     rule = _rule(quantization, module)
@@ -79,6 +93,28 @@ def _matches(pattern: str, module: str, how: Any) -> bool:
         raise Contradiction(wrong, str(error), "take config.json from the checkpoint's producer") from error
 
 
+_LITERAL = re.compile(r"(?:[\w.-]|\\\W)*(?![*+?{])")
+"""What a pattern begins with that stands for itself. A dot of a name is one, escaped or not."""
+
+
+def telling_apart(quantization: Quantization, holder: str) -> Quantization | None:
+    """The same with those rules alone that may name a module below `holder`; None where none of them has a number, so that it says the same of all experts."""
+    key = "extra_config" if method(quantization) in AUTO_ROUND else "dynamic"
+    if method(quantization) not in ("gptq", "awq", *AUTO_ROUND):
+        return None
+    rules = {pattern: rule for pattern, rule in mapping(quantization.get(key)).items() if _may_name(pattern, holder)}
+    return {**quantization, key: rules} if any(re.search(r"[\d\[]|\\d", pattern) for pattern in rules) else None
+
+
+def _may_name(pattern: str, holder: str) -> bool:
+    """False only where the names that it stands for begin otherwise."""
+    pattern = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
+    found = _LITERAL.match(pattern)
+    literal = found[0].replace("\\", "") if found else ""
+    first = holder.partition(".")[0] + "."
+    return "|" in pattern or not literal.startswith(first) or f"{holder}.".startswith(literal) or literal.startswith(holder)
+
+
 def _blocks(quantization: Quantization) -> Sequence[str]:
     """What the names of all modules begin with that AutoRound quantized."""
     if method(quantization) not in AUTO_ROUND:
@@ -94,17 +130,17 @@ def _flat(said: object) -> list[str]:
 def sparing(quantization: Quantization, key: str, modules: Sequence[str]) -> dict[str, Any]:
     """The same, and under `key`, or where its library looks instead, that these modules stay as they are too."""
     if method(quantization) == "gptq":
-        return {**quantization, "dynamic": {**mapping(quantization.get("dynamic")), **skipped(modules)}}
+        return {**quantization, "dynamic": {**skipped(modules), **mapping(quantization.get("dynamic"))}}  # the first that names a module counts
     if method(quantization) in AUTO_ROUND:
         return {**quantization, "extra_config": {**mapping(quantization.get("extra_config")), **sixteen(modules)}}
     if method(quantization) == "awq":
-        quantization = {**quantization, "dynamic": {**mapping(quantization.get("dynamic")), **skipped(modules)}}
+        quantization = {**quantization, "dynamic": {**skipped(modules), **mapping(quantization.get("dynamic"))}}
     return {**quantization, key: [*(quantization.get(key) or ()), *modules]}
 
 
 def skipped(modules: Sequence[str]) -> dict[str, Any]:
-    """GPTQModel's rules for modules that stay as they are."""
-    return {f"-:{re.escape(module)}$": {} for module in modules}
+    """GPTQModel's rules for modules that stay as they are, with all that they hold."""
+    return {rf"-:{re.escape(module)}(\..*)?$": {} for module in modules}
 
 
 def sixteen(modules: Sequence[str]) -> dict[str, Any]:
@@ -116,8 +152,20 @@ def told_by_rules(quantization: Quantization, module: str) -> Iterator[tuple[str
     """What GPTQ, AWQ or AutoRound say of a module that decides how it is decoded."""
     if method(quantization) in ("gptq", "awq", *AUTO_ROUND):
         found = settings(quantization, module)
-        keys = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "pack_dtype", "version", "backend", "packing_format", "data_type")
+        keys = ("bits", "w_bit", "group_size", "q_group_size", "sym", "zero_point", "desc_act", *LAID, "pack_dtype", "backend", "packing_format", "data_type")
         yield from ((key, found[key]) for key in keys if found.get(key) is not None)
+
+
+ROTATIONS = ("rotation_config", "spinquant_config", "rotation")
+
+
+def rotated(quantization: Quantization) -> str | None:
+    """Which key says that inputs of matrices are rotated as the model computes: AutoRound's, for any packing, or GPTQModel's; None if none does.
+
+    https://github.com/intel/auto-round (inference/convert_model.py); https://github.com/ModelCloud/GPTQModel (gptqmodel/models/loader.py)
+    """
+    told = ((key, quantization[key]) for key in ROTATIONS if quantization.get(key))
+    return next((f"quantization_config in config.json says {key} = {str(value)[:80]}" for key, value in told), None)
 
 
 # --- AMD Quark ---------------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from moeglot.hf_quant_config import told_beside
 from moeglot.identity import declared, identity
 from moeglot.mapped import check_unchanged
 from moeglot.remote import Location, Remote, here, location
+from moeglot.said_again import check_again
 from moeglot.shards import Entry, describe, parse, read_header
 from moeglot.share import Share
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, is_torch_dist, read_entries
@@ -274,8 +275,12 @@ def _read(name: str, folder: Location, shards: tuple[Location, ...], headers_onl
 
 
 def _config(folder: Location, tensors: Mapping[str, Entry] | None = None) -> dict[str, Any]:
-    config, beside = (read_json(_inside(folder / name, _root(folder))) if (folder / name).exists() else {} for name in ("config.json", MODELOPT_FILE))
-    return told_beside(config, beside, tensors)
+    def read(name: str) -> dict[str, Any]:
+        return read_json(_inside(folder / name, _root(folder))) if (folder / name).exists() else {}
+
+    config = told_beside(read("config.json"), read(MODELOPT_FILE), tensors)
+    check_again(config, read)
+    return config
 
 
 def _check_index(folder: Location, files: Mapping[str, Mapping[str, Entry]]) -> None:

@@ -16,6 +16,7 @@ from moeglot.family import Config
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.layout import Sizes, Stored
+from moeglot.rules import Quantization, telling_apart
 from moeglot.shards import Entry
 from moeglot.share import SHARE
 from moeglot.source import Source
@@ -27,6 +28,7 @@ _declared: Callable[[Any], Any] = itemgetter(Entry._fields.index("dtype"), Entry
 
 def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], config: Config, known: str) -> Iterator[MoeglotError]:
     """Every way in which the tensors are not what the format says, each as an error that names one tensor."""
+    yield from _unlike_experts(source, form, sizes, layers, known)
     left = dict(source.entries)
     for line, part, keys in form.expert_keys(layers, sizes):
         dtypes, shape = part.dtypes, line.part_shape(part, sizes)
@@ -67,12 +69,28 @@ def _mixed(entry: Entry, other: str, known: str) -> TensorMismatch:
     )
 
 
+def _unlike_experts(source: Source, form: Format, sizes: Sizes, layers: tuple[int, ...], known: str) -> Iterator[TensorMismatch]:
+    """Experts of which a rule says otherwise than of the first of their layer, though their tensors may look alike."""
+    for layer in layers if form.coding else ():
+        for line in form.lines(layer):
+            rules = (
+                telling_apart(said(source.config), line.key.partition(".{expert}")[0].format(layer=layer)) if line.per_expert and not line.is_plain else None
+            )
+            for expert in range(1, min(sizes["e"], len(source.entries))) if rules else ():
+                if odd := _unlike(line, layer, expert, form, rules or {}, known):
+                    yield odd
+
+
 def _otherwise(key: str, form: Format, source: Source, known: str) -> TensorMismatch | None:
     """Where quantization_config says something else of this expert than of the first of its layer."""
     line, _, layer, expert = (form.coding and form.match(key)) or (None, "", 0, None)
-    if line is None or not expert or not form.coding:
+    return _unlike(line, layer, expert, form, said(source.config), known) if line and expert else None
+
+
+def _unlike(line: Stored, layer: int, expert: int, form: Format, declared: Quantization, known: str) -> TensorMismatch | None:
+    if not form.coding:
         return None
-    module, first, declared = line.module(layer, expert), line.module(layer), said(source.config)
+    module, first = line.module(layer, expert), line.module(layer)
     here, there = ("left alone" if leaves_alone(declared, name) else str(form.coding.read(declared, name) or "quantized") for name in (module, first))
     if here == there:
         return None

@@ -23,6 +23,7 @@ from moeglot.factors import aliases
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
+from moeglot.left_alone import BY_HOLDER, experts_alone, fused, holder
 from moeglot.rules import AUTO_ROUND, method, sparing
 from moeglot.served import cache_scheme, is_static
 from moeglot.share import Share
@@ -123,32 +124,23 @@ def keeping(source: Checkpoint, target: Format, touched: Callable[[Stored, int],
     return replace(target, unlike=unlike)
 
 
-def _left_alone(source: Checkpoint, target: Format) -> list[str]:
-    """The modules of experts that the target leaves as they are."""
-    return [
-        line.module(layer, expert)
-        for layer, lines in target.unlike.items()
-        for line, coded in zip(lines, target.stored, strict=True)
-        if line.is_plain and not coded.is_plain
-        for expert in (range(source.sizes["e"]) if line.per_expert else (0,))
-    ]
-
-
 def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[DenseTensor, ...]], stays: bool) -> dict[str, Any]:
     """quantization_config of the output: the source's own if the quantization `stays`, else as the target's producer writes it."""
     if not target.coding:
         return {"quantization_config": _sparing(source, target, dict(said(source.source.config)), dense)} if stays else {}
-    experts = _left_alone(source, target)
+    declared = dict(said(source.source.config))
+    reader = method(declared) if stays else producer(target)
+    experts = experts_alone(source, target, reader)
     if stays:
-        declared = dict(said(source.source.config))
         if unsaid := [module for module in experts if not leaves_alone(declared, module)]:
             declared = sparing(declared, target.coding.kept, unsaid)
         return {"quantization_config": declared}
     matrices = [(key, parts[0].name) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
     named = {name: None for key, hub in matrices for name in (key, *aliases(hub, target.family)[1:])}  # readers look for modules, some by disk names
-    kept = experts + [name.removesuffix(WEIGHT) for name in named]
+    others = [name.removesuffix(WEIGHT) for name in named]
+    kept = [*experts, *others, *fused(others, reader)]
     encoding = next(line.encoding for layer in source.layers for line in target.lines(layer) if not line.is_plain)
-    scheme = cache_scheme(said(source.source.config), producer(target))
+    scheme = cache_scheme(declared, reader)
     return {"quantization_config": {**target.coding.write(encoding, kept), **({"kv_cache_scheme": scheme} if scheme else {})}}
 
 
@@ -169,16 +161,16 @@ def rounds_inputs(source: Checkpoint, target: Format) -> bool:
 def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense: Mapping[str, tuple[DenseTensor, ...]]) -> dict[str, Any]:
     """quantization_config that leaves the target's plain experts alone where each is a module: of stacked ones it need not speak."""
     lines = {layer: [line for line in target.lines(layer) if line.per_expert] for layer in source.layers}
-    told = [line.module(layer, 0) for layer, each in lines.items() for line in each]
+    told = [line.module(layer, expert) for layer, each in lines.items() for line in each for expert in range(source.sizes["e"])]
     if all(leaves_alone(declared, module) for module in told):
         return declared
-    stems = sorted({line.key.partition(".{expert}")[0].format(layer=layer) for layer, each in lines.items() for line in each})
+    stems = sorted({holder(line, layer) for layer, each in lines.items() for line in each})
     if by_compressed_tensors(declared):
         key, names = "ignore", [f"re:{re.escape(stem)}\\..*" for stem in stems]
     elif method(declared) == "modelopt":
         key, names = "ignore", [f"{stem}.*" for stem in stems]
     elif method(declared) in ("gptq", *AUTO_ROUND):
-        return sparing(declared, "", told)
+        return sparing(declared, "", stems if method(declared) in BY_HOLDER else told)
     else:
         key, names = "llm_int8_skip_modules" if method(declared) == "bitsandbytes" else "modules_to_not_convert", stems
         if not declared.get(key):  # a list that is there is all that is left alone, the output layer among it
@@ -187,7 +179,7 @@ def _sparing(source: Checkpoint, target: Format, declared: dict[str, Any], dense
                 for name, (part, *_) in dense.items()
                 if name.endswith(WEIGHT) and part.dtype in WEIGHT_DTYPES and len(part.shape) == 2
             ]
-    return {**declared, key: [*(declared.get(key) or ()), *names]}
+    return sparing(declared, key, names)
 
 
 def keeps(source: Checkpoint, target: Format, wanted: Encoding | None) -> bool:

@@ -92,16 +92,19 @@ class Words(Encoding):
             return replace(self, group=other.group, symmetric=not other.zero, less=self.less and not other.zero, act=False, scale="F16")
         if not isinstance(other, Words):
             return self
+        if other.act and not self.order:  # nothing says here which group an input is in: numbers are made anew
+            return replace(self, group=other.group)
         if other.packing == self.packing:
             return replace(other, order=self.order or other.order, down=self.down)
-        less, order = self.less and other.symmetric, self.order or other.act
-        return replace(other, packing=self.packing, order=order, down=self.down, less=less)
+        if self.packing == "awq":  # of 4 bits alone, and who reads it wants zero points, also where all are alike
+            return replace(self, group=other.group, scale=other.scale if other.bits == 4 else None)
+        return replace(other, packing=self.packing, order=self.order, down=self.down, less=self.less and other.symmetric)
 
     def lent(self, target: Encoding) -> Encoding:
         """INT4 with scales of these types holds the same numbers."""
         if isinstance(target, INT4) and self.bits == 4 and not self.act:
             return replace(target, group=self.group, zero=not self.symmetric, scale=self.scale)
-        return target.like(self) if isinstance(target, Words) and (self.bits == 4 or target.packing == "gptq") else target
+        return target.like(self) if isinstance(target, Words) else target
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["packed"].shape
