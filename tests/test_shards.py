@@ -322,6 +322,21 @@ def test_shards_are_filled_up_and_no_further(shard_size: int, files: list[int]) 
     assert [shard.file for shard in shards] == names
 
 
+def test_many_tensors_of_one_file_are_each_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a model has of experts: planning is linear in them."""
+    measured, nbytes, count = 0, Slot.nbytes.fget, 20_000
+
+    def counted(slot: Slot) -> int:
+        nonlocal measured
+        measured += 1
+        assert measured <= 8 * count
+        return nbytes(slot)
+
+    monkeypatch.setattr(Slot, "nbytes", property(counted))
+    (shard,) = plan_shards([Slot(f"t{n}", "U8", (1,)) for n in range(count)], count, {})
+    assert shard.nbytes == len(shard.header) + count
+
+
 def test_a_transposed_tensor_is_written_row_major(tmp_path: Path) -> None:
     given = torch.arange(6, dtype=torch.int64).view(2, 3).t()
     (path,) = _write(tmp_path, {"x": given}, 10**6, {})

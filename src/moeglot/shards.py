@@ -252,13 +252,21 @@ class ShardPlan:
         return len(self.header) + sum(slot.nbytes for slot in self.slots)
 
 
+def filled(slots: Iterable[Slot], file_size: int) -> list[list[Slot]]:
+    """Slots in their order, in runs of at most `file_size` bytes; a larger one is alone."""
+    groups, held = list[list[Slot]]([[]]), 0
+    for slot in slots:
+        if groups[-1] and held + slot.nbytes > file_size:
+            groups.append([])
+            held = 0
+        groups[-1].append(slot)
+        held += slot.nbytes
+    return groups
+
+
 def plan_shards(slots: Iterable[Slot], shard_size: int, metadata: Mapping[str, str]) -> tuple[ShardPlan, ...]:
     """Slots in their order -> files of at most `shard_size` bytes of tensors (more only for one tensor that is larger)."""
-    groups: list[list[Slot]] = [[]]
-    for slot in slots:
-        if groups[-1] and sum(s.nbytes for s in groups[-1]) + slot.nbytes > shard_size:
-            groups.append([])
-        groups[-1].append(slot)
+    groups = filled(slots, shard_size)
     names = ["model.safetensors"] if len(groups) == 1 else [f"model-{n + 1:05}-of-{len(groups):05}.safetensors" for n in range(len(groups))]
     return tuple(ShardPlan(name, tuple(sorted(group, key=_rank)), metadata) for name, group in zip(names, groups, strict=True))
 

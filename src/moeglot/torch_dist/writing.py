@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from moeglot.dtypes import DTYPES
 from moeglot.errors import TensorMismatch
-from moeglot.shards import Piece, Slot
+from moeglot.shards import Piece, Slot, filled
 from moeglot.torch_dist.blobs import STORAGES, Frame, frame, saved
 from moeglot.torch_dist.keys import EXPERTS, LAYERS, Keyed, Stack, keyed
 from moeglot.torch_dist.reading import DESCRIPTION, METADATA, STATES
@@ -135,16 +135,9 @@ def plan_files(slots: Iterable[Slot], file_size: int, stack: Stack, states: Iter
     """
     slots = list(slots)
     shapes = _shapes(slots, stack)
-    groups, held = list[list[Slot]]([[]]), 0
-    for slot in slots:
-        if groups[-1] and held + slot.nbytes > file_size:
-            groups.append([])
-            held = 0
-        groups[-1].append(slot)
-        held += slot.nbytes
     experts = next((shape[stack.layers] for key, shape in shapes.items() if EXPERTS in key), 0) if stack.experts else 0
     named = tuple(dict.fromkeys(_state_key(name, stack, experts) for name in states))
-    return tuple(DistFile(f"__0_{n}.distcp", tuple(group), stack, shapes, () if n else named) for n, group in enumerate(groups))
+    return tuple(DistFile(f"__0_{n}.distcp", tuple(group), stack, shapes, () if n else named) for n, group in enumerate(filled(slots, file_size)))
 
 
 def _shapes(slots: list[Slot], stack: Stack) -> dict[str, Shape]:
