@@ -7,8 +7,10 @@ import shutil
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from counting import READ, upload
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -382,6 +384,20 @@ def with_fp8_attention(tmp_path_factory):
     (where / "out" / "config.json").write_text(json.dumps(config))
     assert moeglot.verify(where / "out").verdict == "holds"
     return where / "out"
+
+
+def test_a_plan_that_decodes_what_is_no_expert_reads_none_of_it(with_fp8_attention):
+    """What it decodes to is known from headers."""
+    fs = fsspec.filesystem("memory")
+    upload(fs, with_fp8_attention, "/planned")
+    source = moeglot.open("counted://planned")
+    READ.clear()
+    plan = moeglot.plan(source, "deepseek-v3/transformers-5")
+    assert READ == []
+    ((matrix,),) = [parts for parts in plan.dense.values() if parts[0].name == PROJECTION]
+    assert matrix.shape == tuple(matrix.read().shape)
+    assert {file for file, _ in READ} == {"model.safetensors"}
+    fs.rm("/planned", recursive=True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -158,7 +158,7 @@ class DecodedTensor:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        whole = self.encoding.matrix_shape(self._read())
+        whole = self.encoding.matrix_shape({part: entry.read() if part in self.encoding.told_by else entry.hollow() for part, entry in self.parts.items()})
         whole = whole[::-1] if self.encoding.is_turned else whole
         return whole if self.run is None else tuple(len(self.run) if n == self.axis else size for n, size in enumerate(whole))
 

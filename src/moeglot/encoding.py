@@ -148,6 +148,9 @@ class Encoding(ABC):
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """values [..., out, in] of any float dtype -> parts; raises `BadNumbers` for values that are not finite."""
 
+    told_by: tuple[str, ...] = ()
+    """Parts whose numbers say the shape of a matrix; of all others, `matrix_shape` looks at shapes alone."""
+
     @abstractmethod
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         """[out, in] of a matrix, from its parts as they lie in a file."""

@@ -76,6 +76,12 @@ class Entry(NamedTuple):
             mapped.madvise(mmap.MADV_WILLNEED, page, offset + prod(shape) * size - page)
         return torch.frombuffer(mapped, dtype=dtype, count=prod(shape), offset=offset).view(shape)
 
+    def hollow(self) -> torch.Tensor:
+        """Its dtype and shape without its numbers, on the meta device; nothing is read."""
+        import torch
+
+        return torch.empty(self.shape, dtype=DTYPES[self.dtype].torch, device="meta")
+
 
 def _refuse(path: Location, what: str, known: str) -> BrokenFile:
     return BrokenFile(f"{path.name}: {what}", known, "fetch the file again from its producer; nothing was read from it")

@@ -90,6 +90,8 @@ class BNB4(Encoding):
     def like(self, other: Encoding) -> BNB4:
         return replace(other, state_bytes=self.state_bytes) if isinstance(other, BNB4) else self
 
+    told_by = ("state",)
+
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = QuantState.read(parts["state"]).shape
         return rows, columns

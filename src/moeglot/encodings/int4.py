@@ -81,6 +81,8 @@ class INT4(Encoding):
         scale = next(name for name in SCALES if name == found["scale"][0])
         return replace(self, scale=scale, shape="I64" if found["shape"][0] == "I64" else "I32")
 
+    told_by = ("shape",)
+
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["shape"].tolist()
         return rows, columns
