@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -20,8 +21,10 @@ from moeglot.encodings.fp8 import FP8
 from moeglot.errors import BadNumbers, BrokenFile, Contradiction, MoeglotError, TensorMismatch, UnknownFormat, UsageError
 from moeglot.experts import Expert
 from moeglot.formats import FAMILIES
+from moeglot.identify import identify
 from moeglot.inspection import inspect_json
 from moeglot.report import dump
+from moeglot.source import read_source
 
 SIZES = {"e": 3, "h": 128, "i": 128}
 ATTENTION = "model.layers.0.self_attn.q_proj"
@@ -539,6 +542,28 @@ def test_modules_that_are_named_by_no_list(key, value, with_fp8_attention, tmp_p
     rewrite(tmp_path / "a" / "config.json", quantization_config={**config["quantization_config"], key: value})
     with pytest.raises(Contradiction, match=f"{key} = "):
         moeglot.open(tmp_path / "a")
+
+
+def test_names_that_are_nowhere_are_not_looked_for_expert_by_expert(tmp_path):
+    """However many experts each layer has in INT4, which is as many names that end as those of other formats do."""
+
+    class Counted(dict):
+        looked = 0
+
+        def __contains__(self, key):
+            self.looked += 1
+            return super().__contains__(key)
+
+    made = write_checkpoint(tmp_path / "plain", "qwen3-moe/hub", SIZES, 2)
+    moeglot.convert(made, "qwen3-moe/hub+int4-pack", tmp_path / "coded", allow_loss=True)
+    few, looked = read_source(tmp_path / "coded"), []
+    for copies in (1, 64):
+        layers = {name.replace("layers.1.", f"layers.{n}."): entry for name, entry in few.entries.items() for n in range(1, 1 + copies)}
+        entries = Counted({name: entry._replace(name=name) for name, entry in layers.items()})
+        config = {**few.config, "num_hidden_layers": 1 + copies}
+        assert [form.name for form in identify(replace(few, entries=entries, config=config, metadata=())).candidates] == ["qwen3-moe/hub+int4-pack"]
+        looked.append(entries.looked)
+    assert looked[1] < 1.1 * looked[0], looked
 
 
 def test_a_claim_of_many_experts_is_not_believed(tmp_path):

@@ -37,7 +37,7 @@ def first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: 
     declared = said(source.config)
     for line in form.stored:
         wanted = line.names if every else line.suffixes
-        suffixes = {part: suffix for part, suffix in wanted.items() if _is_somewhere(line.key + suffix, source)}
+        suffixes = {part: suffix for part, suffix in wanted.items() if source.has_like(line.key + suffix)}
         needed = line.suffixes.keys() & suffixes.keys()  # what is nowhere is not looked for in every layer
         for layer in layers if suffixes else ():
             if form.coding and not line.is_plain and leaves_alone(declared, line.module(layer)):
@@ -52,12 +52,6 @@ def first_tensors(form: Format, source: Source, layers: tuple[int, ...], sizes: 
             if all((line.roles, part) in found for part in needed):
                 break
     return found
-
-
-def _is_somewhere(template: str, source: Source) -> bool:
-    """Some tensor's name begins and ends as this template does."""
-    first, last = template.partition(".")[0], template[template.rfind(".") + 1 :]
-    return ("{" in first or first in source.first_names) and ("{" in last or last in source.last_names)
 
 
 def lines_there(form: Format, source: Source, layers: tuple[int, ...], first: First) -> tuple[Stored, ...]:

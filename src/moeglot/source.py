@@ -30,7 +30,12 @@ TEMPLATES = "additional_chat_templates"
 """The one folder below a checkpoint that belongs to its tokenizer."""
 MOST = 100_000
 """Shards that are counted: a name may claim any number, and costs no memory by it."""
+BRACES = re.compile(r"\{\w+\}")
 NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+
+
+def _without_digits(key: str) -> bytes:
+    return key.encode("utf-8", "surrogatepass").translate(None, b"0123456789")
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,13 @@ class Source:
         """By what other libraries find it again: its Hub id, or the folder."""
         return self.name if hub.HUB_ID.fullmatch(self.name) and not Path(self.name).exists() else str(self.home)
 
-    @cached_property
-    def last_names(self) -> frozenset[str]:
-        """What stands after the last dot in the names of tensors."""
-        return frozenset({key[key.rfind(".") + 1 :] for key in self.entries})
+    def has_like(self, template: str) -> bool:
+        """Some tensor has this name, whatever the numbers in it; what is in braces is a number."""
+        return _without_digits(BRACES.sub("", template)) in self._outlines
 
     @cached_property
-    def first_names(self) -> frozenset[str]:
-        """What stands before the first dot."""
-        return frozenset({key.partition(".")[0] for key in self.entries})
+    def _outlines(self) -> frozenset[bytes]:
+        return frozenset(map(_without_digits, self.entries))
 
     @cached_property
     def share(self) -> Share | None:
