@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from moeglot.axes import written
@@ -86,10 +86,14 @@ class Coding:
 
     def module(self, key: str) -> tuple[str, str] | None:
         """A key of a Linear module -> (module, part), the longest suffix first; None if no part is named so."""
-        for part, suffix in sorted(self.linear.items(), key=lambda item: -len(item[1])):
+        for part, suffix in self._longest_first:
             if key.endswith(suffix):
                 return key.removesuffix(suffix), part
         return None
+
+    @cached_property
+    def _longest_first(self) -> list[tuple[str, str]]:
+        return sorted(self.linear.items(), key=lambda item: -len(item[1]))
 
 
 def said(config: Mapping[str, Any]) -> Quantization:

@@ -212,10 +212,10 @@ def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: 
 
 def _expert_slots(source: Checkpoint, steps: tuple[Step, ...]) -> Iterator[Slot]:
     for step in steps:
+        shapes = [(part, step.line.part_shape(part, source.sizes)) for part in step.target.parts]
+        cuts = len(step.line.roles) if step.line.block or step.line.expert_groups[0][0] == "p" else 1
         for expert in range(source.sizes["e"]) if step.line.per_expert else (None,):
-            for part in step.target.parts:
-                shape = step.line.part_shape(part, source.sizes)
-                cuts = len(step.line.roles) if step.line.block or step.line.expert_groups[0][0] == "p" else 1
+            for part, shape in shapes:
                 yield Slot(step.line.key_of(part, step.layer, expert), part.dtypes[0], shape, cuts)
 
 
