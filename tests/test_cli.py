@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 from terminal import shown
 
+import moeglot
 from moeglot.demo import BUNDLED
+from moeglot.units import estimate
 
 RUN = [sys.executable, "-m", "moeglot.cli"]
 
@@ -82,6 +84,14 @@ def test_formats():
     assert found["schema"] == "moeglot/formats/1"
     assert {"gpt-oss/openai", "gpt-oss/original", "gpt-oss/transformers", "qwen3-moe/hub", "mixtral/transformers-5"} <= {f["name"] for f in found["formats"]}
     assert all(f["source"].startswith("https://") for f in found["formats"])
+
+
+def test_what_a_plan_measures_is_told_before_it_is_done():
+    """One of its own matrices takes seconds in a large model."""
+    told = []
+    plan = moeglot.plan(BUNDLED, "gpt-oss/transformers", encode="f16")
+    assert estimate(plan, lambda *progress: told.append(progress)).estimated
+    assert told == [("sampling", n, 6) for n in range(7)]
 
 
 def test_convert_plans_first_and_writes_nothing_on_a_dry_run(tmp_path):

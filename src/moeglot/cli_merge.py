@@ -79,7 +79,9 @@ def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry
     from moeglot.units import estimate
 
     keep_heap_small()
-    out_console, plan = console(), estimate(plan)
+    out_console = console()
+    with bar(json) as progress:
+        plan = estimate(plan, progress)
     if json and dry_run:
         print_json(report.plan_json(plan))
     elif not json:

@@ -118,7 +118,7 @@ def carry_out(plan: Plan, out: str | Path, how: Carrying = AS_USUAL, progress: P
         with backend.on(how.device):
             pass  # or it is refused before anything is touched
     work = Store(place) if isinstance(place, Remote) else Work(place)
-    _begin(plan, how)
+    _begin(plan, how, progress)
     run = how.engine or threads(how.count, how.device)
     with work.session(plan, how.resume) as done:
         if work.renamed(plan):
@@ -147,7 +147,7 @@ def write_part(
     work = Work(out)
     _refuse_inside(plan, work.out)
     how = Carrying(allow_loss, workers, threshold=threshold)
-    _begin(plan, how)
+    _begin(plan, how, progress)
     with work.part_session(plan, part) as done, _full_disk_told(plan, work):
         stream(plan, work, done, part.units(plan), threads(how.count), allow_loss, progress and _of_all_parts(plan, work, progress))
     return part
@@ -188,11 +188,11 @@ def _refuse_inside(plan: Plan, out: Location) -> None:
         raise UsageError(f"OUT {out} lies in the source", f"each folder in {source.name} is what one process holds", "choose an OUT elsewhere")
 
 
-def _begin(plan: Plan, how: Carrying) -> None:
+def _begin(plan: Plan, how: Carrying, progress: Progress | None) -> None:
     """Before a byte is written: refuse what is expected to be lost."""
     plan.check_unchanged()
     if not how.allow_loss or plan.change:
-        expected = estimate(plan)
+        expected = estimate(plan, progress)
         if not how.allow_loss:
             _refuse_expected_loss(expected)
         refuse_lost(plan, expected.expected_survival, how.threshold)

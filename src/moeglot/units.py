@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from moeglot import pairs, scratch
-from moeglot.checks import workers_of_one_thread
+from moeglot.checks import Progress, workers_of_one_thread
 from moeglot.dense import DecodedTensor, DenseTensor, taking_turns
 from moeglot.dtypes import DTYPES, by_torch_name
 from moeglot.encoded import Encoded
@@ -25,6 +26,9 @@ from moeglot.survival import OTHERS, Survival, added
 
 if TYPE_CHECKING:
     import torch
+
+
+SAMPLING = "sampling"
 
 
 def make(plan: Plan, unit: Unit) -> tuple[dict[str, torch.Tensor], Loss]:
@@ -195,26 +199,38 @@ def _dense(part: DenseTensor) -> tuple[torch.Tensor, Loss]:
     return coded["value"], measure(given, Encoded(Plain(part.dtype), coded, tuple(given.shape)))
 
 
-def estimate(plan: Plan) -> Plan:
+def estimate(plan: Plan, progress: Progress | None = None) -> Plan:
     """The plan with the relative error of each lossy step, and what survives of an adapter's change, measured on a few of its experts; once."""
     if plan.estimated:
         return plan
     with workers_of_one_thread(1) as pool:
-        return pool.submit(_estimated, plan).result()
+        return pool.submit(_estimated, plan, progress).result()
 
 
-def _estimated(plan: Plan) -> Plan:
+def _estimated(plan: Plan, progress: Progress | None) -> Plan:
     found: dict[str, Loss] = {}
     survived: dict[str, Survival] = {}
-    experts = plan.source.sizes["e"]
-    layers = spread(plan.source.layers, 3)
-    decoded = next((unit for unit in plan.units if isinstance(unit, DenseUnit) and unit.verb), None)
-    if decoded and decoded.verb:
-        found[decoded.verb] = make(plan, decoded)[1]
-    for step in plan.steps:
-        unit = plan.unit(step, step.layer % experts)
-        if step.layer in layers and (unit.merged or not step.exact):
-            _, loss = make(plan, unit)
-            found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
-            survived = added(survived, loss.survived)
+    samples = list(_samples(plan))
+    for n, unit in enumerate(samples):
+        if progress:
+            progress(SAMPLING, n, len(samples))
+        _, loss = make(plan, unit)
+        if isinstance(unit, DenseUnit):
+            found[unit.verb or ""] = loss
+            continue
+        step = unit.step
+        found[step.verb] = found.get(step.verb, Loss()) + (Loss() if step.exact else loss)
+        survived = added(survived, loss.survived)
+    if progress and samples:
+        progress(SAMPLING, len(samples), len(samples))
     return replace(plan, expected_loss=found, expected_survival=survived, estimated=True)
+
+
+def _samples(plan: Plan) -> Iterator[Unit]:
+    """One tensor that is no expert and is decoded, and in three layers an expert of each step that may lose something."""
+    layers = spread(plan.source.layers, 3)
+    yield from islice((unit for unit in plan.units if isinstance(unit, DenseUnit) and unit.verb), 1)
+    for step in plan.steps:
+        unit = plan.unit(step, step.layer % plan.source.sizes["e"])
+        if step.layer in layers and (unit.merged or not step.exact):
+            yield unit
