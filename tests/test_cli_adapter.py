@@ -10,6 +10,7 @@ from synthetic import write_checkpoint
 from test_cli import run, told
 
 import moeglot
+from moeglot.adapter_config import AdapterConfig
 from moeglot.encodings.plain import Plain
 
 
@@ -116,3 +117,22 @@ def test_a_conversion_has_a_page(folder, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert f"<h1>moeglot convert {folder / 'base'} {tmp_path / 'out'}: holds</h1>" in page
     assert "relative error by layer" in page
+
+
+class Counted(list):
+    read = 0
+
+    def __iter__(self):
+        Counted.read += 1
+        return super().__iter__()
+
+
+def test_a_list_of_modules_is_read_once_whoever_asks():
+    """It may name each expert, and each expert asks."""
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(4) for expert in range(8)]
+    config = AdapterConfig({"target_modules": Counted(names), "exclude_modules": Counted([*names[:4], "lm_head"]), "target_parameters": Counted(["up_proj"])})
+    assert [config.names_module(name) for name in names] == [False] * 4 + [True] * 28
+    assert [config.names_parameter(name) for name in names] == [True] * 32
+    assert not any(map(config.names_module, ("up_proj", "xmodel.layers.0.mlp.experts.5.up_proj", "a.lm_head", "lm_head")))
+    assert config.names_module("base.model.layers.0.mlp.experts.5.up_proj")
+    assert Counted.read < 10

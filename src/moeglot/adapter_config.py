@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
     "layers_pattern": (list, str),
 }
 """What we read, where it is not null."""
+
+
+_DOT = re.compile(r"\.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class AdapterConfig:
 
     def names_parameter(self, name: str) -> bool:
         """target_parameters has this parameter."""
-        return any(name == target or name.endswith(f".{target}") for target in self.parameters)
+        return _ends_in(self._parameters, name)
 
     def saves(self, name: str) -> bool:
         """modules_to_save has a module that this tensor is in; PEFT compares how the modules' names end, to the letter."""
@@ -134,16 +137,25 @@ class AdapterConfig:
 
     def names_module(self, name: str, leaf_is_output: bool = False) -> bool:
         """target_modules has this module, and neither exclude_modules nor layers_to_transform leave it out; "all-linear" spares the output layer."""
-        if self._listed(self.raw.get("exclude_modules") or (), name):
+        if _named(self._excluded, name):
             return False
-        if isinstance(self.modules, str) and self.modules.lower() == "all-linear":
+        if isinstance(self._modules, str) and self._modules.lower() == "all-linear":
             return not leaf_is_output and self._in_layers(name)
-        return self._listed(self.modules, name) and self._in_layers(name)
+        return _named(self._modules, name) and self._in_layers(name)
 
-    def _listed(self, targets: Any, name: str) -> bool:
-        if isinstance(targets, str):
-            return bool(_compiled(targets).fullmatch(name))
-        return any(name == target or name.endswith(f".{target}") for target in targets)
+    # A list may have a name for each expert, and is asked for each expert.
+
+    @cached_property
+    def _excluded(self) -> str | frozenset[str]:
+        return _targets(self.raw.get("exclude_modules") or ())
+
+    @cached_property
+    def _modules(self) -> str | frozenset[str]:
+        return _targets(self.modules)
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(self.parameters)
 
     def _in_layers(self, name: str) -> bool:
         """As PEFT has it: the number behind a name of layers_pattern, or behind any; before 0.20 the last such number, which may be an expert's."""
@@ -188,6 +200,21 @@ def _unsupported(what: str, why: str) -> UnsupportedAdapter:
     )
 
 
+def _targets(told: Any) -> str | frozenset[str]:
+    """Names, or one regular expression."""
+    return told if isinstance(told, str) else frozenset(map(str, told))
+
+
+def _named(targets: str | frozenset[str], name: str) -> bool:
+    return bool(_compiled(targets).fullmatch(name)) if isinstance(targets, str) else _ends_in(targets, name)
+
+
+def _ends_in(targets: frozenset[str], name: str) -> bool:
+    """It is one of these, or ends in a dot and one of these."""
+    return name in targets or any(name[found.end() :] in targets for found in _DOT.finditer(name))
+
+
+@cache  # re's own holds 512, and there may be one for each expert
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)

@@ -13,7 +13,7 @@ from moeglot.conventions import Convention
 from moeglot.errors import AdapterError
 from moeglot.family import Family
 from moeglot.format import Format
-from moeglot.formats import PLAIN
+from moeglot.formats import layouts_of
 from moeglot.layout import ROLES, Sizes, Stored
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Place:
 
 def stacked_form(family: Family) -> Format | None:
     """The format in which a family's experts are stacked parameters in the memory of transformers."""
-    found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and not any(line.per_expert for line in form.stored)]
+    found = [form for form in layouts_of(family) if form.is_plain and not form.closed and not any(line.per_expert for line in form.stored)]
     return next((form for form in found if form.name.partition("/")[2].startswith("transformers")), found[0] if found else None)
 
 
@@ -61,7 +61,7 @@ def aliases(name: str, family: Family) -> tuple[str, ...]:
 
 def per_expert_form(family: Family) -> Format | None:
     """The format in which each expert of a family is a module of its own."""
-    found = [form for form in PLAIN if form.family == family and form.is_plain and not form.closed and all(line.per_expert for line in form.stored)]
+    found = [form for form in layouts_of(family) if form.is_plain and not form.closed and all(line.per_expert for line in form.stored)]
     return next((form for form in found if form.wrapped), None)
 
 
@@ -79,7 +79,7 @@ def in_out(family: Family) -> bool:
 
 def turns_differ(family: Family) -> bool:
     """The stacked parameters of a family lie [e, in, out] in one release of transformers and [e, out, in] in another; an adapter's file does not say which."""
-    forms = [form for form in PLAIN if form.family == family and form.is_plain and form.transformers]
+    forms = [form for form in layouts_of(family) if form.is_plain and form.transformers]
     return len({form.is_in_out for form in forms if not any(line.per_expert for line in form.stored)}) > 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from functools import cache
 
 from moeglot.codings import CODINGS
 from moeglot.errors import UsageError
@@ -101,7 +102,17 @@ def by_name(name: str | Format) -> Format:
     raise UsageError(f"{name!r} is not a format", f"{told}, and what quantizing makes of them", f"{ask}`moeglot formats` says what each one is")
 
 
+def layouts_of(family: Family) -> list[Format]:
+    """Those of them that quantize nothing: asked for each tensor that an adapter may name."""
+    return [form for form in _layouts_of(family.name) if form.family == family]
+
+
+@cache
+def _layouts_of(family: str) -> tuple[Format, ...]:
+    return tuple(form for form in PLAIN if form.family.name == family)
+
+
 def of_family(family: Family) -> tuple[Format, ...]:
     """The formats in which this family is stored."""
-    layouts = [form for form in PLAIN if form.family == family]
+    layouts = layouts_of(family)
     return (*layouts, *(variant for form in layouts for variant in variants(form)))
