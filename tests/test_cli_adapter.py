@@ -12,6 +12,7 @@ from test_cli import run, told
 import moeglot
 from moeglot.adapter_config import AdapterConfig
 from moeglot.encodings.plain import Plain
+from moeglot.structure import runs
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,10 @@ def test_a_list_of_modules_is_read_once_whoever_asks():
     assert not any(map(config.names_module, ("up_proj", "xmodel.layers.0.mlp.experts.5.up_proj", "a.lm_head", "lm_head")))
     assert config.names_module("base.model.layers.0.mlp.experts.5.up_proj")
     assert Counted.read < 10
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"), [((3,), "3"), ((0, 1), "0 to 1"), ((1, 3, 5), "1, 3, 5"), ((*range(3, 61),), "3 to 60"), ((0, 1, *range(4, 61)), "0, 1, 4 to 60")]
+)
+def test_layers_are_told_in_few_words(layers, told):
+    assert runs(layers) == told

@@ -9,6 +9,7 @@ import typer
 
 from moeglot import report
 from moeglot.cli_options import ConventionOption, FormatOption, JsonOption, console, print_json
+from moeglot.structure import runs
 
 if TYPE_CHECKING:
     from moeglot.adapter import Adapter
@@ -46,7 +47,7 @@ def inspect(
         ("other modules", f"{len(adapter.dense)} with factors, {len(adapter.replaced)} tensors replaced"),
     ]
     report.table(console(), adapter.name, ("", ""), rows)
-    shown = [(", ".join(map(str, one["layers"])), one["role"], ", ".join(map(str, one["ranks"])), one["scale"]) for one in told["experts"]["roles"]]
+    shown = [(runs(one["layers"]), one["role"], ", ".join(map(str, one["ranks"])), one["scale"]) for one in told["experts"]["roles"]]
     report.table(console(), "what it changes in experts", ("layers", "role", "rank", "scale"), shown)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, repeat
 from operator import itemgetter
 from typing import Any
@@ -56,7 +56,7 @@ def structure_problems(source: Source, form: Format, sizes: Sizes, layers: tuple
         if (found or below) and not form.dense_line(key):
             yield TensorMismatch(
                 f"{key}: extra, {form.name} has no such tensor",
-                f"{known}; it has layers {_spread(layers)} and {sizes['e']} experts",
+                f"{known}; it has layers {runs(layers)} and {sizes['e']} experts",
                 "if config.json is wrong, take the producer's; if the format is another, pass --format",
             )
 
@@ -115,7 +115,7 @@ def _missing(key: str, line: Stored, part: str, source: Source, form: Format, la
     share = f"; what one process holds is read where the safetensors header says {SHARE}" if form.by_rank and not source.share else ""
     return TensorMismatch(
         f"{key}: missing",
-        f"{why}{known}; it has experts in layers {_spread(layers)}",
+        f"{why}{known}; it has experts in layers {runs(layers)}",
         f"fetch the missing shard, or the producer's config.json if that is wrong{share}",
     )
 
@@ -155,7 +155,14 @@ def _layer_under(key: str, stem: str) -> int | None:
     return int(number) if number.isdecimal() and ("." + rest).startswith(after) else None
 
 
-def _spread(layers: tuple[int, ...]) -> str:
-    if layers == tuple(range(len(layers))):
-        return f"0 to {len(layers) - 1}"
-    return ", ".join(map(str, layers))
+def runs(layers: Sequence[int]) -> str:
+    """Numbers that rise, in few words: `0 to 35`, `1, 3, 5`, `0, 1, 4 to 60`."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][-1] + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    if len(found) == 1 and len(layers) > 1:
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 4 else ", ".join(map(str, run)) for run in found)
