@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from moeglot import scratch
+import moeglot
+from moeglot import scratch, stream
+from moeglot.demo import BUNDLED
 from moeglot.dense import HubTensor
 from moeglot.direct import LARGE, PIECE, Output
 from moeglot.mapped import let_go
@@ -78,3 +82,33 @@ def test_dense_tensors_are_compared_whole_and_can_be_let_go(tmp_path):
     assert a.same(a)
     assert not a.same(b)
     assert not a.same(HubTensor("t", Entry("t", "I8", (5, 1000), tmp_path / "a", 0, 5000)))
+
+
+def test_few_files_are_open_at_a_time(monkeypatch, tmp_path):
+    """An output may have more files than a process may open."""
+    held, most = set(), []
+    opened, closed = Output.__init__, Output.close
+
+    def opening(self, path):
+        opened(self, path)
+        held.add(self)
+        most.append(len(held))
+
+    def closing(self, flush=False):
+        closed(self, flush)
+        held.remove(self)
+
+    monkeypatch.setattr(Output, "__init__", opening)
+    monkeypatch.setattr(Output, "close", closing)
+    monkeypatch.setattr(stream, "OPEN", 3, raising=False)
+    moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "out", shard_size=1000, workers=2)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 20
+    assert max(most) <= 3 + 2
+    assert not held
+
+
+def test_a_command_may_open_as_many_files_as_the_system_allows():
+    code = "import resource as r; from moeglot.checks import allow_many_files; n = r.RLIMIT_NOFILE; r.setrlimit(n, (64, 300)); allow_many_files()"
+    code += "; print(r.getrlimit(n))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "(300, 300)\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,8 @@ from moeglot.mapped import let_go
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+FILES = 1 << 16
+"""Open files that are asked for, where the system lets us have more than the usual 1024."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 Level = Literal["structure", "values", "forward"]
@@ -110,6 +112,19 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def allow_many_files() -> None:
+    """Have this process open as many files as the system lets it, which is more than shells ask for: a map of each shard counts as one. For processes of ours
+    alone.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # macOS has a limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def keep_heap_small() -> None:

@@ -13,6 +13,7 @@ import typer
 import moeglot
 from moeglot import cli_adapter, cli_ending, inspection, newfile, report
 from moeglot.carrying import Carrying, default_workers
+from moeglot.checks import allow_many_files
 from moeglot.cli_merge import merge, show_and_carry_out
 from moeglot.cli_moments import moments
 from moeglot.cli_options import (
@@ -266,6 +267,7 @@ app.command()(tune)
 
 def main() -> None:
     """Run the command line; every refusal, ours or the system's, is three lines on standard error (or JSON on standard output) and an exit status."""
+    allow_many_files()
     with cli_ending.told():
         app(standalone_mode=True)
 

@@ -30,7 +30,6 @@ TEMPLATES = "additional_chat_templates"
 """The one folder below a checkpoint that belongs to its tokenizer."""
 MOST = 100_000
 """Shards that are counted: a name may claim any number, and costs no memory by it."""
-BRACES = re.compile(r"\{\w+\}")
 NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -73,8 +72,8 @@ class Source:
         return self.name if hub.HUB_ID.fullmatch(self.name) and not Path(self.name).exists() else str(self.home)
 
     def has_like(self, template: str) -> bool:
-        """Some tensor has this name, whatever the numbers in it; what is in braces is a number."""
-        return _without_digits(BRACES.sub("", template)) in self._outlines
+        """Some tensor has this name, whatever the numbers in it: `{layer}` and `{expert}` are such."""
+        return _without_digits(template.format(layer="", expert="")) in self._outlines
 
     @cached_property
     def _outlines(self) -> frozenset[bytes]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moeglot.checks import Progress, workers_of_one_thread
 from moeglot.direct import Output
+from moeglot.direct import flush as sync
 from moeglot.errors import LossRefused
 from moeglot.loss import Loss
 from moeglot.plan import Plan
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 WRITING = "writing"
 """The progress of this work is told in bytes, that of others in experts."""
+
+OPEN = 64
+"""Files of an output that are open at a time, beside those that are being written to."""
 
 Engine = Callable[[Plan, Any, Sequence[Unit], bool], Iterator[tuple[Unit, Loss]]]
 """(plan, folder of the output's files, units, whether numbers may change) -> each unit once it is on disk, in any order, with what was lost."""
@@ -34,12 +40,14 @@ class Journal(Protocol):
 
 
 class Files:
-    """The output's files, each opened when it is first written to."""
+    """The output's files, each opened when it is written to, and few at a time: a process may have no more than so many, and a large model is cut into more."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.folder = folder
         self.places = {name: (shard.file, pieces) for shard in plan.shards for name, pieces in shard.pieces.items()}
         self._open: dict[str, Output] = {}
+        self._used = Counter[str]()
+        self._closed = set[str]()
         self._lock = threading.Lock()
 
     def write(self, unit: Unit, parts: Mapping[str, torch.Tensor]) -> None:
@@ -54,15 +62,32 @@ class Files:
 
     def _put(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         file, pieces = self.places[name]
+        with self._opened(file) as output:
+            output.put(tensor, pieces, first)
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[Output]:
+        """A file that stays open meanwhile; those that wait longest for the next unit are closed for it."""
         with self._lock:
-            if file not in self._open:
-                self._open[file] = Output(self.folder / file)
-        self._open[file].put(tensor, pieces, first)
+            self._open[file] = found = self._open.pop(file, None) or Output(self.folder / file)
+            self._used[file] += 1
+            if len(self._open) > OPEN:
+                idle = next((one for one in self._open if not self._used[one]), None)
+                if idle:
+                    self._open.pop(idle).close()
+                    self._closed.add(idle)
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._used[file] -= 1
 
     def close(self, flush: bool = False) -> None:
         """`flush`: what was written is on the disk when this returns, and not only on its way."""
         for file in self._open.values():
             file.close(flush)
+        for name in self._closed - self._open.keys() if flush else ():
+            sync(self.folder / name)
 
 
 def carry_out_unit(plan: Plan, unit: Unit, files: Files, allow_loss: bool) -> Loss:
