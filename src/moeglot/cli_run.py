@@ -10,7 +10,7 @@ from moeglot.cli_options import ConventionOption, DeviceOption, DtypeOption, For
 from moeglot.errors import UsageError
 from moeglot.live import load
 from moeglot.remote import on_disk
-from moeglot.source import read_source
+from moeglot.source import read_json, read_source
 
 ONE_TEXT: dict[str, Any] = {
     "num_beams": 1,
@@ -21,6 +21,8 @@ ONE_TEXT: dict[str, Any] = {
 }
 """One text is streamed, token by token, by the model alone: ways to generate that do otherwise, or that are code on the Hub, are not taken from
 generation_config.json."""
+COLDEST = 1e-30
+"""The smallest temperature but 0: logits, divided by it, are finite in float32."""
 
 
 def run(
@@ -47,6 +49,9 @@ def run(
     from moeglot.nn.data import check_seed
 
     check_seed(seed)
+    if 0 < temperature < COLDEST:
+        known = f"logits divided by it may be more than float32 has; {COLDEST:g} takes the likeliest token, as 0 does"
+        raise UsageError(f"temperature = {temperature}", known, "pass --temperature 0 for the likeliest tokens, or 0.8, for example")
     ids = _ids(tokenizer, prompt[0], chat)
     model = load(path, dtype, device, format, native=native or bool(adapter or encode), encode=encode)
     if adapter is not None:
@@ -57,12 +62,20 @@ def run(
     from transformers import TextStreamer
 
     ids, streamer = ids.to(model.device), TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, **_cut(path)} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     options |= {**ONE_TEXT, "tokenizer": tokenizer}
     model.generate(
         input_ids=ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **options
     )
+
+
+def _cut(path: str) -> dict[str, Any]:
+    """How many of the likeliest tokens are drawn from: what the checkpoint says, or else all; transformers would take 50, and 5.x reads no config.json for it."""
+    source = read_source(path)
+    beside = source.home / "generation_config.json"
+    declared = read_json(beside) if not source.single and beside.is_file() else source.config
+    return {"top_k": declared.get("top_k") or 0}
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool) -> Any:

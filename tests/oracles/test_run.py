@@ -46,9 +46,27 @@ def expected():
 def test_the_likeliest_words_and_drawn_ones(expected):
     assert said(str(BUNDLED)) == expected(PROMPT, do_sample=False)
     assert said(str(BUNDLED), "--native") == expected(PROMPT, do_sample=False)
-    drawn = expected(PROMPT, do_sample=True, temperature=1.5)
+    drawn = expected(PROMPT, do_sample=True, temperature=1.5, top_k=0)
     assert said(str(BUNDLED), "--temperature", "1.5", "--seed", "3") == drawn != expected(PROMPT, do_sample=False)
     assert said(str(BUNDLED), "--temperature", "1.5", "--seed", "4") != drawn
+
+
+@pytest.mark.parametrize("declared", [None, {"top_k": None}, {"top_k": 50}, {"top_k": 1}], ids=str)
+def test_tokens_are_drawn_from_all_that_the_checkpoint_leaves(declared, expected, tmp_path: Path):
+    """transformers takes the likeliest 50 where nobody says how many."""
+    shutil.copytree(BUNDLED, folder := tmp_path / "own")
+    (folder / "generation_config.json").unlink()
+    if declared is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **declared}))
+    options = {"do_sample": True, "temperature": 1e3}
+    every, some = (expected(PROMPT, **options, top_k=k) for k in (0, (declared or {}).get("top_k") or 0))
+    assert said(str(folder), "--temperature", "1e3", "--seed", "3") == some
+    assert (some == every) == (not (declared or {}).get("top_k"))
+
+
+@pytest.mark.parametrize("temperature", ["1e-40", "1e-37"])
+def test_a_temperature_by_which_nothing_can_be_divided(temperature):
+    refused("float32", "--temperature", temperature)
 
 
 @pytest.mark.parametrize(
