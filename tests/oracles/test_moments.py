@@ -1,13 +1,17 @@
 """Second moments of experts' inputs, judged by hooks on transformers' own modules; and a merge that rounds with them."""
 
+import families
 import pytest
 import torch
 import transformers
 from adapters import WRITERS, Job
 from safetensors.torch import load_file
+from test_transformers import relative
 from transformers import AutoTokenizer
 
 import moeglot
+from moeglot.formats import FAMILIES
+from moeglot.integrations.transformers import VERSION
 from moeglot.nn.data import read
 from moeglot.nn.module import Experts
 from moeglot.nn.moments import Moments, gather
@@ -60,6 +64,32 @@ def test_they_are_those_of_transformers_own_modules(bundled, rows, tmp_path):
     assert found.keys() == reached.keys()
     assert len(found) > 40
     assert max(float((found[key] - tensor).norm() / tensor.norm()) for key, tensor in reached.items()) < 1e-5
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="once is enough")
+def test_experts_that_llama_4_hands_zeros_saw_no_token(tmp_path):
+    """Its block gives every expert every token, times the weight of the router, which is 0 for those that were not chosen."""
+    model = families.model_of(next(family for family in FAMILIES if family.name == "llama4-text"), "square")
+    model.config.num_experts_per_tok = 1
+    routers = [module for module in model.modules() if type(module).__name__ == "Llama4Router"]
+    for router in routers:
+        router.top_k = 1
+        router.weight.data[1] = -router.weight.data[0]
+        router.weight.data[2] = 0  # of x, -x and 0, the last is never the largest
+    model.save_pretrained(tmp_path / "model")
+    chosen = {}
+    for n, router in enumerate(routers):
+        router.register_forward_hook(lambda _, __, found, n=n: chosen.setdefault(n, []).extend((found[0] > 0).nonzero()[:, 1].tolist()))
+    text, native = torch.arange(40).view(2, 20) % 90, moeglot.load(tmp_path / "model", "float32", native=True)
+    found = gather(native, text, tmp_path / "moments.safetensors")
+    with torch.inference_mode():
+        for row in text:
+            wanted = model(input_ids=row[None]).logits
+            assert relative(native(input_ids=row[None]).logits, wanted) < 1e-5
+    layers = sorted({int(key.split(".")[1]) for key in found.tokens})
+    counts = {f"layers.{layers[n]}.experts.{e}.{of}": ids.count(e) for n, ids in chosen.items() for e in {*ids} for of in ("hidden", "intermediate")}
+    assert found.tokens == counts
+    assert not any(".experts.2." in key for key in found.sums)
 
 
 def test_divided_experts_go_under_their_own_numbers(bundled):

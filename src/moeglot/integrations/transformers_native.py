@@ -44,11 +44,15 @@ class _Nothing(torch.Tensor):
 
 
 class EachItsOwn(Experts):
-    """Llama 4's block hands every expert its own copy of the tokens, weighted already: [e t, h] -> [e t, h]."""
+    """Llama 4's block hands every expert its own copy of the tokens, weighted already: [e t, h] -> [e t, h].
+
+    A token that was not routed to an expert is there as zeros, of which its experts make zeros, without a gradient: they are skipped.
+    """
 
     def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index = torch.arange(self.num_experts, device=flat.device, dtype=torch.int64).repeat_interleave(len(flat) // self.num_experts).unsqueeze(-1)
+        index = torch.arange(self.num_experts, device=flat.device, dtype=torch.int64).repeat_interleave(len(flat) // self.num_experts)
+        index = torch.where(flat.any(-1), index, self.num_experts).unsqueeze(-1)
         found: torch.Tensor = super().forward(flat, index, torch.ones_like(index, dtype=flat.dtype))
         return found.view(hidden_states.shape)
 
