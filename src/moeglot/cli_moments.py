@@ -18,7 +18,7 @@ def moments(
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file, or JSONL.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.", show_default=False)],
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="How many tokens to read at most.")] = 65536,
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row.")] = 512,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens in a row; what fills no row is left out.")] = 512,
     format: FormatOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -34,7 +34,7 @@ def moments(
     tokenizer = tokenizer_of(base)
     model = load(base, "float32", format=format, native=True)
     length = min(length, tokens)
-    rows = data.read(text, tokenizer, length, 0.0).train.tokens[: tokens // length]
+    rows = data.read(text, tokenizer, length, 0.0, prompts=True).train.tokens[: tokens // length]
     with bar(json) as progress:
         found = gather(model, rows, output, progress)
     if not found.sums:

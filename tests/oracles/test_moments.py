@@ -1,5 +1,7 @@
 """Second moments of experts' inputs, judged by hooks on transformers' own modules; and a merge that rounds with them."""
 
+import json
+
 import families
 import pytest
 import torch
@@ -8,8 +10,10 @@ from adapters import WRITERS, Job
 from safetensors.torch import load_file
 from test_transformers import relative
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 import moeglot
+from moeglot.cli import app
 from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn.data import read
@@ -146,3 +150,14 @@ def test_one_row_of_text_is_enough(bundled, tmp_path):
         read(text, tokenizer, count + 1, 0.0)
     with pytest.raises(moeglot.UsageError, match=r"(?s)1 rows.*one be held out"):
         read(text, tokenizer, count, 0.1)
+
+
+def test_prompts_are_text_like_any_other(bundled, tmp_path):
+    """No loss is taken of them, and their tokens reach experts all the same."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "moments.safetensors"
+    text.write_text(3 * (json.dumps({"prompt": "In the beginning God created the heaven and the earth. " * 5, "completion": " Amen"}) + "\n"))
+    tokenizer = AutoTokenizer.from_pretrained(bundled)
+    count = sum(len(tokenizer(of)["input_ids"]) + 1 for of in 3 * ["In the beginning God created the heaven and the earth. " * 5 + " Amen"])
+    found = CliRunner().invoke(app, ["moments", str(bundled), str(text), "-o", str(out), "--length", "8", "--json"])
+    assert found.exit_code == 0, (found.output, found.exception)
+    assert json.loads(found.stdout)["tokens"] == count // 8 * 8 > 8 * len(read(text, tokenizer, 8, 0.0).train)

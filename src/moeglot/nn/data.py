@@ -83,11 +83,11 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"seed = {seed}", "torch takes whole numbers from -2^63 to 2^64 - 1", "pass --seed 1, for example")
 
 
-def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
+def read(path: str | Path, tokenizer: Any, length: int, share: float, *, prompts: bool = False) -> Data:
     """A JSONL file (an object a line, with "text", with "prompt" and "completion", or with "messages") or any other text file -> Data.
 
-    Documents are the tokens that TRL's SFTTrainer makes of a row. They follow each other and are cut into rows; the last `share` of the rows is held out.
-    Of a prompt no loss is taken, and rows that have nothing else are left out.
+    Documents are the tokens that TRL's SFTTrainer makes of a row. They follow each other and are cut into rows, without those that are too few for one at the
+    end; the last `share` of the rows is held out. Of a prompt no loss is taken, and rows that have nothing else are left out, unless `prompts` keeps them.
     """
     path = Path(path)
     try:
@@ -104,7 +104,7 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float) -> Data:
         labels += [READ] * asked + tokens[asked:]
     rows = len(ids) // length
     both = torch.tensor([ids, labels], dtype=torch.int64, device="cpu")[:, : rows * length].view(2, rows, length)
-    every = Rows(*both[:, (both[1, :, 1:] != READ).any(-1)])
+    every = Rows(*(both if prompts else both[:, (both[1, :, 1:] != READ).any(-1)]))
     kept = max(1, round(len(every) * share)) if share else 0
     if len(every) - kept < 1:
         what = f"{path}: {len(ids)} tokens are {rows} rows of {length}" + (f", of which {len(every)} have more than prompts" if len(every) < rows else "")
