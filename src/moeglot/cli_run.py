@@ -46,7 +46,7 @@ def run(
     if convention and adapter is None:
         raise UsageError(f"--convention {convention} without --adapter", "it says how an adapter's factors lie", "pass --adapter too, or leave it out")
     tokenizer = tokenizer_of(path)
-    from moeglot.nn.data import check_seed
+    from moeglot.nn.data import check_ids, check_seed
 
     check_seed(seed)
     if 0 < temperature < COLDEST:
@@ -54,6 +54,7 @@ def run(
         raise UsageError(f"temperature = {temperature}", known, "pass --temperature 0 for the likeliest tokens, or 0.8, for example")
     ids = _ids(tokenizer, prompt[0], chat)
     model = load(path, dtype, device, format, native=native or bool(adapter or encode), encode=encode)
+    check_ids(model, ids)
     if adapter is not None:
         from moeglot.nn import load_adapter
 
@@ -71,7 +72,7 @@ def run(
 
 
 def _cut(path: str) -> dict[str, Any]:
-    """How many of the likeliest tokens are drawn from: what the checkpoint says, or else all; transformers would take 50, and 5.x reads no config.json for it."""
+    """How many of the likeliest tokens are drawn from: what the checkpoint says, or all; transformers would take 50, and 5.x reads no config.json."""
     source = read_source(path)
     beside = source.home / "generation_config.json"
     declared = read_json(beside) if not source.single and beside.is_file() else source.config

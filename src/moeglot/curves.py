@@ -68,7 +68,7 @@ def png(path: Path, title: str, losses: Sequence[float], levels: Mapping[str, fl
     for name, value in levels.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#b3261e")
         axes.annotate(f"{name}: {value:.3f}", (len(losses), value), ha="right", va="bottom" if name == upper else "top", fontsize=8, color="#b3261e")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)  # a path may have a $
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")
     figure.tight_layout()

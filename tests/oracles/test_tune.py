@@ -1,6 +1,11 @@
 """Training on the bundled model: the same curve whatever the base's encoding, resumed runs that give the same bytes, and stock PEFT that computes the same."""
 
+import errno
 import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,12 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 import moeglot
+from moeglot import curves
 from moeglot.cli import app
 from moeglot.demo import BUNDLED
 from moeglot.errors import BadNumbers, BrokenFile, HalfAdapter, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn import add_lora, experts_of, load_adapter
 from moeglot.nn.data import Data, Rows, read
+from moeglot.nn.moments import gather
 from moeglot.nn.tune import Recipe, _Run, tune
 from moeglot.survival import Survival
 
@@ -44,7 +51,8 @@ class Few:
     def __init__(self, folder: Path) -> None:
         self.data = folder / "few.txt"
         self.data.write_text(TEXT.read_text()[:2000])
-        self.record = trained(BUNDLED, folder / "whole", recipe=self.recipe, data=self.data)[1]
+        self.folder = folder / "whole"
+        self.record = trained(BUNDLED, self.folder, recipe=self.recipe, data=self.data)[1]
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +321,60 @@ def test_the_command(tmp_path):
     ran = CliRunner().invoke(app, ["run", str(tmp_path / "bf16"), "--prompt", "This License", "--tokens", "5", "--adapter", str(tmp_path / "out" / "adapter")])
     assert ran.exit_code == 0, (ran.output, ran.exception)
     assert "This License" in ran.output
+
+
+@pytest.mark.parametrize("which", ["length", "tokens"])
+def test_rows_that_the_model_does_not_take_are_refused(which, tmp_path):
+    model = moeglot.load(BUNDLED, "float32", native=True)
+    if which == "tokens":
+        model.resize_token_embeddings(600)
+    model.config.max_position_embeddings = 32
+    for train in (
+        lambda length: tune(model, tokenizer(), TEXT, tmp_path / "out", Recipe(steps=1, length=length)),
+        lambda length: gather(model, torch.full((1, length), 700), tmp_path / "m.safetensors"),
+    ):
+        with pytest.raises(UsageError, match="--length 32" if which == "length" else "embeddings of tokens 0 to 599"):
+            train(33 if which == "length" else 32)
+    assert not list(tmp_path.iterdir())
+
+
+@once
+@pytest.mark.parametrize("what", ["the record", "the checkpoint's record", "the checkpoint"])
+def test_what_a_broken_disk_leaves_of_a_run_is_named(what, few, tmp_path):
+    shutil.copytree(few.folder, out := tmp_path / "out")
+    shutil.rmtree(out / "adapter")
+    broken = {"the record": out, "the checkpoint's record": out / "checkpoints/step-4", "the checkpoint": out / "checkpoints/step-4"}[what]
+    broken /= "state.safetensors" if what == "the checkpoint" else "tune.json"
+    broken.write_bytes(broken.read_bytes()[:150])
+    with pytest.raises(BrokenFile, match=f"(?s){broken}: not what a run writes.*({'another folder' if what == 'the record' else 'first step'})"):
+        trained(BUNDLED, out, recipe=few.recipe, data=few.data, resume=True)
+    if what != "the record":
+        shutil.rmtree(out / "checkpoints/step-4")
+        _, again = trained(BUNDLED, out, recipe=few.recipe, data=few.data, resume=True)
+        assert (again.losses, again.after) == (few.record.losses, few.record.after)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "name"), [(20_000, "adapter_model"), (400_000, "state")])
+def test_a_full_disk_is_the_systems_word(size, name, few, tmp_path):
+    """What safetensors raises is no OSError, and says no path; the optimizer's state is thrice the adapter."""
+    with pytest.raises(OSError, match=rf"File too large.*{name}\.safetensors") as caught, files_of_at_most(size):
+        trained(BUNDLED, tmp_path / "out", recipe=few.recipe, data=few.data)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_a_title_may_have_a_dollar(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert curves.png(tmp_path / "loss.png", r"a $\frac$ b_0", [2.0, 1.0], {"held out": 1.5})
 
 
 def test_what_is_no_text_is_refused(tmp_path):

@@ -73,7 +73,8 @@ def _write(work: Path, live: Mapping[int, Experts], base: Checkpoint, said: dict
     config = written_config(said, base, PEFT, modules, whole)
     places = Counter(tensor.data_ptr() for tensor in tensors.values())  # what PEFT ties is stored twice
     copies = {name: tensor.detach().clone() if places[tensor.data_ptr()] > 1 else tensor.detach() for name, tensor in tensors.items()}
-    save_file({name: tensor.contiguous().cpu() for name, tensor in copies.items()}, work / TENSORS, {"format": "pt"})
+    with newfile.by_library(work / TENSORS):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in copies.items()}, work / TENSORS, {"format": "pt"})
     (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -232,7 +233,8 @@ def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable
         modules.append(Module(alias, dense.rank, dense.scale, False))
     whole = {whole_name(replaced, PEFT, family): replaced.entry.read().clone() for replaced in adapter.replaced.values()}
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
-    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    with newfile.by_library(folder / TENSORS):
+        save_file(tensors, folder / TENSORS, {"format": "pt"})
     said = {**adapter.config.raw, "target_parameters": None}
     (folder / CONFIG).write_text(json.dumps(written_config(said, adapter.base, PEFT, modules, list(whole))), encoding="utf-8")
     wrapped: torch.nn.Module = PeftModel.from_pretrained(model, folder, is_trainable=trainable)

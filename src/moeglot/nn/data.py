@@ -83,6 +83,25 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"seed = {seed}", "torch takes whole numbers from -2^63 to 2^64 - 1", "pass --seed 1, for example")
 
 
+def check_ids(model: Any, tokens: torch.Tensor) -> None:
+    """Raises `UsageError` for tokens that the model has no embedding of."""
+    rows = len(model.get_input_embeddings().weight)
+    if tokens.numel() and (most := int(tokens.max())) >= rows:
+        raise UsageError(
+            f"the tokenizer makes token {most}", f"the model has embeddings of tokens 0 to {rows - 1}", "put the tokenizer beside it that it was trained with"
+        )
+
+
+def check_fits(model: Any, *parts: torch.Tensor) -> None:
+    """parts [n, length]: raises `UsageError` for tokens, and for rows, that the model does not take."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for tokens in parts:
+        check_ids(model, tokens)
+        if isinstance(most, int) and 0 < most < tokens.shape[-1]:
+            known = f"config.json says max_position_embeddings = {most}"
+            raise UsageError(f"rows of {tokens.shape[-1]} tokens are longer than the model reads", known, f"pass --length {most}, or less")
+
+
 def read(path: str | Path, tokenizer: Any, length: int, share: float, *, prompts: bool = False) -> Data:
     """A JSONL file (an object a line, with "text", with "prompt" and "completion", or with "messages") or any other text file -> Data.
 

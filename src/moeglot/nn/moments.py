@@ -15,6 +15,7 @@ from moeglot import newfile
 from moeglot.checks import Progress
 from moeglot.errors import UsageError
 from moeglot.merging import moments_key
+from moeglot.nn.data import check_fits
 from moeglot.nn.module import Experts
 
 MARK = "moeglot.moments"
@@ -62,11 +63,12 @@ def gather(model: Any, rows: torch.Tensor, out: str | Path, progress: Progress |
     """Let a model with encoded experts (`moeglot.load(native=True)`) read `rows` of tokens [n, length], and write the second moments to `out`.
 
     The file is safetensors: `layers.N.experts.E.hidden` float32 [h, h] and `.intermediate` [i, i]; experts that no token reached have none.
-    Raises `UsageError` if they would not fit in memory, `OutputExists`.
+    Raises `UsageError` if they would not fit in memory or the model does not take such rows, `OutputExists`.
     """
     out = Path(out)
     newfile.check(out, "out")
     _check_memory(model)
+    check_fits(model, rows)
     moments = Moments()
     with _watching(model, moments), torch.inference_mode():
         for n, row in enumerate(rows):
@@ -74,7 +76,7 @@ def gather(model: Any, rows: torch.Tensor, out: str | Path, progress: Progress |
             if progress:
                 progress("gathering", n + 1, len(rows))
     reached = {key.replace("layers.", "tokens.layers."): str(count) for key, count in moments.tokens.items()}
-    with newfile.making(out) as part:
+    with newfile.making(out) as part, newfile.by_library(out):
         save_file({key: tensor.cpu().contiguous() for key, tensor in moments.sums.items()}, part, {MARK: "1", "tokens": str(rows.numel()), **reached})
     return moments
 

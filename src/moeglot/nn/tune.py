@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moeglot.errors import BadNumbers, OutputExists, UsageError
+from moeglot import newfile
+from moeglot.errors import BadNumbers, BrokenFile, OutputExists, UsageError
 from moeglot.nn.adapters import save_adapter
-from moeglot.nn.data import READ, Data, Rows, check_seed, read
+from moeglot.nn.data import READ, Data, Rows, check_fits, check_seed, read
 from moeglot.nn.lora import TARGETS, add_lora, check, experts_of
 
 Step = Callable[[int, int, float], None]
@@ -94,6 +96,7 @@ def tune(
     another recipe, base or text made, `BadNumbers` where a loss, a gradient or a factor is no longer finite: what was written before is kept.
     """
     out, read_ = Path(out), read(data, tokenizer, recipe.length, recipe.held_out)
+    check_fits(model, read_.train.tokens, read_.held_out.tokens)
     measured = {"rows": len(read_.sample(HELD_OUT)), "of": len(read_.held_out)}
     record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))), _held(model), measured)
     if os.path.lexists(out) and not resume:
@@ -155,6 +158,8 @@ class _Run:
     def __init__(self, model: Any, data: Data, recipe: Recipe, record: Record, out: Path) -> None:
         self.model, self.data, self.recipe, self.record, self.out = model, data, recipe, record, out
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.cuda = sorted({parameter.device.index for parameter in self.trained if parameter.is_cuda})
+        """The GPUs that PEFT's dropout is drawn on; the experts' is drawn on the CPU."""
         self.optimizer = torch.optim.AdamW(self.trained, lr=recipe.rate, weight_decay=0.0)
 
     def nats(self, rows: Rows) -> torch.Tensor:
@@ -216,11 +221,12 @@ class _Run:
         work, done = folder / "partial", folder / f"step-{len(self.record.losses)}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        tensors = {"rng": torch.get_rng_state()}
+        tensors = {"rng": torch.get_rng_state(), **{f"rng.cuda.{n}": torch.cuda.get_rng_state(n) for n in self.cuda}}
         for n, parameter in enumerate(self.trained):
             state = self.optimizer.state[parameter]
             tensors |= {f"{n}.value": parameter.detach(), f"{n}.first": state["exp_avg"], f"{n}.second": state["exp_avg_sq"]}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, work / STATE)
+        with newfile.by_library(work / STATE):
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, work / STATE)
         self.record.write(work)
         work.rename(done)
         for other in folder.iterdir():
@@ -237,7 +243,7 @@ class _Run:
                 raise UsageError(f"{self.out}: no run to resume", f"it has no {RECORD}", "choose another name, and leave --resume out")
             return
         shutil.rmtree(self.out / "checkpoints" / "partial", ignore_errors=True)
-        begun = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+        begun = _read_record(self.out, "begin another folder")
         for key in ("base", "data", "recipe", "held"):
             if (before := begun.get(key)) != (now := getattr(self.record, key)):
                 if isinstance(before, dict) and isinstance(now, dict):
@@ -247,8 +253,12 @@ class _Run:
         if not (found := self._checkpoints()):
             return
         folder = max(found, key=_steps)
-        self.record.losses = json.loads((folder / RECORD).read_text(encoding="utf-8"))["losses"]
-        tensors = load_file(folder / STATE)
+        do = f"remove {folder}: --resume then begins at the first step"
+        self.record.losses = _read_record(folder, do)["losses"]
+        try:
+            tensors = load_file(folder / STATE)
+        except SafetensorError as error:
+            raise BrokenFile(f"{folder / STATE}: not what a run writes", str(error), do) from error
         for n, parameter in enumerate(self.trained):
             with torch.no_grad():
                 parameter.copy_(tensors[f"{n}.value"])
@@ -256,6 +266,19 @@ class _Run:
             steps = torch.tensor(float(len(self.record.losses)), dtype=torch.float32, device="cpu")
             self.optimizer.state[parameter] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
         torch.set_rng_state(tensors["rng"])
+        for n in self.cuda:
+            if (state := tensors.get(f"rng.cuda.{n}")) is not None:
+                torch.cuda.set_rng_state(state, n)
+
+
+def _read_record(folder: Path, do: str) -> dict[str, Any]:
+    """Raises `BrokenFile` for what `Record.write` did not write."""
+    try:
+        told = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return {key: told[key] for key in Record.__dataclass_fields__}
+    except (ValueError, KeyError, TypeError) as error:
+        known = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise BrokenFile(f"{folder / RECORD}: not what a run writes", known, do) from error
 
 
 def _steps(checkpoint: Path) -> int:
