@@ -323,6 +323,30 @@ def test_the_command(tmp_path):
     assert "This License" in ran.output
 
 
+JSON_FILES = {
+    "data.txt": ({"text": "And God said"}, "one JSON object over several lines"),
+    "data.json": ([{"text": "And God said"}] * 2, "one JSON list of 2 objects"),
+    "alpaca.jsonl": ({"instruction": "And", "output": "God"}, "(?s)keys instruction, output.*rename instruction to prompt"),
+    "mixed.jsonl": ({"prompt": [{"role": "user", "content": "And"}], "completion": "God"}, "prompt is a list and completion is text"),
+    "null.jsonl": ({"prompt": "And", "completion": None}, "prompt is text and completion is null"),
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_that_is_no_lines_of_text_is_told_apart(name, tmp_path):
+    value, told = JSON_FILES[name]
+    for indent in (None,) if name.endswith("l") else (1,) if name == "data.txt" else (None, 1):
+        (tmp_path / name).write_text(json.dumps(value, indent=indent))
+        with pytest.raises(BrokenFile, match=told):
+            read(tmp_path / name, tokenizer(), 8, 0.1)
+
+
+def test_utf_16_is_no_text_in_utf_8(tmp_path):
+    (tmp_path / "data.txt").write_bytes(TEXT.read_text().encode("utf-16-le"))
+    with pytest.raises(UsageError, match="NUL characters"):
+        read(tmp_path / "data.txt", tokenizer(), 8, 0.1)
+
+
 @pytest.mark.parametrize("which", ["length", "tokens"])
 def test_rows_that_the_model_does_not_take_are_refused(which, tmp_path):
     model = moeglot.load(BUNDLED, "float32", native=True)
@@ -380,7 +404,7 @@ def test_a_title_may_have_a_dollar(tmp_path):
 def test_what_is_no_text_is_refused(tmp_path):
     words, path = tokenizer(), tmp_path / "data.jsonl"
     deep, half = f'{{"text": {"[" * 100_000}{"]" * 100_000}}}', r'{"prompt": "And \ud800", "completion": "it"}'
-    for text, words_of_it in (('{"text": 1}', "keys text"), ("[1]", "list"), ("{", "no JSON"), (deep, "no JSON"), (half, "a surrogate alone")):
+    for text, words_of_it in (('{"text": 1}', "text is a number"), ("[1]", "list"), ("{", "no JSON"), (deep, "no JSON"), (half, "a surrogate alone")):
         path.write_text(text)
         with pytest.raises(BrokenFile, match=f"line 1: .*{words_of_it}"):
             read(path, words, 8, 0.1)

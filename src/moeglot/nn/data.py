@@ -113,7 +113,11 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float, *, prompts
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text", str(error), "pass a text file in UTF-8, or JSONL") from error
+    if "\0" in text:
+        raise UsageError(f"{path}: has NUL characters", "no text has; UTF-16 read as UTF-8 does", "pass a text file in UTF-8, or JSONL")
     lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    if whole := _is_one_value(text):
+        raise BrokenFile(f"{path}: the whole file is {whole}", "JSONL has one object in each line", f"write one object a line, with {' or '.join(KEYS)}")
     if not lines and _is_object(first := next((line for line in text.split("\n") if line.strip()), "")):
         raise UsageError(f"{path}: its first line is a JSON object: {first[:60]}", "by its name it is plain text", "name it .jsonl, .ndjson or .json")
     ids: list[int] = []
@@ -133,10 +137,25 @@ def read(path: str | Path, tokenizer: Any, length: int, share: float, *, prompts
     return Data(every[:last], every[last:], hashlib.sha256(text.encode()).hexdigest())
 
 
+def _is_one_value(text: str) -> str:
+    """What JSON a file is that is not JSONL: a list of objects, or an object over several lines."""
+    begin = text.lstrip()[:1]
+    if begin == "[" or (begin == "{" and not _is_object(text.lstrip().partition("\n")[0])):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return ""
+        if isinstance(found, dict):
+            return "one JSON object over several lines"
+        if isinstance(found, list) and found and all(isinstance(one, dict) for one in found):
+            return f"one JSON list of {len(found)} objects"
+    return ""
+
+
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -170,7 +189,23 @@ def _document(where: str, row: dict[str, Any], tokenizer: Any) -> Document:
         return _ended(row["text"], tokenizer), 0
     if isinstance(row.get("conversations"), list):
         raise _shared(where, "conversations")
-    raise BrokenFile(f"{where}: no text in keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", "rename the keys, or leave the line out")
+    raise _no_text(where, row)
+
+
+NAMES = {"str": "text", "list": "a list", "dict": "an object", "NoneType": "null", "bool": "true or false", "int": "a number", "float": "a number"}
+
+
+def _no_text(where: str, row: dict[str, Any]) -> BrokenFile:
+    """Says of known keys what they hold, and of Alpaca's what they are called here."""
+    held = {key: NAMES[type(row[key]).__name__] for key in ("text", "prompt", "completion", "messages") if key in row}
+    if held:
+        told = " and ".join(f"{key} is {kind}" for key, kind in held.items())
+        known = "text is text; prompt and completion are both text, or both lists of messages; messages is a list that is not empty"
+        return BrokenFile(f"{where}: no text: {told}", known, "write the line so, or leave it out")
+    do = "rename the keys, or leave the line out"
+    if row.keys() >= {"instruction", "output"}:
+        do = "rename instruction to prompt and output to completion; what stands in input, put at the end of prompt"
+    return BrokenFile(f"{where}: no text in keys {', '.join(row)}", f"known are {' or '.join(KEYS)}", do)
 
 
 def _ended(text: str, tokenizer: Any) -> list[int]:
