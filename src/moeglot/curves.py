@@ -65,9 +65,11 @@ def png(path: Path, title: str, losses: Sequence[float], levels: Mapping[str, fl
     axes = figure.add_subplot()
     axes.plot(range(1, len(losses) + 1), losses, linewidth=1)
     upper = max(levels, key=levels.__getitem__, default="")
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for name, value in levels.items():
         axes.axhline(value, linestyle="--", linewidth=1, color="#b3261e")
-        axes.annotate(f"{name}: {value:.3f}", (len(losses), value), ha="right", va="bottom" if name == upper else "top", fontsize=8, color="#b3261e")
+        look = {"fontsize": 8, "color": "#b3261e", "bbox": ground, "zorder": 4}  # above the curve
+        axes.annotate(f"{name}: {value:.3f}", (len(losses), value), ha="right", va="bottom" if name == upper else "top", **look)
     axes.set_title(title, fontsize=10, parse_math=False)  # a path may have a $
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")
