@@ -14,6 +14,7 @@ from moeglot.nn.held import Held
 from moeglot.nn.routing import Block
 
 if TYPE_CHECKING:
+    from moeglot.experts import Expert
     from moeglot.nn.module import Experts
 
 TOGETHER = 128
@@ -219,6 +220,13 @@ def biases_of(lines: tuple[Held, ...], experts: range, dtype: torch.dtype) -> Ro
     for line in lines:
         found |= {role.removesuffix("_bias"): bias for role, bias in line.line.apart(line.dense(experts, dtype)).items()}
     return found
+
+
+def again(expert: Expert, found: Roles) -> tuple[Roles, torch.Tensor]:
+    """What gate and up gave, as leaves of a graph of its own, and the activation of it: what backward goes through."""
+    given = {role: one.detach().requires_grad_() for role, one in found.items()}
+    with torch.enable_grad():
+        return given, expert.activate(given)
 
 
 def row_ids(block: Block) -> torch.Tensor:
