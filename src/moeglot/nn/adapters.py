@@ -125,7 +125,7 @@ def _of_experts(live: Mapping[int, Experts], base: Checkpoint) -> Iterator[tuple
     for layer, module in live.items():
         roles = [role for lora in module.adapters.values() for role in lora.roles]
         for place in places(PEFT, family, layer, base.sizes["e"], roles):
-            lora = module.adapters["down" if place.roles == ("down",) else "first"]
+            lora = next(lora for lora in module.adapters.values() if set(place.roles) <= set(lora.roles))
             if module.num_experts != base.sizes["e"]:
                 raise HalfAdapter(f"{place.name}: {module.num_experts} of {base.sizes['e']} experts are here", "the others live elsewhere", "gather them first")
             lefts = [join(place, [_left(lora, role, expert) for role in place.roles]) for expert in range(module.num_experts)]
@@ -194,17 +194,16 @@ def load_adapter(
 def _put(adapter: Adapter, layer: int, module: Experts, dropout: float) -> None:
     if module.lora:
         raise UsageError(f"layer {layer} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
-    e, h, i = (module.sizes[letter] for letter in "ehi")
-    for name, roles, out, inner in (("first", module.expert.first, i, h), ("down", ("down",), h, i)):
+    for name, (roles, out, inner) in module.places.items():
         wanted = [role for role in roles if role in adapter.roles(layer)]
         if not wanted:
             continue
         pairs = [adapter.pairs[layer, role, 0] for role in wanted]
         if len({id(pair) for pair in pairs}) > 1:
             raise HalfAdapter(f"layer {layer}: gate and up have pairs of their own", adapter.known, "merge it with moeglot merge")
-        lora = Lora(roles, roles, (e, out, inner), pairs[0].rank, pairs[0].scale * pairs[0].rank, dropout)
+        lora = Lora(roles, roles, (module.num_experts, out, inner), pairs[0].rank, pairs[0].scale * pairs[0].rank, dropout)
         with torch.no_grad():
-            for expert in range(e):
+            for expert in range(module.num_experts):
                 sides = {role: pairs[0].raw(role, expert) for role in wanted}
                 lora.a[expert].copy_(sides[wanted[0]][1])
                 none = torch.zeros(out, lora.rank, dtype=torch.float32, device="cpu")

@@ -49,8 +49,8 @@ def reference(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weight
 
 def _changed(module: Experts, roles: dict[str, Encoded], expert: int) -> dict[str, Encoded]:
     found = {}
-    for factors in (module.factors(module.expert.first), module.factors(("down",))):
-        if factors:
+    for place in module.places:
+        if factors := module.factors(place):
             for n, role in enumerate(factors.roles):
                 b = factors.b[expert].float().chunk(len(factors.roles))[n]
                 b = b if role in factors.targets else b.detach()

@@ -240,10 +240,11 @@ def stages(module: Experts, seed: int | None = None, whole: torch.dtype | None =
     `given`: the factors of this step, as `Experts.trained` has them; by default those that the module has now.
     """
 
-    def stage(roles: tuple[str, ...]) -> Stage:
+    def stage(place: str) -> Stage:
+        roles = module.places[place][0]
         lines = tuple(line for line in module.lines if set(line.line.roles) & set(roles))
         biases = tuple(line for line in module.lines if set(line.line.roles) & {f"{role}_bias" for role in roles})
-        factors = module.factors(roles, seed, given)
+        factors = module.factors(place, seed, given)
         return Stage(lines, biases, factors, factors.sides(lines, slice(None), whole) if factors and whole else None)
 
-    return stage(module.expert.first), stage(("down",))
+    return stage("first"), stage("down")
