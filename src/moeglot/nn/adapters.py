@@ -17,8 +17,9 @@ from moeglot import newfile
 from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS, AdapterConfig
 from moeglot.adapter_convert import convert_adapter
+from moeglot.adapter_parts import EMBEDDING, LINEAR
 from moeglot.adapter_proof import LIMIT, difference
-from moeglot.adapter_written import Module, reader_name, whole_name, written_config
+from moeglot.adapter_written import Module, module_name, whole_name, written_config
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
@@ -29,7 +30,7 @@ from moeglot.nn.module import Experts
 from moeglot.nn.unsaved import check_saved, check_whole
 
 READER = "transformers-5"
-FIRST = (".lora_A.weight", ".lora_embedding_A")
+FIRST = tuple(f".{first}" for first, _ in (LINEAR, EMBEDDING))
 """How PEFT's keys of the first factors of other modules end: [r, in] of either."""
 
 
@@ -223,11 +224,8 @@ def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable
     family, modules = adapter.base.format.family, []
     tensors: dict[str, torch.Tensor] = {}
     for name, dense in adapter.dense.items():
-        alias = reader_name(name + ".weight", PEFT, family).removesuffix(".weight")
-        kinds = ("lora_embedding_A", "lora_embedding_B") if dense.embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{PREFIX}{alias}.{kinds[0]}": dense.a.read().clone(), f"{PREFIX}{alias}.{kinds[1]}": dense.b.read().clone()}
-        if dense.bias_entry:
-            tensors[f"{PREFIX}{alias}.lora_B.bias"] = dense.bias_entry.read().clone()
+        alias = module_name(name, PEFT, family)
+        tensors |= {key: entry.read().clone() for key, entry in dense.stored(alias)}
         modules.append(Module(alias, dense.rank, dense.scale, False))
     whole = {whole_name(replaced, PEFT, family): replaced.entry.read().clone() for replaced in adapter.replaced.values()}
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
