@@ -11,11 +11,11 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from commands import run, told
 from divisions import DIVISIONS, divide, model
+from ranked import Tensors, marks_of, read, write
+from refusing import refused
 from safetensors.torch import load_file
-from test_cli import run, told
-from test_ranks import Tensors, marks_of, read, write
-from test_refusals import refused
 
 import moeglot
 from moeglot import CheckpointError, Contradiction, PickleRefused, UsageError

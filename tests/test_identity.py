@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run, told
 from divisions import model
+from ranked import Tensors, marks_of, read, write
+from refusing import refused
 from safetensors.torch import load_file, save_file
-from test_cli import run, told
 from test_gathered import same
-from test_ranks import Tensors, marks_of, read, write
-from test_refusals import refused
 
 import moeglot
 from moeglot import Contradiction, identity

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranked import ALONE, LAYERS, RANKS, SIZES, marks_of, of_rank, read, write
+from refusing import refused
 from synthetic import write_checkpoint
-from test_ranks import ALONE, LAYERS, RANKS, SIZES, marks_of, of_rank, read, write
-from test_refusals import refused
 
 import moeglot
 from moeglot import Contradiction, TensorMismatch, UnknownFormat, UsageError

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from reading import differing, tensors
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -60,18 +61,6 @@ def decoded(coded, tmp_path_factory):
         return out
 
     return made
-
-
-def tensors(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def differing(a, b):
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys()
-    return [
-        name for name in x if x[name].dtype != y[name].dtype or not torch.equal(x[name].reshape(-1).view(torch.uint8), y[name].reshape(-1).view(torch.uint8))
-    ]
 
 
 @pytest.mark.parametrize("coding", [coding for coding in QWEN if coding.stacked], ids=lambda coding: coding.name)

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from test_default_dtype import OTHERS, folder, under
+from defaults import OTHERS, under
+from test_default_dtype import folder
 
 import moeglot
 from moeglot.errors import NotVerified

@@ -16,8 +16,9 @@ import families
 import pytest
 import torch
 import transformers
+from reading import relative
 from safetensors.torch import load_file, save_file
-from test_transformers import GOLDEN, logits, model_of, relative
+from small_models import GOLDEN, logits, model_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import moeglot

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reading import relative
 from synthetic import SIZES, write_checkpoint
-from test_transformers import relative
 
 import moeglot
 from moeglot.errors import UsageError

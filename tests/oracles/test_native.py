@@ -14,9 +14,9 @@ import families
 import pytest
 import torch
 import transformers
+from reading import relative
 from safetensors.torch import load_file
 from test_load import CODINGS, matrix
-from test_transformers import relative
 from transformers import CONFIG_MAPPING
 
 import moeglot

@@ -12,10 +12,10 @@ import families
 import pytest
 import torch
 import transformers
+from reading import relative, same
 from safetensors.torch import load_file, save_file
 from test_load import CODINGS
 from test_native import FORMS, VERSION, model_of, native_works, overwritten, quantized
-from test_transformers import relative
 
 import moeglot
 from moeglot.demo import BUNDLED
@@ -83,10 +83,6 @@ def differing(found: Tensors, expected: Tensors) -> set[str]:
     mine = {key for key in (*found, *expected) if ".experts." in key}
     assert mine
     return {key for key in mine if key not in found or key not in expected or not same(found[key], expected[key])}
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def swapped(model: torch.nn.Module) -> set[str]:
