@@ -4,8 +4,8 @@ import families
 import pytest
 import torch
 import transformers
+from held_models import NAMES, model_of
 from reading import relative
-from test_native import NAMES, model_of
 
 from moeglot.errors import UsageError
 from moeglot.integrations.transformers import VERSION, register
