@@ -55,12 +55,12 @@ def decoded(coded, tmp_path_factory):
     """(coding, sizes) -> the same of one matrix an expert, in float32; made once, to be read alone."""
 
     @cache
-    def made(coding, sizes):
+    def made(source):
         out = tmp_path_factory.mktemp("decoded") / "float32"
-        moeglot.convert(coded(LAYOUTS[0], coding, sizes), LAYOUTS[0], out, encode="float32")
+        moeglot.convert(source, LAYOUTS[0], out, encode="float32")
         return out
 
-    return made
+    return lambda coding, sizes: made(coded(LAYOUTS[0], coding, sizes))
 
 
 @pytest.mark.parametrize("coding", [coding for coding in QWEN if coding.stacked], ids=lambda coding: coding.name)

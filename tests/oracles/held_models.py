@@ -15,7 +15,6 @@ from transformers import CONFIG_MAPPING
 import moeglot
 from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
-from moeglot.nn import experts_of
 
 CODINGS = (
     *("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4"),
@@ -118,6 +117,11 @@ def beside(file: dict[str, torch.Tensor], base: str, shape: tuple[int, int, int]
             single = theirs != "_weight_scale" or scale.ndim < 3
             found[base + name] = scale.view(shape[0], -1).repeat_interleave(shape[1] * shape[0] // scale.numel(), 1).unsqueeze(-1) if single else scale
     return found
+
+
+def experts_of(live: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    found = ((re.search(r"layers\.(\d+)\.", name), module) for name, module in live.named_modules() if name.endswith(".experts"))
+    return {int(match[1]): module for match, module in found if match}
 
 
 def overwritten(live: torch.nn.Module, name: str, file: dict[str, torch.Tensor], size: str) -> torch.nn.Module:

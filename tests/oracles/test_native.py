@@ -6,7 +6,6 @@ model and compares float32 logits: of `moeglot.load`, and of `moeglot.load(nativ
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import families
 import pytest
 import torch
 import transformers
-from held_models import CODINGS, FORMS, LAYOUTS, NAMES, model_of, native_works, overwritten, quantized
+from held_models import CODINGS, FORMS, LAYOUTS, NAMES, experts_of, model_of, native_works, overwritten, quantized
 from reading import relative
 from safetensors.torch import load_file
 
@@ -45,11 +44,6 @@ def cells(names: Sequence[str], codings: Iterable[str]) -> list[tuple[str, str, 
     """(family, size, coding): every cell if asked, since a release takes half an hour; else all that are square, and in the newest a third of the others."""
     found = [(n + m + k, (name, size, coding)) for n, name in enumerate(names) for m, coding in enumerate(codings) for k, size in enumerate(families.SIZES)]
     return [cell for place, cell in found if EVERY or cell[1] == "square" or (NEWEST and place % 3 == 0)]
-
-
-def experts_of(live: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    found = ((re.search(r"layers\.(\d+)\.", name), module) for name, module in live.named_modules() if name.endswith(".experts"))
-    return {int(match[1]): module for match, module in found if match}
 
 
 def holds(folder: Path, name: str, expected: torch.Tensor, backends=BACKENDS, **options) -> None:
