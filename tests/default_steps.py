@@ -1,7 +1,7 @@
 """What moeglot makes of the same numbers while torch has another default dtype or default device, as JSON: name of a step -> a digest of all its bits.
 
-A program, since what is kept for the life of a process is what it looks for: `python tests/default_steps.py FOLDER DEFAULT STEPS`. DEFAULT is the name of a
-dtype or of a device, or "changing"; everything that a step is given says its own. FOLDER has what `prepare` wrote.
+A program, since what is kept for the life of a process is what it looks for: `python tests/default_steps.py FOLDER DEFAULT STEPS...`. DEFAULT is the name of
+a dtype or of a device, or "changing"; everything that a step is given says its own. FOLDER has what `prepare` wrote.
 """
 
 from __future__ import annotations
@@ -197,11 +197,11 @@ def results(steps: Steps) -> dict[str, str]:
     return found
 
 
-def main(folder: Path, default: str, which: str) -> None:
+def main(folder: Path, default: str, *which: str) -> None:
     warnings.simplefilter("ignore")
-    steps = {"coded": coded, "files": files, "modules": modules, "models": models}[which]
+    kinds = {"coded": coded, "files": files, "modules": modules, "models": models}
     with _default(default):
-        during = results(steps(folder))
+        during = {f"{kind}: {name}": found for kind in which for name, found in results(kinds[kind](folder)).items()}
     print(json.dumps({"during": during, "after": results(coded(folder))}))
 
 

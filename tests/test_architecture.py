@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share", "newfile", "sizes"},
+    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share", "newfile", "sizes", "svg"},
     {"encoding", "kernels", "grids", "rules"},
     {"encoded"},
     {"encodings"},

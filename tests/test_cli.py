@@ -1,13 +1,10 @@
 """The command line as a user meets it: exit statuses, JSON schemas, plain lines in a pipe, tables and bars on a terminal, HTML."""
 
-import io
 import json
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from commands import RUN, run, told
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 from terminal import shown
@@ -15,27 +12,6 @@ from terminal import shown
 import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.units import estimate
-
-RUN = [sys.executable, "-m", "moeglot.cli"]
-
-
-def run(*arguments, status: int = 0) -> subprocess.CompletedProcess:
-    found = subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True)
-    assert found.returncode == status, (found.stdout, found.stderr)
-    return found
-
-
-def told(*arguments, status: int = 0) -> dict:
-    """What --json prints, in this process: a new one imports torch anew."""
-    from moeglot.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["moeglot", *map(str, arguments), "--json"])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert (ended.value.code or 0) == status, (out.getvalue(), err.getvalue())
-    return json.loads(out.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import WRITERS, Job
+from commands import run, told
 from synthetic import write_checkpoint
-from test_cli import run, told
 
 import moeglot
 from moeglot.adapter_config import AdapterConfig

@@ -222,14 +222,14 @@ def _saved(path, told):
 
 def test_labels_of_a_plot_lie_apart():
     """Two losses that are nearly the same, as after a short run."""
-    from moeglot.curves import svg
+    from moeglot.curves import drawn
 
     for losses, levels in (
         ([2.0, 1.0], {"before": 1.5, "after": 1.5001}),
         ([2.0, 1.0], {"before": 1.0, "after": 1.0}),
         ([3.0], {"a": 1.0, "b": 1.0, "c": 1.01}),
     ):
-        heights = sorted(float(found) for found in re.findall(r'y="([\d.]+)"[^>]*#b3261e', svg("", losses, levels)))
+        heights = sorted(float(found) for found in re.findall(r'y="([\d.]+)"[^>]*#b3261e', drawn("", losses, levels)))
         assert len(heights) == len(levels)
         assert all(lower - upper >= 12 for upper, lower in itertools.pairwise(heights))
 

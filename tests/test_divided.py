@@ -11,13 +11,13 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from commands import run, told
 from counting import RANGES, upload
 from divisions import model
+from ranked import marks_of, read, write
+from refusing import refused
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
-from test_cli import run, told
-from test_ranks import marks_of, read, write
-from test_refusals import refused
 
 import moeglot
 from moeglot import BadNumbers, Contradiction, TensorMismatch, UsageError

@@ -11,11 +11,11 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from commands import run, told
 from divisions import DIVISIONS, divide, model
-from safetensors.torch import load_file
-from test_cli import run, told
-from test_ranks import Tensors, marks_of, read, write
-from test_refusals import refused
+from ranked import Tensors, marks_of, read, write
+from reading import differing
+from refusing import refused
 
 import moeglot
 from moeglot import CheckpointError, Contradiction, PickleRefused, UsageError
@@ -68,12 +68,7 @@ def test_the_verbs(source: Path, ranks: Path, tmp_path: Path) -> None:
     certificate = told("convert", ranks, tmp_path / "again", "--to", "qwen3-moe/hub")
     assert certificate["source"]["sha256"].keys() == {"any name/model.safetensors", "rank1/model.safetensors", "any name/config.json"}
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors", "moeglot.json", "tokenizer.json"]
-    assert same(tmp_path / "again", source)
-
-
-def same(a: Path, b: Path) -> bool:
-    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert differing(tmp_path / "again", source) == []
 
 
 def test_ranks_of_which_one_has_no_certificate(ranks: Path) -> None:
@@ -100,7 +95,7 @@ def test_another_division_straight_from_this_one(source: Path, ranks: Path, tmp_
     pickle.loads(pickle.dumps(moeglot.plan(ranks, "qwen3-moe/megatron-te", **place)))  # as tasks of a cluster get it
     for name, given in (("straight", source), ("by way of ranks", ranks)):
         assert moeglot.convert(given, "qwen3-moe/megatron-te", tmp_path / name, **place).report.verdict == "holds"
-    assert same(tmp_path / "straight", tmp_path / "by way of ranks")
+    assert differing(tmp_path / "straight", tmp_path / "by way of ranks") == []
 
 
 def test_one_torch_dist_checkpoint(source: Path, ranks: Path, tmp_path: Path) -> None:
@@ -119,7 +114,7 @@ def test_padded_words_are_left_aside(source: Path, tmp_path: Path) -> None:
     embedding = read(tmp_path / "ranks" / "1")["embedding.word_embeddings.weight"]
     assert (len(embedding), bool(embedding.any())) == (33, False)
     moeglot.convert(tmp_path / "ranks", "qwen3-moe/hub", tmp_path / "again")
-    assert same(tmp_path / "again", source)
+    assert differing(tmp_path / "again", source) == []
 
 
 def test_a_store_holds_them(ranks: Path, source: Path, tmp_path: Path) -> None:
@@ -130,7 +125,7 @@ def test_a_store_holds_them(ranks: Path, source: Path, tmp_path: Path) -> None:
         moeglot.convert("memory://models/gathered", "qwen3-moe/hub", tmp_path / "again")
     finally:
         fs.rm("/models", recursive=True)
-    assert same(tmp_path / "again", source)
+    assert differing(tmp_path / "again", source) == []
 
 
 @pytest.mark.parametrize("division", ["ep", "etp"])

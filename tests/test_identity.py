@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run, told
 from divisions import model
+from ranked import Tensors, marks_of, read, write
+from reading import differing
+from refusing import refused
 from safetensors.torch import load_file, save_file
-from test_cli import run, told
-from test_gathered import same
-from test_ranks import Tensors, marks_of, read, write
-from test_refusals import refused
 
 import moeglot
 from moeglot import Contradiction, identity
@@ -59,7 +59,7 @@ def test_it_is_the_same_whoever_writes_it(source: Path, tmp_path: Path) -> None:
     said = {marks_of(folder)[SOURCE] for folder in (*(tmp_path / "ranks").iterdir(), tmp_path / "engine")}
     assert said == {moeglot.open(source).source.identity}
     assert moeglot.convert(tmp_path / "ranks", "qwen3-moe/hub", tmp_path / "again").report.verdict == "holds"
-    assert same(tmp_path / "again", source)
+    assert differing(tmp_path / "again", source) == []
     assert f"moeglot.source = {said.pop()}" in str(told("inspect", tmp_path / "ranks")["evidence"])
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from divisions import HUB, model
+from ranked import marks_of, read, write
+from reading import written_by_torch
 from safetensors.torch import load_file, save_file
-from test_ranks import marks_of, read, write
-from test_torch_dist import written_by_torch
 
 import moeglot
 from moeglot.errors import MoeglotError

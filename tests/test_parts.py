@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from adapters import WRITERS, Job
+from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
@@ -23,10 +24,6 @@ from moeglot.parts import Part, parted
 from moeglot.work import Work
 
 TO, SHARD_SIZE = "gpt-oss/transformers", 60_000
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

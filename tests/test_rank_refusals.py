@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranked import ALONE, LAYERS, RANKS, SIZES, marks_of, of_rank, read, write
+from refusing import refused
 from synthetic import write_checkpoint
-from test_ranks import ALONE, LAYERS, RANKS, SIZES, marks_of, of_rank, read, write
-from test_refusals import refused
 
 import moeglot
 from moeglot import Contradiction, TensorMismatch, UnknownFormat, UsageError
@@ -19,10 +20,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("ranks") / "qwen", "qwen3-moe/hub", SIZES["h=i"], LAYERS)
 
 
+@pytest.fixture(scope="module")
+def made(source: Path) -> Path:
+    return of_rank(source, "qwen3-moe/megatron-te", source.with_name("states"))
+
+
 @pytest.fixture
-def states(source: Path, tmp_path: Path) -> Path:
-    """Of rank 1, with transformer-engine's names."""
-    return of_rank(source, "qwen3-moe/megatron-te", tmp_path / "states")
+def states(made: Path, tmp_path: Path) -> Path:
+    """Of rank 1, with transformer-engine's names; a copy, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "states"))
 
 
 STATE_DICTS = ("qwen3-moe/megatron, ", "qwen3-moe/megatron-te, ", "qwen3-moe/megatron-grouped")

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from commands import run, told
 from counting import RANGES, upload
+from ranked import ALONE, EACH, LAYERS, RANKS, SIZES, Tensors, marks_of, of_rank, read, write
+from refusing import refused
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
-from test_cli import run, told
-from test_refusals import refused
 
 import moeglot
 from moeglot import Contradiction, identity
 from moeglot.formats import PLAIN
 
 LIMIT = 1e-5
-RANKS, EACH, LAYERS = 3, 2, 2
-SIZES = {"h=i": {"e": RANKS * EACH, "h": 64, "i": 64}, "neither": {"e": RANKS * EACH, "h": 96, "i": 32}}
 HUB = {"gpt-oss": "gpt-oss/transformers", "qwen3-moe": "qwen3-moe/hub", "mixtral": "mixtral/hub", "deepseek-v3": "deepseek-v3/hub"}
 BY_RANK = [form.name for form in PLAIN if form.by_rank]
-Tensors = dict[str, torch.Tensor]
-ALONE = "tp rank 0 of 1, etp rank 0 of 1, pp rank 0 of 1, ep rank {} of 3"
-"""The mark of a process of expert parallelism alone."""
 PLACE = {"tp_rank": 0, "tp_size": 1, "etp_rank": 0, "etp_size": 1, "pp_rank": 0, "pp_size": 1, "ep_size": RANKS, "layers": [0, LAYERS - 1]}
-
-
-def read(folder: Path) -> Tensors:
-    return load_file(folder / "model.safetensors")
-
-
-def write(folder: Path, found: Tensors, marks: dict[str, str]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "model.safetensors", {"format": "pt", **marks})
-
-
-def marks_of(folder: Path) -> dict[str, str]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return file.metadata()
-
-
-def of_rank(source: Path, name: str, out: Path, rank: int = 1, size: int = RANKS) -> Path:
-    assert moeglot.convert(source, name, out, ep_rank=rank, ep_size=size).report.verdict == "holds"
-    return out
 
 
 def worst(report: moeglot.Report) -> tuple[float, float]:
@@ -60,10 +38,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("ranks") / "qwen", "qwen3-moe/hub", SIZES["h=i"], LAYERS)
 
 
+@pytest.fixture(scope="module")
+def made(source: Path) -> Path:
+    return of_rank(source, "qwen3-moe/megatron-te", source.with_name("states"))
+
+
 @pytest.fixture
-def states(source: Path, tmp_path: Path) -> Path:
-    """Of rank 1, with transformer-engine's names."""
-    return of_rank(source, "qwen3-moe/megatron-te", tmp_path / "states")
+def states(made: Path, tmp_path: Path) -> Path:
+    """Of rank 1, with transformer-engine's names; a copy, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "states"))
 
 
 # --- what is written -------------------------------------------------------------------------------------------------------------------

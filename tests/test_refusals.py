@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusing import Words, refused
 from safetensors.torch import load_file, save_file
 from synthetic import tensors, write_checkpoint
 
@@ -44,24 +45,6 @@ IDENTIFY = importlib.import_module("moeglot.identify")  # the package has a func
 GPT_OSS = "model.layers.{}.mlp.experts."
 TURNED = {"h": 128, "i": 64}
 """Sizes with which a shape does refute a wrong orientation."""
-
-Words = str | tuple[str, ...]
-
-
-@contextmanager
-def refused(kind: type[MoeglotError], wrong: Words = (), known: Words = (), do: Words = ()) -> Iterator[None]:
-    """The block raises exactly `kind`, in exactly three lines, each with its words, and with nothing that could move a terminal's cursor."""
-    with pytest.raises(MoeglotError) as caught:
-        yield
-    text = str(caught.value)
-    assert type(caught.value) is kind, text
-    lines = text.split("\n")
-    assert len(lines) == 3, text
-    assert all(line.isprintable() and line.strip() for line in lines), text
-    assert all(line.startswith("  ") for line in lines[1:]), text
-    for line, words in zip(lines, (wrong, known, do), strict=True):
-        for word in (words,) if isinstance(words, str) else words:
-            assert word in line, f"{word!r} is not in {line!r}"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import fsspec
 import pytest
 import torch
 from counting import READ, total, upload
+from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
@@ -28,10 +29,6 @@ from moeglot.stream import Engine, stream, threads
 
 TO, SHARD_SIZE, SMALL = "gpt-oss/transformers", 100_000, 30_000
 """The small one cuts between the parts of a layer."""
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +170,6 @@ def test_an_output_in_a_store_is_that_on_a_disk(size: int, source: Path, out: st
     assert moeglot.compare(out, source).verdict == "holds"
 
 
-def below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_a_folder_of_templates_goes_to_a_store(source: Path, out: str, tmp_path: Path) -> None:
     """What lies deeper is moved as well; and nothing is removed that was not."""
     with_templates = Path(shutil.copytree(source, tmp_path / "source"))
@@ -185,7 +178,7 @@ def test_a_folder_of_templates_goes_to_a_store(source: Path, out: str, tmp_path:
     moeglot.convert(with_templates, TO, tmp_path / "disk")
     moeglot.convert(with_templates, TO, out)
     fs = fsspec.filesystem("memory")
-    assert {path.removeprefix("/made/out/"): fs.cat_file(path) for path in fs.find("/made")} == below(tmp_path / "disk")
+    assert {path.removeprefix("/made/out/"): fs.cat_file(path) for path in fs.find("/made")} == tree(tmp_path / "disk")
 
 
 def test_what_could_not_be_moved_is_not_removed(source: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:

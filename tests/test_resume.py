@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from adapters import WRITERS, Job
+from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
@@ -26,10 +27,6 @@ from moeglot.digests import sha256
 TO = "gpt-oss/transformers"
 SHARD_SIZE, SMALL_SHARD_SIZE = 250_000, 20_000
 KILLS = 10
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def partial(out: Path) -> Path:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import told
+from reading import read_dist
+from refusing import refused
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
-from test_cli import told
-from test_refusals import refused
-from torch.distributed.checkpoint import FileSystemReader, load, save
+from torch.distributed.checkpoint import FileSystemReader, save
 
 import moeglot
 from moeglot import BrokenFile, TensorMismatch, UnknownFormat
@@ -37,14 +38,6 @@ def written(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """Key -> tensor, by torch's own reader."""
-    described = FileSystemReader(folder).read_metadata().state_dict_metadata
-    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described.items() if hasattr(one, "size")}
-    load(found, checkpoint_id=folder, no_dist=True)
-    return found
-
-
 def rewritten(written: Path, tensors: dict[str, torch.Tensor], folder: Path) -> Path:
     save(tensors, checkpoint_id=folder, no_dist=True)
     shutil.copy(written / "config.json", folder)
@@ -66,7 +59,7 @@ def test_gate_is_w_and_up_is_v_in_every_mlp(largest: int, hub: Path, tmp_path: P
     """One chunk each, or several where they are large, and none has rows of both."""
     monkeypatch.setattr(writing, "LARGEST", largest)
     moeglot.convert(hub, TARGET, tmp_path / "out")
-    found, wanted = read(tmp_path / "out"), mlps(load_file(hub / "model.safetensors"))
+    found, wanted = read_dist(tmp_path / "out"), mlps(load_file(hub / "model.safetensors"))
     assert {key for key in found if "linear_fc" in key and "layer_norm" not in key} == wanted.keys()
     assert [key for key, tensor in wanted.items() if not torch.equal(found[key], tensor)] == []
     chunks = FileSystemReader(tmp_path / "out").read_metadata().state_dict_metadata[EXPERT.format(1, 0) + "linear_fc1.weight_v"].chunks
@@ -80,7 +73,7 @@ def test_gate_is_w_and_up_is_v_in_every_mlp(largest: int, hub: Path, tmp_path: P
 def test_interleaved_biases_are_cut_too(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", "gpt-oss/transformers")
     moeglot.convert(source, "gpt-oss/megatron-torch-dist-singleton-local", tmp_path / "out")
-    found, before = read(tmp_path / "out"), load_file(source / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    found, before = read_dist(tmp_path / "out"), load_file(source / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj_bias"]
     assert torch.equal(found[EXPERT.format(1, 2) + "linear_fc1.bias_w"], before[2, ::2])
     assert torch.equal(found[EXPERT.format(1, 2) + "linear_fc1.bias_v"], before[2, 1::2])
 
@@ -104,7 +97,7 @@ def test_it_says_how_it_is_laid_out_and_keeps_to_it(hub: Path, written: Path, tm
 
 
 def test_up_in_the_place_of_gate_is_named(hub: Path, written: Path, tmp_path: Path) -> None:
-    tensors = read(written)
+    tensors = read_dist(written)
     changed = {key[:-2] + {"_w": "_v", "_v": "_w"}.get(key[-2:], key[-2:]) if "experts.experts." in key else key: one for key, one in tensors.items()}
     assert moeglot.verify(rewritten(written, tensors, tmp_path / "same"), hub).verdict == "holds"
     report = moeglot.verify(rewritten(written, changed, tmp_path / "swapped"), hub)
@@ -129,7 +122,7 @@ HALF = EXPERT.format(1, 2) + "linear_fc1.weight"
     ],
 )
 def test_halves_that_make_no_matrix(key: str, given: tuple[int, ...] | None, wrong: str, known: str, written: Path, tmp_path: Path) -> None:
-    tensors = {name: tensor for name, tensor in read(written).items() if name != key}
+    tensors = {name: tensor for name, tensor in read_dist(written).items() if name != key}
     if given:
         tensors[key] = torch.zeros(given, dtype=torch.bfloat16)
     with refused(BrokenFile, f"{HALF}: {wrong}", known, "have Megatron save it again"):

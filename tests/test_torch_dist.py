@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run, told
+from reading import written_by_torch
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint, write_dense_first
-from test_cli import run, told
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.serialization import set_crc32_options
@@ -282,16 +283,6 @@ def test_config_json_alone_says_that_rows_lie_in_blocks(hub: Path, tmp_path: Pat
                 moeglot.open(out)
         else:
             assert moeglot.verify(out, hub).exit_status == 1
-
-
-def written_by_torch(dist: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """The same checkpoint, its tensors changed, as torch writes it."""
-    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described(dist).state_dict_metadata.items() if hasattr(one, "size")}
-    load(found, checkpoint_id=dist, no_dist=True)
-    change(found)
-    save(found, checkpoint_id=out, no_dist=True)
-    shutil.copy(dist / "config.json", out)
-    return out
 
 
 ENDS = {

@@ -14,7 +14,7 @@ from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS
 from moeglot.adapter_parts import Dense, Pair, Replaced
 from moeglot.adapter_proof import LIMIT, changes
-from moeglot.adapter_written import Module, reader_name, whole_name, written_config
+from moeglot.adapter_written import Module, module_name, whole_name, written_config
 from moeglot.conventions import Convention, target
 from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
@@ -73,7 +73,7 @@ def plan_conversion(adapter: Adapter, to: str) -> Conversion:
     if not holds(convention, family):
         raise AdapterError(f"{convention.name} cannot hold experts of {family.name}", convention.about, "`moeglot adapter conventions` says which are for all")
     found = [_place(adapter, convention, place) for layer in adapter.layers for place in places(convention, family, layer, experts, adapter.roles(layer))]
-    dense = [(_alias(dense, convention, adapter), dense) for dense in adapter.dense.values()]
+    dense = [(module_name(dense.name, convention, family), dense) for dense in adapter.dense.values()]
     others = [Written(alias, one.rank, one.scale, _common(one.a.dtype, one.b.dtype)) for alias, one in dense]
     notes = list(_notes(adapter, convention, found))
     if not patterns:
@@ -180,10 +180,6 @@ def _notes(adapter: Adapter, to: Convention, found: list[ExpertsWritten]) -> Ite
         yield f"{missing} matrices of experts that are not adapted get factors of zero"
 
 
-def _alias(dense: Dense, to: Convention, adapter: Adapter) -> str:
-    return reader_name(dense.name + ".weight", to, adapter.base.format.family).removesuffix(".weight")
-
-
 # --- writing -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -205,18 +201,13 @@ def _slots(plan: Conversion) -> Iterator[Slot]:
         for key, shape in zip((one.place.a, one.place.b), shapes(plan.to, one.place, plan.adapter.base.sizes, one.rank, one.shared), strict=True):
             yield Slot(PREFIX + key, one.dtype, shape)
     for alias, dense, as_ in plan.dense:
-        a, b = _dense_keys(alias, dense)
+        a, b, bias = dense.keys(alias)
         yield Slot(a, as_.dtype, (as_.rank, dense.a.shape[1]))
         yield Slot(b, as_.dtype, (dense.b.shape[0], as_.rank))
         if dense.bias_entry:
-            yield Slot(f"{PREFIX}{alias}.lora_B.bias", "F32", dense.bias_entry.shape)
+            yield Slot(bias, "F32", dense.bias_entry.shape)
     for name, replaced in plan.replaced:
         yield Slot(PREFIX + name, replaced.entry.dtype, replaced.entry.shape)
-
-
-def _dense_keys(alias: str, dense: Dense) -> tuple[str, str]:
-    a, b = ("lora_embedding_A", "lora_embedding_B") if dense.embedding else ("lora_A.weight", "lora_B.weight")
-    return f"{PREFIX}{alias}.{a}", f"{PREFIX}{alias}.{b}"
 
 
 def _tensors(plan: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
@@ -228,11 +219,12 @@ def _tensors(plan: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
         stored = lay(plan.to, [left.to(dtype) for left in (lefts[:1] if of_y else lefts)], [right.to(dtype) for right in (rights[:1] if of_x else rights)])
         yield from zip((PREFIX + one.place.a, PREFIX + one.place.b), stored, strict=True)
     for alias, dense, as_ in plan.dense:
+        a, b, bias = dense.keys(alias)
         left, right = _scaled(*dense.raw(), _ratio(dense.scale, as_.scale))
         left, right = (side.to(DTYPES[as_.dtype].torch) for side in (_pad(left, as_.rank, 1), _pad(right, as_.rank, 0)))
-        yield from zip(_dense_keys(alias, dense), (left.mT, right.mT) if dense.embedding else (right, left), strict=True)
+        yield from zip((a, b), (left.mT, right.mT) if dense.embedding else (right, left), strict=True)
         if dense.bias_entry:
-            yield f"{PREFIX}{alias}.lora_B.bias", dense.bias_entry.read().float() * _ratio(dense.scale, as_.scale)
+            yield bias, dense.bias_entry.read().float() * _ratio(dense.scale, as_.scale)
     for name, replaced in plan.replaced:
         yield PREFIX + name, replaced.entry.read()
 

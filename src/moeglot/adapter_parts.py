@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from moeglot.adapter_config import CONFIG, AdapterFiles
+from moeglot.adapter_config import CONFIG, PREFIX, AdapterFiles
 from moeglot.checkpoint import Checkpoint
 from moeglot.conventions import Convention
 from moeglot.errors import BadNumbers, HalfAdapter, TensorMismatch, UnsupportedAdapter
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 Factors = tuple["torch.Tensor", "torch.Tensor"]
-KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias", "lora_embedding_A": "a", "lora_embedding_B": "b"}
-"""What follows a module's name -> which part of its change it is. https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py"""
+LINEAR, EMBEDDING, BIAS = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"), "lora_B.bias"
+"""What follows a module's name, for the first factor [r, in] and the second. https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py"""
+KINDS = {**dict(zip(LINEAR, "ab", strict=True)), **dict(zip(EMBEDDING, "ab", strict=True)), BIAS: "bias"}
+"""The same -> which part of a module's change it is."""
 
 TIES = ("tie_word_embeddings", "text_config.tie_word_embeddings")
 INPUT, OUTPUT = EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
@@ -73,6 +75,17 @@ class Dense:
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    def keys(self, module: str) -> tuple[str, str, str]:
+        """What the tensors of a, b and the bias are called for a module of that name."""
+        a, b = EMBEDDING if self.embedding else LINEAR
+        return f"{PREFIX}{module}.{a}", f"{PREFIX}{module}.{b}", f"{PREFIX}{module}.{BIAS}"
+
+    def stored(self, module: str) -> Iterator[tuple[str, Entry]]:
+        """Its tensors as they are, under the keys of that module."""
+        for key, entry in zip(self.keys(module), (self.a, self.b, self.bias_entry), strict=True):
+            if entry:
+                yield key, entry
 
     def raw(self) -> Factors:
         """(left [out, r], right [r, in]) as stored, unscaled."""

@@ -82,6 +82,11 @@ def reader_name(name: str, to: Convention, family: Family) -> str:
     return aliases(name, family)[-1 if to.wraps else 0]
 
 
+def module_name(name: str, to: Convention, family: Family) -> str:
+    """The same of a module of this Hub name."""
+    return reader_name(f"{name}.weight", to, family).removesuffix(".weight")
+
+
 def _parameter(module: Module, said: Mapping[str, Any]) -> Module:
     """A module that is no expert as its weight, where target_modules would not mean it."""
     weight = f"{module.name}.weight"
@@ -137,7 +142,7 @@ def _every_place(base: Checkpoint, to: Convention) -> list[str]:
 def _every_module(base: Checkpoint, to: Convention) -> list[str]:
     """Every module that a name in target_modules could mean to the reader."""
     names = [
-        aliases(key, base.format.family)[-1 if to.wraps else 0].removesuffix(".weight")
+        reader_name(key, to, base.format.family).removesuffix(".weight")
         for key, tensor in base.decoded("F32").items()
         if key.endswith(".weight") and len(tensor.shape) == 2
     ]

@@ -228,9 +228,11 @@ def _finish(found: moeglot.Report, command: str, title: str, json: bool, html: P
         report.show_report(out, found, title)
         out.print(found.verdict, style=report.COLOURS[found.verdict])
     if html:
+        from moeglot.plots import of_checks
+
         recorded = report.recorder()
         report.show_report(recorded, found, title)
-        report.write_html(html, f"moeglot {command} {title}: {found.verdict}", recorded, report.plot_checks(found.checks))
+        report.write_html(html, f"moeglot {command} {title}: {found.verdict}", recorded, of_checks(found.checks))
     raise typer.Exit(found.exit_status)
 
 

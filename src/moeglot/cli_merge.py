@@ -96,9 +96,11 @@ def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry
     else:
         report.show_certificate(out_console, certificate)
     if html:
+        from moeglot.plots import of_checks
+
         recorded = report.recorder()
         report.show_certificate(recorded, certificate)
-        merged, drawn = certificate.document.get("merge"), report.plot_checks(certificate.report.checks)
+        merged, drawn = certificate.document.get("merge"), of_checks(certificate.report.checks)
         done = f"merge {plan.source.source.name} {merged['adapter']}" if merged else f"convert {plan.source.source.name}"
         title = f"moeglot {done} {certificate.out}: {certificate.report.verdict}"
         report.write_html(html, title, recorded, plots(merged, how.threshold) if merged else drawn)

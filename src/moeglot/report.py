@@ -1,4 +1,4 @@
-"""How results are shown: tables for a terminal, plain lines for a pipe, JSON with a versioned schema, one HTML file with the plots that are drawn here."""
+"""How results are shown: tables for a terminal, plain lines for a pipe, JSON with a versioned schema, one HTML file with what is drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moeglot import newfile
+from moeglot import newfile, svg
 from moeglot.certificate import Certificate, report_json
-from moeglot.checks import Check, Report
+from moeglot.checks import Report
 from moeglot.codings import CODINGS
 from moeglot.dense_plan import left_aside
 from moeglot.divided import share_json
 from moeglot.format import Format
-from moeglot.forward import LIMIT
 from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
@@ -221,53 +219,7 @@ def recorder() -> Console:
 
 
 def write_html(path: Path, title: str, recorded: Console, plots: Iterable[str]) -> None:
-    """The recorded tables and some SVG plots as one file without scripts or links."""
-    from html import escape
-
+    """The recorded tables and some SVG plots as one file."""
     body = recorded.export_html(inline_styles=True, code_format='<pre style="font-family:ui-monospace,monospace;line-height:1.4;overflow-x:auto">{code}</pre>')
-    style = "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}h1{font-size:1.3rem}"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>'
     made = f"<p>moeglot {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC</p>"
-    newfile.write(path, page + made + body + "".join(plots) + "</html>\n")
-
-
-def plot_checks(checks: Iterable[Check]) -> Iterable[str]:
-    """For each check with figures by layer: a bar a layer, relative error on a log scale, with the limit and the wrong readings as lines."""
-    checks = list(checks)
-    wrong: dict[str, float] = next((c.figures["wrong_readings"] for c in checks if "wrong_readings" in c.figures), {})
-    mildest = min(wrong.items(), key=lambda item: item[1], default=None)
-    for check in checks:
-        if check.layers:
-            lines = {"limit": LIMIT, **({f"mildest wrong reading ({mildest[0]})": mildest[1]} if mildest else {})}
-            yield bars(f"{check.level}: {check.what}, relative error by layer", check.layers, lines if check.level == "forward" else {})
-
-
-def bars(title: str, values: Mapping[Any, float], lines: Mapping[str, float]) -> str:
-    """SVG: log-scale bars from 1e-9 to 10; zero is drawn as an empty place with its label."""
-    from html import escape
-
-    width, height, left, top = 900, 220, 60, 30
-    low, high = -9.0, 1.0
-
-    def y(value: float) -> float:
-        level = min(max(log10(value), low), high) if value > 0 else low
-        return top + (high - level) / (high - low) * height
-
-    step = (width - left) / max(1, len(values))
-    shapes = [f'<text x="{left}" y="18" font-size="14">{escape(title)}</text>']
-    for power in range(int(low), int(high) + 1, 2):
-        shapes.append(
-            f'<path d="M{left} {y(10.0**power)}H{width}" stroke="#e3e6ea"/><text x="4" y="{y(10.0**power) + 4}" font-size="11" fill="#667">1e{power}</text>'
-        )
-    for n, (label, value) in enumerate(values.items()):
-        x = left + n * step
-        shapes.append(f'<rect x="{x + step * 0.15}" y="{y(value)}" width="{step * 0.7}" height="{y(0) - y(value)}" fill="#3b6fb6"/>')
-        shapes.append(
-            f'<text x="{x + step / 2}" y="{y(0) + 16}" font-size="11" text-anchor="middle" fill="#667">{escape(str(label))}{" (0)" if not value else ""}</text>'
-        )
-    for name, value in lines.items():
-        shapes.append(f'<path d="M{left} {y(value)}H{width}" stroke="#b3261e" stroke-dasharray="5 4"/>')
-        label = f"{escape(name)}: {value:.1g}"
-        look = 'font-size="12" text-anchor="end" fill="#b3261e" stroke="#fff" stroke-width="3" paint-order="stroke"'
-        shapes.append(f'<text x="{width}" y="{y(value) - 4}" {look}>{label}</text>')
-    return f'<svg viewBox="0 0 {width} {height + top + 24}" role="img" font-family="system-ui,sans-serif" style="max-width:100%">{"".join(shapes)}</svg>'
+    newfile.write(path, svg.page(title, made, body, *plots))

@@ -2,9 +2,11 @@
 
 import json
 import pickle
+from functools import cache
 
 import pytest
 import torch
+from reading import differing, tensors
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -19,12 +21,12 @@ from moeglot.units import estimate
 
 LAYOUTS = ("qwen3-moe/hub", "qwen3-moe/transformers-5")
 QWEN = [coding for coding in CODINGS if not coding.families]
-SIZES = {"square": (4, 128, 128), "h=2i": (2, 256, 128), "2h=i": (2, 128, 256)}
+SIZES = {"square": (2, 128, 128), "h=2i": (2, 256, 128), "2h=i": (2, 128, 256)}
 
 
-@pytest.fixture(params=SIZES, ids=list(SIZES))
+@pytest.fixture(params=SIZES)
 def sizes(request):
-    return dict(zip("ehi", SIZES[request.param], strict=True))
+    return request.param
 
 
 def without_marks(folder):
@@ -33,30 +35,38 @@ def without_marks(folder):
         save_file(load_file(path), path, {"format": "pt"})
 
 
-def coded(tmp_path, layout, coding, sizes):
-    """A checkpoint of trained-like numbers, coded by us, unmarked."""
-    write_checkpoint(tmp_path / "plain", layout, sizes, 1)
-    moeglot.convert(tmp_path / "plain", f"{layout}+{coding.name}", tmp_path / "coded", allow_loss=True)
-    without_marks(tmp_path / "coded")
-    return tmp_path / "coded"
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    """(layout, coding, sizes) -> a checkpoint of trained-like numbers, coded by us, unmarked; made once, to be read alone."""
+
+    @cache
+    def made(layout, coding, sizes):
+        folder = tmp_path_factory.mktemp("coded")
+        write_checkpoint(folder / "plain", layout, dict(zip("ehi", sizes, strict=True)), 1)
+        moeglot.convert(folder / "plain", f"{layout}+{coding}", folder / "coded", allow_loss=True)
+        without_marks(folder / "coded")
+        return folder / "coded"
+
+    return lambda layout, coding, sizes: made(layout, coding.name, SIZES[sizes])
 
 
-def tensors(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+@pytest.fixture(scope="module")
+def decoded(coded, tmp_path_factory):
+    """(coding, sizes) -> the same of one matrix an expert, in float32; made once, to be read alone."""
 
+    @cache
+    def made(source):
+        out = tmp_path_factory.mktemp("decoded") / "float32"
+        moeglot.convert(source, LAYOUTS[0], out, encode="float32")
+        return out
 
-def differing(a, b):
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys()
-    return [
-        name for name in x if x[name].dtype != y[name].dtype or not torch.equal(x[name].reshape(-1).view(torch.uint8), y[name].reshape(-1).view(torch.uint8))
-    ]
+    return lambda coding, sizes: made(coded(LAYOUTS[0], coding, sizes))
 
 
 @pytest.mark.parametrize("coding", [coding for coding in QWEN if coding.stacked], ids=lambda coding: coding.name)
-def test_all_experts_in_one_tensor_decode_as_one_matrix_each(coding, tmp_path):
+def test_all_experts_in_one_tensor_decode_as_one_matrix_each(coding, coded, tmp_path):
     """To float32, which holds every number, so that a slice that has its axes already is decoded at once, unless gate and up have a scale each."""
-    source = coded(tmp_path, LAYOUTS[1], coding, {"e": 2, "h": 128, "i": 128})
+    source = coded(LAYOUTS[1], coding, "square")
     for n, layout in enumerate(LAYOUTS):
         moeglot.convert(source, layout, tmp_path / str(n), encode="float32")
     moeglot.convert(tmp_path / "0", LAYOUTS[1], tmp_path / "stacked")
@@ -64,8 +74,8 @@ def test_all_experts_in_one_tensor_decode_as_one_matrix_each(coding, tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "coding"), [(layout, coding) for coding in QWEN for layout in LAYOUTS if layout == LAYOUTS[0] or coding.stacked])
-def test_it_is_identified_and_returns_as_it_is(coding, layout, sizes, tmp_path):
-    source = coded(tmp_path, layout, coding, sizes)
+def test_it_is_identified_and_returns_as_it_is(coding, layout, sizes, coded, tmp_path):
+    source = coded(layout, coding, sizes)
     found = moeglot.identify(source)
     assert found.format
     assert found.format.name == f"{layout}+{coding.name}", found
@@ -78,8 +88,8 @@ def test_it_is_identified_and_returns_as_it_is(coding, layout, sizes, tmp_path):
 
 
 @pytest.mark.parametrize("coding", [c for c in QWEN if c.stacked and not any(part.flat for part in c.encoding.parts)], ids=lambda c: c.name)
-def test_one_by_one_and_stacked_are_repacked_without_a_decode(coding, sizes, tmp_path):
-    source = coded(tmp_path, LAYOUTS[0], coding, sizes)
+def test_one_by_one_and_stacked_are_repacked_without_a_decode(coding, sizes, coded, tmp_path):
+    source = coded(LAYOUTS[0], coding, sizes)
     there = moeglot.plan(source, f"{LAYOUTS[1]}+{coding.name}")
     assert all(step.moves_codes for step in there.steps)
     assert carry_out(there, tmp_path / "stacked").report.verdict == "holds"
@@ -89,11 +99,10 @@ def test_one_by_one_and_stacked_are_repacked_without_a_decode(coding, sizes, tmp
 
 
 @pytest.mark.parametrize("coding", QWEN, ids=[c.name for c in QWEN])
-def test_decoded_to_float32_it_returns(coding, sizes, tmp_path):
+def test_decoded_to_float32_it_returns(coding, sizes, coded, decoded, tmp_path):
     """float32 holds what every encoding decodes to; encoded again, the values are the same, and the bytes wherever values determine them."""
-    source = coded(tmp_path, LAYOUTS[0], coding, sizes)
-    moeglot.convert(source, LAYOUTS[0], tmp_path / "float32", encode="float32")
-    back = moeglot.convert(tmp_path / "float32", f"{LAYOUTS[0]}+{coding.name}", tmp_path / "back")
+    source = coded(LAYOUTS[0], coding, sizes)
+    back = moeglot.convert(decoded(coding, sizes), f"{LAYOUTS[0]}+{coding.name}", tmp_path / "back")
     assert back.report.verdict == "holds"
     assert moeglot.compare(source, tmp_path / "back").verdict == "holds"
 
@@ -165,15 +174,14 @@ def test_the_block_size_is_what_config_says(tmp_path):
 
 
 @pytest.mark.parametrize("coding", QWEN, ids=[c.name for c in QWEN])
-def test_another_process_gets_checkpoint_and_plan(coding, tmp_path):
+def test_another_process_gets_checkpoint_and_plan(coding, coded, decoded, tmp_path):
     """As a spawned one does, and a task of a cluster."""
-    checkpoint = moeglot.open(coded(tmp_path, LAYOUTS[0], coding, {"e": 2, "h": 128, "i": 128}))
+    checkpoint = moeglot.open(coded(LAYOUTS[0], coding, "square"))
     plan = moeglot.plan(checkpoint, LAYOUTS[0], encode="float32")
     there_checkpoint, there = pickle.loads(pickle.dumps((checkpoint, plan)))
     assert there_checkpoint.format == checkpoint.format
     assert carry_out(there, tmp_path / "there", Carrying(allow_loss=True, workers=1)).report.verdict == "holds"
-    moeglot.convert(checkpoint, LAYOUTS[0], tmp_path / "here", encode="float32")
-    assert differing(tmp_path / "here", tmp_path / "there") == []
+    assert differing(decoded(coding, "square"), tmp_path / "there") == []
 
 
 def test_codings_of_one_family_too():

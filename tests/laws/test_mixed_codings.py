@@ -1,10 +1,13 @@
 """Laws of checkpoints of which a part is quantized: config.json says which layers are left alone, the tensors must agree, and a conversion keeps it so."""
 
 import json
+import shutil
+from functools import cache, partial
 
 import pytest
 import torch
 from adapters import WRITERS, Job
+from reading import differing, tensors
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -21,11 +24,36 @@ KEEPING = [coding for coding in CODINGS if coding.kept and not coding.families]
 LAYERS = 3
 
 
-def mixed(folder, coding, left=(1,), layout=HUB, named="_proj", encode=None):
-    """A checkpoint whose layers `left` are not quantized, as its producer writes it: no mark of ours, modules listed by name. `named`: only these."""
-    plain = write_checkpoint(folder / "plain", layout, SIZES, LAYERS)
-    moeglot.convert(plain, f"{layout}+{coding.name}", folder / "whole", encode=encode, allow_loss=True)
-    tensors, given = load_file(folder / "whole" / "model.safetensors"), load_file(plain / "model.safetensors")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(coding, encode) -> a checkpoint in it, made once, beside the plain one that all are made of: to be read, or copied."""
+    base = tmp_path_factory.mktemp("whole")
+    plain = write_checkpoint(base / "plain", HUB, SIZES, LAYERS)
+
+    @cache
+    def of(coding, encode=None):
+        if coding is None:
+            return plain
+        out = base / f"{coding} {encode}"
+        moeglot.convert(plain, f"{HUB}+{coding}", out, encode=encode, allow_loss=True)
+        return out
+
+    return of
+
+
+@pytest.fixture
+def mixed(whole):
+    return partial(_mixed, whole)
+
+
+def _mixed(whole, folder, coding, left=(1,), named="_proj", encode=None):
+    """A checkpoint whose layers `left` are not quantized, as its producer writes it: no mark of ours, modules listed by name. `named`: only these.
+
+    Beside it in `folder`, copies of the two that it is put together from: "plain" and "whole".
+    """
+    for name, made in (("plain", whole(None)), ("whole", whole(coding.name, encode))):
+        shutil.copytree(made, folder / name)
+    tensors, given = load_file(folder / "whole" / "model.safetensors"), load_file(folder / "plain" / "model.safetensors")
     here = tuple(f"model.layers.{layer}.mlp.experts." for layer in left)
     alone = [{key for key in names if key.startswith(here) and named in key} for names in (tensors, given)]
     kept = {key: tensor for key, tensor in tensors.items() if key not in alone[0]} | {key: given[key] for key in alone[1]}
@@ -38,19 +66,9 @@ def mixed(folder, coding, left=(1,), layout=HUB, named="_proj", encode=None):
     return folder / "mixed"
 
 
-def tensors(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def same(a, b):
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys()
-    return all(x[name].dtype == y[name].dtype and torch.equal(x[name].reshape(-1).view(torch.uint8), y[name].reshape(-1).view(torch.uint8)) for name in x)
-
-
 @pytest.mark.parametrize("left", [(0,), (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("coding", KEEPING, ids=lambda coding: coding.name)
-def test_it_is_read_and_returns_as_it_is(coding, left, tmp_path):
+def test_it_is_read_and_returns_as_it_is(coding, left, mixed, tmp_path):
     source = moeglot.open(mixed(tmp_path, coding, left))
     assert source.format.name == f"{HUB}+{coding.name}"
     given = moeglot.open(tmp_path / "plain")
@@ -61,12 +79,12 @@ def test_it_is_read_and_returns_as_it_is(coding, left, tmp_path):
             assert equal == (layer in left), (layer, role)
     certificate = moeglot.convert(source, source.format.name, tmp_path / "again")
     assert certificate.report.verdict == "holds"
-    assert same(source.source.folder, tmp_path / "again")
+    assert differing(source.source.folder, tmp_path / "again") == []
 
 
 @pytest.mark.parametrize("role", ["gate", "down"])
 @pytest.mark.parametrize("coding", KEEPING, ids=lambda coding: coding.name)
-def test_a_role_that_is_left_alone_in_every_layer(coding, role, tmp_path):
+def test_a_role_that_is_left_alone_in_every_layer(coding, role, mixed, tmp_path):
     """llm-compressor's recipes name such by pattern. The numbers are those of the two checkpoints that it was put together from."""
     encode = "int4:64" if coding.name == "int4-pack" else None
     folder = mixed(tmp_path, coding, range(LAYERS), named=f"{role}_proj", encode=encode)
@@ -77,11 +95,11 @@ def test_a_role_that_is_left_alone_in_every_layer(coding, role, tmp_path):
         assert torch.equal(found.decode(torch.float32), expected.decode(torch.float32))
     certificate = moeglot.convert(source, source.format.name, tmp_path / "again")
     assert certificate.report.verdict == "holds"
-    assert same(folder, tmp_path / "again")
+    assert differing(folder, tmp_path / "again") == []
 
 
 @pytest.mark.parametrize("coding", [c for c in KEEPING if c.stacked and not any(part.flat for part in c.encoding.parts)], ids=lambda c: c.name)
-def test_stacked_and_back_each_layer_keeps_its_encoding(coding, tmp_path):
+def test_stacked_and_back_each_layer_keeps_its_encoding(coding, mixed, tmp_path):
     folder = mixed(tmp_path, coding)
     plan = moeglot.plan(folder, f"{STACKED}+{coding.name}")
     assert {step.layer for step in plan.steps if step.line.is_plain} == {1}
@@ -89,10 +107,10 @@ def test_stacked_and_back_each_layer_keeps_its_encoding(coding, tmp_path):
     path = tmp_path / "stacked" / "model.safetensors"
     save_file(load_file(path), path, {"format": "pt"})  # as another producer would have written it
     assert moeglot.convert(tmp_path / "stacked", f"{HUB}+{coding.name}", tmp_path / "back").report.verdict == "holds"
-    assert same(folder, tmp_path / "back")
+    assert differing(folder, tmp_path / "back") == []
 
 
-def test_in_another_encoding_what_was_left_alone_stays_alone(tmp_path):
+def test_in_another_encoding_what_was_left_alone_stays_alone(mixed, tmp_path):
     by_name = {coding.name: coding for coding in KEEPING}
     folder = mixed(tmp_path, by_name["int4-pack"])
     certificate = moeglot.convert(folder, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
@@ -122,7 +140,7 @@ def test_where_the_target_cannot_say_it_the_plan_states_the_loss(tmp_path):
         moeglot.convert(tmp_path / "whole", "deepseek-v4/hub+fp4-experts", tmp_path / "out")
 
 
-def test_the_tensors_refute_what_config_says(tmp_path):
+def test_the_tensors_refute_what_config_says(mixed, tmp_path):
     """Said to be quantized and not so; said to be left alone and quantized: both are refused, and nothing is inferred from what is there."""
     by_name = {coding.name: coding for coding in KEEPING}
     folder = mixed(tmp_path, by_name["int4-pack"])
@@ -139,7 +157,7 @@ def test_the_tensors_refute_what_config_says(tmp_path):
         moeglot.open(folder)
 
 
-def test_numbers_that_are_wrong_are_named_as_the_layer_stores_them(tmp_path):
+def test_numbers_that_are_wrong_are_named_as_the_layer_stores_them(mixed, tmp_path):
     """A layer that is left alone has other keys than the lines of its format."""
     by_name, key = {coding.name: coding for coding in KEEPING}, "model.layers.2.mlp.experts.0.gate_proj.weight"
     folder = mixed(tmp_path, by_name["nvfp4-pack"], (2,))
@@ -151,7 +169,7 @@ def test_numbers_that_are_wrong_are_named_as_the_layer_stores_them(tmp_path):
     assert [told] == [finding.what for finding in moeglot.lint(folder) if finding.about == "numbers"]
 
 
-def test_patterns_of_each_producer(tmp_path):
+def test_patterns_of_each_producer(mixed, tmp_path):
     by_name = {coding.name: coding for coding in KEEPING}
     for name, pattern in {
         "int4-pack": "re:model\\.layers\\.1\\.mlp\\.experts\\..*",
@@ -167,7 +185,7 @@ def test_patterns_of_each_producer(tmp_path):
         assert moeglot.open(folder).format.unlike.keys() == {1}, name
 
 
-def test_a_layer_that_is_left_alone_is_said(tmp_path):
+def test_a_layer_that_is_left_alone_is_said(mixed, tmp_path):
     by_name = {coding.name: coding for coding in KEEPING}
     found = [finding for finding in moeglot.lint(moeglot.open(mixed(tmp_path, by_name["int4-pack"]))) if finding.about == "experts are not quantized"]
     assert len(found) == 1
@@ -175,14 +193,14 @@ def test_a_layer_that_is_left_alone_is_said(tmp_path):
     assert found[0].figures["bytes"] == 2 * SIZES["e"] * 3 * SIZES["h"] * SIZES["i"]
 
 
-def test_attention_in_fp8_beside_experts_in_nvfp4(tmp_path):
+def test_attention_in_fp8_beside_experts_in_nvfp4(mixed, tmp_path):
     """As config groups say it: the experts' codes are moved and the attention's carried; to plain floats, each is decoded by its own declaration."""
     folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-pack"))
     given = attention_in_fp8(folder, {"config_groups": {"attention": GROUP}})
     source = moeglot.open(folder)
     assert source.format.name == f"{HUB}+nvfp4-pack"
     moeglot.convert(folder, source.format.name, tmp_path / "again")
-    assert same(folder, tmp_path / "again")
+    assert differing(folder, tmp_path / "again") == []
     moeglot.convert(folder, HUB, tmp_path / "plain again", encode="float32", allow_loss=True)
     assert torch.equal(tensors(tmp_path / "plain again")[f"{ATTENTION}.weight"].float(), given)
 
@@ -196,12 +214,12 @@ def test_attention_in_fp8_beside_experts_that_are_not_quantized(tmp_path):
     moeglot.convert(folder, STACKED, tmp_path / "stacked")
     assert "quantization_config" in json.loads((tmp_path / "stacked" / "config.json").read_text())
     moeglot.convert(tmp_path / "stacked", HUB, tmp_path / "back")
-    assert same(folder, tmp_path / "back")
+    assert differing(folder, tmp_path / "back") == []
     moeglot.convert(folder, f"{HUB}+nf4", tmp_path / "nf4", allow_loss=True)
     assert torch.equal(tensors(tmp_path / "nf4")[f"{ATTENTION}.weight"].float(), given.bfloat16().float())
 
 
-def test_a_merge_that_keeps_all_experts_in_bfloat16_beside_attention_in_fp8(tmp_path):
+def test_a_merge_that_keeps_all_experts_in_bfloat16_beside_attention_in_fp8(mixed, tmp_path):
     """Nothing of the experts is quantized any more, and what is no expert stays so; decoded on request, the plan counts it apart from what is copied."""
     folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-pack"), left=())
     given = attention_in_fp8(folder, {"config_groups": {"attention": GROUP}})
@@ -243,7 +261,7 @@ def attention_in_fp8(folder, declared):
     return found[f"{ATTENTION}.weight"].float() * scale
 
 
-def test_modelopts_list_of_what_is_quantized_how(tmp_path):
+def test_modelopts_list_of_what_is_quantized_how(mixed, tmp_path):
     """MIXED_PRECISION: `quantized_layers` names each module with its algorithm, and what it does not name is left alone."""
     folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "nvfp4-modelopt"))
     config = json.loads((folder / "config.json").read_text())
@@ -258,7 +276,7 @@ def test_modelopts_list_of_what_is_quantized_how(tmp_path):
         moeglot.open(folder)
 
 
-def test_one_role_in_other_groups_and_all_alike_again(tmp_path):
+def test_one_role_in_other_groups_and_all_alike_again(mixed, tmp_path):
     """A role's group size is declared by a group of its own; coded as the others are, the declaration is no longer the source's."""
     whole = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == "int4-pack"), encode="int4:64")
     other = tmp_path / "other"
@@ -271,7 +289,7 @@ def test_one_role_in_other_groups_and_all_alike_again(tmp_path):
     config["quantization_config"] |= {"config_groups": groups}
     (whole / "config.json").write_text(json.dumps(config))
     assert moeglot.convert(whole, f"{HUB}+int4-pack", tmp_path / "same").report.verdict == "holds"
-    assert same(whole, tmp_path / "same")
+    assert differing(whole, tmp_path / "same") == []
     moeglot.convert(whole, f"{HUB}+int4-pack", tmp_path / "alike", encode="int4:32", allow_loss=True)
     said = json.loads((tmp_path / "alike" / "config.json").read_text())["quantization_config"]["config_groups"]
     assert [group["weights"]["group_size"] for group in said.values()] == [32]
@@ -283,7 +301,7 @@ def test_one_role_in_other_groups_and_all_alike_again(tmp_path):
 
 @pytest.mark.parametrize(("alone", "quantized"), [(2, 0), (0, 1)])
 @pytest.mark.parametrize("name", ["int4-pack", "fp8-channel"])
-def test_an_expert_that_is_left_alone(alone, quantized, name, tmp_path):
+def test_an_expert_that_is_left_alone(alone, quantized, name, mixed, tmp_path):
     """The experts of a layer are stored alike: the refusal says which is which, not that a list lacks what it has."""
     folder = mixed(tmp_path, next(coding for coding in KEEPING if coding.name == name), named=f".{alone}.up_proj")
     with pytest.raises(TensorMismatch, match=r"experts\.\d\.up_proj: quantization_config says .* and \S+experts\.0\.up_proj") as refused:

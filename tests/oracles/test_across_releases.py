@@ -13,6 +13,7 @@ import families
 import pytest
 import torch
 import transformers
+from reading import relative
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
@@ -56,10 +57,6 @@ def computed(folder) -> tuple[torch.Tensor | str, dict]:
         return families.logits(model.float().eval()), {kind: keys for kind, keys in info.items() if keys}
     except (ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}", {}
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", KNOWN, ids=[family.name for family in KNOWN])

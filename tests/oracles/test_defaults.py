@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import default_steps
 import pytest
 import torch
 import transformers
-from test_default_dtype import OTHERS, folder, under
+from defaults import OTHERS, under
 
 import moeglot
 from moeglot.errors import NotVerified
 
-__all__ = ["folder"]
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    found = tmp_path_factory.mktemp("default")
+    default_steps.prepare(found)
+    return found
 
 
 @pytest.mark.parametrize("default", OTHERS)

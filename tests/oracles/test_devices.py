@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from elsewhere import ASKED, two_devices
+from held_models import NAMES, model_of
+from reading import relative
 from synthetic import write_checkpoint
-from test_native import NAMES, model_of
-from test_transformers import relative
 
 import moeglot
 from moeglot.demo import BUNDLED

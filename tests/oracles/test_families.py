@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from families import SIZES, logits, model_of, saved
+from reading import relative
 from transformers import CONFIG_MAPPING
 
 import moeglot
@@ -31,10 +32,6 @@ def load(path) -> torch.nn.Module:
     model, info = model_class(config).from_pretrained(path, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info
     return model.eval()
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 OWN = {"qwen3.5-moe-text": ("qwen3.5-moe-text/transformers-5.5", True), "qwen3-omni-moe": ("qwen3-omni-moe/transformers-5.5", False)}

@@ -10,9 +10,9 @@ import families
 import pytest
 import torch
 import transformers
+from held_models import NAMES, model_of, native_works, quantized
+from reading import relative
 from safetensors.torch import load_file
-from test_native import NAMES, model_of, native_works, quantized
-from test_transformers import relative
 
 import moeglot
 from moeglot.demo import BUNDLED

@@ -16,8 +16,10 @@ import families
 import pytest
 import torch
 import transformers
+from held_models import CODINGS, matrix
+from reading import relative
 from safetensors.torch import load_file, save_file
-from test_transformers import GOLDEN, logits, model_of, relative
+from small_models import GOLDEN, logits, model_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import moeglot
@@ -34,10 +36,6 @@ transformers.utils.logging.disable_progress_bar()
 LIMIT, POWER = 1e-5, 1e-2
 SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (3, 64, 32), "mixtral": (2, 64, 32)}
 """Family -> e, h, i: square, or gate and up together square, so that no shape tells how a matrix lies."""
-CODINGS = (
-    *("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4"),
-    *("autofp8", "mxfp4-modelopt", "mxfp4-quark", "fp8-quark", "fp8-channel-quark"),
-)
 EXPERTS = {
     "qwen3-moe": "model.layers.{layer}.mlp.experts.{}.{}_proj.weight",
     "mixtral": "model.layers.{layer}.block_sparse_moe.experts.{}.{}.weight",
@@ -45,54 +43,6 @@ EXPERTS = {
 
 
 # --- what the producers' rules say -----------------------------------------------------------------------------------------------------
-
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """[..., n] bytes -> [..., 2 n], low nibble first."""
-    packed = packed.view(torch.uint8).long()
-    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-
-
-def spread(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """FP8's scales: one for all, one for each row, or one for each block of 128 × 128, the last of which may be short."""
-    if scale.shape == (rows,):
-        return scale.float()[:, None]
-    if scale.ndim < 2 or scale.shape[-2:] == (rows, 1):
-        return scale.float()
-    return scale.float().repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
-
-
-def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> torch.Tensor:
-    """The float32 matrix that a file holds as KEY (…weight), from the names and dtypes of its parts."""
-    if key in file and file[key].dtype in (torch.float32, torch.bfloat16):
-        return file[key].float()
-    if key + ".absmax" in file:  # bitsandbytes: high nibble first, runs of 64 over the flattened matrix
-        codes = file[key].flatten().long()
-        codes = torch.stack([codes >> 4, codes & 15], -1).flatten()
-        return (file[key + ".quant_map"][codes] * absmax(file, key).repeat_interleave(64)[: codes.numel()]).view(shape)
-    packed = file.get(key + "_packed", file.get(key))
-    scale = file.get(key + "_scale", file.get(key + "_scale_inv"))
-    if packed.dtype == torch.float8_e4m3fn:
-        return packed.float() * spread(scale, *shape[-2:])
-    if packed.dtype == torch.int32:  # eight nibbles, the lowest first, each 8 more than its number
-        codes = torch.stack([(packed.long() >> 4 * n) & 15 for n in range(8)], -1).flatten(-2) - 8
-        return codes * scale.float().repeat_interleave(32, -1)
-    if scale.dtype == torch.uint8:
-        return E2M1[nibbles(packed)] * torch.exp2(scale.float() - 127).repeat_interleave(32, -1)
-    both = scale.float() / file[key + "_global_scale"] if key + "_global_scale" in file else scale.float() * file[key + "_scale_2"]
-    return E2M1[nibbles(packed)] * both.repeat_interleave(16, -1)
-
-
-def absmax(file: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """Nested ones are codes themselves, in runs of 256, around an offset that stands in the quant_state."""
-    scale = file[key + ".absmax"]
-    if key + ".nested_absmax" not in file:
-        return scale
-    state = next(tensor for name, tensor in file.items() if name.startswith(key + ".quant_state"))
-    nested = file[key + ".nested_quant_map"][scale.long()] * file[key + ".nested_absmax"].repeat_interleave(256)[: len(scale)]
-    return nested + json.loads(bytes(state.tolist()))["nested_offset"]
 
 
 def of_file(live: torch.nn.Module, family: str, folder: Path, e: int, h: int, i: int) -> torch.nn.Module:

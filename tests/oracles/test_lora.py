@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reading import relative
 from synthetic import SIZES, write_checkpoint
-from test_transformers import relative
 
 import moeglot
 from moeglot.errors import UsageError
@@ -276,7 +276,7 @@ def test_dropout_is_the_whole_adapter_on_average(targets, tmp_path):
 def test_each_block_of_each_adapter_has_a_mask_of_its_own(tmp_path):
     module = module_of("qwen3-moe/hub", tmp_path / "base", dropout=0.5)
     blocks, x = [SimpleNamespace(experts=slice(n, n + 1)) for n in range(SIZES["e"])], torch.ones(8, 64)
-    masks = [module.factors(roles, seed=7).mask(block, x) for roles in (("gate", "up"), ("down",)) for block in blocks]
+    masks = [module.factors(place, seed=7).mask(block, x) for place in ("first", "down") for block in blocks]
     for one, other in itertools.combinations(masks, 2):
         assert 0.4 < float((one == other).double().mean()) < 0.6
 

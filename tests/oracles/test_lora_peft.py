@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import transformers
+from reading import relative
+from small_models import logits, model_of
 from test_peft import READER, READERS
-from test_transformers import logits, model_of, relative
 
 import moeglot
 from moeglot.conventions import target

@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 import transformers
-from test_transformers import logits, relative
+from reading import relative
+from small_models import logits
 from transformers import AutoTokenizer
 
 import moeglot

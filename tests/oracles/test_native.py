@@ -1,12 +1,11 @@
 """What works: every family, encoding and shape, decoded and native, in whichever transformers is installed, against stock modules with weights decoded here.
 
-Each cell quantizes a random model, decodes the file by the producers' rules (`test_load.matrix`, no code of moeglot's), puts the numbers into the stock
+Each cell quantizes a random model, decodes the file by the producers' rules (`held_models.matrix`, none of moeglot's), puts the numbers into the stock
 model and compares float32 logits: of `moeglot.load`, and of `moeglot.load(native=True)` in every backend. What cannot be is refused, and that is the cell.
 """
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import families
 import pytest
 import torch
 import transformers
+from held_models import CODINGS, FORMS, LAYOUTS, NAMES, experts_of, model_of, native_works, overwritten, quantized
+from reading import relative
 from safetensors.torch import load_file
-from test_load import CODINGS, matrix
-from test_transformers import relative
-from transformers import CONFIG_MAPPING
 
 import moeglot
 from moeglot.demo import BUNDLED
@@ -30,12 +28,9 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 LIMIT, POWER = 1e-5, 1e-3
-NAMES = ("gpt-oss", "qwen3-moe", "mixtral", "deepseek-v3", "glm4-moe", "llama4-text", "qwen3-vl-moe", "nemotron-h", "gemma4-text")
 EVERY, NEWEST = bool(os.environ.get("MOEGLOT_EVERY_CELL")), VERSION >= (5, 6)
 SIZES = families.SIZES if NEWEST or EVERY else ("square",)
 BACKENDS = ("reference", "eager", "grouped", "batched")
-LAYOUTS = {"gpt-oss": None, "llama4-text": None, "qwen3-vl-moe": "transformers-5", "gemma4-text": "hub"}
-"""Family -> its layout with upright matrices that producers quantize; None where there is none, so that it is quantized on the way."""
 ON_THE_WAY = ("mxfp4", "fp8-block", "nf4")
 REFUSED = (
     *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
@@ -43,95 +38,12 @@ REFUSED = (
     *(("granitemoe", "granitemoeshared", "granitemoehybrid", "aria", "aria-text") if VERSION < (5, 6) else ()),
 )
 """Families whose experts a release asks in a way of its own, names unlike any layout that moeglot knows, or has in more modules than one."""
-TURNED = ("gpt-oss", "llama4-text", *(("qwen3-vl-moe",) if VERSION < (5, 0) else ()))
-"""In the stock module, matrices lie [in, out]."""
-
-EACH = re.compile(r"layers\.(\d+)\..*experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight(?:_packed)?$")
-STACKED = re.compile(r"layers\.(\d+)\..*experts\.(gate_up_proj|down_proj|up_proj)(?:_packed|_blocks)?$")
-ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
 def cells(names: Sequence[str], codings: Iterable[str]) -> list[tuple[str, str, str]]:
     """(family, size, coding): every cell if asked, since a release takes half an hour; else all that are square, and in the newest a third of the others."""
     found = [(n + m + k, (name, size, coding)) for n, name in enumerate(names) for m, coding in enumerate(codings) for k, size in enumerate(families.SIZES)]
     return [cell for place, cell in found if EVERY or cell[1] == "square" or (NEWEST and place % 3 == 0)]
-
-
-def model_of(name: str, size: str) -> torch.nn.Module:
-    """A tiny random model; skips what this version does not have."""
-    family = next(family for family in FAMILIES if family.name == name)
-    if family.model_types[0] not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} does not have {name}")
-    if why := families.why_not(family):
-        pytest.skip(why)
-    live = families.model_of(family, size)
-    if live.can_generate():
-        live.generation_config.do_sample = True  # else 4.57 finds the config's top_k strange
-    return live
-
-
-def experts_of(live: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    found = ((re.search(r"layers\.(\d+)\.", name), module) for name, module in live.named_modules() if name.endswith(".experts"))
-    return {int(match[1]): module for match, module in found if match}
-
-
-def decoded(file: dict[str, torch.Tensor], e: int, h: int, i: int) -> dict[int, dict[str, torch.Tensor]]:
-    """layer -> role -> float32 [e, out, in], or gate_up [e, 2i, h] where they are one tensor, by the rules of the producers."""
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for key in file:
-        if match := EACH.search(key):
-            layer, expert, role = int(match[1]), int(match[2]), ROLE[match[3]]
-            shape = (h, i) if role == "down" else (i, h)
-            found.setdefault(layer, {}).setdefault(role, torch.zeros(e, *shape))[expert] = matrix(file, key.removesuffix("_packed"), shape)
-        elif match := STACKED.search(key):
-            shape = {"gate_up_proj": (e, 2 * i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}[match[2]]
-            base = key.removesuffix("_packed").removesuffix("_blocks")
-            if key.endswith("_blocks"):
-                file = {**file, base + "_packed": file[key].flatten(-2), base + "_scale": file[base + "_scales"]}
-            found.setdefault(int(match[1]), {})[match[2].removesuffix("_proj")] = matrix(file | beside(file, base, shape), base, shape)
-    return found
-
-
-def beside(file: dict[str, torch.Tensor], base: str, shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """The scales of a stacked tensor under the names that one matrix has; those of a whole matrix, one for gate and one for up, as one for each row."""
-    found = {}
-    for theirs, name in (("_weight_scale", "_scale"), ("_weight_scale_2", "_scale_2"), ("_global_scale", "_global_scale")):
-        if (scale := file.get(base + theirs)) is not None:
-            single = theirs != "_weight_scale" or scale.ndim < 3
-            found[base + name] = scale.view(shape[0], -1).repeat_interleave(shape[1] * shape[0] // scale.numel(), 1).unsqueeze(-1) if single else scale
-    return found
-
-
-def overwritten(live: torch.nn.Module, name: str, file: dict[str, torch.Tensor], size: str) -> torch.nn.Module:
-    """The stock model with the experts that a file holds."""
-    experts, done = experts_of(live), 0
-    with torch.no_grad():
-        for layer, roles in decoded(file, *families.SIZES[size]).items():
-            module = experts[layer]
-            if isinstance(module, torch.nn.ModuleList):
-                for expert, one in enumerate(module):
-                    for part, parameter in one.named_parameters():
-                        parameter.copy_(roles[ROLE[part.split(".")[0]]][expert])
-            else:
-                both = roles.get("gate_up", torch.cat([roles["gate"], roles["up"]], 1) if "gate" in roles else None)
-                for part, given in (("gate_up_proj", both), ("up_proj", roles.get("up")), ("down_proj", roles["down"])):
-                    if given is not None and hasattr(module, part):
-                        getattr(module, part).copy_(given.mT if name in TURNED else given)
-            done += 1
-    assert done == len(experts)
-    return live
-
-
-def quantized(name: str, size: str, coding: str, folder: Path, encode: str | None = None) -> tuple[torch.nn.Module, Path]:
-    """A random model and a folder with its experts in a coding; skips where no producer could have written that."""
-    live, layout = model_of(name, size), LAYOUTS.get(name, "hub")
-    families.saved(live, folder / "saved", layout == "hub" or VERSION < (5, 0))
-    moeglot.convert(folder / "saved", f"{name}/{layout}+{coding}", folder / "out", encode=encode, allow_loss=True)
-    return live, folder / "out"
-
-
-def native_works(name: str) -> bool:
-    return VERSION >= (5, 0) or name == "gpt-oss"
 
 
 def holds(folder: Path, name: str, expected: torch.Tensor, backends=BACKENDS, **options) -> None:
@@ -146,10 +58,6 @@ def holds(folder: Path, name: str, expected: torch.Tensor, backends=BACKENDS, **
 
 
 # --- the matrix ------------------------------------------------------------------------------------------------------------------------
-
-
-FORMS = {form.name for form in moeglot.formats()}
-"""Not every producer has names for stacked experts."""
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from reading import relative
 from safetensors.torch import load_file
-from test_transformers import logits, model_of, relative
+from small_models import logits, model_of
 
 import moeglot
 from moeglot.adapter_proof import changes

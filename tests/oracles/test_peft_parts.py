@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 import transformers
+from reading import relative
 from safetensors.torch import load_file, save_file
-from test_transformers import config_of, logits, relative
+from small_models import config_of, logits
 
 import moeglot
 from moeglot.errors import HalfAdapter, UnsupportedAdapter

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
@@ -27,10 +28,6 @@ from moeglot.integrations import ray as engine_of  # noqa: E402
 TO, SHARD_SIZE, TASK = "gpt-oss/transformers", 60_000, 20_000
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "memory": 2_000_000_000}
 SECONDS = 120
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

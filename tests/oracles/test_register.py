@@ -4,8 +4,8 @@ import families
 import pytest
 import torch
 import transformers
-from test_native import NAMES, model_of
-from test_transformers import relative
+from held_models import NAMES, model_of
+from reading import relative
 
 from moeglot.errors import UsageError
 from moeglot.integrations.transformers import VERSION, register

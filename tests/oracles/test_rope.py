@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from test_transformers import config_of, logits, readable, relative
+from reading import relative
+from small_models import config_of, logits, readable
 
 import moeglot
 from moeglot.integrations.transformers import VERSION

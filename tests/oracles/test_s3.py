@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 from counting import READ, total, upload
+from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
@@ -59,10 +60,6 @@ def bucket(source: Path) -> Iterator[str]:
         upload(fs, source, "models/gpt-oss")
         yield "models/gpt-oss"
     server.stop()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_a_conversion_from_s3_is_that_from_a_disk(bucket: str, source: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`moeglot.save` of a model whose experts stay encoded: what it holds now is what is written, and stock transformers computes the same with it.
 
-The reference is the stock model with the numbers of the source's file, decoded by the producers' rules (`test_load.matrix`, no code of moeglot's), and changed
+The reference is the stock model with the numbers of the source's file, decoded by the producers' rules (`held_models.matrix`, none of moeglot's), and changed
 as the live one was. Where the format stays, the experts' bytes are those of the source's file.
 """
 
@@ -12,14 +12,14 @@ import families
 import pytest
 import torch
 import transformers
+from held_models import CODINGS, FORMS, model_of, native_works, overwritten, quantized
+from reading import relative, same
 from safetensors.torch import load_file, save_file
-from test_load import CODINGS
-from test_native import FORMS, VERSION, model_of, native_works, overwritten, quantized
-from test_transformers import relative
 
 import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.errors import LossRefused
+from moeglot.integrations.transformers import VERSION
 from moeglot.nn import Experts
 
 transformers.logging.set_verbosity_error()
@@ -83,10 +83,6 @@ def differing(found: Tensors, expected: Tensors) -> set[str]:
     mine = {key for key in (*found, *expected) if ".experts." in key}
     assert mine
     return {key for key in mine if key not in found or key not in expected or not same(found[key], expected[key])}
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def swapped(model: torch.nn.Module) -> set[str]:

@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
-from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from reading import relative
+from small_models import GOLDEN, SIZES, logits, model_of, readable
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import moeglot
@@ -16,32 +18,6 @@ from moeglot.floats import values
 from moeglot.integrations.transformers import VERSION
 
 LIMIT = 1e-5
-GOLDEN = Path(__file__).parents[1] / "golden" / "king-james-logits.json"
-SIZES = {"square": (4, 64, 64), "h=2i": (4, 64, 32), "2h=i": (4, 32, 64), "e=h": (32, 32, 64), "neither": (6, 64, 96)}
-COMMON = {"vocab_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-
-
-def config_of(family: str, e: int, h: int, i: int):
-    if family == "gpt-oss":
-        return GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=2, sliding_window=8, **COMMON)
-    if family == "mixtral":
-        return MixtralConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=2, **COMMON)
-    sparse = {"num_experts": e, "moe_intermediate_size": i, "mlp_only_layers": [1], "intermediate_size": 48}
-    return Qwen3MoeConfig(hidden_size=h, num_hidden_layers=3, **sparse, **COMMON)
-
-
-def model_of(family: str, e: int, h: int, i: int) -> torch.nn.Module:
-    torch.manual_seed(e + h + i)
-    model = AutoModelForCausalLM.from_config(config_of(family, e, h, i)).float().eval()
-    for name, parameter in model.named_parameters():
-        # Weights of the size that keeps activations near 1, so that nothing is lost in saturation; norms near 1.
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3 if parameter.ndim < 2 else 1.5 / parameter.shape[-1] ** 0.5)
-    return model
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(input_ids=torch.arange(24).view(2, 12) * 3 % 96).logits
 
 
 def load(path: Path, **options) -> torch.nn.Module:
@@ -51,23 +27,10 @@ def load(path: Path, **options) -> torch.nn.Module:
     return model.float().eval()
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 @pytest.fixture(params=[(family, size) for family in ("gpt-oss", "qwen3-moe", "mixtral") for size in SIZES], ids="-".join)
 def model(request):
     family, size = request.param
     return family, model_of(family, *SIZES[size])
-
-
-def readable(family: str) -> list[str]:
-    """Formats of a family that this version reads, MXFP4 apart."""
-    return {
-        "gpt-oss": ["gpt-oss/transformers"],
-        "qwen3-moe": ["qwen3-moe/hub"] + ["qwen3-moe/transformers-5"] * (VERSION >= (5, 0)),
-        "mixtral": ["mixtral/hub"] + ["mixtral/transformers-5"] * (VERSION >= (5, 0)),
-    }[family]
 
 
 def saved_ways() -> list[dict]:

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from test_transformers import relative
+from reading import relative
 
 import moeglot
 from moeglot.demo import BUNDLED

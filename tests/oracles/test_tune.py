@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from reading import relative
 from safetensors.torch import load_file
-from test_transformers import relative
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 

@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 from four_bits import dequantize
+from reading import relative
 from safetensors.torch import save_file
-from test_transformers import SIZES, logits, model_of, relative
+from small_models import SIZES, logits, model_of
 
 import moeglot
 

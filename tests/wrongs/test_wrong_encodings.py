@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from reading import relative
 
 from moeglot.encoding import Encoding
 from moeglot.encodings.fp8 import FP8
@@ -142,10 +143,6 @@ WRONGS = [
     Wrong("E8M0 as a number", "U8 scales multiplied as they are", FP8(scale="U8"), e8m0_as_a_number, 1),
     Wrong("MXFP4's container as INT8", "DeepSeek-V4's I8 taken for numbers", MXFP4(container="int8"), int8_as_a_number, 1),
 ]
-
-
-def relative(found: torch.Tensor, right: torch.Tensor) -> float:
-    return float((found - right).norm() / right.norm())
 
 
 @pytest.mark.parametrize("wrong", WRONGS, ids=lambda wrong: wrong.name)

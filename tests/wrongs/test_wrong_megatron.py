@@ -8,23 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from reading import read_dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
-from torch.distributed.checkpoint import FileSystemReader, load, save
+from torch.distributed.checkpoint import save
 
 import moeglot
 
 LIMIT = 1e-5
 FC1, FC2 = (f"decoder.layers.mlp.experts.experts.linear_{name}.weight" for name in ("fc1", "fc2"))
-
-
-def load_stacked(folder: Path) -> dict[str, torch.Tensor]:
-    """Key -> tensor of a torch_dist checkpoint, by torch's own reader."""
-    described = FileSystemReader(folder).read_metadata().state_dict_metadata
-    found = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described.items() if hasattr(one, "size")}
-    load(found, checkpoint_id=folder, no_dist=True)
-    return found
 
 
 def swap_halves(rows: torch.Tensor) -> torch.Tensor:
@@ -57,7 +50,7 @@ def test_verify_names_the_reading(given: str, wrong: str, tmp_path: Path) -> Non
         folder = tmp_path / size
         source = write_checkpoint(folder / "source", SOURCES[given], {"h": h, "i": i})
         moeglot.convert(source, f"{SOURCES[given].partition('/')[0]}/megatron-torch-dist", folder / "right")
-        tensors = load_stacked(folder / "right")
+        tensors = read_dist(folder / "right")
         changed = corrupt(tensors[key]).contiguous()
         for name, found in {"same": tensors, "wrong": {**tensors, key: changed}}.items():
             save(found, checkpoint_id=folder / name, no_dist=True)

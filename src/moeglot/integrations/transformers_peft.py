@@ -13,7 +13,7 @@ import torch
 
 from moeglot.errors import HalfAdapter, UsageError
 from moeglot.nn.lora import Lora, peft_active, peft_layers
-from moeglot.nn.module import Experts
+from moeglot.nn.module import experts_in
 
 WRAPPED = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 """What wrappers of torch's add to the names of parameters, in a module or in its state dict."""
@@ -53,9 +53,8 @@ class _AsPeftSays:
 
 def _forget(body: torch.nn.Module, *_: Any) -> None:
     """What was left out of this pass is there again: backward computes checkpointed layers of an earlier pass once more, and asks nobody."""
-    for module in body.modules():
-        if isinstance(module, Experts) and module.muted:
-            module.muted = False
+    for module in experts_in(body).values():
+        module.muted = False
 
 
 def _check_loaded(body: torch.nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
@@ -63,7 +62,7 @@ def _check_loaded(body: torch.nn.Module, state: Mapping[str, Any], prefix: str, 
 
     Trainer loads so, and its checkpoints of a PEFT model hold PEFT's half alone. Nothing is missed of what is another adapter of PEFT's.
     """
-    loras = [lora for module in _experts(body) for lora in module.adapters.values() if lora.trains]
+    loras = [lora for module in experts_in(body).values() for lora in module.adapters.values() if lora.trains]
     mine = {id(parameter) for lora in loras for parameter in lora.parameters()}
     layers = [body.get_submodule(name) for name in peft_layers(body)]
     named = {name for layer in layers for held in (_scales(layer), getattr(layer, "modules_to_save", ())) for name in held}
@@ -90,31 +89,27 @@ def as_peft_says(model: Any) -> None:
     if not configs:
         return
     layers = peft_layers(model)
-    if any(module.lora for module in _experts(model)):
+    if any(module.lora for module in experts_in(model).values()):
         _check_asked(model, configs, layers)
     muted = bool(layers) and all(layers.values())
-    if not muted and any(layers.values()) and any(module.lora for module in _experts(model)):
+    if not muted and any(layers.values()) and any(module.lora for module in experts_in(model).values()):
         some = next(name for name, disabled in layers.items() if disabled)
         raise UsageError(f"{some} has its adapter disabled, and others have not", "adapters of experts follow PEFT's", "use model.disable_adapter()")
     muted = muted or _is_another(model, configs, layers)
-    for module in _experts(model):
+    for module in experts_in(model).values():
         module.muted = muted
     model.adapted_by_peft = True
     if model.training and torch.is_grad_enabled() and not muted:
         _check_trained(model, layers)
     for config in configs.values():
         paths = {target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()}
-        for name, module in model.named_modules() if paths else ():
-            if isinstance(module, Experts) and not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
+        for name, module in experts_in(model).items() if paths else ():
+            if not module.lora and any(f".{name}".endswith(f".{path}") for path in paths):
                 raise HalfAdapter(
                     f"{name} has no adapter, and PEFT's config says that it has one",
                     "PEFT knows no parameters of encoded experts, and left its factors out with a warning",
                     "load it with moeglot.nn.load_adapter(model, path)",
                 )
-
-
-def _experts(model: torch.nn.Module) -> list[Experts]:
-    return [module for module in model.modules() if isinstance(module, Experts)]
 
 
 def _learns(lora: Lora) -> bool:
@@ -160,7 +155,7 @@ def _is_another(model: torch.nn.Module, configs: Mapping[str, Any], layers: Iter
     TRL copies an adapter to "ref" and computes its reference with that. Where the experts' change was zero then, it is left out. Where it was not, it belongs
     to the copy until one of both has moved; after that there is no right answer, and `UsageError` is raised.
     """
-    loras = [lora for module in _experts(model) for lora in module.adapters.values()]
+    loras = [lora for module in experts_in(model).values() for lora in module.adapters.values()]
     active = peft_active(model)
     mine = {lora.beside or next(iter(configs)) for lora in loras}
     if layers and not active:
@@ -205,11 +200,7 @@ def _is_copy(model: torch.nn.Module, layers: Iterable[str], name: str, other: st
 
 def _check_trained(model: torch.nn.Module, layers: Iterable[str]) -> None:
     """Raises `UsageError` where PEFT's adapter trains and the one of the experts does not, though it was put there to train."""
-    frozen = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, Experts) and any(lora.trains and not _learns(lora) for lora in module.adapters.values())
-    ]
+    frozen = [name for name, module in experts_in(model).items() if any(lora.trains and not _learns(lora) for lora in module.adapters.values())]
     if frozen and any(parameter.requires_grad for name in layers for parameter in model.get_submodule(name).parameters()):
         raise UsageError(
             f"{frozen[0]}: its adapter is frozen, and PEFT's trains",

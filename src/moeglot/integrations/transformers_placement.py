@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moeglot.errors import UsageError
-from moeglot.nn.module import Experts
+from moeglot.nn.module import experts_in
 
 PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 """Arguments of `from_pretrained` that say where a model goes."""
@@ -40,7 +40,7 @@ def place(model: Any, device: str | torch.device | int | None, given: Mapping[st
     from accelerate import dispatch_model
 
     found = _map_of(model, given["device_map"], given.get("max_memory"))
-    _check(found, [name for name, module in model.named_modules() if isinstance(module, Experts)])
+    _check(found, experts_in(model))
     dispatch_model(model, found, offload_dir=given.get("offload_folder"), offload_buffers=bool(given.get("offload_buffers")), skip_keys=STATEFUL)
 
 

@@ -32,7 +32,7 @@ from moeglot.identify import Identification, identify
 from moeglot.integrations.transformers_load import INSTALLED, layouts
 from moeglot.layout import Stored
 from moeglot.nn.held import Held
-from moeglot.nn.module import Experts
+from moeglot.nn.module import Experts, experts_in
 from moeglot.shards import Entry
 from moeglot.source import Source
 
@@ -93,7 +93,7 @@ def checkpoint_of(model: Any, folder: Path) -> Checkpoint:
         raise UsageError(f"{type(model).__name__} is no model of transformers", "its state dict has other names", "merge or unload what wraps the model first")
     _write_beside(model, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    native = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    native = experts_in(model)
     within = {f"{name}.{key}" for name, module in native.items() for key, _ in module.relative()} | _tied(model)
     entries = {name: hold(name, tensor) for name, tensor in model.state_dict().items() if name not in within}
     entries |= {key: hold(key, tensor) for module in native.values() for key, tensor in module.stored()}

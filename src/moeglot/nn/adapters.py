@@ -17,8 +17,9 @@ from moeglot import newfile
 from moeglot.adapter import Adapter, open_adapter
 from moeglot.adapter_config import CONFIG, PREFIX, TENSORS, AdapterConfig
 from moeglot.adapter_convert import convert_adapter
+from moeglot.adapter_parts import EMBEDDING, LINEAR
 from moeglot.adapter_proof import LIMIT, difference
-from moeglot.adapter_written import Module, reader_name, whole_name, written_config
+from moeglot.adapter_written import Module, module_name, whole_name, written_config
 from moeglot.checkpoint import Checkpoint
 from moeglot.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
@@ -29,7 +30,7 @@ from moeglot.nn.module import Experts
 from moeglot.nn.unsaved import check_saved, check_whole
 
 READER = "transformers-5"
-FIRST = (".lora_A.weight", ".lora_embedding_A")
+FIRST = tuple(f".{first}" for first, _ in (LINEAR, EMBEDDING))
 """How PEFT's keys of the first factors of other modules end: [r, in] of either."""
 
 
@@ -126,7 +127,7 @@ def _of_experts(live: Mapping[int, Experts], base: Checkpoint) -> Iterator[tuple
     for layer, module in live.items():
         roles = [role for lora in module.adapters.values() for role in lora.roles]
         for place in places(PEFT, family, layer, base.sizes["e"], roles):
-            lora = module.adapters["down" if place.roles == ("down",) else "first"]
+            lora = next(lora for lora in module.adapters.values() if set(place.roles) <= set(lora.roles))
             if module.num_experts != base.sizes["e"]:
                 raise HalfAdapter(f"{place.name}: {module.num_experts} of {base.sizes['e']} experts are here", "the others live elsewhere", "gather them first")
             lefts = [join(place, [_left(lora, role, expert) for role in place.roles]) for expert in range(module.num_experts)]
@@ -195,17 +196,16 @@ def load_adapter(
 def _put(adapter: Adapter, layer: int, module: Experts, dropout: float) -> None:
     if module.lora:
         raise UsageError(f"layer {layer} has an adapter", "one adapter at a time", "remove_lora(model) takes it off, save_adapter keeps it")
-    e, h, i = (module.sizes[letter] for letter in "ehi")
-    for name, roles, out, inner in (("first", module.expert.first, i, h), ("down", ("down",), h, i)):
+    for name, (roles, out, inner) in module.places.items():
         wanted = [role for role in roles if role in adapter.roles(layer)]
         if not wanted:
             continue
         pairs = [adapter.pairs[layer, role, 0] for role in wanted]
         if len({id(pair) for pair in pairs}) > 1:
             raise HalfAdapter(f"layer {layer}: gate and up have pairs of their own", adapter.known, "merge it with moeglot merge")
-        lora = Lora(roles, roles, (e, out, inner), pairs[0].rank, pairs[0].scale * pairs[0].rank, dropout)
+        lora = Lora(roles, roles, (module.num_experts, out, inner), pairs[0].rank, pairs[0].scale * pairs[0].rank, dropout)
         with torch.no_grad():
-            for expert in range(e):
+            for expert in range(module.num_experts):
                 sides = {role: pairs[0].raw(role, expert) for role in wanted}
                 lora.a[expert].copy_(sides[wanted[0]][1])
                 none = torch.zeros(out, lora.rank, dtype=torch.float32, device="cpu")
@@ -225,11 +225,8 @@ def _with_peft(adapter: Adapter, model: torch.nn.Module, folder: Path, trainable
     family, modules = adapter.base.format.family, []
     tensors: dict[str, torch.Tensor] = {}
     for name, dense in adapter.dense.items():
-        alias = reader_name(name + ".weight", PEFT, family).removesuffix(".weight")
-        kinds = ("lora_embedding_A", "lora_embedding_B") if dense.embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{PREFIX}{alias}.{kinds[0]}": dense.a.read().clone(), f"{PREFIX}{alias}.{kinds[1]}": dense.b.read().clone()}
-        if dense.bias_entry:
-            tensors[f"{PREFIX}{alias}.lora_B.bias"] = dense.bias_entry.read().clone()
+        alias = module_name(name, PEFT, family)
+        tensors |= {key: entry.read().clone() for key, entry in dense.stored(alias)}
         modules.append(Module(alias, dense.rank, dense.scale, False))
     whole = {whole_name(replaced, PEFT, family): replaced.entry.read().clone() for replaced in adapter.replaced.values()}
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}

@@ -49,8 +49,8 @@ def reference(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weight
 
 def _changed(module: Experts, roles: dict[str, Encoded], expert: int) -> dict[str, Encoded]:
     found = {}
-    for factors in (module.factors(module.expert.first), module.factors(("down",))):
-        if factors:
+    for place in module.places:
+        if factors := module.factors(place):
             for n, role in enumerate(factors.roles):
                 b = factors.b[expert].float().chunk(len(factors.roles))[n]
                 b = b if role in factors.targets else b.detach()
@@ -58,12 +58,11 @@ def _changed(module: Experts, roles: dict[str, Encoded], expert: int) -> dict[st
     return found
 
 
-def _in_blocks(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, size: int) -> torch.Tensor:
-    first, down = stages(module)
-    routing = Routing.of(index, module.num_experts)
+def in_blocks(module: Experts, of: tuple[Stage, Stage], routing: Routing, hidden: torch.Tensor, weights: torch.Tensor, size: int) -> torch.Tensor:
+    """`of`: its stages. `size` experts at a time: hidden [t, h], weights [t, k] -> [t, h]."""
     total, flat = Total(routing, hidden.shape[-1], hidden), weights.reshape(-1)
     for block in routing.blocks(size):
-        one, two = (Part(stage, block, hidden.dtype) for stage in (first, down))
+        one, two = (Part(stage, block, hidden.dtype) for stage in of)
         slots, places = routing.taken(block)
         x = hidden[places]
         inner = module.expert.activate(one.forward(x, one.low(x)))
@@ -74,12 +73,13 @@ def _in_blocks(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weigh
 
 def eager(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """One expert after the other, those alone that have tokens."""
-    return _in_blocks(module, hidden, index, weights, 1)
+    return in_blocks(module, stages(module), Routing.of(index, module.num_experts), hidden, weights, 1)
 
 
 def grouped(module: Experts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Blocks of experts, each decoded at once and multiplied by one grouped GEMM."""
-    return _in_blocks(module, hidden, index, weights, block_size(module, hidden, index))
+    routing = Routing.of(index, module.num_experts)
+    return in_blocks(module, stages(module), routing, hidden, weights, block_size(module, hidden, index))
 
 
 def block_size(module: Experts, hidden: torch.Tensor, index: torch.Tensor) -> int:

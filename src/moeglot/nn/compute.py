@@ -14,6 +14,7 @@ from moeglot.nn.held import Held
 from moeglot.nn.routing import Block
 
 if TYPE_CHECKING:
+    from moeglot.experts import Expert
     from moeglot.nn.module import Experts
 
 TOGETHER = 128
@@ -221,6 +222,13 @@ def biases_of(lines: tuple[Held, ...], experts: range, dtype: torch.dtype) -> Ro
     return found
 
 
+def again(expert: Expert, found: Roles) -> tuple[Roles, torch.Tensor]:
+    """What gate and up gave, as leaves of a graph of its own, and the activation of it: what backward goes through."""
+    given = {role: one.detach().requires_grad_() for role, one in found.items()}
+    with torch.enable_grad():
+        return given, expert.activate(given)
+
+
 def row_ids(block: Block) -> torch.Tensor:
     """int64 [n]: which of the block's experts each row has, from 0."""
     places = torch.arange(block.count, device=block.ends.device, dtype=torch.int32)
@@ -232,10 +240,11 @@ def stages(module: Experts, seed: int | None = None, whole: torch.dtype | None =
     `given`: the factors of this step, as `Experts.trained` has them; by default those that the module has now.
     """
 
-    def stage(roles: tuple[str, ...]) -> Stage:
+    def stage(place: str) -> Stage:
+        roles = module.places[place][0]
         lines = tuple(line for line in module.lines if set(line.line.roles) & set(roles))
         biases = tuple(line for line in module.lines if set(line.line.roles) & {f"{role}_bias" for role in roles})
-        factors = module.factors(roles, seed, given)
+        factors = module.factors(place, seed, given)
         return Stage(lines, biases, factors, factors.sides(lines, slice(None), whole) if factors and whole else None)
 
-    return stage(module.expert.first), stage(("down",))
+    return stage("first"), stage("down")

@@ -13,7 +13,7 @@ from moeglot.kernels.triton import between, gemm, route
 from moeglot.kernels.triton.gemm import Change, Matrices, Rows
 from moeglot.kernels.triton.outer import outer
 from moeglot.nn import coded
-from moeglot.nn.compute import Factors, Roles, Stage, biases_of, masked, stages
+from moeglot.nn.compute import Factors, Roles, Stage, again, biases_of, masked, stages
 from moeglot.nn.held import Held
 from moeglot.nn.routing import Block, Routing
 
@@ -137,24 +137,16 @@ class Fused(torch.autograd.Function):
         step = Step.of(index, ctx.module.num_experts)
         first, down = stages(ctx.module, ctx.seed, given=factors)
         hidden, grad = hidden.contiguous(), grads[0].to(hidden.dtype).contiguous()
-        given, inner, leaves = _again(ctx.module, step, first, hidden)
+        given, inner = again(ctx.module.expert, step.forward(first, hidden, gather=True))
         w = weights.reshape(-1)[step.rows.order].unsqueeze(-1).to(hidden.dtype)
         d_inner, for_weights, of_down = _through_down(step, down, inner.detach(), grad, w)
-        d_given = dict(zip(given, torch.autograd.grad(inner, leaves, d_inner), strict=True))
+        d_given = dict(zip(given, torch.autograd.grad(inner, list(given.values()), d_inner), strict=True))
         d_hidden, of_first = _through_first(step, first, hidden, d_given)
         d_weights = torch.empty(weights.numel(), dtype=weights.dtype, device=weights.device)
         d_weights[step.rows.order] = for_weights.to(weights.dtype)
         of_factors = [found.to(factor.dtype) for found, factor in zip((*of_first, *of_down), factors, strict=True)]
         needs = ctx.needs_input_grad
         return (None, None, d_hidden if needs[2] else None, None, d_weights.view(weights.shape) if needs[4] else None, *of_factors)
-
-
-def _again(module: Experts, step: Step, first: Stage, hidden: torch.Tensor) -> tuple[Roles, torch.Tensor, list[torch.Tensor]]:
-    """What gate and up gave, as leaves of a graph of its own, and the activation of it."""
-    given = {role: one.detach().requires_grad_() for role, one in step.forward(first, hidden, gather=True).items()}
-    with torch.enable_grad():
-        inner = module.expert.activate(given)
-    return given, inner, list(given.values())
 
 
 def _through_down(

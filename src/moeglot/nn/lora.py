@@ -49,9 +49,9 @@ class Lora(torch.nn.Module):
 
 def experts_of(model: torch.nn.Module) -> dict[str, Experts]:
     """Name -> the native experts of a model; raises `UsageError` if there are none."""
-    from moeglot.nn.module import Experts
+    from moeglot.nn.module import experts_in
 
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    found = experts_in(model)
     if not found:
         raise UsageError(
             f"{type(model).__name__} has no experts that moeglot holds",
@@ -140,10 +140,9 @@ def plain(config: Any) -> Any:
 
 
 def make(module: Experts, r: int, alpha: float, targets: Sequence[str], dropout: float) -> dict[str, Lora]:
-    """ "first" and "down" -> a fresh adapter, if any of its roles is wanted."""
-    e, h, i = (module.sizes[letter] for letter in "ehi")
-    places = {"first": (module.expert.first, i, h), "down": (("down",), h, i)}
-    return {place: Lora(roles, targets, (e, out, inner), r, alpha, dropout) for place, (roles, out, inner) in places.items() if set(roles) & set(targets)}
+    """Place -> a fresh adapter, if any of its roles is wanted."""
+    found = {place: (roles, (module.num_experts, out, inner)) for place, (roles, out, inner) in module.places.items() if set(roles) & set(targets)}
+    return {place: Lora(roles, targets, shape, r, alpha, dropout) for place, (roles, shape) in found.items()}
 
 
 def remove_lora(model: torch.nn.Module) -> None:

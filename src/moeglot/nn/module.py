@@ -154,8 +154,14 @@ class Experts(torch.nn.Module):
     # --- adapters --------------------------------------------------------------------------------------------------------------------
 
     @property
+    def places(self) -> dict[str, tuple[tuple[str, ...], int, int]]:
+        """ "first" and "down" -> (the roles that have one input, [out, in] of each): what is multiplied at once, and has one adapter."""
+        h, i = self.sizes["h"], self.sizes["i"]
+        return {"first": (self.expert.first, i, h), "down": (("down",), h, i)}
+
+    @property
     def adapters(self) -> dict[str, Lora]:
-        """ "first" (gate and up) and "down", whichever is adapted."""
+        """Place -> its adapter, whichever has one."""
         return {name: lora for name, lora in self.lora.items() if isinstance(lora, Lora)}
 
     @property
@@ -163,13 +169,13 @@ class Experts(torch.nn.Module):
         """a and b of each adapter in turn; none where they are left out."""
         return [] if self.muted else [factor for lora in self.adapters.values() for factor in (lora.a, lora.b)]
 
-    def factors(self, roles: tuple[str, ...], seed: int | None = None, given: Sequence[torch.Tensor] | None = None) -> Factors | None:
-        """The adapter of the matrices with these roles; `seed`: of this step's dropout. `given`: what `trained` was in this step."""
-        name, sides = "down" if roles == ("down",) else "first", self.trained if given is None else given
-        if name not in self.adapters or not sides:
+    def factors(self, place: str, seed: int | None = None, given: Sequence[torch.Tensor] | None = None) -> Factors | None:
+        """The adapter of a place; `seed`: of this step's dropout. `given`: what `trained` was in this step."""
+        sides = self.trained if given is None else given
+        if place not in self.adapters or not sides:
             return None
-        lora, at = self.adapters[name], 2 * list(self.adapters).index(name)
-        dropout = (lora.dropout, seed + (self.num_experts if name == "down" else 0)) if seed is not None else ()
+        lora, at = self.adapters[place], 2 * list(self.adapters).index(place)
+        dropout = (lora.dropout, seed + list(self.places).index(place) * self.num_experts) if seed is not None else ()
         return Factors(lora.roles, sides[at], sides[at + 1], lora.scale, lora.targets, *dropout)
 
     # --- as a file has it ------------------------------------------------------------------------------------------------------------
@@ -224,6 +230,11 @@ class Experts(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.family} layer {self.layer}, {self.num_experts} experts, {self.nbytes} bytes, backend={self.backend}"
+
+
+def experts_in(model: torch.nn.Module) -> dict[str, Experts]:
+    """Name -> module, for all experts of a model that stay encoded."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def _as_stored(checkpoint: Checkpoint, line: Stored, layer: int) -> Callable[[int], Any]:

@@ -16,7 +16,7 @@ from moeglot.checks import Progress
 from moeglot.errors import UsageError
 from moeglot.merging import moments_key
 from moeglot.nn.data import check_fits
-from moeglot.nn.module import Experts
+from moeglot.nn.module import Experts, experts_in
 
 MARK = "moeglot.moments"
 
@@ -49,7 +49,7 @@ def _inner(module: Experts, expert: int, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _watching(model: Any, moments: Moments) -> Iterator[None]:
-    modules = [module for module in model.modules() if isinstance(module, Experts)]
+    modules = experts_in(model).values()
     for module in modules:
         module.watched_by = moments.watch
     try:
@@ -82,7 +82,7 @@ def gather(model: Any, rows: torch.Tensor, out: str | Path, progress: Progress |
 
 
 def _check_memory(model: Any) -> None:
-    modules = [module for module in model.modules() if isinstance(module, Experts)]
+    modules = experts_in(model).values()
     needed = sum(4 * module.num_experts * (module.sizes["h"] ** 2 + module.sizes["i"] ** 2) for module in modules)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * there:

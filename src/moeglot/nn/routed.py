@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moeglot.nn.backends import block_size
-from moeglot.nn.compute import Part, Roles, Sides, stages
+from moeglot.nn.backends import block_size, in_blocks
+from moeglot.nn.compute import Part, Sides, again, stages
 from moeglot.nn.routing import Routing, Total
 
 if TYPE_CHECKING:
@@ -29,16 +29,8 @@ class Routed(torch.autograd.Function):
         ctx.module, ctx.seed, ctx.ranks = module, seed, routing.ranks
         ctx.size = 1 if alone else block_size(module, hidden, index)
         ctx.save_for_backward(hidden, weights, routing.order, routing.ends, *factors)
-        first, down = stages(module, seed, hidden.dtype if routing.is_busy else None, factors)
-        total, flat = Total(routing, hidden.shape[-1], hidden), weights.reshape(-1)
-        for block in routing.blocks(ctx.size):
-            one, two = (Part(stage, block, hidden.dtype) for stage in (first, down))
-            slots, places = routing.taken(block)
-            x = hidden[places]
-            inner = module.expert.activate(one.forward(x, one.low(x)))
-            out = two.forward(inner, two.low(inner))["down"]
-            total.add(block.rows, out * flat[slots].unsqueeze(-1).to(out.dtype))
-        return total.sum()
+        of = stages(module, seed, hidden.dtype if routing.is_busy else None, factors)
+        return in_blocks(module, of, routing, hidden, weights, ctx.size)
 
     @staticmethod
     @once_differentiable
@@ -54,7 +46,7 @@ class Routed(torch.autograd.Function):
             one = Part(first, block, hidden.dtype, again=True)
             x = hidden[places]
             low = one.low(x)
-            given, inner = _again(ctx.module, one.forward(x, low))
+            given, inner = again(ctx.module.expert, one.forward(x, low))
             w = weights.reshape(-1)[slots].unsqueeze(-1).to(hidden.dtype)
             w[block.count :] = 0  # rows that are there again
             d_inner, for_weights = _through_down(Part(down, block, hidden.dtype, again=True), inner.detach(), grads[0][places], w, of_down)
@@ -66,13 +58,6 @@ class Routed(torch.autograd.Function):
         d_hidden = total.sum() if total is not None else None
         of_weights = d_weights.view(weights.shape) if ctx.needs_input_grad[5] else None
         return (None, None, None, d_hidden, None, of_weights, *first.of_factors(of_first), *down.of_factors(of_down))
-
-
-def _again(module: Experts, found: Roles) -> tuple[Roles, torch.Tensor]:
-    """What gate and up gave, as leaves of a graph of its own, and the activation of it."""
-    given = {role: one.detach().requires_grad_() for role, one in found.items()}
-    with torch.enable_grad():
-        return given, module.expert.activate(given)
 
 
 def _through_down(down: Part, inner: torch.Tensor, grad: torch.Tensor, w: torch.Tensor, into: Sides | None) -> tuple[torch.Tensor, torch.Tensor]:
