@@ -25,7 +25,7 @@ def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:
         number = parts[name]
         if number.is_meta:
             return "is a placeholder without numbers (meta device)"
-        if not bool(number.isfinite().all()) or bool((number < 0).any()):
+        if not bool(number.isfinite().all()) or (bool((number < 0).any()) and number.is_floating_point()):
             return f"has an {name} of {number.min().item():g}"
     return None
 
