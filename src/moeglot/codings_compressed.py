@@ -226,7 +226,7 @@ def _compressed_int8(shared: str, block: tuple[int, int], about: str) -> Coding:
         _write_int8,
         COMPRESSED,
         f"compressed-tensors' int-quantized INT8 (W8A8), in two's complement, with {about}",
-        CT,
+        CT[:1],
         kept=IGNORED,
         inputs=True,
     )

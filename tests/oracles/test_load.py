@@ -37,6 +37,7 @@ SIZES = {"gpt-oss": (4, 64, 64), "qwen3-moe": (3, 64, 32), "mixtral": (2, 64, 32
 CODINGS = (
     *("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4"),
     *("autofp8", "mxfp4-modelopt", "mxfp4-quark", "fp8-quark", "fp8-channel-quark"),
+    *("int8-channel", "int8-pack", "int8-quark"),
 )
 EXPERTS = {
     "qwen3-moe": "model.layers.{layer}.mlp.experts.{}.{}_proj.weight",
@@ -76,6 +77,11 @@ def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> t
     scale = file.get(key + "_scale", file.get(key + "_scale_inv"))
     if packed.dtype == torch.float8_e4m3fn:
         return packed.float() * spread(scale, *shape[-2:])
+    if packed.dtype == torch.int8:
+        return packed.float() * spread(scale, *shape[-2:])
+    if packed.dtype == torch.int32 and packed.shape[-1] == shape[-1] // 4:  # four bytes, the lowest first, each 128 more than its number
+        codes = torch.stack([(packed.long() >> 8 * n) & 255 for n in range(4)], -1).flatten(-2) - 128
+        return codes * spread(scale, *shape[-2:])
     if packed.dtype == torch.int32:  # eight nibbles, the lowest first, each 8 more than its number
         codes = torch.stack([(packed.long() >> 4 * n) & 15 for n in range(8)], -1).flatten(-2) - 8
         return codes * scale.float().repeat_interleave(32, -1)

@@ -9,7 +9,7 @@ import torch
 from moeglot.dtypes import DTYPES
 from moeglot.errors import TensorMismatch
 from moeglot.kernels import backend, integers
-from moeglot.kernels.grid import Block, in_singles, largest, matrices, over, plus, runs, shape_of, slabs, times
+from moeglot.kernels.grid import Block, in_singles, largest, matrices, over, plus, shape_of, slabs, times
 from moeglot.kernels.lattice import Levels
 
 WORD = 4  # numbers in an int32
