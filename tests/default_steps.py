@@ -36,9 +36,9 @@ from moeglot.straddled import Straddled
 
 CODED = {name: encoding for name, encoding in ENCODINGS.items() if not isinstance(encoding, Plain)}
 CODED |= {"fp8-rows": FP8((48, 32), "F32"), "nf4": BNB4(), "fp4": BNB4("fp4"), "nf4:4096": BNB4(blocksize=4096), "nf4:nested": by_name("nf4:nested")}
-CODINGS = ("fp8-block", "fp8-tensor", "mxfp8", "mxfp4-pack", "nvfp4-modelopt", "nvfp4-pack", "int4-pack", "nf4", "fp4")
+CODINGS = ("fp8-block", "fp8-tensor", "mxfp8", "mxfp4-pack", "nvfp4-modelopt", "nvfp4-pack", "int4-pack", "int8-channel", "int8-pack", "nf4", "fp4")
 """Of Qwen3-MoE."""
-ON_THE_WAY = ("mxfp4", "fp8-block", "nvfp4", "int4:32", "nf4", "nf4:nested")
+ON_THE_WAY = ("mxfp4", "fp8-block", "nvfp4", "int4:32", "int8-channel", "nf4", "nf4:nested")
 BACKENDS = ("reference", "eager", "grouped", "batched", "auto")
 KERNELS = backend.NAMES if backend.installed() else ("torch",)
 Steps = Iterator[tuple[str, Callable[[], Any]]]

@@ -8,6 +8,7 @@ from moeglot.dtypes import DTYPES
 from moeglot.encoded import Encoded
 from moeglot.encoding import Encoding, Part
 from moeglot.encodings.gptq import GPTQ
+from moeglot.encodings.int8 import INT8
 from moeglot.encodings.plain import Plain
 
 settings.register_profile("moeglot", deadline=None, max_examples=60, derandomize=True, print_blob=False)
@@ -31,6 +32,7 @@ def make_parts(encoding: Encoding, shape: tuple[int, ...], seed: int) -> Encoded
         return Encoded(encoding, parts | _declared(encoding, parts, shape), shape)
     if "shape" in parts:
         parts["shape"] = torch.tensor(shape[-2:], dtype=parts["shape"].dtype).expand(parts["shape"].shape).clone()
+    if "shape" in parts or (isinstance(encoding, INT8) and encoding.block[0] == 1):
         parts["scale"] *= torch.where(torch.rand(parts["scale"].shape, generator=random) < 0.5, -1, 1)  # AutoRound gives the largest number code -8
     return Encoded(encoding, parts, shape)
 
@@ -51,7 +53,7 @@ def _declared(encoding: GPTQ, parts: dict[str, torch.Tensor], shape: tuple[int, 
 def _random_part(encoding: Encoding, part: Part, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
     """Any code that is a number; scales within what the part's type and `check` allow."""
     dtype = DTYPES[part.dtypes[0]].torch
-    if part.name in ("packed", "zero_point"):
+    if part.name in ("packed", "zero_point") or dtype == torch.int8:
         return torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=random).view(dtype).squeeze(-1)
     if part.name == "weight":
         codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)

@@ -176,11 +176,17 @@ def test_experts_that_are_left_alone(declared, layout, tmp_path):
 
 W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 STRANGE = {
-    "INT8": (
+    "INT6": (
         "int4-pack",
         ("config_groups", "group_0", "weights"),
-        {**W4, "num_bits": 8},
-        "'num_bits': 8, 'type': 'int', 'strategy': 'group', 'group_size': 32",
+        {**W4, "num_bits": 6},
+        "'num_bits': 6, 'type': 'int', 'strategy': 'group', 'group_size': 32",
+    ),
+    "INT8 in blocks": (
+        "int8-channel",
+        ("config_groups", "group_0", "weights"),
+        {**W4, "num_bits": 8, "strategy": "block", "block_structure": [128, 128]},
+        "'num_bits': 8, 'type': 'int', 'strategy': 'block'",
     ),
     "INT4 in no groups": ("int4-pack", ("config_groups", "group_0", "weights"), {**W4, "strategy": "token"}, "'strategy': 'token'"),
     "W4A8": ("nvfp4-modelopt", ("quant_algo",), "W4A8_NVFP4_FP8", "'quant_algo': 'W4A8_NVFP4_FP8'}; of modelopt moeglot decodes nvfp4-modelopt, fp8-modelopt"),
@@ -207,7 +213,6 @@ def test_codings_that_are_not_known_are_no_contradiction(declared, tmp_path):
 
 
 FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
-INT8_WEIGHTS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 
 
 def compressed(where: Path, coding: str, groups: dict, changes: dict | None = None, format: str = "pack-quantized") -> Path:
@@ -241,15 +246,29 @@ def test_roles_that_are_declared_to_be_coded_differently(tmp_path):
     assert "not qwen3-moe/" not in told
 
 
-@pytest.mark.parametrize("weights", [INT8_WEIGHTS, {**INT8_WEIGHTS, "num_bits": 4}], ids=["W8A8", "W4A8"])
-def test_weights_of_whole_numbers_a_byte_each(weights, tmp_path):
-    changes = {"_proj.weight": lambda tensor: tensor.view(torch.int8) if tensor.dtype == torch.float8_e4m3fn else tensor}
-    source = compressed(tmp_path, "fp8-channel", [(["Linear"], weights)], changes, "int-quantized")
+INT4_BYTES = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
+
+
+def test_weights_of_four_bits_a_byte_each(tmp_path):
+    source = compressed(tmp_path, "int8-channel", [(["Linear"], INT4_BYTES)], format="int-quantized")
     with pytest.raises(UnknownFormat, match="quantized in a way that moeglot does not know") as refused:
         moeglot.open(source)
-    assert f"'num_bits': {weights['num_bits']}, 'type': 'int'" in refused.value.known
-    assert "the modules are named as in qwen3-moe/hub;" in refused.value.known
-    assert "F8_E4M3" not in str(refused.value)
+    assert "'num_bits': 4, 'type': 'int'" in refused.value.known
+
+
+def test_words_that_are_declared_to_be_bytes(tmp_path):
+    with pytest.raises(MoeglotError, match="contradict each other"):
+        moeglot.open(compressed(tmp_path, "int8-pack", [(["Linear"], {**INT4_BYTES, "num_bits": 8})], format="int-quantized"))
+
+
+def test_mixed_precision_says_of_each_group_how_its_numbers_lie(tmp_path):
+    source = compressed(tmp_path, "int8-channel", [(["Linear"], {**INT4_BYTES, "num_bits": 8})], format="mixed-precision")
+    assert moeglot.open(source).format.name == "qwen3-moe/hub+int8-channel"
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["0"]["format"] = "pack-quantized"
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoeglotError, match=r"no tensor is named .*gate_proj\.weight_packed"):
+        moeglot.open(source)
 
 
 def test_zero_points_that_are_declared_and_not_there(tmp_path):

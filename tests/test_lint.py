@@ -105,7 +105,9 @@ def test_such_a_layer_whose_name_begins_with_its_number(tmp_path):
         (lambda path: _coded(path, "fp8-block", {"e": 2, "h": 192, "i": 192}), "transformers 5.23", "10 % off"),
         (lambda path: _coded(path, "fp8-block", SIZES), "transformers 5.5", "drops the FP8 scales"),
         (lambda path: _coded(path, "nf4", SIZES), "transformers 5.5", "packed bytes"),
-        (lambda path: _coded(path, "int4-pack", SIZES, "int4:32:asymmetric"), "transformers 5.23", "INT4 experts with zero points"),
+        (lambda path: _coded(path, "int4-pack", SIZES, "int4:32:asymmetric"), "transformers 5.23", "INT4 and INT8 experts with zero points"),
+        (lambda path: _coded(path, "int8-pack", SIZES, "int8-pack:128:asymmetric"), "transformers 5.23", "INT8 experts with zero points"),
+        (lambda path: _coded(path, "int8-channel", SIZES), "transformers 5.23", "a byte each"),
         (lambda path: _coded(path, "nf4", {"e": 4, "h": 96, "i": 96}), "bitsandbytes 0.50", "AVX512"),
     ],
 )

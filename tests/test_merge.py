@@ -197,7 +197,7 @@ def of_some_experts(folder, opened, experts, strength=0.3):
     return moeglot.open_adapter(made.save(folder), opened, "per-expert"), changes
 
 
-ROUNDED = [("bf16", {"encode": encode}) for encode in ("mxfp4", "nvfp4", "fp8-block", "int4:32", "nf4")]
+ROUNDED = [("bf16", {"encode": encode}) for encode in ("mxfp4", "nvfp4", "fp8-block", "int4:32", "int8-channel", "nf4")]
 ROUNDED += [(base, {option: "bf16"}) for base in ("fp8-block", "fp8-channel", "nvfp4", "int4", "nf4", "mxfp4") for option in ("encode", "keep_touched")]
 
 

@@ -18,6 +18,7 @@ STATIC = {
     "autofp8": (("activation_scheme",), "static"),
     "fp8-tensor": (("config_groups", "group_0", "input_activations"), {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}),
     "fp8-channel": (("config_groups", "group_0", "input_activations"), {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}),
+    "int8-channel": (("config_groups", "group_0", "input_activations"), {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False}),
     "fp8-modelopt": ((), None),  # its name of the algorithm says it
     "fp8-quark": (("global_quant_config", "input_tensors"), {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}),
     "fp8-channel-quark": (("global_quant_config", "input_tensors"), {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}),
@@ -90,6 +91,8 @@ def test_another_producer_rounds_activations_under_the_same_scales(source, targe
 @pytest.mark.parametrize(
     ("source", "target", "static"),
     [
+        ("int8-channel", f"{HUB}+int8-pack", True),
+        ("int8-channel", HUB, True),
         ("fp8-tensor", f"{HUB}+autofp8", False),
         ("autofp8", f"{HUB}+fp8-quark", False),
         ("fp8-block-compressed", f"{HUB}+fp8-block", True),

@@ -8,9 +8,22 @@ from functools import partial
 from typing import Any
 
 from moeglot.coding import JOINED, WEIGHT, Coding
-from moeglot.codings_compressed import FP8_BLOCK_COMPRESSED, FP8_CHANNEL, FP8_TENSOR, IGNORED, INT4_PACK, MXFP4_PACK, MXFP8, NVFP4_PACK
+from moeglot.codings_compressed import (
+    FP8_BLOCK_COMPRESSED,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    IGNORED,
+    INT4_PACK,
+    INT8_CHANNEL,
+    INT8_GROUP,
+    INT8_PACK,
+    INT8_TENSOR,
+    MXFP4_PACK,
+    MXFP8,
+    NVFP4_PACK,
+)
 from moeglot.codings_gptq import AUTO_ROUND_WORDS, AWQ_WORDS, GPTQ_WORDS
-from moeglot.codings_quark import FP8_CHANNEL_QUARK, FP8_QUARK, MXFP4_QUARK
+from moeglot.codings_quark import FP8_CHANNEL_QUARK, FP8_QUARK, INT8_CHANNEL_QUARK, INT8_QUARK, MXFP4_QUARK
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings import bnb4
 from moeglot.encodings.bnb4 import BNB4
@@ -235,8 +248,9 @@ NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 CODINGS = (
     *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, AUTOFP8_TENSOR, DEEPSEEK_FP4),
     *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP8, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
+    *(INT8_CHANNEL, INT8_TENSOR, INT8_GROUP, INT8_PACK),
     *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, MXFP4_MODELOPT),
-    *(MXFP4_QUARK, FP8_QUARK, FP8_CHANNEL_QUARK, NF4, FP4),
+    *(MXFP4_QUARK, FP8_QUARK, FP8_CHANNEL_QUARK, INT8_QUARK, INT8_CHANNEL_QUARK, NF4, FP4),
     *(GPTQ_WORDS, AUTO_ROUND_WORDS, AWQ_WORDS),
 )
 """Every known way to quantize the matrices of a layout."""

@@ -1,4 +1,4 @@
-"""How compressed-tensors keeps quantized matrices: FP8 by block, channel and tensor, MXFP8, MXFP4, NVFP4 and INT4, and what config.json says of each.
+"""How compressed-tensors keeps quantized matrices: FP8 by block, channel and tensor, MXFP8, MXFP4, NVFP4, INT4 and INT8, and what config.json says of each.
 
 https://github.com/vllm-project/compressed-tensors (compressors; quantization/quant_config.py)
 """
@@ -10,10 +10,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from moeglot.coding import JOINED, Coding, compressed, declare_compressed
+from moeglot.coding import JOINED, Coding, compressed, declare_compressed, group_of
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.int4 import INT4
+from moeglot.encodings.int8 import INT8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.rules import Quantization
@@ -133,20 +134,35 @@ NVFP4_PACK = Coding(
 )
 
 
-def _read_int4(said: Quantization, module: str) -> Encoding | None:
-    weights = compressed(said, module, num_bits=4, type="int")
-    if not weights or said.get("format") == "int-quantized":  # a byte each
+# --- whole numbers ---------------------------------------------------------------------------------------------------------------------
+
+WORDS, BYTES = ("pack-quantized",), ("int-quantized", "naive-quantized")
+
+
+def _integers(said: Quantization, module: str, bits: int, others: Sequence[str]) -> tuple[tuple[int, int], bool] | None:
+    """The numbers that share a scale and whether they are symmetric, unless the format is one of the `others`, in which such numbers lie otherwise."""
+    weights = compressed(said, module, num_bits=bits, type="int")
+    if not weights or ((group_of(said, module) or {}).get("format") or said.get("format")) in others:
         return None
-    group, zero = weights.get("group_size"), weights.get("symmetric") is False
-    if weights.get("strategy") == "channel":
-        return INT4(WHOLE, zero=zero)
-    return INT4(group, zero=zero) if weights.get("strategy") == "group" and isinstance(group, int) and group > 0 else None
+    symmetric, group = weights.get("symmetric") is not False, weights.get("group_size")
+    if weights.get("strategy") == "group":
+        return ((1, group), symmetric) if isinstance(group, int) and group > 0 else None
+    found = {"channel": (1, WHOLE), "tensor": (WHOLE, WHOLE)}.get(str(weights.get("strategy")))
+    return (found, symmetric) if found and (symmetric or found != (WHOLE, WHOLE)) else None
+
+
+def _strategy(block: tuple[int, int]) -> dict[str, Any]:
+    return {"strategy": "tensor"} if block[0] == WHOLE else {"strategy": "group", "group_size": block[1]} if block[1] else {"strategy": "channel"}
+
+
+def _read_int4(said: Quantization, module: str) -> Encoding | None:
+    found = _integers(said, module, 4, BYTES)
+    return INT4(found[0][1], zero=not found[1]) if found and found[0][0] else None
 
 
 def _write_int4(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
     assert isinstance(encoding, INT4)
-    strategy: dict[str, Any] = {"strategy": "group", "group_size": encoding.group} if encoding.group else {"strategy": "channel"}
-    return declare_compressed("pack-quantized", {"num_bits": 4, "type": "int", "symmetric": not encoding.zero, **strategy}, kept)
+    return declare_compressed("pack-quantized", {"num_bits": 4, "type": "int", "symmetric": not encoding.zero, **_strategy(encoding.block)}, kept)
 
 
 INT4_PACK = Coding(
@@ -161,3 +177,61 @@ INT4_PACK = Coding(
     judges=CT,
     kept=IGNORED,
 )
+
+
+def _read_int8_words(said: Quantization, module: str) -> Encoding | None:
+    found = _integers(said, module, 8, BYTES)
+    return INT8(found[0], "words", found[1]) if found and found[0][0] else None
+
+
+def _write_int8_words(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, INT8)
+    return declare_compressed("pack-quantized", {"num_bits": 8, "type": "int", "symmetric": encoding.symmetric, **_strategy(encoding.block)}, kept)
+
+
+INT8_PACK = replace(
+    INT4_PACK,
+    name="int8-pack",
+    encoding=INT8(container="words"),
+    read=_read_int8_words,
+    write=_write_int8_words,
+    about="compressed-tensors' pack-quantized INT8 (W8A16), offset binary, in channels or groups",
+)
+
+
+def _read_int8(shared: str, said: Quantization, module: str) -> Encoding | None:
+    found = _integers(said, module, 8, WORDS)
+    return INT8(found[0], symmetric=found[1]) if found and _strategy(found[0])["strategy"] == shared else None
+
+
+def _write_int8(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    """Its activations are INT8 too: under the scale that the file has, or one for each token as it comes."""
+    assert isinstance(encoding, INT8)
+    how: dict[str, Any] = {"strategy": "tensor", "dynamic": False} if encoding.carried else {"strategy": "token", "dynamic": True}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": not any(part.name == "input_zero_point" for part in encoding.carried), **how}
+    weights = {"num_bits": 8, "type": "int", "symmetric": encoding.symmetric, **_strategy(encoding.block)}
+    return declare_compressed("int-quantized", weights, kept, inputs)
+
+
+def _compressed_int8(shared: str, block: tuple[int, int], about: str) -> Coding:
+    beside = {"scale": "weight_scale", "zero_point": "weight_zero_point", "input_scale": "input_scale", "input_zero_point": "input_zero_point"}
+    linear = {"weight": ".weight", **{part: f".{name}" for part, name in beside.items()}, "order": ".weight_g_idx"}
+    stacked = {"weight": "", **{part: f"_{name}" for part, name in beside.items()}, "order": "_weight_g_idx"}
+    return Coding(
+        f"int8-{shared}",
+        INT8(block),
+        linear,
+        stacked,
+        partial(_read_int8, shared),
+        _write_int8,
+        COMPRESSED,
+        f"compressed-tensors' int-quantized INT8 (W8A8), in two's complement, with {about}",
+        CT[:1],
+        kept=IGNORED,
+        inputs=True,
+    )
+
+
+INT8_CHANNEL = _compressed_int8("channel", (1, WHOLE), "a scale for each output channel")
+INT8_TENSOR = _compressed_int8("tensor", (WHOLE, WHOLE), "one scale for a matrix")
+INT8_GROUP = _compressed_int8("group", (1, 128), "a scale for each group of a row")

@@ -1,4 +1,4 @@
-"""How AMD's Quark keeps quantized matrices: MXFP4, and FP8 with one scale for a matrix or one for each channel, and what config.json says of each.
+"""How AMD's Quark keeps quantized matrices: MXFP4, and FP8 and INT8 with one scale for a matrix or one for each channel, and what config.json says of each.
 
 https://github.com/amd/quark (quark/torch/export: nn/modules/realquantizer.py, nn/modules/qparamslinear_builder.py; utils/pack.py)
 """
@@ -6,12 +6,14 @@ https://github.com/amd/quark (quark/torch/export: nn/modules/realquantizer.py, n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from moeglot.coding import Coding
 from moeglot.encoding import WHOLE, Encoding
 from moeglot.encodings.fp8 import FP8
+from moeglot.encodings.int8 import INT8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.rules import Quantization, quark
 
@@ -39,6 +41,26 @@ def _write(weight: Mapping[str, Any], beside: Mapping[str, Any], encoding: Encod
         "exclude": list(kept),
         "export": {"weight_format": "real_quantized", "pack_method": "reorder", "kv_cache_group": [], "min_kv_scale": 0.0, "weight_merge_groups": None},
     }
+
+
+def _read_int8(mine: INT8, weight: Mapping[str, Any], said: Quantization, module: str) -> Encoding | None:
+    declared = _read(mine, weight, said, module) and quark(said, module)
+    symmetric = bool(declared and declared.get("symmetric") is True)
+    return replace(mine, symmetric=symmetric) if declared and (symmetric or mine.block[0] == 1) else None
+
+
+def _write_int8(weight: Mapping[str, Any], beside: Mapping[str, Any], encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    assert isinstance(encoding, INT8)
+    return _write(weight, {**beside, "symmetric": encoding.symmetric}, encoding.bare_of_carried, kept)
+
+
+def _int8(name: str, encoding: INT8, scheme: str, observer: str, about: str) -> Coding:
+    """There are zero points whatever it says; activations in INT8 have one too, which others' files do not."""
+    weight = {"dtype": "int8", "qscheme": scheme}
+    beside = {"observer_cls": observer, "scale_type": "float", "zero_point_type": "int32"}
+    linear = {**E4M3, "zero_point": ".weight_zero_point", "input_zero_point": ".input_zero_point"}
+    read, write = partial(_read_int8, encoding, weight), partial(_write_int8, weight, beside)
+    return Coding(name, encoding, linear, {}, read, write, SOURCE, f"AMD Quark's {about}", judges=("amd-quark",), kept="exclude", spelled=True)
 
 
 def _quark(name: str, encoding: Encoding, linear: Mapping[str, str], weight: Mapping[str, Any], beside: Mapping[str, Any], about: str) -> Coding:
@@ -74,4 +96,14 @@ FP8_CHANNEL_QUARK = _quark(
     {"dtype": "fp8_e4m3", "qscheme": "per_channel"},
     {"observer_cls": "PerChannelMinMaxObserver", "symmetric": True},
     "FP8 E4M3 with a scale for each output channel, in a vector",
+)
+INT8_QUARK = _int8(
+    "int8-quark", INT8((WHOLE, WHOLE), zeros=True), "per_tensor", "PerTensorMinMaxObserver", "symmetric INT8 with one scale and a zero point of 0 for a matrix"
+)
+INT8_CHANNEL_QUARK = _int8(
+    "int8-channel-quark",
+    INT8((1, WHOLE), zeros=True, bare=True),
+    "per_channel",
+    "PerChannelMinMaxObserver",
+    "INT8 with a scale and a zero point for each output channel, in vectors",
 )

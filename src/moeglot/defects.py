@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from moeglot.checkpoint import Checkpoint
 from moeglot.coding import WEIGHT, said
 from moeglot.dtypes import WEIGHT_DTYPES
+from moeglot.encoding import Encoding
 from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.int4 import INT4
+from moeglot.encodings.int8 import INT8
 from moeglot.rules import method
 
 
@@ -40,6 +42,15 @@ def _across_rows(c: Checkpoint) -> bool:
     """Runs of 4-bit codes that go on in the next row, in rows of a length that a kernel for AVX512 takes."""
     widths = [(line.expert_shape(c.sizes)[-1], line.encoding) for line in c.format.stored]
     return any(isinstance(e, BNB4) and n % 16 == 0 and n % e.blocksize for n, e in widths)
+
+
+def _has_zero_points(encoding: Encoding) -> bool:
+    return (isinstance(encoding, INT8) and not (encoding.symmetric or encoding.zeros)) or (isinstance(encoding, INT4) and encoding.zero)
+
+
+def _in_bytes(encoding: Encoding) -> bool:
+    """As compressed-tensors has INT8, not Quark."""
+    return isinstance(encoding, INT8) and encoding.container == "bytes" and not encoding.zeros
 
 
 def _stacked(c: Checkpoint) -> bool:
@@ -107,8 +118,13 @@ DEFECTS = (
     ),
     Defect(
         "transformers 5.23",
-        "it refuses INT4 experts with zero points: compressed-tensors' modules for experts have none",
-        lambda c: any(isinstance(line.encoding, INT4) and line.encoding.zero for line in c.format.stored),
+        "it refuses INT4 and INT8 experts with zero points: compressed-tensors' modules for experts have none",
+        lambda c: any(_has_zero_points(line.encoding) for line in c.format.stored),
+    ),
+    Defect(
+        "transformers 5.23",
+        "it refuses experts whose INT8 numbers are a byte each (int-quantized): of whole numbers it decodes packed ones; `moeglot.load` reads it",
+        lambda c: not _stacked(c) and any(_in_bytes(line.encoding) for line in c.format.stored),
     ),
     Defect("transformers 5.5", "it takes the packed bytes of 4-bit experts for weights", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),
     Defect("transformers 5.23", "it refuses 4-bit experts that are stored one by one (size mismatch)", lambda c: _coded(c, "nf4", "fp4") and not _stacked(c)),

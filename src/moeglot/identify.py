@@ -69,7 +69,8 @@ class Identification:
             raise UnknownFormat(
                 f"{name}: there is no config.json", "it says what the model is and how large it is", "put the producer's config.json beside the tensors"
             )
-        found = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in ("shapes", "config.json")}
+        kinds = ("shapes",) if self._first("declared") else ("shapes", "config.json")  # what is declared is nearer than what has the same names
+        found = {form: refutation for form, refutation in self.ruled_out.items() if refutation.by in kinds}
         near = {form: refutation for form, refutation in found.items() if not by_name(form).asked}
         if len(near) == 1:
             (form, refutation), *_ = near.items()

@@ -34,7 +34,8 @@ def is_static(quantization: Quantization, module: str) -> bool:
         return alike and how == (("tensor", False) if inputs.get("num_bits") == 8 else ("tensor_group", "local"))
     if method(quantization) == "quark":
         said = quark_layer(quantization, module).get("input_tensors") or {}
-        return all(said.get(key) == value for key, value in {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False}.items())
+        known = {"qscheme": "per_tensor", "is_dynamic": False}
+        return said.get("dtype") in ("fp8_e4m3", "int8") and all(said.get(key) == value for key, value in known.items())
     return algorithm_of(quantization, module) in _STATIC
 
 

@@ -19,6 +19,7 @@ from moeglot.encodings import ENCODINGS
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.gptq import GPTQ
 from moeglot.encodings.int4 import INT4, SAME_CODES
+from moeglot.encodings.int8 import INT8
 from moeglot.encodings.mxfp4 import MXFP4, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
@@ -36,6 +37,10 @@ CODED |= {
     "int4:64 in float16": INT4(64, "kimi", "F16", "I32"),
     "int4:32:asymmetric in float32": INT4(32, scale="F32", zero=True),
     "int4:64:asymmetric in float16": INT4(64, scale="F16", zero=True),
+    "int8-tensor in float32": INT8((WHOLE, WHOLE), scale="F32"),
+    "int8-group:32 in float32": INT8((1, 32), scale="F32"),
+    "int8-channel:asymmetric in float32": INT8(symmetric=False, scale="F32"),
+    "int8-pack:64:asymmetric in float16": INT8((1, 64), "words", symmetric=False, scale="F16", shape="I32"),
     "gptq:32, down": GPTQ(32, less=True, order=True),
     "gptq:channel in bfloat16, down": GPTQ(WHOLE, scale="BF16"),
     "awq:32:asymmetric, down": GPTQ(32, packing="awq", symmetric=False),
@@ -92,7 +97,8 @@ def test_decode_encode_decode_is_decode(encoding, shape, few):
         parts = dict(make_parts(encoding, shape, seed).parts)
         if few:
             name = "weight" if "weight" in parts else "packed"
-            parts[name] = (parts[name].view(torch.uint8) & (0xB7 if name == "weight" else 0x99)).view(parts[name].dtype)
+            mask = 0x99 if name == "packed" or parts[name].dtype == torch.int8 else 0xB7
+            parts[name] = (parts[name].view(torch.uint8) & mask).view(parts[name].dtype)
         assert encoding.check(parts) is None
         values = encoding.decode(parts, torch.float32)
         assert values.shape == shape
@@ -101,7 +107,7 @@ def test_decode_encode_decode_is_decode(encoding, shape, few):
         assert encoding.check(again) is None
         returned = encoding.decode(again, torch.float32)
         assert torch.equal(returned, values)
-        assert torch.equal(bits(returned), bits(values)) or encoding.name.startswith("int4")  # whose zero has the sign of its scale
+        assert torch.equal(bits(returned), bits(values)) or encoding.name.startswith(("int4", "int8"))  # whose zero has the sign of its scale
         if encoding.undetermined(parts) == 0:
             assert all(torch.equal(again[name].view(torch.uint8), parts[name].view(torch.uint8)) for name in parts)
         assert encoding.undetermined(again) <= encoding.undetermined(parts)
@@ -120,7 +126,8 @@ def test_what_an_encoder_writes_returns(encoding):
             assert encoding.undetermined(parts) == 0
             assert all(torch.equal(again[name].view(torch.uint8), parts[name].view(torch.uint8)) for name in parts)
         error = (encoding.decode(parts, torch.float32) - given_values.float()).norm() / given_values.float().norm()
-        assert 1e-3 < error < (0.04 if encoding.name.startswith(("fp8", "mxfp8")) else 0.18)
+        most = 0.012 if encoding.name.startswith("int8") else 0.04 if encoding.name.startswith(("fp8", "mxfp8")) else 0.18
+        assert 1e-3 < error < (0.18 if getattr(encoding, "scale", None) == "F16" else most)  # whose smallest are few
 
 
 @EACH
@@ -167,7 +174,7 @@ def test_zeros(encoding):
     assert encoding.check(parts) is None
     found = encoding.decode(parts, torch.float32)
     assert torch.equal(found, values)
-    assert torch.equal(bits(found), bits(values)) is not (encoding.kind in SAME_CODES)
+    assert torch.equal(bits(found), bits(values)) is not (encoding.kind in SAME_CODES or isinstance(encoding, INT8))
 
 
 @EACH

@@ -15,6 +15,7 @@ from moeglot.rounding import Rounding
 ENCODINGS = (
     *("bfloat16", "float16", "mxfp4", "mxfp4:ocp", "mxfp4:compressed-tensors", "fp8-block", "fp8-block:bf16", "fp8-block:e8m0", "fp8-channel", "fp8-tensor"),
     *("nvfp4", "nvfp4:compressed-tensors", "int4:32", "int4:32:kimi", "int4:channel", "int4:32:asymmetric", "mxfp8", "nf4", "nf4:nested", "fp4", "nf4:128"),
+    *("int8-channel", "int8-pack:32"),
 )
 SHAPES = st.sampled_from([(64, 64), (128, 64), (64, 128), (192, 96), (96, 160)])
 each = pytest.mark.parametrize("encoding", ENCODINGS)

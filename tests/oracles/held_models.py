@@ -19,6 +19,7 @@ from moeglot.integrations.transformers import VERSION
 CODINGS = (
     *("fp8-block", "fp8-channel", "fp8-tensor", "fp8-block-compressed", "mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-pack", "nf4", "fp4"),
     *("autofp8", "mxfp4-modelopt", "mxfp4-quark", "fp8-quark", "fp8-channel-quark"),
+    *("int8-channel", "int8-pack", "int8-quark"),
 )
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -50,6 +51,11 @@ def matrix(file: dict[str, torch.Tensor], key: str, shape: tuple[int, int]) -> t
     scale = file.get(key + "_scale", file.get(key + "_scale_inv"))
     if packed.dtype == torch.float8_e4m3fn:
         return packed.float() * spread(scale, *shape[-2:])
+    if packed.dtype == torch.int8:
+        return packed.float() * spread(scale, *shape[-2:])
+    if packed.dtype == torch.int32 and packed.shape[-1] == shape[-1] // 4:  # four bytes, the lowest first, each 128 more than its number
+        codes = torch.stack([(packed.long() >> 8 * n) & 255 for n in range(4)], -1).flatten(-2) - 128
+        return codes * spread(scale, *shape[-2:])
     if packed.dtype == torch.int32:  # eight nibbles, the lowest first, each 8 more than its number
         codes = torch.stack([(packed.long() >> 4 * n) & 15 for n in range(8)], -1).flatten(-2) - 8
         return codes * scale.float().repeat_interleave(32, -1)

@@ -97,7 +97,7 @@ def test_one_matrix_each(family, coding, tmp_path):
     live, folder = folder_of(family, f"hub+{coding}", tmp_path)
     before = logits(live)
     expected = of_file(live, family, folder, *SIZES[family])
-    assert relative(before, logits(expected)) > POWER  # the encoding shows, so it matters that it is decoded
+    assert relative(before, logits(expected)) > (1e-3 if coding.startswith("int8") else POWER)  # the encoding shows, so it matters that it is decoded
     holds(folder, expected)
 
 

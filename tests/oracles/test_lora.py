@@ -23,6 +23,7 @@ FORMATS = (
     "mixtral/hub+fp8-block",
     "nemotron-h/hub",
     "qwen3-moe/hub+nf4",
+    "qwen3-moe/hub+int8-channel",
 )
 TOKENS, RANKS, R = 11, 2, 3
 

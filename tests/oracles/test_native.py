@@ -223,7 +223,7 @@ def test_few_tokens_are_multiplied_out_of_the_codes(monkeypatch):
 
 
 @pytest.mark.skipif(not kernels.installed(), reason="numba is not installed")
-@pytest.mark.parametrize("encode", ["mxfp4", "fp8-block", "nf4", "int4:32"])
+@pytest.mark.parametrize("encode", ["mxfp4", "fp8-block", "nf4", "int4:32", "int8-pack:32"])
 def test_an_expert_decoded_by_several_threads_has_the_same_bits(encode, tmp_path, monkeypatch):
     from moeglot.kernels import threads
 

@@ -23,7 +23,8 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SHARED, hidden_size=256, intermediate_size=128, num_local_experts=4),
 }
 LAYOUTS = {"qwen3-moe": "qwen3-moe/hub", "mixtral": "mixtral/quark"}
-CODINGS = ("mxfp4-quark", "fp8-quark", "fp8-channel-quark")
+CODINGS = ("mxfp4-quark", "fp8-quark", "fp8-channel-quark", "int8-quark", "int8-channel-quark")
+INT8 = {"is_dynamic": False, "round_method": "half_even", "scale_type": "float"}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -46,6 +47,12 @@ def spec(coding):
         return config.FP8E4M3PerChannelSpec(ch_axis=0, is_dynamic=False).to_quantization_spec()
     if coding == "int4":
         return config.Int4PerGroupSpec(ch_axis=1, group_size=32, is_dynamic=False).to_quantization_spec()
+    if coding == "int8-quark":
+        return config.Int8PerTensorSpec(observer_method="min_max", symmetric=True, **INT8).to_quantization_spec()
+    if coding in ("int8-channel-quark", "int8-channel-asymmetric"):
+        return config.Int8PerChannelSpec(symmetric="asymmetric" not in coding, ch_axis=0, **INT8).to_quantization_spec()
+    if coding == "int8-group":
+        return config.Int8PerGroupSpec(symmetric=True, ch_axis=1, group_size=32, **INT8).to_quantization_spec()
     if coding == "fp6":
         return config.OCP_MXFP6E3M2Spec(ch_axis=-1, is_dynamic=False).to_quantization_spec()
     return config.AmdFP4Spec(ch_axis=-1, group_size=32, is_dynamic=False).to_quantization_spec()
@@ -139,6 +146,26 @@ def test_it_reads_what_we_write(plain, coding, tmp_path):
 
 
 @pytest.mark.parametrize("plain", ["qwen3-moe"], indirect=True)
+def test_int8_with_zero_points_and_activations_under_a_scale(plain, tmp_path):
+    """Other producers' files say the same numbers, and of activations the same, in channels that have zero points or not."""
+    _, folder = plain
+    given = exported(folder, tmp_path / "given", "int8-channel-asymmetric", inputs="int8-quark")
+    _, theirs = imported(given)
+    for name, values in ours(given, 0).items():
+        assert torch.equal(values, theirs["model." + name]), name
+    tensors = load_file(given / "model.safetensors")
+    assert moeglot.convert(given, "qwen3-moe/hub+int8-channel-quark", tmp_path / "same").report.verdict == "holds"
+    same = load_file(tmp_path / "same" / "model.safetensors")
+    assert all(torch.equal(same[name], tensor) for name, tensor in tensors.items())
+    moeglot.convert(given, "qwen3-moe/hub+int8-channel", tmp_path / "other", allow_loss=True)
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert all(torch.equal(other[name].view(-1), tensor.view(-1)) for name, tensor in tensors.items() if ".experts." in name)
+    said = json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert said["weights"]["symmetric"] is False
+    assert (said["input_activations"]["strategy"], said["input_activations"]["dynamic"]) == ("tensor", False)
+
+
+@pytest.mark.parametrize("plain", ["qwen3-moe"], indirect=True)
 def test_patterns(plain, tmp_path):
     """Attention coded otherwise than the experts, an activation's scales, and a layer whose experts are left alone."""
     _, folder = plain
@@ -175,6 +202,7 @@ def test_activations_are_rounded_as_before_where_another_producer_was_between(pl
     ("coding", "wanted", "said"),
     [
         ("int4", {}, "'dtype': 'int4'"),
+        ("int8-group", {}, "'dtype': 'int8', 'qscheme': 'per_group'"),
         ("fp6", {}, "'dtype': 'fp6_e3m2'"),
         ("amdfp4", {}, "'scale_format': 'e5m3'"),
         ("fp8-quark", {"weight_format": "fake_quantized"}, "'weight_format': 'fake_quantized'"),

@@ -14,6 +14,7 @@ from moeglot.encoding import Encoding
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.gptq import GPTQ
 from moeglot.encodings.int4 import INT4
+from moeglot.encodings.int8 import INT8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 
@@ -88,6 +89,32 @@ def int8_as_a_number(parts: Parts) -> torch.Tensor:
     return (parts["packed"].float() * parts["scale"].float().repeat_interleave(16, -1)).repeat_interleave(2, -1)
 
 
+def int8_in_offset_binary(parts: Parts) -> torch.Tensor:
+    """Two's complement taken for 128 more than the number."""
+    return (parts["weight"].view(torch.uint8).float() - 128) * parts["scale"].float()
+
+
+def int8_words_in_twos_complement(parts: Parts) -> torch.Tensor:
+    return parts["packed"].view(torch.int8).float() * parts["scale"].float()
+
+
+def int8_highest_first(parts: Parts) -> torch.Tensor:
+    return (parts["packed"].view(torch.uint8).unflatten(-1, (-1, 4)).flip(-1).flatten(-2).float() - 128) * parts["scale"].float()
+
+
+def int8_scaled_by_input(parts: Parts) -> torch.Tensor:
+    """A scale for each output taken for one of each input, where both are 192."""
+    return parts["weight"].float() * parts["scale"].float().mT
+
+
+def int8_turned(parts: Parts) -> torch.Tensor:
+    return (parts["weight"].float() * parts["scale"].float()).mT
+
+
+def int8_without_zero_points(parts: Parts) -> torch.Tensor:
+    return parts["weight"].float() * parts["scale"].float()
+
+
 def by_words(parts: Parts, codes: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """codes [in, out] and zero points [in / 64, out] -> numbers [in, out]."""
     return (codes - zeros.repeat_interleave(64, 0)) * parts["scale"].float().repeat_interleave(64, 0)
@@ -129,6 +156,12 @@ class Wrong:
 WRONGS = [
     Wrong("INT4 as two's complement", "tinker-cookbook 0.6.1; its own round trip is exact", INT4(32, "kimi"), twos_complement, 1),
     Wrong("INT4 with the highest nibble first", "a packer that fills words from the top", INT4(32), highest_first, 1),
+    Wrong("INT8's bytes in offset binary", "the reading of pack-quantized", INT8(), int8_in_offset_binary, 1),
+    Wrong("INT8's words in two's complement", "the reading of int-quantized", INT8(container="words"), int8_words_in_twos_complement, 1),
+    Wrong("INT8's words with the highest byte first", "a packer that fills words from the top", INT8(container="words"), int8_highest_first, 1),
+    Wrong("INT8's scales by input", "a vector [out] against [in]", INT8(), int8_scaled_by_input, 0.5, columns=192),
+    Wrong("INT8 on its side", "Quark's groups, which lie [in, out]", INT8(), int8_turned, 1, columns=192),
+    Wrong("INT8 without its zero points", "weight_zero_point unread", INT8(symmetric=False), int8_without_zero_points, 0.05),
     Wrong("GPTQ's zero points not one more", "checkpoint_format gptq read as gptq_v2", GPTQ(64, symmetric=False), zero_points_of_v1, 0.1),
     Wrong("GPTQ with the highest nibble first", "a packer that fills words from the top", GPTQ(64, less=True), words_from_the_top, 1),
     Wrong("GPTQ's words along the outputs", "[in, out] taken for [out, in] where both are 192", GPTQ(64, less=True), lying_on_the_side, 1, columns=192),

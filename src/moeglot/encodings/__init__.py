@@ -8,6 +8,7 @@ from moeglot.encodings import bnb4
 from moeglot.encodings.fp8 import FP8, MX_GROUP
 from moeglot.encodings.gptq import GPTQ
 from moeglot.encodings.int4 import INT4
+from moeglot.encodings.int8 import INT8
 from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
@@ -36,6 +37,14 @@ ENCODINGS: dict[str, Encoding] = {
     "int4:32:asymmetric": INT4(32, zero=True),
     "int4:128:asymmetric": INT4(128, zero=True),
     "int4:channel:asymmetric": INT4(WHOLE, zero=True),
+    "int8-channel": INT8(),
+    "int8-channel:asymmetric": INT8(symmetric=False),
+    "int8-tensor": INT8((WHOLE, WHOLE)),
+    "int8-group:128": INT8((1, 128)),
+    "int8-pack:channel": INT8(container="words"),
+    "int8-pack:32": INT8((1, 32), "words"),
+    "int8-pack:128": INT8((1, 128), "words"),
+    "int8-pack:128:asymmetric": INT8((1, 128), "words", symmetric=False),
     "gptq:128": GPTQ(128, less=True),
     "gptq:32": GPTQ(32, less=True),
     "gptq:128:asymmetric:v2": GPTQ(128, symmetric=False),

@@ -23,7 +23,7 @@ def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:
     """What makes a carried part impossible, or None. A zero is what some producers write for an expert that no token reached."""
     for name in (part.name for part in carried):
         number = parts[name]
-        if not bool(number.isfinite().all()) or bool((number < 0).any()):
+        if not bool(number.isfinite().all()) or (bool((number < 0).any()) and number.is_floating_point()):
             return f"has an {name} of {number.min().item():g}"
     return None
 

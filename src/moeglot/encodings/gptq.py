@@ -170,6 +170,6 @@ class GPTQ(Words):
         return sum(int((self._away(one) <= gptq.middle(self.bits) // 2).sum()) for one in self._matrices(parts))
 
     def inverted(self, parts: Parts) -> Parts:
-        from moeglot.kernels import int4
+        from moeglot.kernels import integers
 
-        return {**parts, "scale": int4.reciprocal(parts["scale"])}
+        return {**parts, "scale": integers.reciprocal(parts["scale"])}

@@ -107,25 +107,15 @@ class INT4(Encoding):
         return {"packed": packed, "scale": scale, **found, "shape": shape.expand(*values.shape[:-2], 1, 1, 2).clone()}
 
     def _problem(self, parts: Parts) -> str | None:
-        from moeglot.kernels import int4
+        from moeglot.kernels import int4, integers
 
         packed, scale, shape = parts["packed"], parts["scale"], parts["shape"]
         sizes = shape.reshape(-1, 2).tolist()
         rows, columns = sum(size[0] for size in sizes), sizes[0][1]
         if rows != packed[..., 0].numel() or any(size[1] != columns for size in sizes) or -(-columns // 8) != packed.shape[-1]:
             return f"has packed numbers of shape {list(packed.shape)} beside a shape part that says {sizes[0] if len(sizes) == 1 else sizes}"
-        if not bool(scale.isfinite().all()):
-            return "has scales that are NaN or infinite"
-        wide, zero = scale.float().abs(), parts.get("zero_point")  # AutoRound has negative ones
-        small, large = wide < int4.LEAST, not bool((wide * int4.WIDEST).isfinite().all())
-        if not large and not bool(small.any()):
-            return None
-        codes = int4.largest_codes(packed, columns, self.block, zero)
-        if bool((small & (codes > 0)).any()):
-            return f"has scales of {scale[small & (codes > 0)][0].item():g} beside codes that are not zero, as in a file that was never filled"
-        if not bool((wide * codes).isfinite().all()):
-            return f"has scales of {scale[~(wide * codes).isfinite()][0].item():g}, under which codes are infinite"
-        return None
+        zero = parts.get("zero_point")
+        return integers.problem(scale, int4.WIDEST, lambda: int4.largest_codes(packed, columns, self.block, zero))
 
     def fits_in(self, other: Encoding) -> bool:
         if isinstance(other, Plain):
@@ -202,9 +192,9 @@ class INT4(Encoding):
         return int4.changed(parts["packed"], parts["scale"], columns, self.block, dtype, DIVISORS[self.rule], zero)
 
     def inverted(self, parts: Parts) -> Parts:
-        from moeglot.kernels import int4
+        from moeglot.kernels import integers
 
-        return {**parts, "scale": int4.reciprocal(parts["scale"])}
+        return {**parts, "scale": integers.reciprocal(parts["scale"])}
 
     def __str__(self) -> str:
         return self.name if self.rule == "compressed-tensors" else f"{self.name}:{self.rule}"

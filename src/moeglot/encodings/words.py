@@ -184,7 +184,7 @@ class Words(Encoding):
     def _problem(self, parts: Parts) -> str | None:
         import torch
 
-        from moeglot.kernels import gptq, int4
+        from moeglot.kernels import gptq, integers
 
         upright = self._upright(parts)
         scale, awq, most = upright["scale"], self.packing == "awq", (1 << self.bits) - 1
@@ -200,11 +200,11 @@ class Words(Encoding):
         if self.order and (problem := self._order_problem(upright["order"], scale.shape[-1])):
             return problem
         wide = scale.to(torch.float32).abs()
-        if not bool((wide < int4.LEAST).any()) and bool((wide * most).isfinite().all()):
+        if not bool((wide < integers.LEAST).any()) and bool((wide * most).isfinite().all()):
             return None
         away = torch.stack([self._away(one) for one in self._matrices(parts)]).view(scale.shape)
-        if bool(((wide < int4.LEAST) & (away > 0)).any()):
-            return f"has scales of {scale[wide < int4.LEAST].max().item():g} beside codes that are not zero, as in a file that was never filled"
+        if bool(((wide < integers.LEAST) & (away > 0)).any()):
+            return f"has scales of {scale[wide < integers.LEAST].max().item():g} beside codes that are not zero, as in a file that was never filled"
         return None if bool((wide * away).isfinite().all()) else f"has scales of {wide.max().item():g}, under which codes are infinite"
 
     def _order_problem(self, order: torch.Tensor, groups: int) -> str | None:

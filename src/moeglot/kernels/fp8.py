@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from moeglot import scratch
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.kernels import backend
-from moeglot.kernels.grid import E4M3, Block, Grid, in_singles, largest, matrices, over, runs, settle, shape_of, step_of, times
+from moeglot.kernels.grid import E4M3, Block, Grid, in_singles, largest, matrices, over, runs, settle, shape_of, slabs, step_of, times
 from moeglot.kernels.lattice import Levels
 
 LARGEST = 448.0  # of E4M3 "fn": no infinity, NaN is 0x7f and 0xff
@@ -144,7 +143,7 @@ def encode(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor
     weight = scratch.empty(tuple(values.shape), torch.uint8).view(torch.float8_e4m3fn)
     factors = torch.empty(shape_of(tuple(values.shape), block), dtype=torch.float32, device="cpu")
     for given, codes, factor in zip(matrices(values), matrices(weight), matrices(factors), strict=True):
-        for rows, tiles in _slabs(given, block, AT_ONCE):
+        for rows, tiles in slabs(given, block, AT_ONCE):
             factor[tiles] = _scales(given[rows], block, dtype)
             _codes(given[rows], factor[tiles], block, codes[rows])
     stored = scale_as(factors, dtype)
@@ -193,16 +192,8 @@ def changed(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str)
     """How many blocks have another scale, or other codes, after decoding and encoding them."""
     count = 0
     for codes, factor in zip(matrices(weight), matrices(scale), strict=True):
-        for rows, tiles in _slabs(codes, block, DECODED):
+        for rows, tiles in slabs(codes, block, DECODED):
             again, scale_again = encode(decode(codes[rows], factor[tiles], block, torch.float32), block, dtype)
             differ = codes[rows].contiguous().view(torch.uint8) != again.view(torch.uint8)
             count += int(((largest(differ, block) > 0) | (scale_values(factor[tiles]) != scale_values(scale_again))).sum())
     return count
-
-
-def _slabs(matrix: torch.Tensor, block: Block, numbers: int) -> Iterator[tuple[slice, slice]]:
-    """Rows of blocks with some `numbers` at a time, as rows of numbers and as rows of scales."""
-    tall = block[0] or max(1, len(matrix))
-    some = max(1, numbers // (tall * max(1, matrix.shape[1])))
-    for at in range(0, -(-len(matrix) // tall), some):
-        yield slice(at * tall, (at + some) * tall), slice(at, at + some)

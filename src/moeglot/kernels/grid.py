@@ -18,7 +18,7 @@ CHUNK = 1 << 19  # numbers at a time: the scratch of a step stays near 10 MB wha
 FEW = 128  # numbers of a row that are looked at first
 WITNESSES = 6  # numbers of a tile that each guess of its scale is tried on: of random ones, six fit a guess in no tile of thousands
 Block = tuple[int, int]
-E4M3, INT4 = "e4m3", "int4"
+E4M3, INT4, INT8 = "e4m3", "int4", "int8"
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
@@ -61,6 +61,14 @@ def in_singles(matrix: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     room = backend.working((min(rows, step_of(columns)), columns), torch.float32, matrix.device)
     for some in runs(rows, columns):
         yield some, room[: some.stop - some.start]
+
+
+def slabs(matrix: torch.Tensor, block: Block, numbers: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of blocks with some `numbers` at a time, as rows of numbers and as rows of scales."""
+    tall = block[0] or max(1, len(matrix))
+    some = max(1, numbers // (tall * max(1, matrix.shape[1])))
+    for at in range(0, -(-len(matrix) // tall), some):
+        yield slice(at * tall, (at + some) * tall), slice(at, at + some)
 
 
 def tiled(values: torch.Tensor, width: int) -> Iterator[tuple[torch.Tensor, slice]]:

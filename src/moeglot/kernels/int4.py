@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
-from math import inf
 
 import torch
 
 from moeglot.dtypes import DTYPES
-from moeglot.errors import BadNumbers, TensorMismatch
-from moeglot.kernels import backend
-from moeglot.kernels.grid import (
-    INT4,
-    Block,
-    Grid,
-    first_numbers,
-    in_singles,
-    largest,
-    matrices,
-    over,
-    plus,
-    possible,
-    refuted,
-    runs,
-    settle,
-    shape_of,
-    tiled,
-    times,
-)
+from moeglot.errors import TensorMismatch
+from moeglot.kernels import backend, integers
+from moeglot.kernels.grid import Block, in_singles, largest, matrices, over, plus, runs, shape_of, times
 from moeglot.kernels.lattice import Levels
 
 WORD = 8  # numbers in an int32
 OFFSET = 8
 WIDEST = 15
 """The largest magnitude of a code less its zero point."""
-LEAST = 2.0**-126
-"""The smallest magnitude of a scale whose products are normal float32; float16 has none below it."""
 
 
 @cache
@@ -44,17 +23,6 @@ def _pairs(device: torch.device) -> torch.Tensor:
     """int64 [256]: the two float32 of each byte."""
     byte = torch.arange(256, device=device, dtype=torch.int64)
     return torch.stack([(byte & 15) - OFFSET, (byte >> 4) - OFFSET], -1).to(torch.float32).view(torch.int64).flatten()
-
-
-def _nearest(quotients: torch.Tensor) -> torch.Tensor:
-    return quotients.round_().clamp_(-OFFSET, OFFSET - 1)
-
-
-@cache
-def _grid(dtype: str) -> Grid:
-    """-8 × scale or 7 × scale is the largest number of every producer's group; others only where groups were cut."""
-    torch_dtype = DTYPES[dtype].torch
-    return Grid((7, 8, 6, 5, 4, 3, 2, 1), _nearest, lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0, kind=INT4)
 
 
 @cache
@@ -65,14 +33,6 @@ def levels() -> Levels:
         return (quotients.round().clamp(-OFFSET, OFFSET - 1) + OFFSET).to(torch.uint8)
 
     return Levels(torch.arange(-OFFSET, OFFSET, dtype=torch.float32, device="cpu"), rounded)
-
-
-@cache
-def _wide_grid(dtype: str) -> Grid:
-    """With a zero point: codes less their zero go from -15 to 15, over a range of 15. The fewest steps that fit are within that of any other."""
-    torch_dtype, most = DTYPES[dtype].torch, 2 * OFFSET - 1
-    steps = tuple(range(1, most + 1))
-    return Grid(steps, lambda q: q.round_().clamp_(-most, most), lambda scale: scale.to(torch_dtype).float() == scale, ulps=1 if dtype == "F32" else 0)
 
 
 def columns_of(shape: torch.Tensor) -> int:
@@ -104,11 +64,7 @@ def decode(
             "check group_size in config.json",
         )
     if not bool(scale.isfinite().all()):
-        raise BadNumbers(
-            "an INT4 scale is NaN or infinite",
-            "a value is code × scale, and zero times infinity is no number",
-            "the file is damaged; compare its hash with its producer's",
-        )
+        raise integers.infinite(4)
     values = backend.place(shape, dtype, packed.device, out)
     zeros = None if zero is None else matrices(zero_points(zero, shape[-2]))
     fast = backend.compiled("int4", packed, values) if zero is None and dtype in (torch.bfloat16, torch.float32) else None
@@ -136,12 +92,6 @@ def pack_zero(zero: torch.Tensor) -> torch.Tensor:
     return packed((zero.mT + OFFSET).to(torch.uint8)).mT.contiguous()
 
 
-def reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale in its own type, and the largest number of that where it has none so large."""
-    most = torch.finfo(scale.dtype).max
-    return (1 / scale.to(torch.float32)).clamp(-most, most).to(scale.dtype)
-
-
 def _unpack(packed: torch.Tensor) -> torch.Tensor:
     """i32 [n, k] -> float32 [n, 8 k]."""
     index = packed.contiguous().view(torch.uint8).int()
@@ -155,12 +105,12 @@ def encode(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> tu
     fast = backend.compiled("int4", values)
     for given, words, factor in zip(matrices(values), matrices(found), matrices(scale), strict=True):
         for rows, some in in_singles(given):
-            factor[rows] = _scales(given[rows], block, dtype, divisor)
+            factor[rows] = integers.scales(given[rows], block, dtype, 4, divisor)
             if fast:
                 fast.encode(backend.in_half_or_single(given[rows]), factor[rows].to(torch.float32), block[1] or given.shape[1], words[rows])
                 continue
             quotients = over(some.copy_(given[rows]), slice(0, len(some)), factor[rows].to(torch.float32), block)
-            words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
+            words[rows] = packed((integers.nearest(quotients, 4) + OFFSET).to(torch.uint8))
     return found, scale
 
 
@@ -174,60 +124,11 @@ def encode_with_zero(values: torch.Tensor, block: Block, dtype: str) -> tuple[to
         points = torch.empty(factor.shape, dtype=torch.float32, device="cpu")
         for rows, some in in_singles(given):
             here = slice(0, len(some))
-            factor[rows], points[rows] = _spans(some.copy_(given[rows]), block, dtype)
+            factor[rows], points[rows] = integers.spans(some.copy_(given[rows]), block, dtype, 4)
             quotients = plus(over(some, here, factor[rows].to(torch.float32), block), here, points[rows], block)
-            words[rows] = packed((_nearest(quotients) + OFFSET).to(torch.uint8))
+            words[rows] = packed((integers.nearest(quotients, 4) + OFFSET).to(torch.uint8))
         zeros.copy_(pack_zero(points))
     return found, scale, zero
-
-
-def _spans(values: torch.Tensor, block: Block, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [rows, in] -> scale in `dtype` and zero point (float32, -8 to 7), both [rows, groups]."""
-    low = torch.cat([part.amin(-1) for part, _ in tiled(values, block[1])], -1).clamp_(max=0)
-    high = torch.cat([part.amax(-1) for part, _ in tiled(values, block[1])], -1).clamp_(min=0)
-    spread = (high - low) / (2 * OFFSET - 1)
-    scale = spread.clamp(min=LEAST).to(DTYPES[dtype].torch)
-    if not bool(scale.isfinite().all()):
-        raise _no_scale(high.abs().maximum(low.abs()), dtype, 2 * OFFSET - 1)
-    empty = (spread == 0) | (scale == 0)
-    scale = torch.where(empty, torch.tensor(torch.finfo(scale.dtype).eps, dtype=scale.dtype, device="cpu"), scale)
-    settled = settle(values, scale.to(torch.float32), block, _wide_grid(dtype), LEAST)
-    divisor = torch.where(settled == scale.to(torch.float32), torch.where(empty, 1.0, spread), settled)  # the quotient before the scale was rounded
-    zero = torch.where(empty, 0.0, (-OFFSET - low / divisor).clamp_(-OFFSET, OFFSET - 1).round_())
-    return settled.to(scale.dtype), zero
-
-
-def _no_scale(largest: torch.Tensor, dtype: str, divisor: float) -> BadNumbers:
-    return BadNumbers(
-        f"a weight of {largest.nan_to_num(nan=float('inf')).max().item():g} has no finite INT4 scale in {DTYPES[dtype].torch_name}",
-        f"the scale of a group is its largest magnitude / {divisor:g}",
-        "find where the source lost its numbers; moeglot verify PATH names the tensor",
-    )
-
-
-def _scales(values: torch.Tensor, block: Block, dtype: str, divisor: float) -> torch.Tensor:
-    amax = largest(values, block)
-    scale = (amax / divisor).clamp_(min=LEAST).to(DTYPES[dtype].torch)
-    if not bool(scale.isfinite().all()):
-        raise _no_scale(amax, dtype, divisor)
-    empty = torch.finfo(scale.dtype).eps  # what compressed-tensors writes for a group of zeros, and what keeps a float16 scale from being one
-    scale = torch.where((amax == 0) | (scale == 0), torch.tensor(empty, dtype=scale.dtype, device="cpu"), scale)
-    settled = settle(values, scale.to(torch.float32), block, _grid(dtype), LEAST, amax)
-    return _signed(values, settled, block, dtype, amax).to(scale.dtype)
-
-
-def _signed(values: torch.Tensor, scale: torch.Tensor, block: Block, dtype: str, amax: torch.Tensor) -> torch.Tensor:
-    """The scale, negative in groups that lie on a grid under no other: their largest number is one of code -8, which has no opposite. AutoRound writes such."""
-    grid = replace(_grid(dtype), largest=(OFFSET,))
-    numbers = torch.stack([*first_numbers(values, 1, block[1] or values.shape[1])]).neg_()
-    rows = possible(amax, numbers, grid, LEAST).any(-1).nonzero().squeeze(1)
-    if not len(rows):
-        return scale
-    some, mine = values[rows].to(torch.float32), scale[rows]
-    wrong = refuted(some, mine, block, grid)[1] > -inf
-    mirrored = settle(some.neg_(), mine, block, grid, LEAST, amax[rows])
-    better = wrong & (refuted(some, mirrored, block, grid)[1] == -inf)
-    return scale.index_copy(0, rows, torch.where(better, -mirrored, mine))
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:

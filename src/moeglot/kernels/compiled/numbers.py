@@ -65,7 +65,17 @@ def int4(quotient: Any) -> Any:
     return whole if whole > float32(-8.0) else float32(-8.0)
 
 
-KINDS = {"e4m3": uint8(0), "int4": int8(0)}
+@inline
+def byte(quotient: Any) -> Any:
+    """As `int4`, from -128 to 127."""
+    held = quotient if quotient < float32(129.0) else float32(129.0)
+    held = held if held > float32(-129.0) else float32(-129.0)
+    whole = float32(float32(held + float32(12582912.0)) - float32(12582912.0))
+    whole = whole if whole < float32(127.0) else float32(127.0)
+    return whole if whole > float32(-128.0) else float32(-128.0)
+
+
+KINDS = {"e4m3": uint8(0), "int4": int8(0), "int8": uint32(0)}
 """What tells `made` the codes: the type, which is known when it is compiled."""
 
 
@@ -82,7 +92,10 @@ def made(value: Any, scale: Any, kind: Any) -> Any:
     def by_int4(value: Any, scale: Any, kind: Any) -> Any:
         return float32(int4(float32(value / scale)) * scale) == value
 
-    return by_e4m3 if str(kind) == "uint8" else by_int4
+    def by_int8(value: Any, scale: Any, kind: Any) -> Any:
+        return float32(byte(float32(value / scale)) * scale) == value
+
+    return {"uint8": by_e4m3, "int8": by_int4, "uint32": by_int8}[str(kind)]
 
 
 @inline
