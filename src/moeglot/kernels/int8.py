@@ -34,13 +34,14 @@ def levels() -> Levels:
 
 def of_words(packed: torch.Tensor, numbers: int) -> torch.Tensor:
     """i32 [..., n], the lowest byte first -> i8 [..., numbers]."""
-    return (packed.contiguous().view(torch.uint8)[..., :numbers] ^ FLIP).view(torch.int8)
+    stored = packed.contiguous().flatten().view(torch.uint8).view(*packed.shape[:-1], packed.shape[-1] * WORD)  # strides of an axis of one may be anything
+    return (stored[..., :numbers] ^ FLIP).view(torch.int8)
 
 
 def words(numbers: torch.Tensor) -> torch.Tensor:
     """i8 [..., in] -> i32 [..., ⌈in / 4⌉]; bytes behind the last number are 0."""
     stored = torch.nn.functional.pad(numbers.contiguous().view(torch.uint8) ^ FLIP, (0, -numbers.shape[-1] % WORD))
-    return stored.flatten().view(torch.int32).view(*stored.shape[:-1], stored.shape[-1] // WORD)  # strides of an axis of one may be anything
+    return stored.flatten().view(torch.int32).view(*stored.shape[:-1], stored.shape[-1] // WORD)
 
 
 def decode(
