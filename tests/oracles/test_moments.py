@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from adapters import WRITERS, Job
+from reading import relative
 from safetensors.torch import load_file
-from test_transformers import relative
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
