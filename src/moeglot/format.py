@@ -178,6 +178,11 @@ class Format:
         lines = tuple(replace(line, offset=sizes["e"]) if line.offset == BEHIND else line for line in self.stored)
         return replace(self, stored=lines) if lines != self.stored else self
 
+    def holding(self, lines: tuple[Stored, ...]) -> Format:
+        """This format with other lines; what holds them [out, in] is no module that says `is_transposed`."""
+        found = replace(self, stored=lines, says_transposed=False)
+        return replace(found, says_transposed=self.says_transposed and found.is_in_out)
+
     @property
     def layout(self) -> str:
         """The name of the layout whose matrices are quantized here, its own where `coded` quantized none."""
@@ -271,3 +276,8 @@ def _pattern(template: str) -> re.Pattern[str]:
     for name in ("layer", "expert"):
         pattern = pattern.replace(re.escape("{" + name + "}"), f"(?P<{name}>0|[1-9][0-9]*)")
     return re.compile(pattern.replace(re.escape("{rest}"), "(?P<rest>.+)"))
+
+
+def holder(line: Stored, layer: int) -> str:
+    """The module that holds the experts of a layer, each a module or a tensor of its own."""
+    return line.key.partition("{expert}")[0].rpartition(".")[0].format(layer=layer)

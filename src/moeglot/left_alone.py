@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.format import Format
-from moeglot.layout import Stored
+from moeglot.format import Format, holder
 
 BY_HOLDER = ("gptq", "awq")
 """For whose files vLLM and SGLang ask by the name of what holds the experts, or of the one matrix that they make of several; not by that of each.
@@ -28,11 +27,6 @@ def experts_alone(source: Checkpoint, target: Format, method: str) -> list[str]:
                 each = range(source.sizes["e"]) if line.per_expert else (0,)
                 found |= dict.fromkeys([holder(line, layer)] if whole else [line.module(layer, n) for n in each])
     return list(found)
-
-
-def holder(line: Stored, layer: int) -> str:
-    """The module that holds the experts of a layer, each a module of its own."""
-    return line.key.partition(".{expert}")[0].format(layer=layer)
 
 
 def fused(modules: Sequence[str], method: str) -> list[str]:

@@ -13,7 +13,7 @@ from moeglot.encoding import agree
 from moeglot.encodings.plain import Plain
 from moeglot.errors import MoeglotError, TensorMismatch
 from moeglot.family import Config
-from moeglot.format import Format
+from moeglot.format import Format, holder
 from moeglot.formats import of_family
 from moeglot.layout import Sizes, Stored
 from moeglot.rules import Quantization, telling_apart
@@ -73,9 +73,7 @@ def _unlike_experts(source: Source, form: Format, sizes: Sizes, layers: tuple[in
     """Experts of which a rule says otherwise than of the first of their layer, though their tensors may look alike."""
     for layer in layers if form.coding else ():
         for line in form.lines(layer):
-            rules = (
-                telling_apart(said(source.config), line.key.partition(".{expert}")[0].format(layer=layer)) if line.per_expert and not line.is_plain else None
-            )
+            rules = telling_apart(said(source.config), holder(line, layer)) if line.per_expert and not line.is_plain else None
             for expert in range(1, min(sizes["e"], len(source.entries))) if rules else ():
                 if odd := _unlike(line, layer, expert, form, rules or {}, known):
                     yield odd

@@ -20,10 +20,10 @@ from moeglot.encodings import by_name as by_encoding_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import Contradiction, UsageError
 from moeglot.factors import aliases
-from moeglot.format import Format
+from moeglot.format import Format, holder
 from moeglot.formats import by_name, of_family
 from moeglot.layout import Stored
-from moeglot.left_alone import BY_HOLDER, experts_alone, fused, holder
+from moeglot.left_alone import BY_HOLDER, experts_alone, fused
 from moeglot.rules import AUTO_ROUND, method, sparing
 from moeglot.served import cache_scheme, is_static
 from moeglot.share import Share

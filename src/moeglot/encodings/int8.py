@@ -188,7 +188,8 @@ class INT8(Encoding):
         if not torch.equal(scale.to(torch.float32), parts["scale"].to(torch.float32)) or (zero is not None and other.symmetric and bool((zero != 0).any())):
             return None
         own = replace(other, shape=other.shape or self.shape)
-        return {**own.of_numbers(self.numbers(parts), scale, zero), **{part.name: parts[part.name] for part in other.carried}}
+        told = {"shape": parts["shape"].to(DTYPES[own.shape].torch)} if own.shape and self.container == other.container else {}  # of gate and up, for each
+        return {**own.of_numbers(self.numbers(parts), scale, zero), **told, **{part.name: parts[part.name] for part in other.carried}}
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> Lattice:
         import torch

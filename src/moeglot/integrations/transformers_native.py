@@ -151,7 +151,7 @@ def _upright(source: Format, wanted: Encoding) -> Format:
     coding = next((coding for coding in codings if coding.encoding.name == wanted.name), next(iter(codings), None))
     if coding is None:
         raise UsageError(f"{wanted} has no names for the tensors of {source.name}", source.about, "convert the checkpoint first, with moeglot convert --encode")
-    return replace(source, stored=tuple(replace(line, axes=upright_axes(line), shaped="") for line in source.stored), says_transposed=False).coded(coding)
+    return source.holding(tuple(replace(line, axes=upright_axes(line), shaped="") for line in source.stored)).coded(coding)
 
 
 def upright_axes(line: Stored) -> str:

@@ -174,9 +174,8 @@ def _live_format(native: Mapping[str, Experts]) -> Format:
     lines = {module.layer: tuple(_as_held(line) for line in module.lines) for module in native.values()}
     stored = lines[chief.layer]
     return replace(
-        by_name(chief.beside),
+        by_name(chief.beside).holding(stored),
         name=chief.form if chief.form == chief.beside else f"{chief.beside} with experts of {chief.form}",
-        stored=stored,
         unlike={layer: mine for layer, mine in lines.items() if mine != stored},
         coding=next((coding for coding in CODINGS if coding.name == chief.form.partition("+")[2]), None),
     )
