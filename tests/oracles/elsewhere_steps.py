@@ -23,7 +23,7 @@ from moeglot.nn import Experts, add_lora
 BACKENDS = ("auto", "eager", "grouped", "batched", "reference")
 ENCODINGS = (
     "plain", "mxfp4", "mxfp8", "fp8-block", "fp8-channel", "fp8-tensor", "nvfp4", "nvfp4:compressed-tensors",
-    "int4:32", "int4:channel", "int4:32:asymmetric", "int8-channel", "int8-pack:128:asymmetric", "nf4", "nf4:nested", "fp4",
+    "int4:32", "int4:channel", "int4:32:asymmetric", "int8-channel:asymmetric", "int8-pack:32", "nf4", "nf4:nested", "fp4",
 )  # fmt: skip
 
 

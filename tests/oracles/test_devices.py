@@ -132,7 +132,7 @@ def test_every_encoding_computes_elsewhere_by_every_backend(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 14 * 5
+    assert len(found) == 16 * 5
     assert not {name: error for name, error in found.items() if not error <= LIMIT}
 
 
