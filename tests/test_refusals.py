@@ -85,7 +85,7 @@ def _rival(name: str, gate_up: str, down: str) -> Format:
     """Another producer who uses the very keys of gpt-oss/transformers, for other axes."""
     form = by_name("gpt-oss/transformers")
     lines = {"gate_up_proj": gate_up, "down_proj": down}
-    return replace(form, name=name, stored=tuple(replace(line, axes=lines.get(line.key.split(".")[-1], line.axes)) for line in form.stored))
+    return replace(form.holding(tuple(replace(line, axes=lines.get(line.key.split(".")[-1], line.axes)) for line in form.stored)), name=name)
 
 
 @pytest.mark.parametrize(
