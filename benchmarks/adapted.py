@@ -72,7 +72,7 @@ def main() -> None:
         folder = Path(made)
         text, tokenizer = plain_text(asked.text, folder / "text.txt"), AutoTokenizer.from_pretrained(BUNDLED)
         data = read(text, tokenizer, recipe.length, recipe.held_out)
-        found = {"base": (loss(moeglot.load(BUNDLED, "float32"), data), None)}
+        found: dict[str, tuple[float, float | None]] = {"base": (loss(moeglot.load(BUNDLED, "float32"), data), None)}
         tune(moeglot.load(BUNDLED, "float32", native=True), tokenizer, text, folder / "tuned", recipe, base=str(BUNDLED))
         live = load_adapter(moeglot.load(BUNDLED, "float32", native=True), folder / "tuned" / "adapter").eval()
         found["base and adapter, live"] = (loss(live, data), None)

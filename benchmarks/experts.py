@@ -40,11 +40,12 @@ from moeglot.encoding import Encoding
 from moeglot.encodings import by_name as encoding_by_name
 from moeglot.encodings.plain import Plain
 from moeglot.experts import Expert
+from moeglot.floats import values
 from moeglot.format import Format
 from moeglot.formats import by_name
 from moeglot.integrations.transformers import register
 from moeglot.integrations.transformers_native import format_of
-from moeglot.layout import Stored, values
+from moeglot.layout import Stored
 from moeglot.nn import Experts, add_lora
 from moeglot.nn.grouped import has_kernels
 from moeglot.nn.held import Held, encode
@@ -211,7 +212,7 @@ def main() -> None:
         "rounds": given.rounds,
     }
     rows: list[dict[str, Any]] = []
-    phases = PHASES
+    phases: tuple[str, ...] = PHASES
     if importlib.util.find_spec("peft"):
         told["peft"] = version("peft")
     else:

@@ -74,7 +74,8 @@ def every(names: Iterable[str], command: Command, path: Path, limit: float = LIM
     results: Results = {"figures": []}
     until = time.monotonic() + limit
     for name in names:
-        found, left = {"figures": []}, min(A_CASE, until - time.monotonic())
+        found: Results = {"figures": []}
+        left = min(A_CASE, until - time.monotonic())
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
             error = _run(command(name, part), left) if left > 1 else "no time was left for it"

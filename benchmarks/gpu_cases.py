@@ -168,7 +168,7 @@ def training(shape: Shape, rounds: int) -> Iterator[Figure]:
         hidden = given[0].clone().requires_grad_()
         out = one(hidden, *given[1:])
         out.backward(given[0].to(out.dtype))
-        found = [out.detach(), hidden.grad, *(factor.grad for factor in module.parameters() if factor.grad is not None)]
+        found = [out.detach(), *(each.grad for each in (hidden, *module.parameters()) if each.grad is not None)]
         module.zero_grad(set_to_none=True)
         return found
 
@@ -184,7 +184,7 @@ def training(shape: Shape, rounds: int) -> Iterator[Figure]:
     resident = Resident(module, DTYPE)
     theirs = peak(resident) - module.nbytes
     expected = step(lambda hidden, index, weights: reference(module, (hidden, index, weights)))
-    error, other = (max(map(relative_error, map(torch.Tensor.float, step(one)), map(torch.Tensor.float, expected))) for one in (module, resident))
+    error, other = (max(relative_error(got.float(), each.float()) for got, each in zip(step(one), expected, strict=True)) for one in (module, resident))
     del expected
     works = {"ours": partial(step, module), "resident": partial(step, resident)}
     found = timed(works, rounds)

@@ -83,7 +83,7 @@ class Resident:
         found = functional.grouped_mm(x, matrix.mT, offs=ends)
         for line in self.biases[n]:
             found = found + line.get_buffer("part_value").to(self.dtype)[ids]
-        if factors := self.module.factors(("down",) if n else self.module.expert.first):
+        if factors := self.module.factors("down" if n else "first"):
             low = functional.grouped_mm(x, factors.a.to(self.dtype).mT, offs=ends) * factors.scale
             change = factors.roles_of(factors.b.to(self.dtype).mT)
             found = found + functional.grouped_mm(low, torch.cat([line.line.together(change) for line in self.stages[n]], -1), offs=ends)

@@ -113,7 +113,7 @@ def write_gpt_oss(folder: Path, layers: int, vocabulary: int = VOCABULARY, scale
     folder.mkdir()
     form = by_name("gpt-oss/openai")
     random = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for n in range(layers + 1):
         name = f"model-{n + 1:05}-of-{layers + 1:05}.safetensors"
         tensors = _layer(form, n - 1, scales, random) if n else {"model.embed_tokens.weight": _floats((vocabulary, SIZES["h"]), random)}
@@ -151,7 +151,8 @@ def write_index(folder: Path, layers: int = 130, shards: int = 100) -> int:
     form, sizes = by_name("qwen3-moe/hub"), {"e": 128, "h": 2048, "i": 768, "q": 32, "k": 4, "d": 128}
     shapes = {key: line.shape(sizes) for line, _, keys in form.expert_keys(tuple(range(layers)), sizes) for key in keys}
     shapes |= {f"model.layers.{layer}.mlp.gate.weight": (sizes["e"], sizes["h"]) for layer in range(layers)}
-    keys, weight_map = list(shapes), {}
+    keys = list(shapes)
+    weight_map: dict[str, str] = {}
     for n in range(shards):
         name = f"model-{n + 1:05}-of-{shards:05}.safetensors"
         held = keys[n * len(keys) // shards : (n + 1) * len(keys) // shards]
@@ -204,8 +205,8 @@ def floor(source: Path, output: Path, folder: Path, workers: int) -> float:
     sizes = {path.name: path.stat().st_size for path in output.glob("*.safetensors")}
     target.mkdir()
     for name, size in sizes.items():
-        with (target / name).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        with (target / name).open("wb") as room:
+            os.posix_fallocate(room.fileno(), 0, size)
     pieces = [(name, at, min(LARGEST, size - at)) for name, size in sizes.items() for at in range(0, size, LARGEST)]
     reads = [(path, at) for path in source.glob("*.safetensors") for at in range(0, path.stat().st_size, LARGEST)]
     files = {name: Output(target / name) for name in sizes}
@@ -218,7 +219,7 @@ def floor(source: Path, output: Path, folder: Path, workers: int) -> float:
         path, at = piece
         with path.open("rb", buffering=0) as file:
             file.seek(at)
-            file.readinto(scratch.empty((LARGEST,), torch.uint8).numpy())
+            file.readinto(scratch.empty((LARGEST,), torch.uint8).numpy().data)
 
     os.sync()
     began = time.monotonic()
@@ -300,10 +301,10 @@ def _take(source: Path, layers: int, folder: Path, workers: int, peer_seconds: f
     back_seconds, back_peak = _back(out, folder / "back", workers) if with_back else (0.0, 0)
     copy_seconds, floor_seconds = copy(out, folder / "copy"), floor(source, out, folder, workers)
     limit, peak = MATRICES * LARGEST * workers + ALLOWANCE, max(peak for peak, _ in phases.values())
-    sizes, times = (nbytes(source), nbytes(out)), (seconds, copy_seconds, floor_seconds, peer_seconds)
+    sizes = nbytes(source), nbytes(out)
     for name in ("out", "copy"):
         shutil.rmtree(folder / name)
-    return Run(layers, workers, *sizes, peak, limit, *times, most, phases, back_seconds, back_peak)
+    return Run(layers, workers, *sizes, peak, limit, seconds, copy_seconds, floor_seconds, peer_seconds, most, phases, back_seconds, back_peak)
 
 
 def _back(source: Path, out: Path, workers: int) -> tuple[float, int]:

@@ -23,8 +23,14 @@ from moeglot.folding import Piece, fold
 from moeglot.rounding import Rounding
 
 SIZES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-ROWS = (("bfloat16", "nearest"), ("fp8-block", "nearest"), ("fp8-block", "delta"), ("fp8-block", "stochastic"))
-ROWS += (("mxfp4", "nearest"), ("mxfp4", "delta"), ("mxfp4", "stochastic"), ("nvfp4", "nearest"), ("int4:32", "nearest"), ("nf4", "nearest"))
+ROUNDINGS = {
+    "bfloat16": ("nearest",),
+    "fp8-block": ("nearest", "delta", "stochastic"),
+    "mxfp4": ("nearest", "delta", "stochastic"),
+    "nvfp4": ("nearest",),
+    "int4:32": ("nearest",),
+    "nf4": ("nearest",),
+}
 
 
 def change_of(weight: torch.Tensor, rank: int, size: float, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +74,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "survival.json")
     asked = parser.parse_args()
     shape = (asked.rows, asked.columns)
-    found = {f"{encoding}, {rounding}": [survival(encoding, rounding, size, shape, asked.rank) for size in SIZES] for encoding, rounding in ROWS}
+    rows = [(encoding, rounding) for encoding, several in ROUNDINGS.items() for rounding in several]
+    found = {f"{encoding}, {rounding}": [survival(encoding, rounding, size, shape, asked.rank) for size in SIZES] for encoding, rounding in rows}
     table = Table(title=f"recovered share (cosine) of a rank-{asked.rank} change by its size relative to the weights, {shape[0]} × {shape[1]}")
     for name in ("", *(f"{size:g}" for size in SIZES)):
         table.add_column(name)
