@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,7 +30,7 @@ BOOKKEEPING = frozenset(
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:
     """config.json of this format -> the same facts under the keys of the family's Hub release (transformers 4 reads them, and so does 5)."""
-    spec, hub = form.config, copy.deepcopy(dict(config))
+    spec, hub = form.config, _copied(dict(config))
     if spec.only:
         hub = {}
         for path, value in spec.hub_constants.items():
@@ -48,6 +47,13 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
     _rename_rope(hub)
     _rename_words(hub, form.family)
     return _rename_sizes(hub, form.family)
+
+
+def _copied(said: Any) -> Any:
+    """As `copy.deepcopy`, of what JSON can say: it is done for each layout that a folder may have."""
+    if isinstance(said, dict):
+        return {key: _copied(value) for key, value in said.items()}
+    return [_copied(item) for item in said] if isinstance(said, list) else said
 
 
 def _rename_words(hub: dict[str, Any], family: Family) -> None:

@@ -28,6 +28,10 @@ LISTED = 6
 """Formats that a refusal says no to one by one; of more, those whose names of tensors are not in the file go without saying."""
 
 
+Read = dict[str, tuple[Sizes, tuple[int, ...]]]
+"""Layout -> the sizes and layers in config.json, which its quantized variants read alike."""
+
+
 @dataclass(frozen=True)
 class Refutation:
     """Why something is not a format. `by`: what speaks against it; if only shapes or config.json do, its names and dtypes are all there; "quantization":
@@ -125,10 +129,11 @@ def identify(path: Source | str | Path, format: str | Format | None = None) -> I
     marks = {mark[MARK] for mark in source.metadata if MARK in mark}
     if len(marks) > 1:
         raise Contradiction(f"the shards name {len(marks)} formats", f"their headers say {sorted(marks)}", "they come from different runs; convert again")
-    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source) or _unasked(form))}
+    read: Read = {}
+    ruled_out = {form.name: refutation for form in PLAIN if (refutation := _refutation(form, source, read) or _unasked(form))}
     layouts = [form for form in PLAIN if form.name not in ruled_out or ruled_out[form.name].by not in ("container", "family")]
     known = [*layouts, *(variant for form in layouts for variant in variants(form))]
-    ruled_out |= {form.name: refutation for form in known[len(layouts) :] if (refutation := _refutation(form, source))}
+    ruled_out |= {form.name: refutation for form in known[len(layouts) :] if (refutation := _refutation(form, source, read))}
     if marks:
         form = by_name(marks.pop())
         if form.name in ruled_out and ruled_out[form.name].by != "asked":
@@ -168,8 +173,8 @@ def _producer_marks(source: Source, candidates: tuple[Format, ...]) -> Iterator[
         yield f"{key} is {source.entries[key].dtype} {list(source.entries[key].shape)}"
 
 
-def _refutation(form: Format, source: Source) -> Refutation | None:
-    """Why this cannot be the format, or None."""
+def _refutation(form: Format, source: Source, read: Read) -> Refutation | None:
+    """Why this cannot be the format, or None. `read`: what config.json says, of the layouts that were asked before."""
     model_type = source.config.get("model_type")
     if form.config.only:
         if missing := [key for key in form.config.names.values() if key not in source.config]:
@@ -177,15 +182,16 @@ def _refutation(form: Format, source: Source) -> Refutation | None:
     elif model_type not in form.family.model_types:
         return Refutation("family", f"model_type is {model_type}, not {' or '.join(form.family.model_types)}")
     if (form.container.experts if form.container else "") != source.torch_dist:
-        if source.torch_dist and not form.container and not _refutation(form, replace(source, torch_dist="")):
+        if source.torch_dist and not form.container and not _refutation(form, replace(source, torch_dist=""), read):
             return Refutation("asked", "had torch.distributed.checkpoint save the model")
         return Refutation("container", f"its experts lie {form.container.experts} in a torch_dist folder" if form.container else "it lies in safetensors files")
     if source.share and not form.by_rank:
         return Refutation("container", f"the safetensors header says {SHARE} = {source.share.mark}, and {form.name} is for whole models")
-    config = hub_config(source.config, form)
-    sizes = form.family.held_sizes(config, source.share)
+    if form.layout not in read:
+        config = hub_config(source.config, form)
+        read[form.layout] = form.family.held_sizes(config, source.share), form.family.held_layers(config, source.share)
+    sizes, layers = read[form.layout]
     form = form.sized(sizes)
-    layers = form.family.held_layers(config, source.share)
     first = first_tensors(form, source, layers, sizes)
     lines = lines_there(form, source, layers, first)
     for line in lines:

@@ -13,18 +13,33 @@ from moeglot.shards import tensor_bytes
 
 SIZES = {"square": (2, 64, 64), "h=2i": (2, 64, 32), "2h=i": (3, 32, 64), "e=h=i": (32, 32, 32), "one": (1, 32, 32)}
 THOROUGH = ("gpt-oss", "qwen3-moe", "mixtral")
-"""Families that are tried at every size; the others, whose lines are of the same kinds, at the square one."""
+"""Families that are tried at more sizes; the others, whose lines are of the same kinds, at the square one."""
 
 
 def sizes_of(form, other=None):
-    """Formats that name every tensor (Megatron's) have lines of few kinds: they are paired with the others alone, at one size from them and another to them."""
+    """A pair at the square size and at another, which goes round the pairs; a format alone at every size.
+
+    Formats that name every tensor (Megatron's) have lines of few kinds: each is paired with two of the others, at one size from it and another to it.
+    """
     if other and form.closed and other.closed:
+        return ()
+    if other and (form.closed or other.closed) and not meet(form, other):
         return ()
     if form.family.name not in THOROUGH or (form.closed and other):
         return ("square",)
     if form.closed:
         return ("square", "one")
-    return ("h=2i",) if other and other.closed else SIZES
+    if other is None:
+        return tuple(SIZES)
+    return ("h=2i",) if other.closed else ("square", [*SIZES][1 + (PLAIN.index(form) + PLAIN.index(other)) % (len(SIZES) - 1)])
+
+
+def meet(form, other):
+    """Of a format that names every tensor and one that does not: the latter go round."""
+    closed, open_ = (form, other) if form.closed else (other, form)
+    names = [one.name for one in PLAIN if one.family == form.family and not one.closed]
+    at = PLAIN.index(closed)
+    return names.index(open_.name) in (at % len(names), (at + 1) % len(names))
 
 
 def plain(form):
