@@ -6,15 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import default_steps
 
-OTHERS = ("bfloat16", "float16", "float64")
 
-
-@cache
 def under(folder: Path, default: str, *steps: str) -> dict[str, dict[str, str]]:
     environment = {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, default_steps.__file__, str(folder), default, *steps], env=environment, capture_output=True, text=True)
