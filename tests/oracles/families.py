@@ -30,6 +30,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("head_dim", "global_head_dim", "q_lora_rank", "kv_lora_rank", "o_lora_rank", "v_head_dim", "index_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "out_hidden_size"), 64),
+    **dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "ssm_state_size"), 8),  # by default up to 128: seconds for a few tokens
     **dict.fromkeys(
         (
             "linear_num_heads",

@@ -1,13 +1,14 @@
 """A real megatron-core GPTModel on a CPU: what it makes of a checkpoint, as a program, since it needs a process group and stand-ins for CUDA.
 
 Run as `megatron_cpu.py CHECKPOINT LOGITS [--save FOLDER] ...`, alone or under torchrun, where each process holds its share of the model: half of the experts,
-unless --tp, --etp, --pp and --ep say otherwise.
+unless --tp, --etp, --pp and --ep say otherwise. Importing it puts the stand-ins in place (`megatron_forks`), which no other process may have.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 from dataclasses import replace
@@ -288,7 +289,7 @@ def load(model: Any, folder: Path) -> bool:
     return bool(loaded)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("logits", type=Path)
@@ -305,9 +306,7 @@ def main() -> None:
         parser.add_argument(f"--{kind}", type=int)
     parser.add_argument("--glu-blocks", type=int, default=0, help="gate and up lie in blocks of so many rows")
     parser.add_argument("--layout", choices=["stacked", "numbered", "single"], help="ask the model for this one, not for the checkpoint's")
-    args = parser.parse_args()
-    stand_in()
-    products_of_groups()
+    args = parser.parse_args(arguments)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -358,6 +357,11 @@ def main() -> None:
         dist_checkpointing.save({"model": model.sharded_state_dict(metadata=metadata), "iteration": 1}, str(args.save), content_metadata=metadata)
     torch.distributed.destroy_process_group()
 
+
+stand_in()
+products_of_groups()
+for name in ("dist_checkpointing", "models.gpt.gpt_layer_specs", "models.gpt.gpt_model"):  # after the stand-ins, which some of them copy
+    importlib.import_module(f"megatron.core.{name}")
 
 if __name__ == "__main__":
     main()

@@ -6,10 +6,7 @@ The model runs in a process of its own (`megatron_cpu.py`), on one process or on
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 import torch
+from megatron_forks import run
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -59,7 +57,6 @@ LATENT = {
 """A first layer without experts, shared experts, groups of experts, and latent attention."""
 WHOLE_QUERIES = {"q_lora_rank": None}
 """Latent attention that compresses keys and values alone, as Moonlight's does."""
-PROGRAM = Path(__file__).with_name("megatron_cpu.py")
 VOCABULARY = 96
 
 
@@ -113,11 +110,7 @@ def megatron(checkpoint: Path, *options: str | Path, processes: int = 1) -> torc
 def told(checkpoint: Path, *options: str | Path, processes: int = 1) -> tuple[dict[str, torch.Tensor], list[dict[str, list[int]]]]:
     """What Megatron's GPTModel computes, [2, 12, v] in float32; and the name and shape of each tensor that a process has, for each process."""
     out = checkpoint.with_name(f"{checkpoint.name}-{processes}.logits")
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*start, PROGRAM, checkpoint, out, *options]
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    run([checkpoint, out, *options], processes, out.with_suffix(".told"))
     return load_file(out), [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(processes)]
 
 
