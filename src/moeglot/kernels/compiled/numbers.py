@@ -56,23 +56,17 @@ def e4m3_code(magnitude: Any) -> Any:
 
 
 @inline
-def int4(quotient: Any) -> Any:
-    """A float32 -> the nearest whole number from -8 to 7, ties to even; beyond ±8.5 anything rounds to the ends, so that 2^22 steps suffice."""
-    held = quotient if quotient < float32(9.0) else float32(9.0)
-    held = held if held > float32(-9.0) else float32(-9.0)
-    whole = float32(float32(held + float32(12582912.0)) - float32(12582912.0))
-    whole = whole if whole < float32(7.0) else float32(7.0)
-    return whole if whole > float32(-8.0) else float32(-8.0)
+def whole(quotient: Any, lowest: Any, highest: Any) -> Any:
+    """A float32 -> the nearest whole number from `lowest` to `highest`, ties to even; they are so near to 0 that a sum with 1.5 * 2^23 keeps no fraction."""
+    held = quotient if quotient < highest else highest
+    held = held if held > lowest else lowest
+    return float32(float32(held + float32(12582912.0)) - float32(12582912.0))
 
 
 @inline
-def byte(quotient: Any) -> Any:
-    """As `int4`, from -128 to 127."""
-    held = quotient if quotient < float32(129.0) else float32(129.0)
-    held = held if held > float32(-129.0) else float32(-129.0)
-    whole = float32(float32(held + float32(12582912.0)) - float32(12582912.0))
-    whole = whole if whole < float32(127.0) else float32(127.0)
-    return whole if whole > float32(-128.0) else float32(-128.0)
+def int4(quotient: Any) -> Any:
+    """A float32 -> the nearest whole number of 4 bits."""
+    return whole(quotient, float32(-8.0), float32(7.0))
 
 
 KINDS = {"e4m3": uint8(0), "int4": int8(0), "int8": uint32(0)}
@@ -93,7 +87,7 @@ def made(value: Any, scale: Any, kind: Any) -> Any:
         return float32(int4(float32(value / scale)) * scale) == value
 
     def by_int8(value: Any, scale: Any, kind: Any) -> Any:
-        return float32(byte(float32(value / scale)) * scale) == value
+        return float32(whole(float32(value / scale), float32(-128.0), float32(127.0)) * scale) == value
 
     return {"uint8": by_e4m3, "int8": by_int4, "uint32": by_int8}[str(kind)]
 
