@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
+from moeglot.demo import BUNDLED
 from moeglot.integrations.transformers import VERSION
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "king-james-logits.json"
@@ -44,3 +47,23 @@ def readable(family: str) -> list[str]:
         "qwen3-moe": ["qwen3-moe/hub"] + ["qwen3-moe/transformers-5"] * (VERSION >= (5, 0)),
         "mixtral": ["mixtral/hub"] + ["mixtral/transformers-5"] * (VERSION >= (5, 0)),
     }[family]
+
+
+def mostly_experts(folder: Path) -> int:
+    """Writes gpt-oss in MXFP4, nearly all of it experts; how many bytes these take in bfloat16: 400 MB."""
+    e, h, i, layers = 32, 512, 512, 8
+    config = GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    random, file = torch.Generator().manual_seed(1), {}
+    for name, tensor in shapes.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            rows, columns = tensor.shape[2], tensor.shape[1]
+            file[name + "_blocks"] = torch.randint(256, (e, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
+            file[name + "_scales"] = torch.full((e, rows, columns // 32), 120, dtype=torch.uint8)
+        else:
+            file[name] = torch.randn(tensor.shape, generator=random).bfloat16()
+    save_file(file, folder / "model.safetensors", {"format": "pt"})
+    said = {**json.loads((BUNDLED / "config.json").read_text()), **json.loads(config.to_json_string())}
+    (folder / "config.json").write_text(json.dumps({**said, "architectures": ["GptOssForCausalLM"]}))
+    return layers * e * 3 * h * i * 2

@@ -19,7 +19,7 @@ import transformers
 from held_models import CODINGS, matrix
 from reading import relative
 from safetensors.torch import load_file, save_file
-from small_models import GOLDEN, logits, model_of
+from small_models import GOLDEN, logits, model_of, mostly_experts
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import moeglot
@@ -478,21 +478,7 @@ print((peak - base) / sum(p.nbytes for p in model.parameters()), sum(p.nbytes fo
 
 def test_memory_holds_the_model_and_little_more(tmp_path):
     """MXFP4 blocks to bfloat16; RssAnon, so that mapped files do not count."""
-    e, h, i, layers = 32, 512, 512, 8
-    config = transformers.GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config).state_dict()
-    random, file = torch.Generator().manual_seed(1), {}
-    for name, tensor in shapes.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            rows, columns = tensor.shape[2], tensor.shape[1]
-            file[name + "_blocks"] = torch.randint(256, (e, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
-            file[name + "_scales"] = torch.full((e, rows, columns // 32), 120, dtype=torch.uint8)
-        else:
-            file[name] = torch.randn(tensor.shape, generator=random).bfloat16()
-    save_file(file, tmp_path / "model.safetensors", {"format": "pt"})
-    said = {**json.loads((BUNDLED / "config.json").read_text()), **json.loads(config.to_json_string())}
-    (tmp_path / "config.json").write_text(json.dumps({**said, "architectures": ["GptOssForCausalLM"]}))
+    mostly_experts(tmp_path)
     command = [sys.executable, "-c", PEAK, str(tmp_path), str(BUNDLED), "bfloat16"]
     environment = {**os.environ, backend.VARIABLE: backend.current()}  # asked for by name, numba is imported before the count begins
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()

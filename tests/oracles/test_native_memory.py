@@ -1,15 +1,11 @@
 """What encoded experts take: a load, measured from outside in anonymous memory, and a training step over one layer."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-import torch
-import transformers
-from safetensors.torch import save_file
+from small_models import mostly_experts
 from synthetic import write_checkpoint
-from transformers import AutoModelForCausalLM
 
 from moeglot.demo import BUNDLED
 
@@ -79,24 +75,8 @@ def run(code, *arguments):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """gpt-oss in MXFP4: nearly all of it is experts, 400 MB of them in bfloat16."""
     folder = tmp_path_factory.mktemp("large")
-    e, h, i, layers = 32, 512, 512, 8
-    config = transformers.GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config).state_dict()
-    random, file = torch.Generator().manual_seed(1), {}
-    for name, tensor in shapes.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            rows, columns = tensor.shape[2], tensor.shape[1]
-            file[name + "_blocks"] = torch.randint(256, (e, rows, columns // 32, 16), generator=random, dtype=torch.uint8)
-            file[name + "_scales"] = torch.full((e, rows, columns // 32), 120, dtype=torch.uint8)
-        else:
-            file[name] = torch.randn(tensor.shape, generator=random).bfloat16()
-    save_file(file, folder / "model.safetensors", {"format": "pt"})
-    said = {**json.loads((BUNDLED / "config.json").read_text()), **json.loads(config.to_json_string())}
-    (folder / "config.json").write_text(json.dumps({**said, "architectures": ["GptOssForCausalLM"]}))
-    return folder, layers * e * 3 * h * i * 2
+    return folder, mostly_experts(folder)
 
 
 def test_an_mxfp4_load_takes_mxfp4s_memory(large):
