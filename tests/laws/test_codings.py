@@ -15,7 +15,7 @@ from moeglot.carrying import Carrying
 from moeglot.codings import CODINGS
 from moeglot.convert import carry_out
 from moeglot.errors import LossRefused
-from moeglot.formats import by_name
+from moeglot.formats import PLAIN, by_name, variants
 from moeglot.report import plan_json
 from moeglot.units import estimate
 
@@ -61,6 +61,13 @@ def decoded(coded, tmp_path_factory):
         return out
 
     return lambda coding, sizes: made(coded(LAYOUTS[0], coding, sizes))
+
+
+def test_a_variant_reads_config_json_as_its_layout():
+    """So that it is read once for all of them."""
+    found = [(form, variant) for form in PLAIN for variant in variants(form)]
+    assert len(found) > len(PLAIN)
+    assert [variant.name for form, variant in found if (variant.layout, variant.config, variant.family) != (form.name, form.config, form.family)] == []
 
 
 @pytest.mark.parametrize("coding", [coding for coding in QWEN if coding.stacked], ids=lambda coding: coding.name)
