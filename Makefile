@@ -7,12 +7,13 @@ BESIDE := bitsandbytes mlx trl triton ray s3 megatron quark
 PEFTS := 0.18.1 0.19.1 0.21.2
 CELLS := 5.23.0+0.18.1 5.23.0+0.19.1 4.57.6+0.19.1 4.57.6+0.21.2 5.5.4+0.18.1 5.5.4+0.21.2
 PYTEST := -m pytest --durations 5
+ON_A_DEVICE := $(addprefix tests/oracles/test_,devices.py load.py native.py lora_peft.py lora_trainer.py run.py tune.py::test_the_command)
 
 # No test asks the Hub. PEFT would, for what it knows already, and waits half a minute where there is no network.
 export HF_HUB_OFFLINE := 1
 
 .PRECIOUS: .venvs/%/ready
-.PHONY: demo test lint environments matrix matrix-peft bench gpu docs clean
+.PHONY: demo test lint environments matrix matrix-peft bench gpu gpu-models docs clean
 
 demo: .venv/ready
 	$(BIN)/moeglot demo
@@ -88,6 +89,11 @@ gpu:
 	mkdir -p $(TO)
 	-PYTHONPATH=src timeout 240 $(PYTHON) $(PYTEST) tests/gpu/test_cuda.py > $(TO)/test_cuda.txt 2>&1; tail -40 $(TO)/test_cuda.txt
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --results $(TO)/gpu.json
+
+# There too, with transformers, PEFT and pytest-xdist: the oracles that judge a CPU judge the GPU. `make gpu-models PYTHON=python3 TO=folder`, within 5 minutes.
+gpu-models:
+	mkdir -p $(TO)
+	MOEGLOT_DEVICE=cuda PYTHONPATH=src timeout 280 $(PYTHON) $(PYTEST) --numprocesses 8 --maxfail 20 $(ON_A_DEVICE) > $(TO)/test_models.txt 2>&1; tail -40 $(TO)/test_models.txt
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

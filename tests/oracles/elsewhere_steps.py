@@ -1,6 +1,9 @@
-"""One layer in every encoding on a device that is no CPU, by every backend that needs no GPU, forward and backward: how far each is from the CPU, as JSON.
+"""One layer in every encoding on a device that is no CPU, by every backend, forward and backward: how far each is from the reference on the CPU, as JSON.
 
-A program, since autograd makes a thread for each device that is there when a process first goes backward, and no later.
+    python elsewhere_steps.py FOLDER [DEVICE]
+
+Without a device, on one that only torch has (`elsewhere`), by the backends that need no GPU. A program, since autograd makes a thread for each device that is
+there when a process first goes backward, and no later.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -56,16 +60,20 @@ def step(module: Experts, device: str, backend: str) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    folder, kernels.has_triton = Path(sys.argv[1]), lambda: False
-    with two_devices():
-        pass  # both are there before a step goes backward
+    folder, device, names = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None, BACKENDS
+    if device:
+        names += ("triton",)
+    else:
+        kernels.has_triton = lambda: False
+        with two_devices():
+            pass  # both are there before a step goes backward
     write_checkpoint(folder, "qwen3-moe/hub", {"h": 64, "i": 32, "e": 2}, dtype=torch.float32)
     base, found = moeglot.open(folder), {}
     for encode in ENCODINGS:
         module = adapted(base, encode)
         expected = step(module, "cpu", "reference")
-        with two_devices() as (one, _):
-            for name in BACKENDS:
+        with nullcontext((device, "")) if device else two_devices() as (one, _):
+            for name in names:
                 found[f"{encode} {name}"] = max(relative(*both) for both in zip(step(module, one, name), expected, strict=True))
     print(json.dumps(found), flush=True)
     os._exit(0)  # the thread of a device that is none never ends

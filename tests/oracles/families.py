@@ -224,11 +224,11 @@ def model_of(family: Family, size: str, otherwise: bool = False, activated: bool
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)  # diffusion models draw noise
-    tokens = torch.arange(16).view(2, 8) * 3 % 90 + 3
+    tokens = (torch.arange(16).view(2, 8) * 3 % 90 + 3).to(next(model.parameters()).device)
     decoder = {"decoder_input_ids": tokens.flip(1)} if getattr(model.config, "is_encoder_decoder", False) else {}
     mask = {"attention_mask": torch.ones_like(tokens)} if VERSION < (5, 0) else {}  # without one, 4.57's GLM-4.5V takes positions for packed text
     found = getattr(model, "thinker", model)(input_ids=tokens, use_cache=False, **decoder, **mask)
-    return found.logits if hasattr(found, "logits") else found[0]
+    return (found.logits if hasattr(found, "logits") else found[0]).cpu()
 
 
 UNDONE = {"kimi_k25": ("language_model.model.blocks.", "language_model.model.layers.")}

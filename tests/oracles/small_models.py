@@ -37,7 +37,7 @@ def model_of(family: str, e: int, h: int, i: int) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(input_ids=torch.arange(24).view(2, 12) * 3 % 96).logits
+    return model(input_ids=(torch.arange(24).view(2, 12) * 3 % 96).to(model.device)).logits.cpu()
 
 
 def readable(family: str) -> list[str]:

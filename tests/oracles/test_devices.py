@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from devices import DEVICE
 from elsewhere import ASKED, two_devices
 from held_models import NAMES, model_of
 from reading import relative
@@ -125,14 +126,15 @@ def test_where_the_host_waits(tmp_path):
             assert bool(ASKED) == waits, ASKED
 
 
-def test_every_encoding_computes_elsewhere_by_every_backend(tmp_path):
-    """By torch alone, as on a GPU where Triton is not: no table and no scratch memory stays on the CPU."""
+@pytest.mark.parametrize("device", [(), *([(DEVICE,)] if DEVICE != "cpu" else ())], ids=str)
+def test_every_encoding_computes_elsewhere_by_every_backend(device, tmp_path):
+    """By torch alone, as on a GPU where Triton is not: no table and no scratch memory stays on the CPU. On a GPU that is there, by Triton too."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, Path(__file__).with_name("elsewhere_steps.py"), tmp_path / "base"]
+    words = [sys.executable, Path(__file__).with_name("elsewhere_steps.py"), tmp_path / "base", *device]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 16 * 5
+    assert len(found) == 16 * (5 + len(device))
     assert not {name: error for name, error in found.items() if not error <= LIMIT}
 
 

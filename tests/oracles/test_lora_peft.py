@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from devices import DEVICE
 from reading import relative
 from small_models import logits, model_of
 from test_peft import READER, READERS
@@ -36,7 +37,7 @@ def base_of(family, to, size, folder):
 
 def adapted(folder, attention=True, **options):
     """A native model with both kinds of LoRA, their factors random."""
-    model = moeglot.load(folder, dtype="float32", native=True)
+    model = moeglot.load(folder, "float32", DEVICE, native=True)
     if attention:
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "o_proj"]))
     add_lora(model, **{"r": 3, "alpha": 7, **options})
@@ -59,12 +60,12 @@ def test_stock_peft_computes_the_same_on_the_dense_model(family, to, size, tmp_p
     model = adapted(folder)
     expected = logits(model)
     save_adapter(model, tmp_path / "adapter", to=READER, base=folder)
-    dense = moeglot.load(folder, dtype="float32")
+    dense = moeglot.load(folder, "float32", DEVICE)
     before = logits(dense)
     assert relative(before, expected) > POWER
     again = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
     assert relative(logits(again), expected) <= LIMIT
-    native = load_adapter(moeglot.load(folder, dtype="float32", native=True), tmp_path / "adapter").eval()
+    native = load_adapter(moeglot.load(folder, "float32", DEVICE, native=True), tmp_path / "adapter").eval()
     assert relative(logits(native), expected) <= LIMIT
 
 

@@ -4,6 +4,7 @@ import families
 import pytest
 import torch
 import transformers
+from devices import DEVICE
 
 import moeglot
 from moeglot.formats import FAMILIES
@@ -20,12 +21,12 @@ RENAMED = ("mixtral", "minimax", "nemotron-h", "qwen3.5-moe-text", "qwen3-vl-moe
 
 
 def trained(base, out, resume=None, encode=None, rate=0.02, **options):
-    model = moeglot.load(base, "float32", native=True, **({"encode": encode} if encode else {}))
+    model = moeglot.load(base, "float32", DEVICE, native=True, **({"encode": encode} if encode else {}))
     model.config.use_cache = False
     torch.manual_seed(0)
     add_lora(model, r=3, dropout=0.1)
     arguments = transformers.TrainingArguments(
-        str(out), max_steps=6, per_device_train_batch_size=2, learning_rate=rate, save_strategy="steps", save_steps=3, report_to=[], use_cpu=True,
+        str(out), max_steps=6, per_device_train_batch_size=2, learning_rate=rate, save_strategy="steps", save_steps=3, report_to=[], use_cpu=DEVICE == "cpu",
         logging_steps=1, disable_tqdm=True, seed=0, **options,
     )  # fmt: skip
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:4])

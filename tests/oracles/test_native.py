@@ -13,6 +13,7 @@ import families
 import pytest
 import torch
 import transformers
+from devices import DEVICE
 from held_models import CODINGS, FORMS, LAYOUTS, NAMES, experts_of, model_of, native_works, overwritten, quantized
 from reading import relative
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ LIMIT, POWER = 1e-5, 1e-3
 EVERY, NEWEST = bool(os.environ.get("MOEGLOT_EVERY_CELL")), VERSION >= (5, 6)
 SIZES = families.SIZES if NEWEST or EVERY else ("square",)
 BACKENDS = ("reference", "eager", "grouped", "batched")
+ON_A_GPU = ("triton", "auto") if DEVICE.startswith("cuda") else ()
 ON_THE_WAY = ("mxfp4", "fp8-block", "nf4")
 REFUSED = (
     *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
@@ -51,13 +53,18 @@ def cells(names: Sequence[str], codings: Iterable[str]) -> list[tuple[str, str, 
     return [cell for place, cell in found if cell[1] == "square" and place % 2 == 0]
 
 
-def holds(folder: Path, name: str, expected: torch.Tensor, backends=BACKENDS, **options) -> None:
+def loaded(folder: Path, **options) -> torch.nn.Module:
+    """In float32, on the device that is tried."""
+    return moeglot.load(folder, "float32", DEVICE, **options)
+
+
+def holds(folder: Path, name: str, expected: torch.Tensor, backends=(*BACKENDS, *ON_A_GPU), **options) -> None:
     """The same logits in every backend; or the refusal, where the release has no module to take the place of."""
     if not native_works(name):
         with pytest.raises(UsageError, match="by itself"):
             moeglot.load(folder, dtype="float32", native=True, **options)
         return
-    model = moeglot.load(folder, dtype="float32", native=True, backend=backends[0], **options)
+    model = loaded(folder, native=True, backend=backends[0], **options)
     for backend in backends:
         for module in moeglot.nn.experts_of(model).values():
             module.backend = backend
@@ -85,7 +92,7 @@ def as_decoded(live: torch.nn.Module, folder: Path, name: str, size: str) -> Non
     before = families.logits(live)
     expected = families.logits(overwritten(live, name, load_file(folder / "model.safetensors"), size))
     assert relative(before, expected) > POWER  # the encoding shows, so it matters that it is decoded
-    assert relative(families.logits(moeglot.load(folder, dtype="float32")), expected) <= LIMIT
+    assert relative(families.logits(loaded(folder)), expected) <= LIMIT
     holds(folder, name, expected)
 
 
@@ -96,7 +103,7 @@ def test_plain_on_disk(name, size, tmp_path):
     expected = families.logits(live)
     for original in (True, False) if VERSION >= (5, 0) else (True,):
         families.saved(live, folder := tmp_path / f"{original}", original)
-        assert relative(families.logits(moeglot.load(folder, dtype="float32")), expected) <= LIMIT
+        assert relative(families.logits(loaded(folder)), expected) <= LIMIT
         holds(folder, name, expected)
 
 
@@ -108,7 +115,7 @@ def test_gpt_oss_in_mxfp4(size, tmp_path):
     before = families.logits(live)
     expected = families.logits(overwritten(live, "gpt-oss", load_file(folder / "model.safetensors"), size))
     assert relative(before, expected) > POWER
-    assert relative(families.logits(moeglot.load(folder, dtype="float32")), expected) <= LIMIT
+    assert relative(families.logits(loaded(folder)), expected) <= LIMIT
     holds(folder, "gpt-oss", expected)
 
 
@@ -121,8 +128,8 @@ def test_quantized_on_the_way(name, size, encode, tmp_path):
     if not native_works(name):
         holds(tmp_path, name, before, encode=encode)
         return
-    model = moeglot.load(tmp_path, dtype="float32", native=True, encode=encode)
-    expected = families.logits(overwritten(live, name, model.state_dict(), size))
+    model = loaded(tmp_path, native=True, encode=encode)
+    expected = families.logits(overwritten(live, name, {key: tensor.cpu() for key, tensor in model.state_dict().items()}, size))
     assert relative(before, expected) > POWER
     assert relative(families.logits(model), expected) <= LIMIT
     holds(tmp_path, name, expected, encode=encode)
@@ -307,7 +314,7 @@ def test_what_gate_and_up_cannot_share(tmp_path):
         moeglot.load(folder, native=True, encode=encode)
     assert len(str(refused.value).splitlines()) == 3
     moeglot.convert(folder, "gpt-oss/llm-compressor", out := tmp_path / "apart", encode=encode, allow_loss=True)
-    decoded, native = (moeglot.load(out, dtype="float32", native=native) for native in (False, True))
+    decoded, native = (loaded(out, native=native) for native in (False, True))
     assert relative(families.logits(native), families.logits(decoded)) <= LIMIT
 
 
@@ -330,4 +337,4 @@ def test_every_other_family_holds_or_is_refused(name, tmp_path):
     if not experts_of(live):
         pytest.skip(f"a small {name} has no experts in transformers {transformers.__version__}")
     expected = families.logits(live)
-    assert relative(families.logits(moeglot.load(tmp_path, dtype="float32", native=True)), expected) <= LIMIT
+    assert relative(families.logits(loaded(tmp_path, native=True)), expected) <= LIMIT

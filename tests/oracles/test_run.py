@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from devices import DEVICE
 from typer.testing import CliRunner
 
 import moeglot
@@ -18,7 +19,7 @@ PROMPT = "And God said unto him"
 
 
 def said(*options: str) -> str:
-    found = CliRunner().invoke(app, ["run", *options, "--prompt", PROMPT, "--tokens", "12", "--dtype", "float32"])
+    found = CliRunner().invoke(app, ["run", *options, "--prompt", PROMPT, "--tokens", "12", "--dtype", "float32", "--device", DEVICE])
     assert found.exit_code == 0, (found.output, found.exception)
     return found.stdout.rstrip("\n")
 
@@ -32,10 +33,10 @@ def refused(what: str, *options: str) -> None:
 @pytest.fixture(scope="module")
 def expected():
     """(prompt, what transformers draws after it with a seed, or the likeliest) -> all of the text, as the library decodes it."""
-    model, tokenizer = moeglot.load(BUNDLED, "float32"), transformers.AutoTokenizer.from_pretrained(BUNDLED)
+    model, tokenizer = moeglot.load(BUNDLED, "float32", DEVICE), transformers.AutoTokenizer.from_pretrained(BUNDLED)
 
     def text(prompt: str, **options) -> str:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(DEVICE)
         torch.manual_seed(3)
         found = model.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=12, pad_token_id=tokenizer.eos_token_id, **options)
         return tokenizer.decode(found[0], skip_special_tokens=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from devices import DEVICE
 from reading import relative
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -305,7 +306,8 @@ def test_the_command(tmp_path):
     data.write_text("\n".join(json.dumps({"text": line} if n % 2 else {"prompt": line[:9], "completion": line[9:]}) for n, line in enumerate(lines)))
     options = ["--steps", "4", "--batch", "2", "--length", "32", "--rank", "2", "--dtype", "float32", "--encode", "nf4"]
     moeglot.convert(BUNDLED, "gpt-oss/transformers", tmp_path / "bf16")
-    found = CliRunner().invoke(app, ["tune", str(tmp_path / "bf16"), "--data", str(data), "--out", str(tmp_path / "out"), *options])
+    words = ["tune", str(tmp_path / "bf16"), "--data", str(data), "--out", str(tmp_path / "out"), "--device", DEVICE]
+    found = CliRunner().invoke(app, [*words, *options])
     assert found.exit_code == 0, (found.output, found.exception)
     assert "held out, after" in found.output
     assert " rows)" in found.output
@@ -318,7 +320,8 @@ def test_the_command(tmp_path):
         assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     except ImportError:
         assert not (tmp_path / "out" / "loss.png").exists()
-    ran = CliRunner().invoke(app, ["run", str(tmp_path / "bf16"), "--prompt", "This License", "--tokens", "5", "--adapter", str(tmp_path / "out" / "adapter")])
+    words = ["run", str(tmp_path / "bf16"), "--prompt", "This License", "--tokens", "5", "--device", DEVICE, "--adapter", str(tmp_path / "out" / "adapter")]
+    ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 0, (ran.output, ran.exception)
     assert "This License" in ran.output
 

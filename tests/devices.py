@@ -1,0 +1,5 @@
+"""The device on which the oracles' models compute: the CPU, or what MOEGLOT_DEVICE names, so that the tests that judge a CPU judge a GPU (`make gpu-models`)."""
+
+import os
+
+DEVICE = os.environ.get("MOEGLOT_DEVICE", "cpu")
