@@ -1,4 +1,4 @@
-"""The device on which the oracles' models compute: the CPU, or what MOEGLOT_DEVICE names, so that the tests that judge a CPU judge a GPU (`make gpu-models`)."""
+"""The device on which the oracles' models compute: the CPU, or what MOEGLOT_DEVICE names, so that what judges a CPU judges a GPU (`make gpu-models`)."""
 
 import os
 
