@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from adapters import WRITERS, Job
+from reading import differing
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -63,6 +64,22 @@ def case(folder, family, base, size, strength=0.3, layers=2) -> Case:
             made.tensors[key] = made.tensors[key] * strength
     changes = {place: change * strength for place, change in made.changes.items()}
     return Case(opened, moeglot.open_adapter(made.save(folder / "adapter"), opened, "peft"), changes)
+
+
+def test_an_adapter_is_of_the_base_that_it_is_merged_into(tmp_path):
+    """Opened for the same model in other bytes, it is as if opened for these; opened for another model, its tensors are refused by name."""
+    made = case(tmp_path / "one", "gpt-oss", "mxfp4", "square")
+    plain = moeglot.open(tmp_path / "one" / "plain")
+    moeglot.merge(plain, made.adapter, tmp_path / "lent")
+    moeglot.merge(plain, moeglot.open_adapter(tmp_path / "one" / "adapter", plain, "peft"), tmp_path / "own")
+    assert not differing(tmp_path / "lent", tmp_path / "own")
+    for name, sizes in {"fewer experts": {"e": EXPERTS - 1}, "wider": {"e": EXPERTS, "h": 2 * SIZES["square"][0]}}.items():
+        other = write_checkpoint(tmp_path / name, PLAIN["gpt-oss"], dict(zip("hi", SIZES["square"], strict=True)) | sizes, dtype=torch.bfloat16)
+        with pytest.raises(moeglot.MoeglotError, match="lora"):
+            moeglot.merge(other, made.adapter, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(moeglot.UsageError, match="merge without an adapter"):
+        moeglot.merge(plain, None, tmp_path / "out")
 
 
 # --- an independent reading of scales ------------------------------------------------------------------------------------------------

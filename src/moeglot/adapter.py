@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,18 +117,28 @@ def open_adapter(path: str | Path, base: Checkpoint | str | Path, convention: st
         raise UsageError(wrong, f"its factors are those of the whole model; {checkpoint.known}", "merge it into the whole model, then convert that")
     if convention is not None:
         by_name(convention)
-    files = read_files(path, adapter)
-    keys = expert_keys(files, checkpoint.format.family)
-    found, evidence, pairs = _read_experts(files, checkpoint, keys, convention) if keys else (None, (), {})
+    return _on(read_files(path, adapter), checkpoint, convention)
+
+
+def on(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """An adapter that may have been opened for another base, as if opened for this one in the convention that was settled; raises as `open_adapter` does."""
+    if adapter.base is base:
+        return adapter
+    return replace(_on(adapter.files, base, adapter.convention.name if adapter.convention else None), evidence=adapter.evidence)
+
+
+def _on(files: AdapterFiles, base: Checkpoint, convention: str | None) -> Adapter:
+    keys = expert_keys(files, base.format.family)
+    found, evidence, pairs = _read_experts(files, base, keys, convention) if keys else (None, (), {})
     if not keys:
-        check_experts_there(files, checkpoint)
+        check_experts_there(files, base)
     used = {key for pair in dict.fromkeys(pairs.values()) for key in (pair.place.a, pair.place.b)}
     if unused := [key for key in keys if key not in used]:
         raise HalfAdapter(f"{unused[0]}: read by nothing ({len(unused)} such)", f"{len(used)} tensors of experts are read", "fetch it again from its writer")
-    dense, replaced = read_dense(files, checkpoint, [key for key in files.entries if key not in used], found)
-    check_replaced(replaced, checkpoint)
-    check_dense_there(files, checkpoint, dense, replaced)
-    return Adapter(files, checkpoint, found, evidence, pairs, dense, replaced)
+    dense, replaced = read_dense(files, base, [key for key in files.entries if key not in used], found)
+    check_replaced(replaced, base)
+    check_dense_there(files, base, dense, replaced)
+    return Adapter(files, base, found, evidence, pairs, dense, replaced)
 
 
 def _read_experts(files: AdapterFiles, base: Checkpoint, keys: Sequence[str], asked: str | None) -> tuple[Convention, tuple[str, ...], Pairs]:

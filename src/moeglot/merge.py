@@ -9,6 +9,7 @@ from moeglot.certificate import Certificate
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Progress
 from moeglot.convert import convert
+from moeglot.errors import UsageError
 from moeglot.format import Format
 from moeglot.kept import THRESHOLD
 from moeglot.plan import SHARD_SIZE
@@ -50,6 +51,8 @@ def merge(
     Raises `LossRefused` if less than `threshold`, from 0 to 1, of the change survives in some role, as what is there projects on it; and all that
     `open_adapter` and `convert` do.
     """
+    if adapter is None:
+        raise UsageError("merge without an adapter", "the adapter is what is folded in", "pass one, or call `convert`")
     return convert(
         base,
         to,

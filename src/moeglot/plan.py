@@ -187,11 +187,9 @@ def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str
         return None
     if share:
         raise UsageError(f"an adapter, and what {share} holds", "its factors are those of the whole model", "merge it into the whole model, then convert that")
-    if isinstance(adapter, str | Path):
-        from moeglot.adapter import open_adapter
+    from moeglot.adapter import on, open_adapter
 
-        adapter = open_adapter(adapter, source)
-    return Change(adapter, rounding)
+    return Change(open_adapter(adapter, source) if isinstance(adapter, str | Path) else on(adapter, source), rounding)
 
 
 def _step(source: Checkpoint, target: Format, line: Stored, layer: int, wanted: Encoding | None, inputs: bool) -> Step:

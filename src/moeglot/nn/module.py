@@ -170,7 +170,9 @@ class Experts(torch.nn.Module):
         return [] if self.muted else [factor for lora in self.adapters.values() for factor in (lora.a, lora.b)]
 
     def factors(self, place: str, seed: int | None = None, given: Sequence[torch.Tensor] | None = None) -> Factors | None:
-        """The adapter of a place; `seed`: of this step's dropout. `given`: what `trained` was in this step."""
+        """The adapter of a place, "first" or "down"; `seed`: of this step's dropout. `given`: what `trained` was in this step."""
+        if place not in self.places:
+            raise KeyError(place)
         sides = self.trained if given is None else given
         if place not in self.adapters or not sides:
             return None
