@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-ENVIRONMENTS := megatron transformers-5.5.4 transformers-4.57.6 triton bitsandbytes ray trl torchao modelopt quark mlx s3
+ENVIRONMENTS := triton transformers-5.5.4 transformers-4.57.6 megatron bitsandbytes ray trl torchao modelopt quark mlx s3
 BESIDE := bitsandbytes mlx trl triton ray s3 megatron quark
 PEFTS := 0.18.1 0.19.1 0.21.2
 CELLS := 5.23.0+0.18.1 5.23.0+0.19.1 4.57.6+0.19.1 4.57.6+0.21.2 5.5.4+0.18.1 5.5.4+0.21.2

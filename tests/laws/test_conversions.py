@@ -19,11 +19,14 @@ THOROUGH = ("gpt-oss", "qwen3-moe", "mixtral")
 def sizes_of(form, other=None):
     """A pair at the square size and at another, which goes round the pairs; a format alone at every size.
 
+    There and back from one of two is back and there from the other: where families are not tried thoroughly, a pair begins at one of them, which goes round.
     Formats that name every tensor (Megatron's) have lines of few kinds: each is paired with two of the others, at one size from it and another to it.
     """
     if other and form.closed and other.closed:
         return ()
     if other and (form.closed or other.closed) and not meet(form, other):
+        return ()
+    if other and form.family.name not in THOROUGH and not first(form, other):
         return ()
     if form.family.name not in THOROUGH or (form.closed and other):
         return ("square",)
@@ -32,6 +35,12 @@ def sizes_of(form, other=None):
     if other is None:
         return tuple(SIZES)
     return ("h=2i",) if other.closed else ("square", [*SIZES][1 + (PLAIN.index(form) + PLAIN.index(other)) % (len(SIZES) - 1)])
+
+
+def first(form, other):
+    """Whether a pair begins with this one."""
+    a, b = PLAIN.index(form), PLAIN.index(other)
+    return (a < b) == bool((a + b) % 2)
 
 
 def meet(form, other):
