@@ -93,7 +93,8 @@ gpu:
 # There too, with transformers, PEFT and pytest-xdist: the oracles that judge a CPU judge the GPU. `make gpu-models PYTHON=python3 TO=folder`, within 5 minutes.
 gpu-models:
 	mkdir -p $(TO)
-	MOEGLOT_DEVICE=cuda PYTHONPATH=src timeout 280 $(PYTHON) $(PYTEST) --numprocesses 8 --maxfail 20 $(ON_A_DEVICE) > $(TO)/test_models.txt 2>&1; tail -40 $(TO)/test_models.txt
+	MOEGLOT_DEVICE=cuda PYTHONPATH=src timeout 280 $(PYTHON) $(PYTEST) --numprocesses 8 --maxfail 20 $(ON_A_DEVICE) > $(TO)/test_models.txt 2>&1; \
+	    status=$$?; tail -40 $(TO)/test_models.txt; exit $$status
 
 docs: .venv/ready
 	$(BIN)/python $(PIP) --editable '.[docs]'

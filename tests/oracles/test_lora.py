@@ -303,6 +303,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(tmp_path):
     assert torch.equal(module(hidden, index, weights), before)
     with pytest.raises(UsageError, match="has an adapter"):
         add_lora(module, 4)
+    with pytest.raises(KeyError, match="gate"):
+        module.factors("gate")
     remove_lora(module)
     assert not list(module.parameters())
     for wrong in ({"r": 0}, {"targets": ("q_proj",)}, {"dropout": 1.0}, {"targets": ()}):
