@@ -162,7 +162,7 @@ def test_ctrl_c(arguments, words, tmp_path):
     end = _other_end(source / "hf_quant_config.json", process)
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=600)
     os.close(end)
     assert (process.returncode, err) == (130, words)
 

@@ -127,7 +127,7 @@ def _open(name: str, home: Path, url: str, headers_only: bool = False, **more: s
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGINGFACE_")) and not key.upper().endswith("_PROXY")}
     told = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **more}
     command = [sys.executable, "-c", OPEN, name, *["headers"] * headers_only]
-    done = subprocess.run(command, env={**kept, **told}, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env={**kept, **told}, cwd=home, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert isinstance(found, dict)

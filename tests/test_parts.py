@@ -116,7 +116,7 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
 def test_two_processes_of_torchrun(source: Path, local: dict[str, bytes], tmp_path: Path) -> None:
     """Both begin at the same time in a folder that is not there yet."""
     out, torchrun = tmp_path / "out", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run([*torchrun, *command(source, out, "--part", "auto")], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([*torchrun, *command(source, out, "--part", "auto")], capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     assert "part 1/2 is written" in ran.stdout
     assert "part 2/2 is written" in ran.stdout

@@ -48,7 +48,7 @@ def command(*given: str | Path) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> list[str]:
     """The lines of progress of a process that must succeed."""
-    lines = process.communicate(timeout=120)[1].splitlines()
+    lines = process.communicate(timeout=600)[1].splitlines()
     assert process.returncode == 0, "\n".join(lines)
     return lines
 
@@ -69,7 +69,7 @@ def killed(process: subprocess.Popen[str], out: Path, lines: int, delay: float) 
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until

@@ -159,7 +159,7 @@ def test_rows_shared_out_among_threads_give_the_same_bits(way, monkeypatch):
         threads.together([lambda: done.append(1), lambda: 1 / 0])
     assert done == [1]
     if way == "a pool":
-        both = threading.Barrier(2, timeout=60)
+        both = threading.Barrier(2, timeout=600)
         threads.together([both.wait, both.wait])  # neither would come back from a thread that they share
 
 
@@ -181,7 +181,7 @@ torch.ones(1 << 22).add_(1)
 assert threads._team()
 before = sorted(os.listdir("/proc/self/task"))
 done, inside = [], []
-both = threading.Barrier(2, timeout=60)
+both = threading.Barrier(2, timeout=600)
 threads.together([both.wait, both.wait])  # side by side: neither would come back from a thread that they share
 time.sleep(0.1)  # a thread that ends is there for a while
 after = sorted(os.listdir("/proc/self/task"))

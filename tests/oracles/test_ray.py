@@ -27,7 +27,7 @@ from moeglot.integrations import ray as engine_of  # noqa: E402
 
 TO, SHARD_SIZE, TASK = "gpt-oss/transformers", 60_000, 20_000
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "memory": 2_000_000_000}
-SECONDS = 120
+SECONDS = 600
 
 
 @pytest.fixture(scope="module")
