@@ -46,7 +46,7 @@ LAYERS = (
     {"lint"},
     {"dense_plan", "dist_plan", "steps"},
     {"plan"},
-    {"forward", "pairs", "units", "parts", "undeclared", "outputs"},
+    {"forward", "compared", "pairs", "units", "parts", "undeclared", "outputs"},
     {"stream"},
     {"work"},
     {"fingerprint"},

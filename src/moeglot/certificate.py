@@ -9,15 +9,16 @@ from typing import Any
 
 from moeglot.certified import edited_rank, source_files
 from moeglot.checkpoint import Checkpoint, open
-from moeglot.checks import Check, Progress, Report, each_expert
+from moeglot.checks import Check, Progress, Report
+from moeglot.compared import Compared, compared
 from moeglot.dense_plan import left_aside
 from moeglot.digests import CERTIFICATE, digests
 from moeglot.divided import share_json
 from moeglot.encoded import Encoded
 from moeglot.errors import BadNumbers, Contradiction, NotVerified
-from moeglot.experts import Expert, Matrix
+from moeglot.experts import Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares
-from moeglot.forward import Matrices, forward
+from moeglot.forward import checkpoint_side, forward
 from moeglot.kept import Survived, applied, live, merge_json, rounding, sums, survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
@@ -28,7 +29,7 @@ from moeglot.steps import Step
 from moeglot.undeclared import undeclared
 from moeglot.units import make
 from moeglot.unsound import unsound
-from moeglot.verify import difference, others, structure, values
+from moeglot.verify import others, structure
 from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
@@ -79,15 +80,11 @@ def _verify(
     if written.format.name != plan.target.name:
         raise NotVerified(f"the output reads as {written.format.name}", f"it was written as {plan.target.name}", "report this as a bug")
     rounded = Rounded(plan, steps)
-    source, family = plan.source, plan.source.format.family
-    named = "the source, rounded" if rounded.steps else "the source"
-    side = Matrices(named, lambda layer: Expert.of(family, source.config, source.number(layer)), rounded.matrix)
-    checks = [
-        structure(written),
-        rounded.values(written, threads, progress),
-        others(written, plan.source, plan.change.dense if plan.change else dict),
-        *forward(written, side, workers=threads, progress=progress),
-    ]
+    source = plan.source
+    both = AsRounded(written, rounded) if rounded.steps else compared(written, source)
+    side = checkpoint_side(source, both.matrix, "the source, rounded" if rounded.steps else "the source")
+    computed = forward(written, side, workers=threads, progress=progress)
+    checks = [structure(written), both.check(), others(written, source, plan.change.dense if plan.change else dict), *computed]
     if plan.change and plan.change.adapter.layers:
         adapter = plan.change.adapter
         checks.append(applied(written, source, adapter, sums(found), threads, progress))
@@ -133,39 +130,42 @@ class Rounded:
         stored = Encoded(step.target, parts, step.line.expert_shape(self.plan.source.sizes))
         return self.plan.source.split(step.line, stored)
 
-    def values(self, written: Checkpoint, threads: int, progress: Progress | None) -> Check:
-        """Bit for bit equal to the source; where numbers were lost, equal to the source as rounded, and as far from it as the certificate states."""
-        if not self.steps:
-            return values(written, self.plan.source, workers=threads, progress=progress)
-
-        def work(layer: int, expert: int) -> tuple[list[float], Loss]:
-            mine, theirs, off, apart = right(written, layer, expert), self.matrix(layer, expert), list[float](), Loss()
-            for role in written.format.family.roles:
-                if (error := difference(mine(role), theirs(role))) is not None:
-                    off.append(error)
-                if self._only_rounded(role, layer, expert):
-                    apart += self._distance(mine(role), role, layer, expert)
-            return off, apart
-
-        rows = list(each_expert(written, work, "values", threads, progress))
-        off, apart = [error for errors, _ in rows for error in errors], sum((loss for _, loss in rows), Loss()).relative
-        worst = max(off, default=0.0)
-        rounding = ", ".join(sorted({str(step.target) for step in self.steps.values()}))
-        of = "the source with the adapter's change" if self.plan.change else "the source"
-        figures = {"relative_error_beyond_rounding": worst, "rounding": rounding, "relative_error": apart}
-        if off or not abs(apart - self.stated) <= 1e-3 * self.stated:
-            detail = f"off {of} as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {self.stated:.3g}"
-            return Check("values", "does not hold", "canonical tensors", detail, figures)
-        detail = f"{of} as {rounding} rounds it, bit for bit" + (f"; relative error {apart:.3g}" if self.lossy else "")
-        return Check("values", "holds", "canonical tensors", detail, figures)
-
-    def _only_rounded(self, role: str, layer: int, expert: int) -> bool:
+    def only_rounded(self, role: str, layer: int, expert: int) -> bool:
+        """Whether a role is the source's own numbers but for a rounding."""
         step = self.steps.get((layer, role))
         return step is not None and step.verb in self.lossy and not self.plan.merges(step, expert)
 
+
+class AsRounded(Compared):
+    """An output beside its source as rounded: equal to it bit for bit, and as far from the source as the certificate states."""
+
+    def __init__(self, written: Checkpoint, rounded: Rounded) -> None:
+        super().__init__(written, rounded.matrix)
+        self.rounded = rounded
+        self.apart: dict[tuple[int, int, str], Loss] = {}
+
+    def compare(self, mine: Encoded, theirs: Encoded, place: tuple[int, int, str]) -> float | None:
+        layer, expert, role = place
+        if self.rounded.only_rounded(role, layer, expert):
+            self.apart[place] = self._distance(mine, role, layer, expert)
+        return super().compare(mine, theirs, place)
+
+    def judged(self, found: Mapping[tuple[int, int, str], float | None]) -> Check:
+        rounded = self.rounded
+        off = [error for error in found.values() if error is not None]
+        worst, apart = max(off, default=0.0), sum((self.apart[place] for place in found if place in self.apart), Loss()).relative
+        rounding = ", ".join(sorted({str(step.target) for step in rounded.steps.values()}))
+        of = "the source with the adapter's change" if rounded.plan.change else "the source"
+        figures = {"relative_error_beyond_rounding": worst, "rounding": rounding, "relative_error": apart}
+        if off or not abs(apart - rounded.stated) <= 1e-3 * rounded.stated:
+            detail = f"off {of} as {rounding} rounds it by {worst:.2g}; {apart:.3g} from the source, where rounding alone costs {rounded.stated:.3g}"
+            return Check("values", "does not hold", "canonical tensors", detail, figures)
+        detail = f"{of} as {rounding} rounds it, bit for bit" + (f"; relative error {apart:.3g}" if rounded.lossy else "")
+        return Check("values", "holds", "canonical tensors", detail, figures)
+
     def _distance(self, written: Encoded, role: str, layer: int, expert: int) -> Loss:
         """How far a role lies from the source as it was, by canonical axes, so that no wrong axis can hide in the rounding."""
-        source = self.plan.source
+        source = self.rounded.plan.source
         declared, found = source.expert(source.format.line_of(role), layer, expert)[role], Loss()
         dtype = compared_dtype(declared, written)
         for before, after in row_pairs(declared, written):

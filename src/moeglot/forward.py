@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -64,12 +64,9 @@ def loud_tokens(layer: int, expert: int, model: Expert, matrix: Matrix, h: int, 
     return tokens * loudness(model, tokens, matrix)
 
 
-def checkpoint_side(other: Checkpoint) -> Matrices:
-    return Matrices(
-        other.source.name,
-        lambda layer: Expert.of(other.format.family, other.config, other.number(layer)),
-        lambda layer, expert: right(other, layer, expert),
-    )
+def checkpoint_side(other: Checkpoint, matrix: Callable[[int, int], Matrix], name: str | None = None) -> Matrices:
+    """What a checkpoint's experts compute with these matrices. `name`: what the side is called, else as the checkpoint."""
+    return Matrices(name or other.source.name, lambda layer: Expert.of(other.format.family, other.config, other.number(layer)), matrix)
 
 
 class Probe:
@@ -89,7 +86,11 @@ class Probe:
         let_go()
         return found
 
-    def is_moot(self, misreading: Misreading) -> bool:
+    def wrong(self) -> dict[str, float]:
+        """Relative error of each wrong reading, by its name."""
+        return {misreading.name: self.error(misreading) for misreading in misreadings(self.subject) if not self._is_moot(misreading)}
+
+    def _is_moot(self, misreading: Misreading) -> bool:
         """It misreads biases that are all zero, or scales where there are none, so that it is no wrong reading."""
         line = misreading.line
         if line is not None and misreading.scales:
@@ -98,37 +99,33 @@ class Probe:
 
 
 def forward(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> list[Check]:
-    """Every expert on loud random tokens against the other side, then the wrong readings on one expert a layer, to prove the power."""
+    """Every expert on loud random tokens against the other side; and, to prove the power, one expert of each layer in every wrong reading."""
 
-    def work(layer: int, expert: int) -> tuple[int, int, float]:
-        return layer, expert, Probe(subject, side, layer, expert).error()
+    def work(layer: int, expert: int) -> tuple[int, int, float, dict[str, float]]:
+        probe = Probe(subject, side, layer, expert)
+        error = probe.error()
+        return layer, expert, error, probe.wrong() if error <= LIMIT and expert == layer % subject.sizes["e"] else {}
 
     found = list(each_expert(subject, work, "forward", workers, progress))
-    layers = {layer: max(error for at, _, error in found if at == layer) for layer in subject.layers}
-    worst = max(found, key=lambda row: row[2])
-    wrong = [row for row in found if not row[2] <= LIMIT]
-    figures: dict[str, Any] = {"relative_error": worst[2], "limit": LIMIT, "experts": len(found), "beyond": len(wrong)}
-    if wrong:
-        layer, expert, error = wrong[0]
+    layers = {layer: max(error for at, _, error, _ in found if at == layer) for layer in subject.layers}
+    worst = max(found, key=lambda row: row[2])[2]
+    beyond = [row for row in found if not row[2] <= LIMIT]
+    figures: dict[str, Any] = {"relative_error": worst, "limit": LIMIT, "experts": len(found), "beyond": len(beyond)}
+    if beyond:
+        layer, expert, error, _ = beyond[0]
         cause = diagnose(subject, side, layer, expert)
         figures["fits_if"] = cause
         known = f"fits if {cause}" if cause else "no other reading of the same bytes fits either"
-        detail = f"{len(wrong)} of {len(found)} experts beyond {LIMIT:g}; layer {layer}, expert {expert}: {error:.2g}; {known}"
+        detail = f"{len(beyond)} of {len(found)} experts beyond {LIMIT:g}; layer {layer}, expert {expert}: {error:.2g}; {known}"
         return [Check("forward", "does not hold", f"against {side.name}", detail, figures, layers)]
-    detail = f"{len(found)} experts, relative error at most {worst[2]:.1e} (limit {LIMIT:g})"
-    return [Check("forward", "holds", f"against {side.name}", detail, figures, layers), power(subject, side, workers=workers, progress=progress)]
+    detail = f"{len(found)} experts, relative error at most {worst:.1e} (limit {LIMIT:g})"
+    return [Check("forward", "holds", f"against {side.name}", detail, figures, layers), _power([wrong for *_, wrong in found])]
 
 
-def power(subject: Checkpoint, side: Side, *, workers: int = 1, progress: Progress | None = None) -> Check:
-    """Each wrong reading must be at least 100 times worse than the limit, on one expert of each layer."""
-
-    def work(layer: int, expert: int) -> dict[str, float]:
-        probe = Probe(subject, side, layer, expert)
-        return {misreading.name: probe.error(misreading) for misreading in misreadings(subject) if not probe.is_moot(misreading)}
-
+def _power(wrong: Iterable[Mapping[str, float]]) -> Check:
+    """Each wrong reading must be at least 100 times worse than the limit, on every expert that it was tried on."""
     weakest: dict[str, float] = {}
-    sample = [(layer, layer % subject.sizes["e"]) for layer in subject.layers]
-    for errors in each_expert(subject, work, "power", workers, progress, sample):
+    for errors in wrong:
         weakest |= {name: min(error, weakest.get(name, error)) for name, error in errors.items()}
     blind = [name for name, error in weakest.items() if not error >= LIMIT * POWER]
     figures = {"wrong_readings": weakest, "needed": LIMIT * POWER}

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moeglot import scratch
 from moeglot.certified import as_certified
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.coding import said
+from moeglot.compared import compared
 from moeglot.config import differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.divided import alongside
-from moeglot.encoded import Encoded
-from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, Contradiction, MoeglotError, TensorMismatch
 from moeglot.fingerprint import Fingerprint
-from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
-from moeglot.loss import NONE
-from moeglot.misreadings import right
 from moeglot.served import has_cache, is_of_cache
 from moeglot.unsound import unsound
-
-SLAB = 1 << 20
-"""Numbers of a matrix that are compared at a time."""
 
 
 def verify(
@@ -48,14 +40,14 @@ def verify(
     checks = [structure(subject), *([copies(subject)] if isinstance(subject, Gathered) else [])]
     if isinstance(other, Checkpoint):
         other = alongside(subject, other)
-        checks.append(values(subject, other, workers=workers, progress=progress))
-        checks += [others(subject, other), settings(subject, other)]
+        both = compared(subject, other)
+        computed = forward(subject, checkpoint_side(other, both.matrix), workers=workers, progress=progress)
+        checks += [both.check(), others(subject, other), settings(subject, other), *computed]
     elif other is None:
         checks.append(numbers(subject, workers=workers, progress=progress))
         checks += as_certified(subject)
-    if other is not None:
-        side = checkpoint_side(other) if isinstance(other, Checkpoint) else other
-        checks += forward(subject, side, workers=workers, progress=progress)
+    else:
+        checks += forward(subject, other, workers=workers, progress=progress)
     _check_unchanged(subject, other)
     return Report(subject.source.name, "itself" if other is None else side_name(other), tuple(checks))
 
@@ -131,95 +123,7 @@ def numbers(checkpoint: Checkpoint, *, workers: int = 1, progress: Progress | No
     return Check("values", "holds", "finite numbers and scales", "every expert was read, and every other weight")
 
 
-# --- values --------------------------------------------------------------------------------------------------------------------------
-
-
-def values(subject: Checkpoint, other: Checkpoint, *, workers: int = 1, progress: Progress | None = None) -> Check:
-    """Canonical tensors equal bit for bit, or else their relative error by role."""
-    comparable(subject, other)
-
-    def work(layer: int, expert: int) -> tuple[int, dict[str, float | None]]:
-        mine, theirs = right(subject, layer, expert), right(other, layer, expert)
-        return layer, {role: difference(mine(role), theirs(role)) for role in subject.format.family.roles}
-
-    return _worst(subject, each_expert(subject, work, "values", workers, progress))
-
-
-def _worst(subject: Checkpoint, found: Iterator[tuple[int, dict[str, float | None]]]) -> Check:
-    roles: dict[str, float] = {}
-    layers: dict[int, float] = {}
-    unequal = total = 0
-    for layer, errors in found:
-        for role, error in errors.items():
-            roles[role] = max(roles.get(role, 0), error or 0)
-            layers[layer] = max(layers.get(layer, 0), error or 0)
-            total, unequal = total + 1, unequal + (error is not None)
-    if not unequal:
-        return Check("values", "holds", "canonical tensors", f"{total} of {total} equal bit for bit", {"unequal": 0, "tensors": total}, layers)
-    worst = ", ".join(f"{role} {error:.2g}" for role, error in roles.items() if error) or NONE
-    figures = {"unequal": unequal, "tensors": total, "relative_error": roles}
-    return Check("values", "does not hold", "canonical tensors", f"{unequal} of {total} differ; relative error {worst}", figures, layers)
-
-
-def comparable(a: Checkpoint, b: Checkpoint) -> None:
-    """One family, one size; raises `Contradiction`."""
-    if a.share != b.share:
-        wrong = f"{a.source.name} has {_which(a)}, {b.source.name} {_which(b)}"
-        raise Contradiction(wrong, "moeglot compares what the first one has", f"pass {b.source.name} first")
-    letters = [letter for letter in ("e", "h", "i", "j") if a.sizes.get(letter) != b.sizes.get(letter)]
-    if a.format.family != b.format.family or letters or a.layers != b.layers:
-        raise Contradiction(
-            f"{a.source.name} and {b.source.name} are different models",
-            f"{a.format.family.name} {dict(a.sizes)} and {b.format.family.name} {dict(b.sizes)}, {len(a.layers)} and {len(b.layers)} sparse layers",
-            "compare checkpoints of one model",
-        )
-
-
-def _which(checkpoint: Checkpoint) -> str:
-    return f"what {checkpoint.share} holds" if checkpoint.share else "the whole model"
-
-
-def difference(mine: Encoded, theirs: Encoded) -> float | None:
-    """None if the numbers are the same, bit for bit (the sign of zero too); else their relative error, 0 where signs of zero are all that differs."""
-    from moeglot.kernels.bits import same
-
-    if _same_parts(mine, theirs) or _same_in_half(mine, theirs):
-        return None
-    error = size = 0.0
-    equal, dtype = True, compared_dtype(mine, theirs)
-    for a, b in row_pairs(mine, theirs):
-        x, y = a.decode(dtype), b.decode(dtype)
-        equal = equal and same(x, y)
-        error += squares(x - y)
-        size += squares(y)
-    if equal:
-        return None
-    ratio = (error / size) ** 0.5 if size else float("inf") if error else 0.0
-    return ratio if ratio == ratio else float("inf")
-
-
-def _same_parts(mine: Encoded, theirs: Encoded) -> bool:
-    """The same codes and scales, so that nothing need be decoded."""
-    from moeglot.kernels.bits import same
-
-    alike = mine.encoding.name == theirs.encoding.name and mine.parts.keys() == theirs.parts.keys()
-    return alike and all(same(mine.parts[name], theirs.parts[name]) for name in mine.parts)
-
-
-def _same_in_half(mine: Encoded, theirs: Encoded) -> bool:
-    """Both are numbers that bfloat16 holds exactly, and as such they are the same, some rows at a time."""
-    import torch
-
-    from moeglot.kernels.bits import same
-
-    if not all(encoded.encoding.fits_in(Plain("BF16")) for encoded in (mine, theirs)):
-        return False
-
-    def decoded(block: Encoded) -> torch.Tensor:
-        plain = isinstance(block.encoding, Plain)
-        return block.decode(torch.bfloat16, None if plain else scratch.empty(block.shape, torch.bfloat16))
-
-    return all(same(decoded(a), decoded(b)) for a, b in row_pairs(mine, theirs, SLAB))
+# --- against another checkpoint ------------------------------------------------------------------------------------------------------
 
 
 def others(subject: Checkpoint, other: Checkpoint, changed: Callable[[Mapping[str, DenseTensor]], Mapping[str, DenseTensor]] = dict) -> Check:
@@ -280,7 +184,10 @@ def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: 
     """
     mine, theirs = (x if isinstance(x, Checkpoint) else open(x) for x in (a, b))
     theirs = alongside(mine, theirs)
-    checks = (values(mine, theirs, workers=workers, progress=progress), others(mine, theirs), settings(mine, theirs))
+    both = compared(mine, theirs)
+    for _ in each_expert(mine, both.visit, "values", workers, progress):
+        pass
+    checks = (both.check(), others(mine, theirs), settings(mine, theirs))
     _check_unchanged(mine, theirs)
     return Report(mine.source.name, theirs.source.name, checks)
 
