@@ -34,8 +34,9 @@ BASES = {
     "int4": ("+int4-pack", "int4:32"),
     "nf4": ("+nf4", "nf4"),
 }
-CELLS = [(family, base, size) for n, family in enumerate(PLAIN) for m, base in enumerate(BASES) for k, size in enumerate(SIZES) if k in (0, 1 + (n + m) % 2)]
-"""Square, and another size in turn."""
+PAIRS = [(n + m, family, base) for n, family in enumerate(PLAIN) for m, base in enumerate(BASES)]
+CELLS = [(family, base, size) for turn, family, base in PAIRS for k, size in enumerate(SIZES) if k == 0 or turn % 6 == 3 * k - 3]
+"""Square, and every third at another size."""
 
 
 @dataclass
@@ -180,10 +181,10 @@ def test_scales_are_the_bases_but_where_they_do_not_reach(family, base, tmp_path
     assert min(clipped, kept) > 0, "the test would show nothing"
 
 
-@pytest.mark.parametrize(("family", "base"), [(family, base) for family in PLAIN for base in BASES])
-def test_no_change_gives_back_every_byte(family, base, tmp_path):
+@pytest.mark.parametrize(("turn", "family", "base"), PAIRS)
+def test_no_change_gives_back_every_byte(turn, family, base, tmp_path):
     made = case(tmp_path, family, base, "square", strength=0.0)
-    for rounding in ("nearest", "stochastic:3", "delta"):
+    for rounding in ("nearest", "stochastic:3", "delta")[turn % 3 :][:1] if family != "qwen3-moe" else ("nearest", "stochastic:3", "delta"):
         moeglot.merge(made.base, made.adapter, tmp_path / rounding, round=rounding)
         before, after = load_file(next((made.base.source.folder).glob("*.safetensors"))), load_file(tmp_path / rounding / "model.safetensors")
         assert before.keys() == after.keys()

@@ -24,15 +24,17 @@ QWEN = [coding for coding in CODINGS if not coding.families]
 SIZES = {"square": (2, 128, 128), "h=2i": (2, 256, 128), "2h=i": (2, 128, 256)}
 
 
-@pytest.fixture(params=SIZES)
-def sizes(request):
-    return request.param
-
-
 def without_marks(folder):
     """As another producer would have written it."""
     for path in folder.glob("*.safetensors"):
         save_file(load_file(path), path, {"format": "pt"})
+
+
+def each(codings, layouts=LAYOUTS[:1]):
+    """(layout, coding, sizes): square, and every third at another size."""
+    found = [(layout, coding) for coding in codings for layout in layouts if layout == LAYOUTS[0] or coding.stacked]
+    cells = [(*one, size) for n, one in enumerate(found) for k, size in enumerate(SIZES) if k == 0 or n % 6 == 3 * k - 3]
+    return pytest.mark.parametrize(("layout", "coding", "sizes"), cells, ids=[f"{layout}+{coding.name}-{size}" for layout, coding, size in cells])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_all_experts_in_one_tensor_decode_as_one_matrix_each(coding, coded, tmp_
     assert differing(tmp_path / "stacked", tmp_path / "1") == []
 
 
-@pytest.mark.parametrize(("layout", "coding"), [(layout, coding) for coding in QWEN for layout in LAYOUTS if layout == LAYOUTS[0] or coding.stacked])
+@each(QWEN, LAYOUTS)
 def test_it_is_identified_and_returns_as_it_is(coding, layout, sizes, coded, tmp_path):
     source = coded(layout, coding, sizes)
     found = moeglot.identify(source)
@@ -94,9 +96,9 @@ def test_it_is_identified_and_returns_as_it_is(coding, layout, sizes, coded, tmp
     )
 
 
-@pytest.mark.parametrize("coding", [c for c in QWEN if c.stacked and not any(part.flat for part in c.encoding.parts)], ids=lambda c: c.name)
-def test_one_by_one_and_stacked_are_repacked_without_a_decode(coding, sizes, coded, tmp_path):
-    source = coded(LAYOUTS[0], coding, sizes)
+@each([c for c in QWEN if c.stacked and not any(part.flat for part in c.encoding.parts)])
+def test_one_by_one_and_stacked_are_repacked_without_a_decode(layout, coding, sizes, coded, tmp_path):
+    source = coded(layout, coding, sizes)
     there = moeglot.plan(source, f"{LAYOUTS[1]}+{coding.name}")
     assert all(step.moves_codes for step in there.steps)
     assert carry_out(there, tmp_path / "stacked").report.verdict == "holds"
@@ -105,8 +107,8 @@ def test_one_by_one_and_stacked_are_repacked_without_a_decode(coding, sizes, cod
     assert differing(source, tmp_path / "back") == []
 
 
-@pytest.mark.parametrize("coding", QWEN, ids=[c.name for c in QWEN])
-def test_decoded_to_float32_it_returns(coding, sizes, coded, decoded, tmp_path):
+@each(QWEN)
+def test_decoded_to_float32_it_returns(layout, coding, sizes, coded, decoded, tmp_path):
     """float32 holds what every encoding decodes to; encoded again, the values are the same, and the bytes wherever values determine them."""
     source = coded(LAYOUTS[0], coding, sizes)
     back = moeglot.convert(decoded(coding, sizes), f"{LAYOUTS[0]}+{coding.name}", tmp_path / "back")

@@ -17,9 +17,10 @@ THOROUGH = ("gpt-oss", "qwen3-moe", "mixtral")
 
 
 def sizes_of(form, other=None):
-    """A pair at the square size and at another, which goes round the pairs; a format alone at every size.
+    """A pair at the square size one way and at another, which goes round the pairs, the other way; a format alone at every size.
 
-    There and back from one of two is back and there from the other: where families are not tried thoroughly, a pair begins at one of them, which goes round.
+    There and back from one of two is back and there from the other: a pair begins at one of them, which goes round, and where families are not tried
+    thoroughly at that one alone.
     Formats that name every tensor (Megatron's) have lines of few kinds: each is paired with two of the others, at one size from it and another to it.
     """
     if other and form.closed and other.closed:
@@ -34,7 +35,9 @@ def sizes_of(form, other=None):
         return ("square", "one")
     if other is None:
         return tuple(SIZES)
-    return ("h=2i",) if other.closed else ("square", [*SIZES][1 + (PLAIN.index(form) + PLAIN.index(other)) % (len(SIZES) - 1)])
+    if other.closed:
+        return ("h=2i",)
+    return ("square",) if first(form, other) else ([*SIZES][1 + (PLAIN.index(form) + PLAIN.index(other)) % (len(SIZES) - 1)],)
 
 
 def first(form, other):

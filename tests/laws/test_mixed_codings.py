@@ -66,8 +66,7 @@ def _mixed(whole, folder, coding, left=(1,), named="_proj", encode=None):
     return folder / "mixed"
 
 
-@pytest.mark.parametrize("left", [(0,), (1,), (0, 2)], ids=str)
-@pytest.mark.parametrize("coding", KEEPING, ids=lambda coding: coding.name)
+@pytest.mark.parametrize(("coding", "left"), [(coding, ((0,), (1,), (0, 2))[n % 3]) for n, coding in enumerate(KEEPING)], ids=lambda v: getattr(v, "name", v))
 def test_it_is_read_and_returns_as_it_is(coding, left, mixed, tmp_path):
     source = moeglot.open(mixed(tmp_path, coding, left))
     assert source.format.name == f"{HUB}+{coding.name}"
@@ -82,8 +81,7 @@ def test_it_is_read_and_returns_as_it_is(coding, left, mixed, tmp_path):
     assert differing(source.source.folder, tmp_path / "again") == []
 
 
-@pytest.mark.parametrize("role", ["gate", "down"])
-@pytest.mark.parametrize("coding", KEEPING, ids=lambda coding: coding.name)
+@pytest.mark.parametrize(("coding", "role"), [(coding, ("gate", "down")[n % 2]) for n, coding in enumerate(KEEPING)], ids=lambda v: getattr(v, "name", v))
 def test_a_role_that_is_left_alone_in_every_layer(coding, role, mixed, tmp_path):
     """llm-compressor's recipes name such by pattern. The numbers are those of the two checkpoints that it was put together from."""
     encode = "int4:64" if coding.name == "int4-pack" else None

@@ -126,6 +126,7 @@ def test_where_the_host_waits(tmp_path):
             assert bool(ASKED) == waits, ASKED
 
 
+@pytest.mark.skipif(VERSION < (5, 23), reason="no release of transformers has a say in it")
 @pytest.mark.parametrize("device", [(), *([(DEVICE,)] if DEVICE != "cpu" else ())], ids=str)
 def test_every_encoding_computes_elsewhere_by_every_backend(device, tmp_path):
     """By torch alone, as on a GPU where Triton is not: no table and no scratch memory stays on the CPU. On a GPU that is there, by Triton too."""

@@ -43,14 +43,14 @@ REFUSED = (
 
 
 def cells(names: Sequence[str], codings: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(family, size, coding): every cell if asked, since a release takes half an hour; else in the newest all that are square and a few of the others,
-    and half of those that are square in the others."""
-    found = [(n + m + k, (name, size, coding)) for n, name in enumerate(names) for m, coding in enumerate(codings) for k, size in enumerate(families.SIZES)]
+    """(family, size, coding): every cell if asked, since a release takes half an hour; else in the newest each family in each coding once, two thirds of
+    them square, and in the others half of them, all square."""
+    pairs = [(n + m, name, coding) for n, name in enumerate(names) for m, coding in enumerate(codings)]
     if EVERY:
-        return [cell for _, cell in found]
+        return [(name, size, coding) for _, name, coding in pairs for size in families.SIZES]
     if NEWEST:
-        return [cell for place, cell in found if cell[1] == "square" or place % 6 == 1]
-    return [cell for place, cell in found if cell[1] == "square" and place % 2 == 0]
+        return [(name, "square" if place % 3 else ("h=2i", "neither")[place // 3 % 2], coding) for place, name, coding in pairs]
+    return [(name, "square", coding) for place, name, coding in pairs if place % 2 == 0]
 
 
 def loaded(folder: Path, **options) -> torch.nn.Module:
