@@ -112,8 +112,7 @@ def cases(gpu, monkeypatch):
 SMALL = {"mxfp4": ("gpt-oss/openai", {"e": 3, "h": 64, "i": 32, "k": 2}), "fp8": ("qwen3-moe/hub+fp8-block", {"e": 3, "h": 64, "i": 32, "k": 2})}
 
 
-@pytest.mark.parametrize("shape", SMALL)
-@pytest.mark.parametrize("case", ["decoding", "few", "many", "crossover", "training"])
+@pytest.mark.parametrize(("case", "shape"), [("decoding", "fp8"), ("few", "mxfp4"), ("many", "fp8"), ("crossover", "mxfp4"), ("training", "mxfp4")])
 def test_both_sides_compute_the_same(case, shape, cases):
     figures = list(getattr(cases, case)(SMALL[shape], 1))
     assert figures
