@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -82,6 +83,24 @@ def test_an_adapter_is_of_the_base_that_it_is_merged_into(tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(moeglot.UsageError, match="merge without an adapter"):
         moeglot.merge(plain, None, tmp_path / "out")
+
+
+def test_its_certificate_makes_each_expert_once(tmp_path, monkeypatch):
+    """For the comparison of values, for what experts compute, and for the wrong readings that prove the power."""
+    made, counts = case(tmp_path, "gpt-oss", "mxfp4", "square"), Counter()
+
+    def counted(plan, unit):
+        counts[unit.key] += 1
+        return make(plan, unit)
+
+    monkeypatch.setattr("moeglot.certificate.make", counted)
+    report = moeglot.merge(made.base, made.adapter, tmp_path / "out", threshold=0).report
+    assert [(check.level, check.verdict) for check in report.checks if check.what in ("canonical tensors", "power of the check")] == [
+        ("values", "holds"),
+        ("forward", "holds"),
+    ]
+    assert set(counts.values()) == {1}
+    assert len(counts) == 2 * EXPERTS * 2  # layers, experts, gate_up and down
 
 
 # --- an independent reading of scales ------------------------------------------------------------------------------------------------
