@@ -5,7 +5,6 @@ model and compares float32 logits: of `moeglot.load`, and of `moeglot.load(nativ
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import families
 import pytest
 import torch
 import transformers
+from cells import EVERY
 from devices import DEVICE
 from held_models import CODINGS, FORMS, LAYOUTS, NAMES, experts_of, model_of, native_works, overwritten, quantized
 from reading import relative
@@ -29,7 +29,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 LIMIT, POWER = 1e-5, 1e-3
-EVERY, NEWEST = bool(os.environ.get("MOEGLOT_EVERY_CELL")), VERSION >= (5, 6)
+NEWEST = VERSION >= (5, 6)
 SIZES = families.SIZES if NEWEST or EVERY else ("square",)
 BACKENDS = ("reference", "eager", "grouped", "batched")
 ON_A_GPU = ("triton", "auto") if DEVICE.startswith("cuda") else ()
