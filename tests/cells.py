@@ -1,4 +1,4 @@
-"""Which cells of a matrix are tried: the square ones, and a few of the others that go round; all with MOEGLOT_EVERY_CELL=1, which takes hours."""
+"""Which cells of a matrix of families, encodings and sizes are tried: the square ones, and a few others; every size with MOEGLOT_EVERY_CELL=1."""
 
 import os
 

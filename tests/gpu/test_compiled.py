@@ -49,7 +49,7 @@ def steps(kind: str, arch: int):
     return TABLES[f"sm_{arch}"].of(kind.partition("-")[0])
 
 
-@pytest.mark.parametrize(("kind", "arch", "along"), [(*one, along) for one in CEILINGS for along in (True, False) if along or one[1] in (90, 100)])
+@pytest.mark.parametrize(("kind", "arch", "along"), [(*one, along) for one in CEILINGS for along in (True, False) if along or one[1] != 120])
 def test_nothing_spills_and_decoding_is_cheap(kind, arch, along):
     tiles = [one for _, one in steps(kind, arch)]
     assert [one.rows for one in tiles] == list(CEILINGS[kind, arch])
