@@ -39,7 +39,7 @@ RANK, STRENGTH = 16, 0.03
 """Of the adapter: its rank, and the size of its change relative to the weights."""
 SCALES = (121, 123)
 LIMITS = {"numba": 2.0, "torch": 2.5}
-WRITING, ALL = ("writing",), ("planning", "writing", "forward", "change", "live", "certificate")
+WRITING, ALL = ("writing",), ("planning", "writing", "forward", "change", "certificate")
 Seconds = dict[str, tuple[float, float]]
 """phase -> seconds of the processor, of the clock."""
 

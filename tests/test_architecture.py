@@ -50,7 +50,7 @@ LAYERS = (
     {"stream"},
     {"work"},
     {"fingerprint"},
-    {"verify", "kept"},
+    {"verify", "kept", "beside"},
     {"certificate"},
     {"store", "carrying"},
     {"convert"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moeglot.encoded import Encoded
@@ -21,6 +22,8 @@ SLAB = 1 << 20
 
 Matrix = Callable[[str], Encoded]
 """role -> its canonical tensor, still encoded; it is decoded some rows at a time."""
+Linear = Callable[["torch.Tensor", str], "torch.Tensor"]
+"""(x [t, in], role) -> x @ [out, in]ᵀ + bias, [t, out] in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,17 @@ class Expert:
 
     def forward(self, tokens: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """tokens [t, h] -> [t, h] in float32; of two groups of experts, what that of each gives, side by side: [t, 2 h]."""
+        return self.through(tokens, partial(self.linear, matrix))
+
+    def through(self, tokens: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """As `forward`, where `linear` multiplies with the matrices."""
         import torch
 
-        found = [self._of_group(tokens, matrix, group) for group in self.groups]
+        found = [self._of_group(tokens, linear, group) for group in self.groups]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
-    def _of_group(self, tokens: torch.Tensor, matrix: Matrix, group: str) -> torch.Tensor:
-        inner = self.activate({role: self.linear(tokens, matrix, group + role) for role in self.first})
-        return self.linear(inner, matrix, f"{group}down")
+    def _of_group(self, tokens: torch.Tensor, linear: Linear, group: str) -> torch.Tensor:
+        return linear(self.activate({role: linear(tokens, group + role) for role in self.first}), f"{group}down")
 
     @property
     def is_off_below_zero(self) -> bool:
@@ -62,7 +68,7 @@ class Expert:
         """The roles whose matrices multiply the tokens, as they are called in the first group."""
         return ("gate", "up") if f"{self.groups[0]}gate" in self.roles else ("up",)
 
-    def linear(self, x: torch.Tensor, matrix: Matrix, role: str) -> torch.Tensor:
+    def linear(self, matrix: Matrix, x: torch.Tensor, role: str) -> torch.Tensor:
         """x [t, in] @ [out, in]ᵀ + bias -> [t, out]."""
         import torch
 
@@ -87,19 +93,23 @@ class Expert:
 
 
 def product(x: torch.Tensor, matrix: Encoded) -> torch.Tensor:
-    """x [t, in] @ [out, in]ᵀ -> [t, out] in float32; the matrix is decoded some rows at a time, the way it lies, in memory that is used again."""
+    """x [t, in] @ [out, in]ᵀ -> [t, out] in float32; the matrix is decoded some rows at a time."""
+    import torch
+
+    return torch.cat([x @ as_it_lies(block).mT for block in matrix.row_blocks(SLAB)], -1)
+
+
+def as_it_lies(block: Encoded) -> torch.Tensor:
+    """[out, in] in float32 with the strides' order of what is encoded, in memory that is used again."""
     import torch
 
     from moeglot.kernels.backend import working
 
-    def decoded(block: Encoded) -> torch.Tensor:
-        rows, columns = block.shape
-        part = next(iter(block.parts.values()))
-        if part.dim() == 2 and part.stride(0) < part.stride(1):
-            return block.decode(torch.float32, working((columns, rows), torch.float32, part.device).mT)
-        return block.decode(torch.float32, working((rows, columns), torch.float32, part.device))
-
-    return torch.cat([x @ decoded(block).mT for block in matrix.row_blocks(SLAB)], -1)
+    rows, columns = block.shape
+    part = next(iter(block.parts.values()))
+    if part.dim() == 2 and part.stride(0) < part.stride(1):
+        return block.decode(torch.float32, working((columns, rows), torch.float32, part.device).mT)
+    return block.decode(torch.float32, working((rows, columns), torch.float32, part.device))
 
 
 def _number(config: Config, key: str, default: float, layer: int) -> float:

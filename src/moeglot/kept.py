@@ -1,4 +1,4 @@
-"""What of an adapter's change is in a merged checkpoint: by expert and role, as it was stored, as it is read again, and in what the experts compute."""
+"""What of an adapter's change is in a merged checkpoint, by expert and role, as it was stored; what is refused for it, and what is told."""
 
 from __future__ import annotations
 
@@ -6,38 +6,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from moeglot import scratch
 from moeglot.certified import stated
 from moeglot.checkpoint import Checkpoint
-from moeglot.checks import Check, Progress, each_expert
 from moeglot.digests import CERTIFICATE, sha256
-from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import LossRefused
-from moeglot.experts import Expert, Matrix
-from moeglot.floats import row_pairs, values
-from moeglot.forward import LIMIT, loud_tokens
 from moeglot.loss import Loss
 from moeglot.merging import Change
-from moeglot.misreadings import right
 from moeglot.plan import Plan
 from moeglot.remote import Location
-from moeglot.steps import DenseUnit, ExpertUnit
+from moeglot.steps import DenseUnit
 from moeglot.survival import OTHERS, Survival, added
 from moeglot.targets import in_floats
 
 if TYPE_CHECKING:
-    import torch
-
     from moeglot.adapter import Adapter
 
 Survived = Mapping[tuple[int, int, str] | str, Survival]
 """(layer, expert, role), or the stored name of a tensor that is no expert -> what is left of its change."""
 THRESHOLD = 0.9
-AMPLIFIED = 20.0
-"""How much larger the relative error of an output may be than that of the weights; loud tokens and clamps amplify it by up to about 5."""
-AGREEMENT = 1e-3
-"""Of what is read again with what was measured while writing: sums of float32 in another order."""
 
 
 def survived(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int, str] | str, Survival]:
@@ -90,99 +77,6 @@ def _ways_out(plan: Plan, plain: bool, rounding: str) -> Iterator[str]:
         yield "or --keep-touched bf16"
     yield "or --round " + ", ".join(kind for kind in ("stochastic", "delta", "gptq:FILE") if not kind.startswith(rounding))
     yield "or serve the adapter apart"
-
-
-# --- read again ----------------------------------------------------------------------------------------------------------------------
-
-
-def applied(written: Checkpoint, source: Checkpoint, adapter: Adapter, measured: Mapping[str, Survival], threads: int, progress: Progress | None) -> Check:
-    """What of the change is in the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
-
-    def work(layer: int, expert: int) -> dict[str, Survival]:
-        before, after = right(source, layer, expert), right(written, layer, expert)
-        touched = [role for role in adapter.roles(layer) if adapter.touches(layer, role, expert)]
-        return {role: _between(before(role), after(role), *adapter.factors(layer, role, expert)) for role in touched}
-
-    places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
-    layers: dict[int, float] = {}
-    total: dict[str, Survival] = {}
-    for (layer, _), found in zip(places, each_expert(written, work, "change", threads, progress, places), strict=True):
-        total = added(total, found)
-        layers[layer] = max([layers.get(layer, 0.0), *(abs(1 - survival.rec) for survival in found.values())])
-    wrong = [role for role, survival in total.items() if not abs(survival.rec - measured[role].rec) <= AGREEMENT * max(1.0, abs(measured[role].rec))]
-    figures = {role: survival.as_json() for role, survival in total.items()}
-    shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
-    if wrong:
-        told = ", ".join(f"{role} {measured[role].rec:.1%}" for role in total)
-        return Check("values", "does not hold", "the adapter's change", f"{shares} of it is in the output; while writing it was {told}", figures, layers)
-    return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
-
-
-def _between(before: Encoded, after: Encoded, left: torch.Tensor, inner: torch.Tensor) -> Survival:
-    """What of the change left [out, r] @ inner [r, in] lies between two matrices, some rows at a time."""
-    import torch
-
-    found, first = Survival(), 0
-    for pair in row_pairs(before, after):
-        w, q = (some.decode(torch.float32, scratch.empty(some.shape, torch.float32)) for some in pair)
-        found += Survival.of(w, left[first : first + len(w)] @ inner, q)
-        first += len(w)
-    return found
-
-
-def rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], float]:
-    """(layer, expert) -> how far its matrices were rounded while writing, that of the worst: those that the adapter leaves alone, too."""
-    found: dict[tuple[int, int], float] = {}
-    for unit in plan.units:
-        if isinstance(unit, ExpertUnit):
-            place, loss = (unit.step.layer, unit.expert), losses[unit.key]
-            found[place] = max(found.get(place, 0.0), loss.relative, *(survival.noise for survival in loss.survived.values()))
-    return found
-
-
-def live(written: Checkpoint, source: Checkpoint, adapter: Adapter, rounded: Mapping[tuple[int, int], float], threads: int, progress: Progress | None) -> Check:
-    """What each expert of the output computes, against the base with the adapter applied beside it, unrounded.
-
-    It may be off by what the rounding of its weights, as measured while writing, can do to an output. `rounded`: see `rounding`.
-    """
-
-    def work(layer: int, expert: int) -> tuple[float, Survival]:
-        model = Expert.of(source.format.family, source.config, layer)
-        base = right(source, layer, expert)
-        with_adapter = _beside(adapter, layer, expert, base)
-        tokens = loud_tokens(layer, expert, model, with_adapter, source.sizes["h"])
-        before, wanted, found = (model.forward(tokens, matrix) for matrix in (base, with_adapter, right(written, layer, expert)))
-        return float((found - wanted).norm() / wanted.norm()), Survival.of(before, wanted - before, found)
-
-    places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
-    layers: dict[int, float] = {}
-    total, beyond = Survival(), 0
-    for place, (error, survival) in zip(places, each_expert(written, work, "live", threads, progress, places), strict=True):
-        layers[place[0]] = max(layers.get(place[0], 0.0), error)
-        beyond += not error <= LIMIT + AMPLIFIED * rounded[place]
-        total += survival
-    worst = max(layers.values())
-    figures = {"relative_error": worst, "rec_of_the_response": total.rec, "cosine_of_the_response": total.cosine, "beyond_rounding": beyond}
-    if beyond:
-        detail = f"{beyond} of {len(places)} experts are further off than rounding explains; relative error up to {worst:.2g}"
-        return Check("forward", "does not hold", "against the base with the adapter beside it", detail, figures, layers)
-    detail = f"relative error at most {worst:.2g}; of what the adapter does to the experts' outputs, {total.rec:.1%} is there (cosine {total.cosine:.3f})"
-    return Check("forward", "holds", "against the base with the adapter beside it", detail, figures, layers)
-
-
-def _beside(adapter: Adapter, layer: int, expert: int, base: Matrix) -> Matrix:
-    """role -> [out, in] of the base; where the adapter touches it, float32 with the change added."""
-
-    def matrix(role: str) -> Encoded:
-        import torch
-
-        encoded = base(role)
-        if not adapter.touches(layer, role, expert):
-            return encoded
-        left, right = adapter.factors(layer, role, expert)
-        return values(encoded.decode(torch.float32, scratch.empty(encoded.shape, torch.float32)).addmm_(left, right))
-
-    return matrix
 
 
 # --- told ----------------------------------------------------------------------------------------------------------------------------

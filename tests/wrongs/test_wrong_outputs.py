@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot import certificate, kept, stream
+from moeglot import beside, certificate, stream
 from moeglot.errors import LossRefused, NotVerified
 from moeglot.steps import ExpertUnit
 
@@ -68,7 +68,7 @@ def test_a_change_that_is_merged(told, tmp_path, monkeypatch):
     adapter = moeglot.open_adapter(WRITERS["PEFT"][2](Job("qwen3-moe", 4, 64, 64, 3, layers=1)).save(tmp_path / "adapter"), base, "peft")
     spoil(monkeypatch, turned, stream, certificate)
     if told.startswith("further"):
-        monkeypatch.setattr(kept, "AGREEMENT", float("inf"))
+        monkeypatch.setattr(beside, "AGREEMENT", float("inf"))
     refused(tmp_path / "out", told, lambda: moeglot.merge(base, adapter, tmp_path / "out"))
 
 

@@ -44,7 +44,7 @@ class Moments:
 
 def _inner(module: Experts, expert: int, tokens: torch.Tensor) -> torch.Tensor:
     roles = {role: encoded for line in module.lines for role, encoded in line.roles(expert).items()}
-    return module.expert.activate({role: module.expert.linear(tokens, roles.__getitem__, role) for role in module.expert.first})
+    return module.expert.activate({role: module.expert.linear(roles.__getitem__, tokens, role) for role in module.expert.first})
 
 
 @contextmanager

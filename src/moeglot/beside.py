@@ -1,0 +1,157 @@
+"""A merged checkpoint read again beside its base and the adapter, each expert once: what of the change is in its matrices, and in what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moeglot import scratch
+from moeglot.checkpoint import Checkpoint
+from moeglot.checks import Check, Progress, each_expert
+from moeglot.encoded import Encoded
+from moeglot.experts import SLAB, Expert, as_it_lies
+from moeglot.floats import row_pairs, values
+from moeglot.forward import LIMIT, loud_tokens
+from moeglot.loss import Loss
+from moeglot.misreadings import right
+from moeglot.plan import Plan
+from moeglot.steps import ExpertUnit
+from moeglot.survival import Survival, added
+
+if TYPE_CHECKING:
+    import torch
+
+    from moeglot.adapter import Adapter
+
+AMPLIFIED = 20.0
+"""How much larger the relative error of an output may be than that of the weights; loud tokens and clamps amplify it by up to about 5."""
+AGREEMENT = 1e-3
+"""Of what is read again with what was measured while writing: sums of float32 in another order."""
+
+
+def rounding(plan: Plan, losses: Mapping[str, Loss]) -> dict[tuple[int, int], float]:
+    """(layer, expert) -> how far its matrices were rounded while writing, that of the worst: those that the adapter leaves alone, too."""
+    found: dict[tuple[int, int], float] = {}
+    for unit in plan.units:
+        if isinstance(unit, ExpertUnit):
+            place, loss = (unit.step.layer, unit.expert), losses[unit.key]
+            found[place] = max(found.get(place, 0.0), loss.relative, *(survival.noise for survival in loss.survived.values()))
+    return found
+
+
+def read_again(
+    written: Checkpoint,
+    source: Checkpoint,
+    adapter: Adapter,
+    measured: Mapping[str, Survival],
+    rounded: Mapping[tuple[int, int], float],
+    threads: int,
+    progress: Progress | None,
+) -> list[Check]:
+    """Whether the change is in the output's matrices, and in what its experts compute. `measured`: while writing, by role; `rounded`: see `rounding`."""
+
+    def work(layer: int, expert: int) -> Kept:
+        return Beside(written, source, adapter, layer, expert).compared()
+
+    places = [(layer, expert) for layer in adapter.layers for expert in range(source.sizes["e"])]
+    found = list(each_expert(written, work, "change", threads, progress, places))
+    return [applied(found, measured), live(found, rounded)]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of one expert of the output: `survived`, role -> what of its change is in the canonical matrix; `error` of what it computes, relative to the base
+    with the adapter beside it, unrounded; `response`, what is there of the adapter's effect on that.
+    """
+
+    layer: int
+    expert: int
+    survived: Mapping[str, Survival]
+    error: float
+    response: Survival
+
+
+class Beside:
+    """One expert of the base, the same with the adapter beside it, and that of the output; each matrix is decoded once for all three."""
+
+    def __init__(self, written: Checkpoint, source: Checkpoint, adapter: Adapter, layer: int, expert: int) -> None:
+        self.layer, self.expert = layer, expert
+        self.source, self.adapter = source, adapter
+        self.base, self.output = right(source, layer, expert), right(written, layer, expert)
+        self.survived: dict[str, Survival] = {}
+
+    def compared(self) -> Kept:
+        """What all three give for the same tokens, and what was seen of the matrices on the way."""
+        model = Expert.of(self.source.format.family, self.source.config, self.layer)
+        tokens = loud_tokens(self.layer, self.expert, model, self.changed, self.source.sizes["h"])
+        before, wanted, found = model.through(tokens.repeat(3, 1), self.linear).chunk(3)
+        error = float((found - wanted).norm() / wanted.norm())
+        return Kept(self.layer, self.expert, self.survived, error, Survival.of(before, wanted - before, found))
+
+    def linear(self, x: torch.Tensor, role: str) -> torch.Tensor:
+        """x [3 t, in]: the base's tokens, those of the base with the adapter, the output's -> [3 t, out]."""
+        import torch
+
+        _, beside, output = x.chunk(3)
+        left, inner = self.adapter.factors(self.layer, role, self.expert)
+        touched, survived, first = self.adapter.touches(self.layer, role, self.expert), Survival(), 0
+        products: list[torch.Tensor] = []
+        for pair in row_pairs(self.base(role), self.output(role), SLAB):
+            w, q = map(as_it_lies, pair)
+            products.append(torch.cat([x[: -len(output)] @ w.mT, output @ q.mT]))
+            if touched:
+                survived += Survival.of(w, left[first : first + len(w)] @ inner, q)
+            first += len(w)
+        if touched:
+            self.survived[role] = survived
+        out = torch.cat(products, -1)
+        out[len(beside) : -len(output)] += (beside @ inner.mT) @ left.mT
+        if (bias := f"{role}_bias") in self.source.format.family.roles:
+            out[: -len(output)] += self.base(bias).decode(torch.float32)
+            out[-len(output) :] += self.output(bias).decode(torch.float32)
+        return out
+
+    def changed(self, role: str) -> Encoded:
+        """[out, in] of the base, with its change added in float32."""
+        import torch
+
+        encoded = self.base(role)
+        left, inner = self.adapter.factors(self.layer, role, self.expert)
+        return values(encoded.decode(torch.float32, scratch.empty(encoded.shape, torch.float32)).addmm_(left, inner))
+
+
+def applied(found: Sequence[Kept], measured: Mapping[str, Survival]) -> Check:
+    """What of the change is in the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
+    layers: dict[int, float] = {}
+    total: dict[str, Survival] = {}
+    for one in found:
+        total = added(total, one.survived)
+        layers[one.layer] = max([layers.get(one.layer, 0.0), *(abs(1 - survival.rec) for survival in one.survived.values())])
+    wrong = [role for role, survival in total.items() if not abs(survival.rec - measured[role].rec) <= AGREEMENT * max(1.0, abs(measured[role].rec))]
+    figures = {role: survival.as_json() for role, survival in total.items()}
+    shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
+    if wrong:
+        told = ", ".join(f"{role} {measured[role].rec:.1%}" for role in total)
+        return Check("values", "does not hold", "the adapter's change", f"{shares} of it is in the output; while writing it was {told}", figures, layers)
+    return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
+
+
+def live(found: Sequence[Kept], rounded: Mapping[tuple[int, int], float]) -> Check:
+    """What each expert of the output computes, against the base with the adapter applied beside it, unrounded.
+
+    It may be off by what the rounding of its weights, as measured while writing, can do to an output. `rounded`: see `rounding`.
+    """
+    layers: dict[int, float] = {}
+    total, beyond = Survival(), 0
+    for one in found:
+        layers[one.layer] = max(layers.get(one.layer, 0.0), one.error)
+        beyond += not one.error <= LIMIT + AMPLIFIED * rounded[one.layer, one.expert]
+        total += one.response
+    worst = max(layers.values())
+    figures = {"relative_error": worst, "rec_of_the_response": total.rec, "cosine_of_the_response": total.cosine, "beyond_rounding": beyond}
+    if beyond:
+        detail = f"{beyond} of {len(found)} experts are further off than rounding explains; relative error up to {worst:.2g}"
+        return Check("forward", "does not hold", "against the base with the adapter beside it", detail, figures, layers)
+    detail = f"relative error at most {worst:.2g}; of what the adapter does to the experts' outputs, {total.rec:.1%} is there (cosine {total.cosine:.3f})"
+    return Check("forward", "holds", "against the base with the adapter beside it", detail, figures, layers)
