@@ -31,16 +31,15 @@ Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def layer(name: str, sizes: Sizes, device: str) -> Experts:
-    """Random experts of a format, made on the device."""
+    """Random experts of a format, made on the device. `Held` puts them into memory of the CPU, wherever they come from, so that each line is sent there."""
     form, random = by_name(name), torch.Generator(device).manual_seed(0)
 
     def held(line: Stored) -> Held:
         encoding: Encoding = Plain("BF16") if isinstance(line.encoding, Plain) else line.encoding
-        return Held(line, encoding, sizes, 0, lambda _: some(encoding, line.expert_shape(sizes), random))
+        return Held(line, encoding, sizes, 0, lambda _: some(encoding, line.expert_shape(sizes), random)).to(device)
 
     config = {keys[0]: sizes[letter] for letter, keys in form.family.sizes.items() if letter in sizes}
-    with torch.device(device):
-        return Experts(Expert.of(form.family, config), [held(line) for line in form.stored], 0, form.family.name, backend="triton")
+    return Experts(Expert.of(form.family, config), [held(line) for line in form.stored], 0, form.family.name, backend="triton")
 
 
 def some(encoding: Encoding, shape: tuple[int, ...], random: torch.Generator) -> Encoded:

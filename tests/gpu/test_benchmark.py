@@ -88,6 +88,15 @@ def test_an_error_keeps_the_figures_before_it(gpu, figure, tmp_path):
     assert not figure("what", "against", 1.0, 1.0, 1.5, 3e-3, 1e-3).holds
 
 
+def test_a_layer_lies_where_it_is_measured(gpu, figure, monkeypatch):
+    """On a device that this machine has; its generator is the CPU's, since that device has none."""
+    usual = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda _: usual("cpu"))
+    for shape in SMALL.values():
+        module = importlib.import_module("gpu_layers").layer(*shape, "meta")
+        assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+
+
 # --- cases -----------------------------------------------------------------------------------------------------------------------------
 
 
