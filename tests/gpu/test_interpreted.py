@@ -21,7 +21,7 @@ from moeglot.kernels.triton import dequant, gemm
 from moeglot.kernels.triton.gemm import Change, Matrices, Rows
 from moeglot.kernels.triton.launch import check_dtype
 from moeglot.kernels.triton.outer import outer
-from moeglot.nn import Experts, add_lora, coded
+from moeglot.nn import Experts, add_lora, coded, fused
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -309,6 +309,18 @@ def test_dropout_draws_once_for_both_directions(tmp_path):
     with torch.no_grad():
         differences = float(loss(step, direction) - loss(-step, direction)) / (2 * step)
     assert abs(differences - along) <= 2e-3 * abs(along)
+
+
+def test_tokens_are_gathered_in_the_kernels(tmp_path, monkeypatch):
+    """A copy of them for each slot is made for dropout alone."""
+    module, (hidden, index, weights) = layer(tmp_path, "gpt-oss/openai"), inputs()
+    add_lora(module, 3, 6, dropout=0.4)
+    monkeypatch.setattr(fused.Step, "gathered", lambda *_: pytest.fail("gathered"))
+    with pytest.raises(pytest.fail.Exception):
+        module(hidden, index, weights)
+    for lora in module.adapters.values():
+        lora.dropout = 0.0
+    module(hidden.requires_grad_(), index, weights).sum().backward()
 
 
 def test_a_conversion_by_the_kernels_writes_the_same_bytes(tmp_path):

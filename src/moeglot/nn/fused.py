@@ -56,9 +56,9 @@ class Step:
 
     def low(self, factors: Factors, x: torch.Tensor, gather: bool) -> torch.Tensor:
         """x [n, in], or [t, in] to gather, to [n, r] through `a`, not scaled; what is dropped is left out."""
-        mask = factors.mask(self.block, self.gathered(x) if gather else x)
-        if mask is not None:
-            x, gather = masked(self.gathered(x) if gather else x, mask), False
+        if factors.dropout:
+            x, gather = self.gathered(x) if gather else x, False
+            x = masked(x, factors.mask(self.block, x))
         return gemm.product(x, plain(factors.a.to(x.dtype)), self.rows, True, gather=gather)
 
     def forward(self, stage: Stage, x: torch.Tensor, gather: bool = False, scatter: bool = False, weights: torch.Tensor | None = None) -> Roles:
