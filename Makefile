@@ -87,10 +87,11 @@ bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	.venvs/ray/bin/python benchmarks/ray.py
 
 # On a machine with a GPU, whatever Python has torch and Triton there: the tests that need one, and the figures. `make gpu PYTHON=python3 TO=folder`, within 10 minutes.
+# The tests compile a hundred kernels, a second or two each: eight at a time where pytest-xdist is.
 TO ?= benchmarks/results
 gpu:
 	mkdir -p $(TO)
-	-PYTHONPATH=src timeout 240 $(PYTHON) $(PYTEST) tests/gpu/test_cuda.py > $(TO)/test_cuda.txt 2>&1; tail -40 $(TO)/test_cuda.txt
+	-PYTHONPATH=src timeout 240 $(PYTHON) $(PYTEST) $$($(PYTHON) -c "import xdist" 2>/dev/null && echo --numprocesses 8 --dist worksteal) tests/gpu/test_cuda.py > $(TO)/test_cuda.txt 2>&1; tail -40 $(TO)/test_cuda.txt
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --results $(TO)/gpu.json
 
 # There too, with transformers, PEFT and pytest-xdist: the oracles that judge a CPU judge the GPU. `make gpu-models PYTHON=python3 TO=folder`, within 5 minutes.

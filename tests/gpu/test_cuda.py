@@ -83,7 +83,8 @@ def test_products_against_float64(kind, sizes, tokens, dtype, along):
     assert relative(found, expected) <= (2**-8 if dtype == torch.bfloat16 else 1e-5)
     if dtype == torch.bfloat16:  # the rounding of the result is all that is lost
         assert relative(found, expected.bfloat16()) <= 2**-9
-    assert relative(product(x, case.matrices, case.rows, along, **{**options, "change": None}), expected) > 2**-5
+    options["change"] = Change(change.low.flip(0), change.side)  # the same kernel, which takes a second to compile
+    assert relative(product(x, case.matrices, case.rows, along, **options), expected) > 2**-5
 
 
 @pytest.mark.parametrize(("tokens", "ranks", "experts"), [(1, 4, 32), (33, 8, 300), (128, 8, 128)])
