@@ -38,6 +38,7 @@ REFUSED = (
     *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
     *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm", "switch-transformers", "nllb-moe", "ernie4-5-vl-moe"),
     *(("granitemoe", "granitemoeshared", "granitemoehybrid", "aria", "aria-text") if VERSION < (5, 6) else ()),
+    *(("qwen3-omni-moe-thinker", "aria", "aria-text") if (5, 6) <= VERSION < (5, 23) else ()),  # as 5.17 has them
 )
 """Families whose experts a release asks in a way of its own, names unlike any layout that moeglot knows, or has in more modules than one."""
 
@@ -328,6 +329,8 @@ def test_modules_to_not_convert(tmp_path):
 @pytest.mark.skipif(VERSION < (5, 0), reason="4.57 has no module for all experts")
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES if not family.unverified and family.name not in NAMES and (NEWEST or EVERY)])
 def test_every_other_family_holds_or_is_refused(name, tmp_path):
+    if name == "diffusion-gemma" and VERSION < (5, 23):
+        pytest.skip(f"transformers {transformers.__version__} builds it with images alone")
     live = model_of(name, "neither")
     families.saved(live, tmp_path, True)
     if name in REFUSED:
