@@ -10,7 +10,7 @@ from moeglot import scratch
 from moeglot.checkpoint import Checkpoint
 from moeglot.checks import Check, Progress, each_expert
 from moeglot.encoded import Encoded
-from moeglot.experts import SLAB, Expert, as_it_lies
+from moeglot.experts import SLAB, Expert, as_it_lies, relative_error
 from moeglot.floats import row_pairs, values
 from moeglot.forward import LIMIT, loud_tokens
 from moeglot.loss import Loss
@@ -86,8 +86,7 @@ class Beside:
         model = Expert.of(self.source.format.family, self.source.config, self.layer)
         tokens = loud_tokens(self.layer, self.expert, model, self.changed, self.source.sizes["h"])
         before, wanted, found = model.through(tokens.repeat(3, 1), self.linear).chunk(3)
-        error = float((found - wanted).norm() / wanted.norm())
-        return Kept(self.layer, self.expert, self.survived, error, Survival.of(before, wanted - before, found))
+        return Kept(self.layer, self.expert, self.survived, relative_error(found, wanted), Survival.of(before, wanted - before, found))
 
     def linear(self, x: torch.Tensor, role: str) -> torch.Tensor:
         """x [3 t, in]: the base's tokens, those of the base with the adapter, the output's -> [3 t, out]."""

@@ -87,6 +87,24 @@ def test_an_adapter_of_which_one_expert_has_zeros(kind, tmp_path):
     assert not all(torch.equal(before[key], after[key]) for key in before if ".experts.2." in key)
 
 
+def test_an_adapter_beside_an_expert_that_was_pruned(tmp_path):
+    """What gives nothing before gives nothing after, which is as it should be."""
+    base = changed(tmp_path / "base", lambda key, tensor: tensor * 0 if ".experts.3." in key else tensor)
+    made = WRITERS["vLLM's keys"][2](Job("qwen3-moe", 4, 64, 64, 3))
+    for key in made.tensors:
+        if ".experts.3." in key and "lora_B" in key:
+            made.tensors[key] = torch.zeros_like(made.tensors[key])
+    assert moeglot.merge(base, made.save(tmp_path / "adapter"), tmp_path / "out").report.verdict == "holds"
+
+
+def test_an_expert_that_has_decayed_to_next_to_nothing(tmp_path):
+    """No token that float32 holds makes it loud."""
+    source = changed(tmp_path / "a", lambda key, tensor: tensor * 1e-42 if ".experts.3." in key else tensor, dtype=torch.float32)
+    moeglot.fingerprint(source).save(tmp_path / "print.json")
+    assert moeglot.verify(source, tmp_path / "print.json").verdict == "holds"
+    assert moeglot.convert(source, "qwen3-moe/transformers-5", tmp_path / "out").report.verdict == "holds"
+
+
 @pytest.mark.parametrize("coding", ["nf4", "fp4", "mxfp4-pack", "fp8-block", "int4-pack"])
 def test_an_expert_that_was_pruned(coding, tmp_path):
     """Its weights were multiplied by zero, which leaves zeros of either sign."""
