@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LOUD = 3.0
 """Standard deviation of the gate's pre-activations; with quiet ones, swapped gate and up give nearly the same output."""
 
+LOUDEST = 1e30
+"""The most that tokens are scaled by, so that neither they nor what they give leave float32, however small a gate is."""
+
 SLAB = 1 << 20
 """Numbers of a matrix that are decoded at a time."""
 
@@ -159,10 +162,10 @@ def probe_tokens(model: Expert, place: tuple[int, int], count: int, h: int) -> t
 
 
 def loudness(expert: Expert, tokens: torch.Tensor, matrix: Matrix) -> float:
-    """The factor that gives the gate's pre-activations (up's where there is no gate) on these tokens a standard deviation of about 3."""
+    """The factor that gives the gate's pre-activations (up's where there is no gate) on these tokens a standard deviation of about 3; `LOUDEST` at most."""
     first = matrix("gate" if "gate" in expert.roles else "up")
     spread = float(product(tokens, first).std())
-    return LOUD / spread if spread > 0 else 1.0
+    return min(LOUD / spread, LOUDEST) if spread > 0 else 1.0
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
