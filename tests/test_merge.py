@@ -20,7 +20,7 @@ from moeglot.beside import rounding as measured
 from moeglot.carrying import Carrying
 from moeglot.convert import carry_out
 from moeglot.floats import values
-from moeglot.kept import sums, survived
+from moeglot.kept import survived
 from moeglot.units import make
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -274,7 +274,7 @@ def test_an_expert_without_factors_that_is_spoilt_is_off_by_more_than_rounding(e
     losses = {unit.key: make(plan, unit)[1] for unit in plan.units}
 
     def verdict():
-        return read_again(moeglot.open(tmp_path / "out"), opened, plan.change.adapter, sums(survived(plan, losses)), measured(plan, losses), 1, None)[1]
+        return read_again(moeglot.open(tmp_path / "out"), opened, plan.change.adapter, survived(plan, losses), measured(plan, losses), 1, None)[1]
 
     assert verdict().verdict == "holds"
     tensors = load_file(tmp_path / "out" / "model.safetensors")

@@ -13,6 +13,7 @@ from moeglot.encoded import Encoded
 from moeglot.experts import SLAB, Expert, as_it_lies, relative_error
 from moeglot.floats import row_pairs, values
 from moeglot.forward import LIMIT, loud_tokens
+from moeglot.kept import Survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan
@@ -44,12 +45,12 @@ def read_again(
     written: Checkpoint,
     source: Checkpoint,
     adapter: Adapter,
-    measured: Mapping[str, Survival],
+    measured: Survived,
     rounded: Mapping[tuple[int, int], float],
     threads: int,
     progress: Progress | None,
 ) -> list[Check]:
-    """Whether the change is in the output's matrices, and in what its experts compute. `measured`: while writing, by role; `rounded`: see `rounding`."""
+    """Whether the change is in the output's matrices, and in what its experts compute. `measured`: while writing; `rounded`: see `rounding`."""
 
     def work(layer: int, expert: int) -> Kept:
         return Beside(written, source, adapter, layer, expert).compared()
@@ -120,20 +121,32 @@ class Beside:
         return values(encoded.decode(torch.float32, scratch.empty(encoded.shape, torch.float32)).addmm_(left, inner))
 
 
-def applied(found: Sequence[Kept], measured: Mapping[str, Survival]) -> Check:
-    """What of the change is in the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
+def applied(found: Sequence[Kept], measured: Survived) -> Check:
+    """What of the change is in each of the output's canonical matrices, against what was measured while writing; so no wrong axis can hide in the rounding."""
     layers: dict[int, float] = {}
     total: dict[str, Survival] = {}
+    wrong: list[str] = []
     for one in found:
         total = added(total, one.survived)
         layers[one.layer] = max([layers.get(one.layer, 0.0), *(abs(1 - survival.rec) for survival in one.survived.values())])
-    wrong = [role for role, survival in total.items() if not abs(survival.rec - measured[role].rec) <= AGREEMENT * max(1.0, abs(measured[role].rec))]
+        for role, survival in one.survived.items():
+            if told := _otherwise(survival, measured.get((one.layer, one.expert, role))):
+                wrong.append(f"layer {one.layer}, expert {one.expert}, {role}: {told}")
     figures = {role: survival.as_json() for role, survival in total.items()}
-    shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
     if wrong:
-        told = ", ".join(f"{role} {measured[role].rec:.1%}" for role in total)
-        return Check("values", "does not hold", "the adapter's change", f"{shares} of it is in the output; while writing it was {told}", figures, layers)
+        detail = f"{wrong[0]} ({len(wrong)} of {sum(len(one.survived) for one in found)} matrices)"
+        return Check("values", "does not hold", "the adapter's change", detail, figures, layers)
+    shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
     return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
+
+
+def _otherwise(found: Survival, measured: Survival | None) -> str | None:
+    """What to say of a change that is not there as it was measured while writing."""
+    if measured is None:
+        return "none of it was added" if found.change else None
+    if abs(found.rec - measured.rec) <= AGREEMENT * max(1.0, abs(measured.rec)):
+        return None
+    return f"{found.rec:.1%} of it is in the output; while writing it was {measured.rec:.1%}"
 
 
 def live(found: Sequence[Kept], rounded: Mapping[tuple[int, int], float]) -> Check:

@@ -20,7 +20,7 @@ from moeglot.errors import BadNumbers, Contradiction, NotVerified
 from moeglot.experts import Matrix
 from moeglot.floats import compared_dtype, row_pairs, squares
 from moeglot.forward import checkpoint_side, forward
-from moeglot.kept import Survived, merge_json, sums, survived
+from moeglot.kept import Survived, merge_json, survived
 from moeglot.loss import Loss
 from moeglot.misreadings import right
 from moeglot.plan import Plan
@@ -88,7 +88,7 @@ def _verify(
     checks = [structure(written), both.check(), others(written, source, plan.change.dense if plan.change else dict), *computed]
     if plan.change and plan.change.adapter.layers:
         adapter = plan.change.adapter
-        checks += read_again(written, source, adapter, sums(found), rounding(plan, losses), threads, progress)
+        checks += read_again(written, source, adapter, found, rounding(plan, losses), threads, progress)
     if fault := next(unsound(written), None):
         known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
         raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")

@@ -1,6 +1,7 @@
 """Outputs that this program itself writes wrong: its own proof fails, each part of it by itself, and the output never gets its name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot import beside, certificate, stream
 from moeglot.errors import LossRefused, NotVerified
+from moeglot.merging import Change
 from moeglot.steps import ExpertUnit
 
 SIZES = {"e": 4, "h": 64, "i": 64}
@@ -70,6 +72,25 @@ def test_a_change_that_is_merged(told, tmp_path, monkeypatch):
     if told.startswith("further"):
         monkeypatch.setattr(beside, "AGREEMENT", float("inf"))
     refused(tmp_path / "out", told, lambda: moeglot.merge(base, adapter, tmp_path / "out"))
+
+
+def test_a_change_of_one_expert_that_is_next_to_nothing_among_all(tmp_path, monkeypatch):
+    """Half of it is added, where it is written and where it is made again; to the sum over all experts, and to what rounding does, it is too small to show."""
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "qwen3-moe/hub", SIZES, layers=1))
+    made = WRITERS["vLLM's keys"][2](Job("qwen3-moe", 4, 64, 64, 3, layers=1))
+    for key in made.tensors:
+        if "lora_B" in key:
+            made.tensors[key] = made.tensors[key] * (0.003 if ".experts.2." in key else 0.3)
+    adapter = moeglot.open_adapter(made.save(tmp_path / "adapter"), base)
+    piece = Change._piece
+
+    def half(change, layer, role, expert, *rest):
+        found = piece(change, layer, role, expert, *rest)
+        return replace(found, left=found.left / 2) if expert == 2 else found
+
+    monkeypatch.setattr(Change, "_piece", half)
+    told = r"expert 2, gate: .* of it is in the output; while writing it was .* \(3 of 12 matrices\)"
+    refused(tmp_path / "out", told, lambda: moeglot.merge(base, adapter, tmp_path / "out", threshold=0))
 
 
 def test_a_loss_that_no_sample_shows(tmp_path):
