@@ -30,7 +30,7 @@ from moeglot.steps import Step
 from moeglot.undeclared import undeclared
 from moeglot.units import make
 from moeglot.unsound import unsound
-from moeglot.verify import others, structure
+from moeglot.verify import others, settings, structure
 from moeglot.version import __version__
 
 SCHEMA = "moeglot/certificate/1"
@@ -85,7 +85,8 @@ def _verify(
     both = AsRounded(written, rounded) if rounded.steps else compared(written, source)
     side = checkpoint_side(source, both.matrix, "the source, rounded" if rounded.steps else "the source")
     computed = forward(written, side, workers=threads, progress=progress)
-    checks = [structure(written), both.check(), others(written, source, plan.change.dense if plan.change else dict), *computed]
+    dense = others(written, source, plan.change.dense if plan.change else dict)
+    checks = [structure(written), both.check(), dense, settings(written, source), *computed]
     if plan.change and plan.change.adapter.layers:
         adapter = plan.change.adapter
         checks += read_again(written, source, adapter, found, rounding(plan, losses), threads, progress)

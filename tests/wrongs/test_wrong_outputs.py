@@ -11,6 +11,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot import beside, certificate, stream
+from moeglot.convert import carry_out
 from moeglot.errors import LossRefused, NotVerified
 from moeglot.merging import Change
 from moeglot.steps import ExpertUnit
@@ -61,6 +62,13 @@ def test_numbers_that_are_rounded(change, makers, tmp_path, monkeypatch):
     spoil(monkeypatch, change, *makers)
     told = "values: off the source as bfloat16 rounds it"
     refused(tmp_path / "out", told, lambda: moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bf16", allow_loss=True))
+
+
+def test_a_config_that_computes_something_else(tmp_path):
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1)
+    plan = moeglot.plan(source, "qwen3-moe/transformers-5")
+    told = "does not hold: structure: num_experts_per_tok is 3, there 2"
+    refused(tmp_path / "out", told, lambda: carry_out(replace(plan, config={**plan.config, "num_experts_per_tok": 3}), tmp_path / "out"))
 
 
 @pytest.mark.parametrize("told", ["while writing it was", "further off than rounding explains"])
