@@ -102,6 +102,14 @@ class Dense:
 
         return self.bias_entry.read().to(torch.float32) * self.scale if self.bias_entry else None
 
+    def changes(self, module: str) -> Iterator[tuple[str, Factors]]:
+        """Hub name of each tensor of that module that changes -> (left [out, r], right [r, in]); of a bias, [out, 1] and [1, 1]."""
+        import torch
+
+        yield module + ".weight", self.factors()
+        if (bias := self.bias()) is not None:
+            yield module + ".bias", (bias.unsqueeze(1), torch.ones(1, 1, dtype=torch.float32, device="cpu"))
+
 
 @dataclass(frozen=True)
 class Replaced:

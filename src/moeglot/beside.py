@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from moeglot import scratch
 from moeglot.checkpoint import Checkpoint
-from moeglot.checks import Check, Progress, each_expert
+from moeglot.checks import Check, Progress, each_expert, workers_of_one_thread
+from moeglot.dense import DecodedTensor, DenseTensor
 from moeglot.encoded import Encoded
 from moeglot.experts import SLAB, Expert, as_it_lies, relative_error
 from moeglot.floats import row_pairs, values
 from moeglot.forward import LIMIT, loud_tokens
 from moeglot.kept import Survived
 from moeglot.loss import Loss
+from moeglot.mapped import let_go
 from moeglot.misreadings import right
 from moeglot.plan import Plan
 from moeglot.steps import ExpertUnit
-from moeglot.survival import Survival, added
+from moeglot.survival import OTHERS, Survival, added
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +140,51 @@ def applied(found: Sequence[Kept], measured: Survived) -> Check:
         return Check("values", "does not hold", "the adapter's change", detail, figures, layers)
     shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
     return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
+
+
+def applied_to_others(written: Checkpoint, source: Checkpoint, adapter: Adapter, measured: Survived, threads: int) -> Check:
+    """The same of each stored tensor that is no expert and that factors change."""
+    before, after = source.decoded("F32"), written.decoded("F32")
+
+    def work(module: str) -> dict[str, Survival]:
+        found: dict[str, Survival] = {}
+        for name, factors in adapter.dense[module].changes(module):
+            base = values(adapter.replaced[name].entry.read()) if name in adapter.replaced else _exact(before[name])
+            found = added(found, {_stored_name(after[name]): _between(base, _exact(after[name]), *factors)})
+        let_go()
+        return found
+
+    stored: dict[str, Survival] = {}
+    with workers_of_one_thread(threads) as pool:
+        for found in pool.map(work, adapter.dense):
+            stored = added(stored, found)
+    wrong = [f"{name}: {told}" for name, survival in stored.items() if (told := _otherwise(survival, measured.get(name)))]
+    total = sum(stored.values(), Survival())
+    if wrong:
+        detail = f"{wrong[0]} ({len(wrong)} of {len(stored)} tensors)"
+        return Check("values", "does not hold", "the adapter's change in other modules", detail, {OTHERS: total.as_json()})
+    return Check("values", "holds", "the adapter's change in other modules", f"of it is in the output: {total.rec:.1%}", {OTHERS: total.as_json()})
+
+
+def _stored_name(tensor: DenseTensor) -> str:
+    """Under which a change of it was measured: of the parts of a quantized matrix, that of the first."""
+    return tensor.parts[tensor.encoding.parts[0].name].name if isinstance(tensor, DecodedTensor) else tensor.origin
+
+
+def _exact(tensor: DenseTensor) -> Encoded:
+    return tensor.exact() if isinstance(tensor, DecodedTensor) else values(tensor.read())
+
+
+def _between(before: Encoded, after: Encoded, left: torch.Tensor, inner: torch.Tensor) -> Survival:
+    """What of the change left [out, r] @ inner [r, in] lies between two matrices, or vectors with `in` = 1, some rows at a time."""
+    import torch
+
+    found, first = Survival(), 0
+    for pair in row_pairs(before, after):
+        w, q = (some.decode(torch.float32, scratch.empty(some.shape, torch.float32)) for some in pair)
+        found += Survival.of(w, left[first : first + len(w)] @ inner, q)
+        first += len(w)
+    return found
 
 
 def _otherwise(found: Survival, measured: Survival | None) -> str | None:

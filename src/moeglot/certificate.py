@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeglot.beside import read_again, rounding
+from moeglot.beside import applied_to_others, read_again, rounding
 from moeglot.certified import edited_rank, source_files
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report
@@ -90,6 +90,8 @@ def _verify(
     if plan.change and plan.change.adapter.layers:
         adapter = plan.change.adapter
         checks += read_again(written, source, adapter, found, rounding(plan, losses), threads, progress)
+    if plan.change and plan.change.adapter.dense:
+        checks.append(applied_to_others(written, source, plan.change.adapter, found, threads))
     if fault := next(unsound(written), None):
         known = f"re-read from {folder}; what is no expert is as in {plan.source.source.name}"
         raise BadNumbers(fault, known, "fetch the file again from its producer; a model with it computes nothing")

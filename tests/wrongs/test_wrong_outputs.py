@@ -1,5 +1,6 @@
 """Outputs that this program itself writes wrong: its own proof fails, each part of it by itself, and the output never gets its name."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot import beside, certificate, stream
+from moeglot import beside, certificate, merging, stream
 from moeglot.convert import carry_out
 from moeglot.errors import LossRefused, NotVerified
 from moeglot.merging import Change
@@ -99,6 +100,26 @@ def test_a_change_of_one_expert_that_is_next_to_nothing_among_all(tmp_path, monk
     monkeypatch.setattr(Change, "_piece", half)
     told = r"expert 2, gate: .* of it is in the output; while writing it was .* \(3 of 12 matrices\)"
     refused(tmp_path / "out", told, lambda: moeglot.merge(base, adapter, tmp_path / "out", threshold=0))
+
+
+@pytest.mark.parametrize(("wrong", "told"), [("half", "50.0% of it is in the output; while writing it was 100"), ("forgotten", "none of it was added")])
+def test_a_change_of_attention(wrong, told, tmp_path, monkeypatch):
+    """Nothing is computed with it; what was written is what the proof makes again."""
+    base = write_checkpoint(tmp_path / "base", "qwen3-moe/hub", SIZES, layers=1)
+    (tmp_path / "adapter").mkdir()
+    key = "base_model.model.model.layers.0.self_attn.{}_proj.lora_{}.weight"
+    tensors = {key.format(name, of): torch.randn((4, 64) if of == "A" else (64, 4)) for name in "qo" for of in "AB"}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said))
+    piece, dense = merging._piece, Change.dense
+    if wrong == "half":
+        monkeypatch.setattr(merging, "_piece", lambda *of: replace(piece(*of), left=piece(*of).left / 2))
+    else:
+        monkeypatch.setattr(
+            Change, "dense", lambda change, tensors: {**dense(change, tensors), (name := "model.layers.0.self_attn.q_proj.weight"): tensors[name]}
+        )
+    refused(tmp_path / "out", told, lambda: moeglot.merge(base, tmp_path / "adapter", tmp_path / "out"))
 
 
 def test_a_loss_that_no_sample_shows(tmp_path):
