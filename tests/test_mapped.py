@@ -120,6 +120,20 @@ def test_a_torch_dist_folder_of_which_a_file_was_replaced(tmp_path: Path) -> Non
         moeglot.convert(found, "qwen3-moe/hub", tmp_path / "out")
 
 
+def test_a_source_that_is_replaced_while_it_is_hashed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeglot import certificate
+
+    def meanwhile(*files: Any) -> Any:
+        replace(source / "model.safetensors")
+        return digests(*files)
+
+    digests = certificate.digests
+    monkeypatch.setattr(certificate, "digests", meanwhile)
+    with pytest.raises(BrokenFile, match=CHANGED):
+        moeglot.convert(source, TO, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", ["adapter", "moments"])
 def test_an_adapter_or_moments_that_were_replaced(what: str, source: Path, tmp_path: Path) -> None:
     base, rounding = moeglot.open(source), "nearest"
