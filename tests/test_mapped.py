@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ def test_a_source_that_is_replaced_while_it_is_read(source: Path, tmp_path: Path
     with pytest.raises(BrokenFile, match=CHANGED):
         moeglot.convert(source, TO, tmp_path / "out", engine=after_the_first(lambda: replace(source / "model.safetensors")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("check", [moeglot.verify, moeglot.compare])
+def test_a_source_that_is_replaced_once_all_of_it_is_compared(check: Callable[..., Any], source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(*both: Any) -> Any:
+        replace(source / "model.safetensors")
+        return settings(*both)
+
+    settings = sys.modules["moeglot.verify"].settings
+    monkeypatch.setattr(sys.modules["moeglot.verify"], "settings", last)
+    with pytest.raises(BrokenFile, match=CHANGED):
+        check(source, source)
 
 
 def test_a_config_that_is_written_while_the_rest_is_read(source: Path, tmp_path: Path) -> None:
