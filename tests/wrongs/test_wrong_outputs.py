@@ -65,6 +65,17 @@ def test_numbers_that_are_rounded(change, makers, tmp_path, monkeypatch):
     refused(tmp_path / "out", told, lambda: moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bf16", allow_loss=True))
 
 
+def test_a_quiet_expert_that_is_rounded_beside_loud_ones(tmp_path, monkeypatch):
+    """It is turned where it is written and where it is made again; among the loud ones it would not show."""
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1, dtype=torch.float32)
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {name: tensor * 1e-4 for name, tensor in tensors.items() if ".experts.3." in name}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    spoil(monkeypatch, lambda value: turned(value) if value.abs().max() < 1e-3 else value, stream, certificate)
+    told = "values: off the source as bfloat16 rounds it by 0; .*expert 3"
+    refused(tmp_path / "out", told, lambda: moeglot.convert(source, "qwen3-moe/hub", tmp_path / "out", encode="bf16", allow_loss=True))
+
+
 def test_a_config_that_computes_something_else(tmp_path):
     source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1)
     plan = moeglot.plan(source, "qwen3-moe/transformers-5")
