@@ -1,6 +1,7 @@
 """Numbers at the ends of what types hold: what is written is what was rounded, and figures say what float64 says."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import moeglot
 from moeglot.encodings import by_name
 from moeglot.errors import BadNumbers
 from moeglot.evidence import weigh
+from moeglot.experts import relative_error
 from moeglot.folding import Piece, fold
 from moeglot.nn import Experts
 from moeglot.rounding import Rounding
@@ -95,6 +97,13 @@ def test_an_adapter_beside_an_expert_that_was_pruned(tmp_path):
         if ".experts.3." in key and "lora_B" in key:
             made.tensors[key] = torch.zeros_like(made.tensors[key])
     assert moeglot.merge(base, made.save(tmp_path / "adapter"), tmp_path / "out").report.verdict == "holds"
+
+
+def test_an_error_is_relative_to_what_was_expected():
+    one = torch.ones(2, 3)
+    assert [relative_error(found, one) for found in (one, 3 * one, 0 * one, one / 0)] == [0, 2, 1, math.inf]
+    assert relative_error(one, 0 * one) == math.inf
+    assert relative_error(0 * one, -0.0 * one) == 0
 
 
 def test_an_expert_that_has_decayed_to_next_to_nothing(tmp_path):
