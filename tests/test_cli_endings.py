@@ -317,5 +317,19 @@ def test_what_python_may_pass_in_the_place_of_names(small, tmp_path):
         with pytest.raises(moeglot.UsageError) as refused:
             attempt()
         assert len(str(refused.value)) < 600
-    with pytest.raises(moeglot.TensorMismatch, match="layer '0' has no experts"):
-        opened.experts("0")
+    for layer in ("0", 0.0, False, -1):
+        with pytest.raises(moeglot.TensorMismatch, match=f"layer {layer!r} has no experts"):
+            opened.experts(layer)
+
+
+@pytest.mark.parametrize("source", ["hub", "mxfp4"])
+def test_what_lies_beside_an_expert_is_none(source, small):
+    """In a tensor of all experts, the bytes before the first and after the last are those of other tensors."""
+    opened = moeglot.open({"hub": small, "mxfp4": BUNDLED}[source])
+    line, layer = opened.format.stored[0], opened.layers[0]
+    for read in (opened.stored, opened.checked, opened.expert):
+        for expert in (-1, opened.sizes["e"], False, 0.0):
+            with pytest.raises(moeglot.TensorMismatch, match=f"layer {layer} has no expert {expert!r}"):
+                read(line, layer, expert)
+        with pytest.raises(moeglot.TensorMismatch, match="layer 99 has no experts"):
+            read(line, 99, 0)

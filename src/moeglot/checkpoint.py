@@ -29,7 +29,7 @@ from moeglot.shards import Entry
 from moeglot.share import SHARE, Share
 from moeglot.source import Source, read_source
 from moeglot.straddled import Straddled
-from moeglot.structure import structure_problems
+from moeglot.structure import check_place, structure_problems
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Checkpoint:
 
     def stored(self, line: Stored, layer: int, expert: int, only: range | None = None) -> Encoded:
         """One expert's slice of a stored tensor, its axes as they lie on disk. `only`: of a tensor with one expert's rows along i, no others of these."""
+        check_place(self.layers, self.sizes["e"], lambda: self.known, layer, expert)
         line, encoding, parts = self.line(line, layer), self.encoding(line, layer), {}
         sizes = self.sizes if only is None else {**self.sizes, "i": len(only)}
         for part in encoding.parts:
@@ -137,8 +138,7 @@ class Checkpoint:
 
     def experts(self, layer: int) -> dict[str, LazyEncoded]:
         """role -> [e, out, in] of a layer, lazily: indexing by expert reads that expert's bytes and no others."""
-        if layer not in self.layers:
-            raise TensorMismatch(f"layer {layer!r} has no experts", f"experts are in layers {self.layers}; {self.known}", "choose one of these, an int")
+        check_place(self.layers, self.sizes["e"], lambda: self.known, layer)
         found = {}
         for line in self.format.stored:
             encoding = self.encoding(line, layer).upright

@@ -138,6 +138,14 @@ def _other_format(form: Format, entry: Entry) -> str:
     return "check config.json against the producer's; moeglot takes no size from a shape"
 
 
+def check_place(layers: tuple[int, ...], experts: int, known: Callable[[], str], layer: int, expert: int = 0) -> None:
+    """Raises `TensorMismatch` for a layer or an expert that is not there: bytes of others lie where it would be."""
+    if layer not in layers or isinstance(layer, (bool, float)):  # True == 1.0 == 1, and no key has that name
+        raise TensorMismatch(f"layer {layer!r} has no experts", f"experts are in layers {layers}; {known()}", "choose one of these, an int")
+    if expert not in range(experts) or isinstance(expert, (bool, float)):
+        raise TensorMismatch(f"layer {layer} has no expert {expert!r}", f"it has {experts}; {known()}", f"choose one from 0 to {experts - 1}")
+
+
 def _stem(line: Stored) -> str:
     """What all keys of the experts begin with, up to the last dot before the name."""
     key = line.key + next(iter(line.names.values()))
