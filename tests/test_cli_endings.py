@@ -247,6 +247,9 @@ def test_labels_of_a_plot_lie_apart():
         (("run", BUNDLED, "--prompt", "And", "--convention", "peft"), ["--adapter"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--convention", "peft"), ["--adapter"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--threshold", "0.5"), ["--adapter"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--dry-run", "--html", "r.html"), ["--html r.html with --dry-run", "leave one"]),
+        (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--part", "1/2", "--html", "r.html"), ["--html r.html with --part 1/2", "--finalize"]),
+        (("merge", BUNDLED, "lora", "out", "--dry-run", "--html", "r.html"), ["--html r.html with --dry-run", "leave one"]),
         (("convert", BUNDLED, "out", "--to", "gpt-oss/openai", "--keep-touched", "bf16"), ["--adapter"]),
     ],
 )

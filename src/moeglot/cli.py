@@ -14,7 +14,7 @@ import moeglot
 from moeglot import cli_adapter, cli_ending, inspection, newfile, report
 from moeglot.carrying import Carrying, default_workers
 from moeglot.checks import allow_many_files
-from moeglot.cli_merge import merge, show_and_carry_out
+from moeglot.cli_merge import check_html, merge, show_and_carry_out
 from moeglot.cli_moments import moments
 from moeglot.cli_options import (
     AllowLossOption,
@@ -169,7 +169,7 @@ def convert(
     html: HtmlOption = None,
 ) -> None:
     """Write a checkpoint in another format, verify what lies on disk, and certify it."""
-    newfile.check(html, "--html")
+    check_html(html, dry_run, part)
     where = Where(part, finalize, engine, ray_address, device)
     refuse_without_adapter(adapter, convention, threshold)
     checkpoint = moeglot.open(src, format)

@@ -30,6 +30,7 @@ from moeglot.cli_options import (
     print_json,
 )
 from moeglot.cli_where import EngineOption, FinalizeOption, PartOption, RayAddressOption, Where
+from moeglot.errors import UsageError
 from moeglot.kept import THRESHOLD
 from moeglot.plan import Plan
 
@@ -60,7 +61,7 @@ def merge(
     html: HtmlOption = None,
 ) -> None:
     """Add an adapter's change to a base in any format and encoding; say what of it survived, verify and certify the result."""
-    newfile.check(html, "--html")
+    check_html(html, dry_run, part)
     from moeglot.adapter import open_adapter
     from moeglot.checkpoint import open as open_checkpoint
     from moeglot.plan import plan as make_plan
@@ -71,6 +72,14 @@ def merge(
     plan = make_plan(checkpoint, to, encode=encode, adapter=change, round=round, keep_touched=keep_touched, shard_size=shard_size)
     how = Carrying(allow_loss, workers, resume, threshold)
     raise typer.Exit(show_and_carry_out(plan, out_folder, how, where, dry_run=dry_run, json=json, html=html))
+
+
+def check_html(html: Path | None, dry_run: bool, part: str | None) -> None:
+    """Before the work: raises `UsageError` where no report will be made, and as `newfile.check` does."""
+    if html and (dry_run or part):
+        known = "it reports what was verified, and " + ("--dry-run writes nothing" if dry_run else "a part is verified by --finalize, which takes --html too")
+        raise UsageError(f"--html {html} with {'--dry-run' if dry_run else f'--part {part}'}", known, "leave one of the two out")
+    newfile.check(html, "--html")
 
 
 def show_and_carry_out(plan: Plan, out: str, how: Carrying, where: Where, *, dry_run: bool, json: bool, html: Path | None = None) -> int:
