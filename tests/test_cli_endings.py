@@ -271,6 +271,14 @@ def test_what_python_may_pass(small, tmp_path):
     for name, value in {"shard_size": 1.5, "encode": "", "workers": 0, "convention": "peft", "threshold": 0.5, "keep_touched": "bf16"}.items():
         with pytest.raises(moeglot.UsageError):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
+    for value in (float("nan"), 1.5, "0.5"):
+        with pytest.raises(moeglot.UsageError, match="threshold.*\n.*\n.*0 to 1"):
+            moeglot.write_part(moeglot.plan(small), tmp_path / "out", "1/1", threshold=value)
+    with pytest.raises(moeglot.UsageError, match="no rounding"):
+        moeglot.plan(small, round=None)
+    for ranks in ({"tp_rank": "0", "tp_size": "1"}, {"ep_rank": 0.0, "ep_size": 2}, {"padded_vocab_size": "64"}, {"padded_vocab_size": -5}):
+        with pytest.raises(moeglot.UsageError, match="whole number"):
+            moeglot.plan(small, "qwen3-moe/megatron-te", **ranks)
     with pytest.raises(moeglot.UsageError, match="is not a format"):
         moeglot.plan(small, "")
     for count in (0, -1, None, 1.5, "2"):

@@ -19,7 +19,7 @@ class Rounding:
     @classmethod
     def by_name(cls, name: str) -> Rounding:
         """`"nearest"`, `"stochastic"`, `"stochastic:7"`, `"delta"`, `"gptq:FILE"`; raises `UsageError`."""
-        kind, _, rest = name.partition(":")
+        kind, _, rest = str(name).partition(":")
         if kind == "stochastic" and (not rest or rest.isdecimal()):
             return cls(kind, int(rest or 0))
         if kind == "gptq" and rest:

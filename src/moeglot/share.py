@@ -97,9 +97,10 @@ class Share:
                 "Megatron-Core divides each expert's matrices by expert_tensor_parallel_size, which is tensor_model_parallel_size where nobody sets it",
                 f"pass --etp-size 1, or --etp-rank {tp.rank} --etp-size {tp.size}",
             )
-        if padded_vocab_size is not None and (padded_vocab_size < 1 or padded_vocab_size % tp.size):
+        if padded_vocab_size is not None and (not isinstance(padded_vocab_size, int) or padded_vocab_size < 1 or padded_vocab_size % tp.size):
             known = f"each of {tp.size} processes has as many rows as the others"
-            raise UsageError(f"--padded-vocab-size {padded_vocab_size}", known, f"pass a multiple of {tp.size}")
+            do = f"pass a multiple of {tp.size}" if tp.size > 1 else "pass a whole number of at least 1"
+            raise UsageError(f"--padded-vocab-size {padded_vocab_size!r}", known, do)
         return cls(**ranks, words=padded_vocab_size)
 
     @classmethod
@@ -172,6 +173,8 @@ def _asked(kind: str, rank: int | None, size: int | None) -> Rank:
     if rank is None or size is None:
         given, missing = (f"--{kind}-rank", f"--{kind}-size") if size is None else (f"--{kind}-size", f"--{kind}-rank")
         raise UsageError(f"{given} without {missing}", "a process is one of several, and has a number among them", f"pass {missing} too")
+    if not isinstance(rank, int) or not isinstance(size, int):
+        raise UsageError(f"{kind}_rank = {rank!r}, {kind}_size = {size!r}", "both are whole numbers", f"pass {kind}_rank=0, {kind}_size=1, for example")
     if size < 1 or not 0 <= rank < size:
         known = f"ranks are counted from 0, so that the last of {size} is {size - 1}" if size > 0 else "there is at least one process"
         do = f"pass --{kind}-rank 0 to {size - 1}" if size > 0 else f"pass --{kind}-size 1 or more"
