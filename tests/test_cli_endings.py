@@ -333,6 +333,17 @@ def test_what_python_may_pass_in_the_place_of_names(small, tmp_path):
             opened.experts(layer)
 
 
+def test_a_link_to_nothing_is_no_repository(tmp_path, monkeypatch):
+    """Nobody is asked for it, though its path reads as owner/name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to("nowhere")
+    for path, known in (("models/link", "link to nothing"), ("/dev/null", "device")):
+        for attempt in (moeglot.open, lambda path: moeglot.open(path, headers_only=True), lambda path: moeglot.open_adapter(path, BUNDLED)):
+            with pytest.raises(moeglot.UsageError, match=f"neither a file nor a folder\n.*{known}"):
+                attempt(path)
+
+
 @pytest.mark.parametrize("source", ["hub", "mxfp4"])
 def test_what_lies_beside_an_expert_is_none(source, small):
     """In a tensor of all experts, the bytes before the first and after the last are those of other tensors."""

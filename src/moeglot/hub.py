@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,10 @@ def _json(name: str, file: str) -> dict[str, Any]:
 
 @contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """huggingface_hub's errors in our three lines."""
+    """huggingface_hub's errors in our three lines; what is here is no repository."""
+    if os.path.lexists(name):
+        known = "it is a device, a pipe or a socket" if os.path.exists(name) else "it is a link to nothing"
+        raise UsageError(f"{name}: neither a file nor a folder", known, "check the path")
     if at := re.fullmatch(rf"({HUB_ID.pattern})@([^@]+)", name):
         do = f"fetch it with `hf download {at[1]} --revision {at[2]} --local-dir FOLDER`, and pass FOLDER"
         raise UsageError(f"{name}: no such file or folder, and no revision is taken", "of a repository on the Hub, moeglot asks for its main branch", do)
