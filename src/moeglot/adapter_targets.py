@@ -15,7 +15,7 @@ from moeglot.family import Family
 from moeglot.formats import of_family
 from moeglot.layout import Stored
 
-FETCH = "fetch the adapter again from its writer; an adapter is never half applied"
+FETCH = "pass the base that it was trained on, or fetch the adapter again from its writer; an adapter is never half applied"
 Wrapped = Mapping[int, tuple[Stored, ...]]
 """Layer -> the parameters that are wrapped there, in the order in which their module registers them."""
 

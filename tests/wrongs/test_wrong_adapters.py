@@ -256,6 +256,9 @@ def test_an_adapter_for_another_base(tmp_path):
         other = write_checkpoint(tmp_path / f"other{n}", "qwen3-moe/hub", sizes, dtype=torch.float32)
         with pytest.raises((moeglot.Contradiction, moeglot.HalfAdapter)):
             moeglot.open_adapter(path, other, "peft")
+    deeper = write_checkpoint(tmp_path / "deeper", "qwen3-moe/hub", {"e": 3, "h": 32, "i": 96}, layers=3, dtype=torch.float32)
+    with pytest.raises(moeglot.HalfAdapter, match="pass the base that it was trained on"):
+        moeglot.open_adapter(path, deeper, "peft")
 
 
 @pytest.mark.parametrize("there", [2, 8])
