@@ -171,7 +171,8 @@ def _documents(path: Path, text: str, tokenizer: Any) -> Iterator[Document]:
         except UnicodeEncodeError as error:
             raise BrokenFile(f"{where}: a surrogate alone, half a character", str(error), "write it whole, or leave the line out") from error
         except (ValueError, RecursionError) as error:
-            raise BrokenFile(f"{where}: no JSON", str(error), "JSONL has one object in each line") from error
+            told = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)  # to json, every line is line 1
+            raise BrokenFile(f"{where}: no JSON", told, "JSONL has one object in each line") from error
         if not isinstance(row, dict):
             raise BrokenFile(f"{where}: {type(row).__name__}", "JSONL has one object in each line", f"give each line {' or '.join(KEYS)}")
         yield _document(where, row, tokenizer)
