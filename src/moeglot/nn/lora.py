@@ -105,10 +105,12 @@ def _check_beside(config: Any) -> None:
 def check(r: int, alpha: float | None, targets: Sequence[str], dropout: float) -> None:
     """Raises `UsageError` for values that mean nothing."""
     if unknown := sorted(set(targets) - set(TARGETS)):
-        raise UsageError(f"{unknown[0]!r} is no matrix of an expert", f"known: {', '.join(TARGETS)}", "attention is PEFT's business: use get_peft_model for it")
+        do = "attention is PEFT's business: use get_peft_model for it, or `moeglot tune --modules`"
+        raise UsageError(f"{unknown[0]!r} is no matrix of an expert", f"known: {', '.join(TARGETS)}", do)
     if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1 or not targets or not (alpha is None or (alpha and math.isfinite(alpha))):
         told = f"r = {r}, alpha = {alpha}, dropout = {dropout}, targets = {targets}"
-        raise UsageError(told, "a rank is a whole number of at least 1, alpha is finite and not 0, dropout is at least 0 and below 1", "check them")
+        known = "a rank is a whole number of at least 1, alpha is finite and not 0, dropout is at least 0 and below 1, and targets name a matrix"
+        raise UsageError(told, known, "check them")
 
 
 def freeze(model: torch.nn.Module, but: Iterable[torch.nn.Parameter]) -> None:
