@@ -365,6 +365,9 @@ def test_what_is_touched_can_stay_in_bfloat16(tmp_path):
     made = case(tmp_path / "other", "gpt-oss", "mxfp4", "square")
     with pytest.raises(moeglot.UsageError, match="cannot leave some experts in floats"):
         moeglot.merge(made.base, made.adapter, tmp_path / "refused", keep_touched="bf16")
+    for name in ("", "int8", "fp8-block", 16):
+        with pytest.raises(moeglot.UsageError, match=f"--keep-touched {name!r} is no float type"):
+            moeglot.plan(made.base, adapter=made.adapter, keep_touched=name)
 
 
 @pytest.mark.parametrize("base", ["fp8-block", "nf4", "mxfp4"])

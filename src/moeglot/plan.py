@@ -150,8 +150,8 @@ def plan(
         raise UsageError(f"{source.format.name} cannot become {target.name}", reason, "have the library that reads both load the one and save the other")
     source = shared(source, target, share)
     target, kept = arranged(source, target), None
-    if keep_touched and change:
-        kept = encoding_named(keep_touched)
+    if keep_touched is not None and change:
+        kept = _kept(keep_touched)
         target = keeping(source, target, change.touches_any)
     inputs = rounds_inputs(source, target)
     steps = tuple(
@@ -177,12 +177,23 @@ def plan(
     return Plan(source, target, steps, dense, shards, config, others, change=change)
 
 
+def _kept(name: str) -> Encoding:
+    """The float type that changed matrices stay in; raises `UsageError` for what is none."""
+    try:
+        found = encoding_named(name)
+    except UsageError:
+        found = None
+    if not isinstance(found, Plain):
+        raise UsageError(f"--keep-touched {name!r} is no float type", "the changed matrices are left unquantized", "pass --keep-touched bf16, for example")
+    return found
+
+
 def _change(source: Checkpoint, adapter: Adapter | str | Path | None, round: str, keep_touched: str | None, share: Share | None) -> Change | None:
     rounding = Rounding.by_name(round)
     if adapter is None:
         if rounding != Rounding():
             raise UsageError(f"--round {round} without an adapter", "it says how weights with an adapter's change are rounded", "pass --adapter DIR too")
-        if keep_touched:
+        if keep_touched is not None:
             raise UsageError(f"--keep-touched {keep_touched} without an adapter", "it is of matrices with an adapter's change", "pass --adapter DIR too")
         return None
     if share:
