@@ -76,7 +76,7 @@ def merge(
 
 def check_html(html: Path | None, dry_run: bool, part: str | None) -> None:
     """Before the work: raises `UsageError` where no report will be made, and as `newfile.check` does."""
-    if html and (dry_run or part):
+    if html and (dry_run or part is not None):
         known = "it reports what was verified, and " + ("--dry-run writes nothing" if dry_run else "a part is verified by --finalize, which takes --html too")
         raise UsageError(f"--html {html} with {'--dry-run' if dry_run else f'--part {part}'}", known, "leave one of the two out")
     newfile.check(html, "--html")

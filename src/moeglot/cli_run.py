@@ -43,7 +43,7 @@ def run(
     """Continue a text, or answer it, with a checkpoint in any format, by transformers."""
     if len(prompt) > 1:
         raise UsageError(f"{len(prompt)} prompts", "a run continues one text", "run the command once for each --prompt")
-    if convention and adapter is None:
+    if convention is not None and adapter is None:
         raise UsageError(f"--convention {convention} without --adapter", "it says how an adapter's factors lie", "pass --adapter too, or leave it out")
     tokenizer = tokenizer_of(path)
     from moeglot.nn.data import check_ids, check_seed
@@ -53,7 +53,7 @@ def run(
         known = f"logits divided by it may be more than float32 has; {COLDEST:g} takes the likeliest token, as 0 does"
         raise UsageError(f"temperature = {temperature}", known, "pass --temperature 0 for the likeliest tokens, or 0.8, for example")
     ids = _ids(tokenizer, prompt[0], chat)
-    model = load(path, dtype, device, format, native=native or bool(adapter or encode), encode=encode)
+    model = load(path, dtype, device, format, native=native or adapter is not None or encode is not None, encode=encode)
     check_ids(model, ids)
     if adapter is not None:
         from moeglot.nn import load_adapter

@@ -49,18 +49,18 @@ class Where:
             raise UsageError(f"--engine {self.engine}", f"known: {', '.join(ENGINES)}", "leave it out for threads on this machine")
         if self.ray_address and self.engine != "ray":
             raise UsageError("--ray-address without --engine ray", "it is where Ray's cluster is", "pass --engine ray too")
-        if self.engine == "ray" and (self.part or self.finalize):
+        if self.engine == "ray" and (self.part is not None or self.finalize):
             raise UsageError("--engine ray in parts", "Ray divides the work itself, and the output is verified at its end", "leave out --part and --finalize")
-        if self.device and (self.part or self.finalize or self.engine != "local"):
+        if self.device and (self.part is not None or self.finalize or self.engine != "local"):
             raise UsageError(f"--device {self.device} in parts or by Ray", "it is for one process", "leave it out: each process decodes on its CPU")
-        if self.part and self.finalize:
+        if self.part is not None and self.finalize:
             raise UsageError(
                 "--part and --finalize", "a part writes, --finalize verifies what all parts have written", "run --finalize once, after the last part"
             )
 
     def run(self, plan: Plan, out: str, how: Carrying, bar: Bar, *, json: bool) -> Certificate | None:
         """Carry out a plan, or a part of it, which has no certificate."""
-        if not self.part:
+        if self.part is None:
             with bar(json) as progress:
                 if self.finalize:
                     return finalize(plan, out, workers=how.workers, progress=progress, threshold=how.threshold)

@@ -45,7 +45,7 @@ class Part:
 
 def _no_part(text: str, known: str = "") -> UsageError:
     do = "for example --part 1/8; or --part auto under torchrun or in a SLURM array"
-    return UsageError(f"{text} is no part", f"a part is i/N, i from 1 to N{known}", do)
+    return UsageError(f"{text or repr(text)} is no part", f"a part is i/N, i from 1 to N{known}", do)
 
 
 def parted(plan: Plan, count: int) -> tuple[tuple[Unit, ...], ...]:
