@@ -275,7 +275,7 @@ def test_what_python_may_pass(small, tmp_path):
         with pytest.raises(moeglot.UsageError):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
     for value in (float("nan"), 1.5, "0.5"):
-        with pytest.raises(moeglot.UsageError, match="threshold.*\n.*\n.*0 to 1"):
+        with pytest.raises(moeglot.UsageError, match=r"threshold.*\n.*\n.*0 to 1"):
             moeglot.write_part(moeglot.plan(small), tmp_path / "out", "1/1", threshold=value)
     with pytest.raises(moeglot.UsageError, match="no rounding"):
         moeglot.plan(small, round=None)

@@ -307,7 +307,12 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_trains(tmp_path):
         module.factors("gate")
     remove_lora(module)
     assert not list(module.parameters())
-    for wrong, told in (({"r": 0}, "a rank is"), ({"targets": ("q_proj",)}, "tune --modules"), ({"dropout": 1.0}, "below 1"), ({"targets": ()}, "targets name")):
+    for wrong, told in (
+        ({"r": 0}, "a rank is"),
+        ({"targets": ("q_proj",)}, "tune --modules"),
+        ({"dropout": 1.0}, "below 1"),
+        ({"targets": ()}, "targets name"),
+    ):
         with pytest.raises(UsageError, match=told):
             add_lora(module, **{"r": 4, **wrong})
     with pytest.raises(UsageError, match="native=True"):

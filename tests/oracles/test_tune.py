@@ -412,7 +412,7 @@ def test_what_is_no_text_is_refused(tmp_path):
         with pytest.raises(BrokenFile, match=f"line 1: .*{words_of_it}"):
             read(path, words, 8, 0.1)
     path.write_text('{"text": "And"}\n{"text": "And')
-    with pytest.raises(BrokenFile, match="line 2: no JSON\n.*at character 10\n"):
+    with pytest.raises(BrokenFile, match=r"line 2: no JSON\n.*at character 10\n"):
         read(path, words, 8, 0.1)
     (tmp_path / "data.jsonl.bak").write_text('\n{"text": "And it came to pass"}\n')
     with pytest.raises(UsageError, match="first line is a JSON object"):
