@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from moeglot.family import Activation, SparseLayers
 from moeglot.format import Format
-from moeglot.formats import nemotron_h
+from moeglot.formats import nemotron_h, text_only
 from moeglot.formats.lines import EXPERTS, KINDS, LAYER, NESTED, QWEN, ROUTED, each, family, first_dense, fused, hub, memory, nested, release_5_5, separate
 from moeglot.layout import Stored
 
@@ -23,7 +23,9 @@ STEP = family(
 )
 SOFTCAPPED = Activation("softcapped-swiglu", numbers={"gate_cap": ("mlp_gate_softcap", 4.0), "up_cap": ("mlp_up_softcap", 25.0)})
 INKLING = replace(
-    family("inkling", model_type="inkling_mm_model", folder="inkling", under="text_config", e=ROUTED, sparse=SparseLayers(kinds=KINDS)),
+    nested(text_only.INKLING, "text_config"),
+    name="inkling",
+    model_types=("inkling_mm_model",),
     unverified="no tiny model of it could be built; its text model, inkling-text, is verified",
 )
 INKLING2 = family("inkling2", under="text_config", e=ROUTED, i=("moe_intermediate_size", "intermediate_size"), activation=SOFTCAPPED)

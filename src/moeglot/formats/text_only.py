@@ -1,5 +1,7 @@
 """Language models that are also parts of larger models, saved on their own: their experts lie as in memory."""
 
+from dataclasses import replace
+
 from moeglot.family import SparseLayers
 from moeglot.formats.lines import CLAMPED, EXPERTS, KINDS, LAYER, NESTED, ROUTED, family, fused, hub, memory, release_5_5, separate
 
@@ -15,7 +17,16 @@ MINIMAX_M3 = family(
 )
 QWEN3_5 = family("qwen3.5-moe-text", model_type="qwen3_5_moe_text", folder="qwen3_5_moe", e=EXPERTS)
 QWEN4 = family("qwen4-exp-text", model_type="qwen4_exp_text", folder="qwen4_exp", e=EXPERTS)
-INKLING = family("inkling-text", folder="inkling", e=ROUTED, sparse=SparseLayers(kinds=KINDS))
+INKLING = replace(
+    family(
+        "inkling-text",
+        folder="inkling",
+        e=ROUTED,
+        i=("moe_intermediate_size", "intermediate_size"),
+        sparse=SparseLayers(kinds=KINDS, first=("dense_mlp_idx", 0)),
+    ),
+    first_wins=("i",),  # where there is no moe_intermediate_size, the width of dense layers is dense_intermediate_size
+)
 
 QWEN3_5_MEMORY = memory(QWEN3_5, fused(LAYER + "mlp.experts."))
 

@@ -1,0 +1,43 @@
+"""Forms of config.json that releases have and `save_pretrained` does not write: what transformers' config classes make of them, we make of them."""
+
+import copy
+import json
+
+import families
+import pytest
+from transformers import CONFIG_MAPPING
+
+from moeglot.config import hub_config
+from moeglot.formats import FAMILIES, by_name
+
+SIZES = {"e": 3, "h": 64, "i": 96}
+
+
+def dense_first(said: dict) -> None:
+    """Inkling: how many layers are dense, and that what is called intermediate_size is the experts'."""
+    said |= {"dense_mlp_idx": said.pop("mlp_layer_types").index("sparse"), "dense_intermediate_size": said["intermediate_size"]}
+    said["intermediate_size"] = said.pop("moe_intermediate_size")
+
+
+RELEASED = {"inkling-text": dense_first}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_what_transformers_makes_of_it(name):
+    family = next(family for family in FAMILIES if family.name == name)
+    if family.model_types[0] not in CONFIG_MAPPING:
+        pytest.skip("this version has no such family")
+    dense = {"mlp_layer_types": ["dense", "sparse", "sparse"]} if name == "inkling-text" else {}
+    saved = json.loads(families.config_of(family, SIZES).to_json_string()) | dense
+    said = copy.deepcopy(saved)
+    RELEASED[name](said)
+    theirs, ours = read(said), hub_config(said, by_name(f"{name}/hub"))
+    assert family.layers(ours) == tuple(n for n, kind in enumerate(theirs["mlp_layer_types"]) if kind == "sparse") == (1, 2)
+    assert {letter: n for letter, n in family.read_sizes(ours).items() if letter in SIZES} == SIZES
+    assert {key: value for key, value in read(ours).items() if key in theirs} == theirs == read(saved)
+    assert hub_config(ours, by_name(f"{name}/hub")) == ours
+
+
+def read(said: dict) -> dict:
+    """What the library reads of the language model in it."""
+    return CONFIG_MAPPING[said["model_type"]].from_dict(copy.deepcopy(said)).get_text_config().to_dict()
