@@ -27,6 +27,9 @@ BOOKKEEPING = frozenset(
 )
 """Keys of config.json that say who wrote a checkpoint, how it is trained and where a text ends; one token computes the same without them."""
 
+WHOLE = ("architectures", "audio_config", "auto_map", "model_type", "transformers_version", "vision_config")
+"""Keys at the top of config.json that are of no language model, though its keys may be there, too."""
+
 
 def hub_config(config: Config, form: Format) -> dict[str, Any]:
     """config.json of this format -> the same facts under the keys of the family's Hub release (transformers 4 reads them, and so does 5)."""
@@ -44,6 +47,7 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
             part.pop("compression_config", None)
     for key in spec.told:
         hub.pop(key, None)
+    _gather(hub, form.family)
     _rename_rope(hub)
     _rename_words(hub, form.family)
     return _rename_sizes(hub, form.family)
@@ -54,6 +58,15 @@ def _copied(said: Any) -> Any:
     if isinstance(said, dict):
         return {key: _copied(value) for key, value in said.items()}
     return [_copied(item) for item in said] if isinstance(said, list) else said
+
+
+def _gather(hub: dict[str, Any], family: Family) -> None:
+    """A part whose keys are elsewhere is put together as its reader does; where they were they stay, for readers that look there alone."""
+    for part, places in family.elsewhere.items():
+        if hub.get(part) is None:
+            found = {key: value for key, value in hub.items() if (key in places if places else key not in WHOLE)}
+            parts = [value if key in places and isinstance(value, dict) else {key: value} for key, value in found.items()]
+            hub.update({part: _copied({key: value for said in parts for key, value in said.items()})} if parts else {})
 
 
 def _rename_words(hub: dict[str, Any], family: Family) -> None:

@@ -113,7 +113,8 @@ class Family:
     letters in `first_wins`, where the first key that is there decides. Letters beyond e, h and i size what is no expert.
     `carried`: config keys that say how many layers for multi-token prediction follow the others; they are carried over as they are.
     `words`: config key -> a word that transformers 5 writes in its list -> the release's word, which every version reads. `parts`: config key -> the
-    only keys that the readers of that part know, where they refuse any other.
+    only keys that the readers of that part know, where they refuse any other. `elsewhere`: a part that config.json may lack -> the parts and keys that then
+    say the same, or none where its keys are at the top.
     `second`: which layers have the second group of experts, where a rule of its own says so; they must be the same layers.
     `unverified`: why nobody could compare this family with a real module or file, if so.
     """
@@ -129,6 +130,7 @@ class Family:
     carried: tuple[str, ...] = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     second: SparseLayers | None = None
     unverified: str = ""
 

@@ -19,7 +19,18 @@ def dense_first(said: dict) -> None:
     said["intermediate_size"] = said.pop("moe_intermediate_size")
 
 
-RELEASED = {"inkling-text": dense_first}
+def at_the_top(said: dict) -> None:
+    """dots3 and GLM-5.3-Flash: the language model's keys beside the others."""
+    said |= {key: value for key, value in said.pop("text_config").items() if key not in said}
+
+
+def below_another_key(said: dict) -> None:
+    """Unlimited-OCR, and one key of it at the top."""
+    said["language_config"] = said.pop("text_config")
+    said["sliding_window"] = said["language_config"].pop("sliding_window")
+
+
+RELEASED = {"inkling-text": dense_first, "dots3-note": at_the_top, "glm5-next": at_the_top, "unlimited-ocr": below_another_key}
 
 
 @pytest.mark.parametrize("name", RELEASED)

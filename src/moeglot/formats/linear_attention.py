@@ -1,5 +1,7 @@
 """Kimi-Linear, Ling-3 and GLM-5.3: their linear attention has three convolutions on the Hub that transformers 5 joins, beside the usual experts."""
 
+from dataclasses import replace
+
 from moeglot.family import Activation
 from moeglot.format import Dense
 from moeglot.formats.lines import LAYER, NESTED, family, first_dense, fused, hub, memory, numbered, separate
@@ -11,13 +13,16 @@ QKV = ("n d", "n d", "n d")
 
 KIMI = family("kimi-linear", e=("num_experts", "num_local_experts"), sparse=first_dense(default=1), others=HEADS)
 LING = family("bailing-hybrid", e=("num_experts", "num_local_experts"), sparse=first_dense(default=2), others=HEADS)
-GLM = family(
-    "glm5-next",
-    under="text_config",
-    e=("n_routed_experts", "num_local_experts"),
-    sparse=first_dense(default=3),
-    activation=Activation("limited-swiglu", (None, "silu"), {"limit": ("swiglu_limit", 10.0)}),
-    others=HEADS,
+GLM = replace(
+    family(
+        "glm5-next",
+        under="text_config",
+        e=("n_routed_experts", "num_local_experts"),
+        sparse=first_dense(default=3),
+        activation=Activation("limited-swiglu", (None, "silu"), {"limit": ("swiglu_limit", 10.0)}),
+        others=HEADS,
+    ),
+    elsewhere={"text_config": ()},
 )
 
 FORMATS = (

@@ -41,7 +41,10 @@ QWEN3_VL = family("qwen3-vl-moe", under=TEXT, e=EXPERTS, sparse=QWEN)
 QWEN3_5 = family("qwen3.5-moe", model_type="qwen3_5_moe", under=TEXT, e=EXPERTS)
 QWEN4 = family("qwen4-exp", under=TEXT, e=EXPERTS)
 GLM4V = family("glm4v-moe", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
-UNLIMITED_OCR = family("unlimited-ocr", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
+UNLIMITED_OCR = replace(
+    family("unlimited-ocr", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1)),
+    elsewhere={TEXT: ("language_config", "sliding_window")},
+)
 DEEPSEEK_OCR2 = family("deepseek-ocr2", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
 KIMI = family("kimi-k25", under=TEXT, e=ROUTED, sparse=first_dense(default=3))
 MINIMAX_M3 = family(

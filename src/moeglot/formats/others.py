@@ -31,7 +31,7 @@ INKLING = replace(
 INKLING2 = family("inkling2", under="text_config", e=ROUTED, i=("moe_intermediate_size", "intermediate_size"), activation=SOFTCAPPED)
 INKLING2_TEXT = family("inkling2-text", folder="inkling2", e=ROUTED, i=("moe_intermediate_size", "intermediate_size"), activation=SOFTCAPPED)
 MUSE = family("muse-spark", under="text_config", e="num_local_experts", h="moe_hidden_size", sparse=SparseLayers(kinds=KINDS))
-DOTS3 = family("dots3-note", under="text_config", e=ROUTED, sparse=first_dense(default=1))
+DOTS3 = replace(family("dots3-note", under="text_config", e=ROUTED, sparse=first_dense(default=1)), elsewhere={"text_config": ()})
 DOTS3_TEXT = family("dots3-note-text", folder="dots3_note", e=ROUTED, sparse=first_dense(default=1))
 OMNI = family("qwen3-omni-moe", under="thinker_config.text_config", e=EXPERTS, sparse=QWEN)
 THINKER = family("qwen3-omni-moe-thinker", folder="qwen3_omni_moe", under="text_config", e=EXPERTS, sparse=QWEN)
