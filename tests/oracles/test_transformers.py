@@ -9,11 +9,13 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
 from reading import relative
 from small_models import GOLDEN, SIZES, logits, model_of, readable
+from synthetic import write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import moeglot
 from moeglot.demo import BUNDLED
+from moeglot.errors import NotVerified, UsageError
 from moeglot.floats import values
 from moeglot.integrations.transformers import VERSION
 
@@ -155,6 +157,25 @@ def test_a_turned_down_proj_loads_without_a_word_and_verify_names_it(tmp_path):
     report = moeglot.verify(tmp_path / "turned", BUNDLED)
     assert report.exit_status == 1
     assert 'down_proj is read as "e h i"' in next(c.detail for c in report.checks if c.level == "forward")
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "error", "wrong"),
+    [
+        ("kimi-k2/hub", {}, UsageError, "knows no model_type kimi_k2"),
+        ("qwen3-moe/hub", {"hidden_act": "swishy"}, UsageError, "builds no model as config.json says it"),
+        ("qwen3-moe/hub", {"vocab_size": 33}, NotVerified, "mismatched keys, first lm_head.weight"),
+    ],
+)
+def test_what_it_does_not_load_is_refused_in_our_words(name, said, error, wrong, tmp_path):
+    folder = write_checkpoint(tmp_path / "m", name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **said}))
+    with pytest.raises(error, match=wrong):
+        moeglot.verify(folder, "transformers")
+    if error is UsageError:
+        with pytest.raises(error, match=wrong):
+            moeglot.load(folder, "float32")
 
 
 def test_the_versions_are_the_ones_that_we_speak_to():

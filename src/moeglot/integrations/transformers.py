@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
 from moeglot.checkpoint import Checkpoint
@@ -177,6 +178,21 @@ def model_class(config: Any) -> Any:
 
 
 @contextmanager
+def in_our_words(checkpoint: Checkpoint) -> Iterator[None]:
+    """What the library's config classes and models raise for a config.json, as `UsageError`: they know no such family, or no such value."""
+    said, installed = checkpoint.config, f"transformers {transformers.__version__}"
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if said.get("model_type") not in transformers.CONFIG_MAPPING:
+            own = "; its config.json names code that comes with it (auto_map), and moeglot runs none" if "auto_map" in said else ""
+            wrong = f"{installed} knows no model_type {said.get('model_type')}{own}"
+            raise UsageError(wrong, checkpoint.known, "install a version that has the family; inspect, convert and verify need none") from error
+        known = f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"{installed} builds no model as config.json says it", known, "take config.json from the producer") from error
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """transformers tells of errors alone and draws no bars; afterwards it does what it did before."""
     verbosity, bars, hub_bars = transformers.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
@@ -201,17 +217,19 @@ def load(checkpoint: Checkpoint) -> Any:
             f"pass --against SRC, or convert to {checkpoint.format.family.name}'s format on the Hub first",
         )
     # MXFP4 in float32 crashes in 4.57 and is silently bfloat16 in 5.5; bfloat16 holds every MXFP4 value, and float32 those.
-    options: dict[str, Any] = {"dtype": torch.float32 if checkpoint.format.is_plain else torch.bfloat16, "output_loading_info": True}
+    dtype = torch.float32 if checkpoint.format.is_plain else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # a mismatch is told like the rest
     if VERSION >= (5, 0):
         options["experts_implementation"] = "eager"
     folder = on_disk(checkpoint.source.home, "transformers")
-    with quiet(), BUILDING:
-        model, info = model_class(transformers.AutoConfig.from_pretrained(folder)).from_pretrained(folder, **options)
+    with quiet(), BUILDING, in_our_words(checkpoint):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, info = model_class(config).from_pretrained(folder, **options)
     wrong = {kind: keys for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))
         raise NotVerified(
-            f"transformers {transformers.__version__} loads it with {len(keys)} {kind.replace('_', ' ')}, first {sorted(map(str, keys))[0]}",
+            f"transformers {transformers.__version__} loads it with {len(keys)} {kind.replace('_', ' ')}, first {sorted(map(key_name, keys))[0]}",
             checkpoint.known,
             "the folder is not what its config.json says, or this version does not read the format",
         )
@@ -220,6 +238,11 @@ def load(checkpoint: Checkpoint) -> Any:
     except ValueError as error:
         told = f"transformers {transformers.__version__} keeps {checkpoint.format.name} quantized, and does not compute it in float32"
         raise UsageError(told, str(error).split("\n")[0], "pass --against SRC, the checkpoint that it was made from") from error
+
+
+def key_name(key: Any) -> str:
+    """A key of the loading report: a name, or a name with the shapes that do not fit."""
+    return " ".join(str(part if isinstance(part, str) else list(part)) for part in key) if isinstance(key, (tuple, list)) else str(key)
 
 
 def continue_text(checkpoint: Checkpoint, prompt: str, tokens: int = 40) -> str:

@@ -22,7 +22,7 @@ from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
-from moeglot.integrations.transformers import BUILDING, READS, model_class
+from moeglot.integrations.transformers import BUILDING, READS, in_our_words, key_name, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.share import Rank
@@ -62,7 +62,7 @@ def load(
     kind = _dtype(checkpoint, dtype)
     config = config_of(checkpoint)
     cls = model_class(config)
-    with torch.device("meta"), BUILDING:
+    with torch.device("meta"), BUILDING, in_our_words(checkpoint):
         empty = cls(config)
     modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     chosen = layout(checkpoint, modules, kind)
@@ -123,13 +123,8 @@ def config_of(checkpoint: Checkpoint) -> Any:
     """The config under the Hub's keys, which every version reads, as the installed one understands a file of it; not quantized."""
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", checkpoint.config)
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            own = "; its config.json names code that comes with it (auto_map), and moeglot runs none" if "auto_map" in checkpoint.config else ""
-            wrong = f"{INSTALLED} knows no model_type {checkpoint.config.get('model_type')}{own}"
-            raise UsageError(wrong, checkpoint.known, "install a version that has the family; inspect, convert and verify need none") from error
-    return config
+        with in_our_words(checkpoint):
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def layout(checkpoint: Checkpoint, modules: Mapping[str, tuple[int, ...]], dtype: DType) -> Plan:
@@ -200,7 +195,7 @@ def _check(checkpoint: Checkpoint, chosen: Plan, state: Mapping[str, Lazy], mode
     if refused := refusal(state):
         raise refused
     for kind, found in info.items():
-        names = sorted(map(_name, found))
+        names = sorted(map(key_name, found))
         if kind == "unexpected_keys":
             names = [name for name in names if not checkpoint.format.family.is_carried(name, checkpoint.config)]
         if names:
@@ -225,11 +220,6 @@ def _check_dtypes(kind: DType, model: Any) -> None:
             "while it builds a model it sets torch's default dtype for the whole process, and another thread has set it meanwhile",
             "load it again while no other thread builds a model or sets the default dtype",
         )
-
-
-def _name(key: Any) -> str:
-    """A key of the loading report: a name, or a name with the shapes that do not fit."""
-    return " ".join(str(part if isinstance(part, str) else list(part)) for part in key) if isinstance(key, (tuple, list)) else str(key)
 
 
 def _partial(checkpoint: Checkpoint, what: str, names: list[str]) -> MoeglotError:
