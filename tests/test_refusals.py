@@ -647,6 +647,16 @@ def test_a_config_that_does_not_say_which_layers_are_sparse(tmp_path: Path, key:
         moeglot.open(tmp_path / "m")
 
 
+def test_a_config_with_an_activation_that_nobody_knows(tmp_path: Path) -> None:
+    """While planning: it could not be verified what the experts compute."""
+    write_checkpoint(tmp_path / "m", "qwen3-moe/hub")
+    with edited_json(tmp_path / "m" / "config.json") as config:
+        config["hidden_act"] = "swishy"
+    with refused(UsageError, "hidden_act = 'swishy'", "known are silu", "producer's"):
+        moeglot.convert(tmp_path / "m", "qwen3-moe/transformers-5", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_a_config_with_two_sizes(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", "gpt-oss/openai")
     with edited_json(tmp_path / "m" / "config.json") as config:

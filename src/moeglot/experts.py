@@ -23,6 +23,7 @@ LOUDEST = 1e30
 SLAB = 1 << 20
 """Numbers of a matrix that are decoded at a time."""
 
+Function = Callable[["torch.Tensor"], "torch.Tensor"]
 Matrix = Callable[[str], Encoded]
 """role -> its canonical tensor, still encoded; it is decoded some rows at a time."""
 Linear = Callable[["torch.Tensor", str], "torch.Tensor"]
@@ -41,11 +42,15 @@ class Expert:
 
     @classmethod
     def of(cls, family: Family, config: Config, layer: int = 0) -> Expert:
-        """The expert of a layer that `config` (the Hub's keys) describes."""
+        """The expert of a layer that `config` (the Hub's keys) describes; raises `UsageError` for an activation that is not known."""
         activation = family.activation
         key, default = activation.function
+        function = str((key and dig(config, key)) or default)
+        if activation.kind not in ("clamped-swiglu", "softcapped-swiglu") and function not in FUNCTIONS:
+            known = f"known are {', '.join(FUNCTIONS)}"
+            raise UsageError(f"config.json says {key} = {function!r}, an activation that is not known", known, "check config.json against the producer's")
         numbers = {name: _number(config, key, value, layer) for name, (key, value) in activation.numbers.items()}
-        return cls(activation.kind, str((key and dig(config, key)) or default), numbers, family.roles, family.groups)
+        return cls(activation.kind, function, numbers, family.roles, family.groups)
 
     def forward(self, tokens: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """tokens [t, h] -> [t, h] in float32; of two groups of experts, what that of each gives, side by side: [t, 2 h]."""
@@ -64,7 +69,7 @@ class Expert:
     @property
     def is_off_below_zero(self) -> bool:
         """A channel whose pre-activation is negative gives nothing, or next to nothing."""
-        return self.function in ("relu", "relu2")
+        return self.function in ("relu", "relu2", "relu6")
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ class Expert:
         """What the first matrices gave, role -> [t, i] of any float dtype, to what `down` multiplies, [t, i]."""
         up = given["up"]
         if "gate" not in given:
-            return _function(self.function)(up)
+            return FUNCTIONS[self.function](up)
         gate = given["gate"]
         if self.kind == "softcapped-swiglu":
             return _softcap(gate, self.numbers["gate_cap"]) * gate.sigmoid() * _softcap(up, self.numbers["up_cap"])
@@ -91,7 +96,7 @@ class Expert:
         if self.kind == "clamped-swiglu":  # whatever hidden_act says: MiniMax-M3's calls it "swigluoai"
             gate = gate.clamp(max=limit)
             return gate * (gate * self.numbers["alpha"]).sigmoid() * (up + 1)
-        act = _function(self.function)
+        act = FUNCTIONS[self.function]
         return (act(gate).clamp(max=limit) if self.kind == "capped-swiglu" else act(gate.clamp(max=limit))) * up
 
 
@@ -127,21 +132,31 @@ def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * (x / cap).tanh()
 
 
-def _function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    from torch.nn import functional
+def _named(name: str, **options: str) -> Function:
+    """One of torch's, which is imported when it computes."""
 
-    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "silu": functional.silu,
-        "swish": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-        "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-        "relu": functional.relu,
-        "relu2": lambda x: functional.relu(x).square(),
-    }
-    if name not in known:
-        raise UsageError(f"the activation {name!r} is not known", f"config.json names it in hidden_act; known are {', '.join(known)}", "check config.json")
-    return known[name]
+    def computed(x: torch.Tensor) -> torch.Tensor:
+        from torch.nn import functional
+
+        found: torch.Tensor = getattr(functional, name)(x, **options)
+        return found
+
+    return computed
+
+
+FUNCTIONS: Mapping[str, Function] = {
+    **dict.fromkeys(("silu", "swish"), _named("silu")),
+    **dict.fromkeys(("gelu", "gelu_python"), _named("gelu")),
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), _named("gelu", approximate="tanh")),
+    **{name: _named(name) for name in ("hardswish", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "tanh")},
+    "gelu_10": lambda x: _named("gelu")(x).clamp(-10, 10),
+    "laplace": lambda x: (((x - 0.707107) / (0.282095 * 2**0.5)).erf() + 1) / 2,
+    "linear": lambda x: x,
+    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
+    "relu2": lambda x: x.relu().square(),
+    "sqrtsoftplus": lambda x: _named("softplus")(x).sqrt(),
+}
+"""What transformers' ACT2FN has by these names; the others there (prelu, xielu) have numbers of their own, which no family that we know stores."""
 
 
 def probe(seed: tuple[int, ...], rows: int, columns: int) -> torch.Tensor:

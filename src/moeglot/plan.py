@@ -20,6 +20,7 @@ from moeglot.dist_plan import stack, states
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
+from moeglot.experts import Expert
 from moeglot.format import Format
 from moeglot.formats import by_name, of_family
 from moeglot.identify import written_marks
@@ -148,6 +149,7 @@ def plan(
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {target.name}", reason, "have the library that reads both load the one and save the other")
+    Expert.of(source.format.family, source.config)  # what it computes is known, or the output could not be verified
     source = shared(source, target, share)
     target, kept = arranged(source, target), None
     if keep_touched is not None and change:

@@ -5,9 +5,12 @@ import json
 
 import families
 import pytest
+import torch
 from transformers import CONFIG_MAPPING
+from transformers.activations import ACT2FN
 
 from moeglot.config import hub_config
+from moeglot.experts import FUNCTIONS
 from moeglot.formats import FAMILIES, by_name
 
 SIZES = {"e": 3, "h": 64, "i": 96}
@@ -52,3 +55,10 @@ def test_what_transformers_makes_of_it(name):
 def read(said: dict) -> dict:
     """What the library reads of the language model in it."""
     return CONFIG_MAPPING[said["model_type"]].from_dict(copy.deepcopy(said)).get_text_config().to_dict()
+
+
+def test_activations():
+    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, -0.0, 1e-6])])
+    assert ACT2FN.keys() - FUNCTIONS.keys() == {"prelu", "xielu"}
+    for name in FUNCTIONS.keys() & ACT2FN.keys():
+        torch.testing.assert_close(FUNCTIONS[name](x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
