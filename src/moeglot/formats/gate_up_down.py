@@ -24,7 +24,7 @@ FORMATS = (
     *usual(family("cohere2-moe", e=EXPERTS, i="intermediate_size", sparse=first_dense()), "CohereLabs/command-a-plus-05-2026"),
     *usual(family("deepseek-v2", e=(*ROUTED, "num_experts"), sparse=first_dense()), "deepseek-ai/DeepSeek-V2-Lite"),
     *usual(DEEPSEEK_V3, "deepseek-ai/DeepSeek-V3"),
-    *usual(family("deepseek-v32", e=ROUTED, sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3.2-Exp"),
+    *usual(family("deepseek-v32", e=(*ROUTED, "num_experts"), sparse=first_dense(default=3)), "deepseek-ai/DeepSeek-V3.2-Exp"),
     *usual(family("dots1", e=ROUTED, sparse=first_dense()), "rednote-hilab/dots.llm1.base"),
     *usual(
         family(
@@ -45,7 +45,7 @@ FORMATS = (
     *usual(family("flint", e=EXPERTS, sparse=QWEN), "RecursiveSI/flint", {"self_attn.sinks": "self_attn.softmax_offset"}),
     *usual(family("glm4-moe", e=ROUTED, sparse=first_dense(default=1)), "zai-org/GLM-4.5"),
     *usual(family("glm4-moe-lite", e=ROUTED, sparse=first_dense(default=1)), "zai-org/GLM-4.7-Flash"),
-    *usual(family("glm-moe-dsa", e=ROUTED, sparse=first_dense(default=3)), "zai-org/GLM-5"),
+    *usual(family("glm-moe-dsa", e=(*ROUTED, "num_experts"), sparse=first_dense(default=3)), "zai-org/GLM-5"),
     *usual(family("hunyuan-v1-moe", e=EXPERTS, i="intermediate_size"), "tencent/Hunyuan-A13B-Instruct"),
     *usual(
         family("hy-v3", e=EXPERTS, sparse=first_dense(default=1)),

@@ -56,7 +56,7 @@ MINIMAX_M3 = family(
     activation=CLAMPED,
     others={"s": "shared_intermediate_size", "f": "dense_intermediate_size"},
 )
-MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=ROUTED, sparse=first_dense(default=1))
+MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
 
 LANGUAGE = {"model.language_model.{rest}": "language_model.model.{rest}", "lm_head.{rest}": "language_model.lm_head.{rest}"}
 PROJECTOR = {"model.multi_modal_projector.{rest}": "multi_modal_projector.{rest}"}
