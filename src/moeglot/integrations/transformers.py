@@ -66,6 +66,8 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         found = module[expert](tokens)
     elif isinstance(module, torch.nn.ModuleDict):
         found = module[f"expert_{expert}"](tokens)
+    elif hasattr(module, "fc1") and hasattr(module.fc1, "groups"):
+        found = _by_itself(module, expert, tokens)
     elif hasattr(module, "input_linear"):
         found = _routed_by(module, expert, tokens)
     elif type(module).__name__ == "Llama4TextExperts":
@@ -91,6 +93,17 @@ def _routed_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
         return module(tokens, routed, weights)
     with _instead(module, "post_expert_norm", torch.nn.Identity()):
         return module(tokens, routed, weights)
+
+
+def _by_itself(module: Any, expert: int, tokens: torch.Tensor) -> Any:
+    """Aria's before 5.23: 5.5 is given the router's logits, 4.57 how many of the tokens are each expert's."""
+    if VERSION >= (5, 0):
+        logits = tokens.new_full((len(tokens), module.fc1.groups), float("-inf"))
+        logits[:, expert] = 0
+        return module(tokens, logits)
+    counts = torch.zeros(module.fc1.groups, dtype=torch.int64, device="cpu")
+    counts[expert] = len(tokens)
+    return module(tokens, counts)
 
 
 _SWAPPING = threading.Lock()
