@@ -5,6 +5,7 @@ The second implementation of `verify --against transformers`. Speaks 4.57, 5.5 a
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def respond(module: Any, expert: int, tokens: torch.Tensor) -> torch.Tensor:
         each[expert] = tokens
         found = module(each.flatten(0, 1)).view(each.shape)[expert]
     else:
-        found = _routed_to(module, expert, tokens)
+        found = (_routed_to if VERSION >= (5, 0) else _named_to)(module, expert, tokens)
     assert isinstance(found, torch.Tensor)
     return found.reshape(len(tokens), -1)  # 4.57 adds an axis
 
@@ -85,14 +86,24 @@ def _routed_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
     ranks = 2 if hasattr(module, "zero_expert_num") else 1  # LongCat's takes no single rank: the second weighs nothing
     routed = torch.full((len(tokens), ranks), expert, dtype=torch.int64, device="cpu")
     routed[:, 1:] = 1 - min(expert, 1)
-    # transformers 4 indexes the weights by expert, 5 by rank among the chosen.
-    weights = tokens.new_ones(len(tokens), ranks if VERSION >= (5, 0) else module.num_experts)
-    if ranks > 1:
-        weights[:, 1:] = 0
+    weights = tokens.new_ones(len(tokens), ranks)
+    weights[:, 1:] = 0
     if not hasattr(module, "post_expert_norm"):
         return module(tokens, routed, weights)
     with _instead(module, "post_expert_norm", torch.nn.Identity()):
         return module(tokens, routed, weights)
+
+
+def _named_to(module: Any, expert: int, tokens: torch.Tensor) -> Any:
+    """4.57's modules of all experts, those of gpt-oss, Qwen3-VL and DBRX: each has an order of its own, and most have the weights by expert."""
+    chosen = torch.full((len(tokens), 1), expert, dtype=torch.int64, device="cpu")
+    by_expert = torch.nn.functional.one_hot(chosen[:, 0], getattr(module, "num_experts", 0) or module.moe_num_experts).to(tokens.dtype)
+    known = {
+        **dict.fromkeys(("router_indices", "top_experts"), chosen),
+        **dict.fromkeys(("routing_weights", "weights"), by_expert),
+        "top_weights": tokens.new_ones(len(tokens), 1),
+    }
+    return module(tokens[None], **{name: known[name] for name in [*inspect.signature(module.forward).parameters][1:]})
 
 
 def _by_itself(module: Any, expert: int, tokens: torch.Tensor) -> Any:
