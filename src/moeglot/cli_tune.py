@@ -42,7 +42,8 @@ def tune(
     resume: ResumeOption = False,
 ) -> None:
     """Fine-tune the experts of a checkpoint in any format; DIR/adapter is a PEFT folder."""
-    from moeglot.nn.tune import Recipe
+    from moeglot.nn.data import read
+    from moeglot.nn.tune import Recipe, check_new
     from moeglot.nn.tune import tune as train
 
     recipe = Recipe(
@@ -63,13 +64,15 @@ def tune(
         seed=seed,
     )
     tokenizer = tokenizer_of(base)
+    check_new(out, resume)  # and the text is read before a model, which may take minutes
+    rows = read(data, tokenizer, length, held_out)
     model = load(base, dtype, device, format, native=True, encode=encode)
     with _bar() as step:
-        record = train(model, tokenizer, data, out, recipe, base=base, resume=resume, step=step)
+        record = train(model, tokenizer, rows, out, recipe, base=base, resume=resume, step=step)
     levels = {"held out, before": record.before, "held out, after": record.after}
     title = f"{base} on {data.name}"
-    rows = f"{record.measured['rows']} of {record.measured['of']} rows"
-    lines = [f"{name}: {value:.4f} nats a token ({rows})" for name, value in levels.items()]
+    measured = f"{record.measured['rows']} of {record.measured['of']} rows"
+    lines = [f"{name}: {value:.4f} nats a token ({measured})" for name, value in levels.items()]
     curves.page(out / "loss.html", f"moeglot tune {title}", record.losses, levels, lines)
     drawn = curves.png(out / "loss.png", title, record.losses, levels)
     for line in [*lines, f"adapter: {out / 'adapter'}", f"curves: {out / 'loss.html'}{' and loss.png' if drawn else ''}"]:

@@ -18,10 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 import moeglot
-from moeglot import curves
+from moeglot import cli_tune, curves
 from moeglot.cli import app
 from moeglot.demo import BUNDLED
-from moeglot.errors import BadNumbers, BrokenFile, HalfAdapter, OutputExists, UsageError
+from moeglot.errors import BadNumbers, BrokenFile, HalfAdapter, MoeglotError, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn import add_lora, experts_of, load_adapter
 from moeglot.nn.data import Data, Rows, read
@@ -300,7 +300,7 @@ def test_a_merged_model_computes_what_was_trained_up_to_what_the_merge_reports(t
     assert max(rec, share) < 0.6 < 0.5 + off  # most of it is lost, and the report says so
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     lines = TEXT.read_text().split("\n\n")
     data.write_text("\n".join(json.dumps({"text": line} if n % 2 else {"prompt": line[:9], "completion": line[9:]}) for n, line in enumerate(lines)))
@@ -324,6 +324,10 @@ def test_the_command(tmp_path):
     ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 0, (ran.output, ran.exception)
     assert "This License" in ran.output
+    monkeypatch.setattr(cli_tune, "load", lambda *_, **__: pytest.fail("a model was loaded first"))
+    for wrong in ([], ["--out", str(tmp_path / "new"), "--data", str(tmp_path / "gone.jsonl")]):
+        refused = CliRunner().invoke(app, ["tune", str(tmp_path / "bf16"), "--data", str(data), "--out", str(tmp_path / "out"), *wrong])
+        assert isinstance(refused.exception, OutputExists if not wrong else MoeglotError)
 
 
 JSON_FILES = {

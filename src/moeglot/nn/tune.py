@@ -87,20 +87,34 @@ class Record:
         partial.rename(folder / RECORD)
 
 
+def check_new(out: str | Path, resume: bool) -> None:
+    """Raises `OutputExists` for a folder that is there, unless it is to go on with."""
+    if os.path.lexists(out) and not resume:
+        raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or go on with it by --resume")
+
+
 def tune(
-    model: Any, tokenizer: Any, data: str | Path, out: str | Path, recipe: Recipe, *, base: str | None = None, resume: bool = False, step: Step | None = None
+    model: Any,
+    tokenizer: Any,
+    data: Data | str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    base: str | None = None,
+    resume: bool = False,
+    step: Step | None = None,
 ) -> Record:
     """Train an adapter on a native model and write it to `out`/adapter, with the record beside it and checkpoints below.
 
-    `resume` goes on with what is there, and begins where nothing is. Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that
-    another recipe, base or text made, `BadNumbers` where a loss, a gradient or a factor is no longer finite: what was written before is kept.
+    `data`: a file, or its rows. `resume` goes on with what is there, and begins where nothing is.
+    Raises `OutputExists` for a folder that is there, `UsageError` for one to resume that another recipe, base or text made, `BadNumbers` where a loss, a
+    gradient or a factor is no longer finite: what was written before is kept.
     """
-    out, read_ = Path(out), read(data, tokenizer, recipe.length, recipe.held_out)
+    check_new(out := Path(out), resume)
+    read_ = data if isinstance(data, Data) else read(data, tokenizer, recipe.length, recipe.held_out)
     check_fits(model, read_.train.tokens, read_.held_out.tokens)
     measured = {"rows": len(read_.sample(HELD_OUT)), "of": len(read_.held_out)}
     record = Record(base or str(model.config.name_or_path), read_.digest, json.loads(json.dumps(asdict(recipe))), _held(model), measured)
-    if os.path.lexists(out) and not resume:
-        raise OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another name, or go on with it by --resume")
     run = _Run(_prepared(model, recipe), read_, recipe, record, out)
     if resume:
         run.restore()
