@@ -232,7 +232,10 @@ def test_4_57_leaves_fused_experts_random(tmp_path):
 
 
 def test_fp8_with_a_short_last_block_on_a_cpu(tmp_path):
-    """192 rows under blocks of 128: 4.57 refuses a CPU, 5.5 wants kernels that a CPU has not, 5.23 takes the block for 96, in silence."""
+    """192 rows under blocks of 128: 4.57 refuses a CPU, 5.5 wants kernels that a CPU has not, 5.23 takes the block for 96, in silence.
+
+    Where a GPU is beside the CPU, every release leaves the codes to kernels.
+    """
     e, h, i = 2, 64, 192
     live = model_of("mixtral", e, h, i)
     with torch.no_grad():
@@ -244,7 +247,7 @@ def test_fp8_with_a_short_last_block_on_a_cpu(tmp_path):
     expected = logits(of_file(live, "mixtral", tmp_path / "out", e, h, i))
     assert relative(logits(moeglot.load(tmp_path / "out", dtype="float32")), expected) <= LIMIT
     found = theirs(tmp_path / "out")
-    assert isinstance(found, str) if VERSION < (5, 6) else wrong(found, expected) and isinstance(found, torch.Tensor)
+    assert isinstance(found, str) if VERSION < (5, 6) or torch.cuda.is_available() else wrong(found, expected) and isinstance(found, torch.Tensor)
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="4.57 keeps Qwen3-VL's experts as the Hub does")
