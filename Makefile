@@ -10,7 +10,8 @@ CELLS := 5.23.0+0.18.1 5.23.0+0.19.1 4.57.6+0.19.1 4.57.6+0.21.2 5.5.4+0.18.1 5.
 PYTEST := -m pytest --durations 5
 # What no release of transformers has a say in is tried beside the newest alone.
 OF_NO_RELEASE := defaults joined lora moments native_memory
-ON_A_DEVICE := $(addprefix tests/oracles/test_,devices.py load.py native.py lora_peft.py lora_trainer.py run.py tune.py::test_the_command)
+# The other tests of devices register one of their own, which torch then takes for the accelerator of the process, before a GPU; this one has processes of its own.
+ON_A_DEVICE := $(addprefix tests/oracles/test_,devices.py::test_every_encoding_computes_elsewhere_by_every_backend load.py native.py lora_peft.py lora_trainer.py run.py tune.py::test_the_command)
 
 # No test asks the Hub. PEFT would, for what it knows already, and waits half a minute where there is no network.
 export HF_HUB_OFFLINE := 1
