@@ -92,13 +92,13 @@ bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 TO ?= benchmarks/results
 gpu:
 	mkdir -p $(TO)
-	-PYTHONPATH=src timeout 240 $(PYTHON) $(PYTEST) $$($(PYTHON) -c "import xdist" 2>/dev/null && echo --numprocesses 8 --dist worksteal) tests/gpu/test_cuda.py > $(TO)/test_cuda.txt 2>&1; tail -40 $(TO)/test_cuda.txt
+	-OMP_NUM_THREADS=1 PYTHONPATH=src timeout 240 $(PYTHON) $(PYTEST) $$($(PYTHON) -c "import xdist" 2>/dev/null && echo --numprocesses 8 --dist worksteal) tests/gpu/test_cuda.py > $(TO)/test_cuda.txt 2>&1; tail -40 $(TO)/test_cuda.txt
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --results $(TO)/gpu.json
 
 # There too, with transformers, PEFT and pytest-xdist: the oracles that judge a CPU judge the GPU. `make gpu-models PYTHON=python3 TO=folder`, within 5 minutes.
 gpu-models:
 	mkdir -p $(TO)
-	MOEGLOT_DEVICE=cuda PYTHONPATH=src timeout 280 $(PYTHON) $(PYTEST) --numprocesses 8 --maxfail 20 $(ON_A_DEVICE) > $(TO)/test_models.txt 2>&1; \
+	MOEGLOT_DEVICE=cuda OMP_NUM_THREADS=1 PYTHONPATH=src timeout 280 $(PYTHON) $(PYTEST) --numprocesses 8 --maxfail 20 $(ON_A_DEVICE) > $(TO)/test_models.txt 2>&1; \
 	    status=$$?; tail -40 $(TO)/test_models.txt; exit $$status
 
 docs: .venv/ready
