@@ -15,7 +15,7 @@ from moeglot import beside, certificate, merging, stream
 from moeglot.convert import carry_out
 from moeglot.errors import LossRefused, NotVerified
 from moeglot.merging import Change
-from moeglot.steps import ExpertUnit
+from moeglot.steps import DenseUnit, ExpertUnit
 
 SIZES = {"e": 4, "h": 64, "i": 64}
 
@@ -31,14 +31,14 @@ def turned(value: torch.Tensor) -> torch.Tensor:
     return value.mT.contiguous()
 
 
-def spoil(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], *makers: object) -> None:
-    """What is made of every expert's matrix is made wrong: where it is written, or where it is made again for the proof as well."""
+def spoil(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], *makers: object, kind: type = ExpertUnit) -> None:
+    """What is made of every expert's matrix, or of every other tensor, is made wrong: where it is written, or where it is made again for the proof as well."""
     for maker in makers:
         make = maker.make
 
         def wrong(plan, unit, make=make):
             parts, loss = make(plan, unit)
-            return ({name: change(part) for name, part in parts.items()} if isinstance(unit, ExpertUnit) else parts), loss
+            return ({name: change(part) for name, part in parts.items()} if isinstance(unit, kind) else parts), loss
 
         patch.setattr(maker, "make", wrong)
 
@@ -53,6 +53,14 @@ def test_numbers_that_are_moved(tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1)
     spoil(monkeypatch, to_a_neighbour, stream)
     refused(tmp_path / "out", "does not hold: values", lambda: moeglot.convert(source, "qwen3-moe/transformers-5", tmp_path / "out"))
+
+
+def test_tensors_that_are_no_experts(tmp_path, monkeypatch):
+    """No expert computes with them, and all other checks hold."""
+    source = write_checkpoint(tmp_path / "source", "qwen3-moe/hub", SIZES, layers=1)
+    spoil(monkeypatch, to_a_neighbour, stream, kind=DenseUnit)
+    told = r"does not hold: values: (\d+) of \1 differ, first "
+    refused(tmp_path / "out", told, lambda: moeglot.convert(source, "qwen3-moe/transformers-5", tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

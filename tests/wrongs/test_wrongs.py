@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.checkpoint import Checkpoint
 from moeglot.demo import BUNDLED
 from moeglot.errors import UsageError
 from moeglot.experts import Expert, relative_error
@@ -351,6 +352,21 @@ def test_codes_under_one_other_scale(tmp_path):
     save_file(tensors, tmp_path / "b" / "model.safetensors", {"format": "pt"})
     (check,) = (check for check in moeglot.compare(source, tmp_path / "b").checks if check.verdict != "holds")
     assert check.detail.startswith("1 of 24 differ; relative error down ")
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_not_said_to_hold(tmp_path, monkeypatch):
+    """Experts are read on threads; an error in one of them is an error of the whole."""
+    source = write_checkpoint(tmp_path / "a", "qwen3-moe/hub", layers=1)
+    checked = Checkpoint.checked
+
+    def broken(checkpoint, line, layer, expert):
+        if expert == 3:
+            raise OSError("Input/output error")
+        return checked(checkpoint, line, layer, expert)
+
+    monkeypatch.setattr(Checkpoint, "checked", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        moeglot.verify(source)
 
 
 def test_the_right_file_holds(fingerprint, tmp_path):
