@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import strategies  # noqa: F401  (its profile)
@@ -15,7 +16,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot import adapter_convert
 from moeglot.adapter_evidence import cluster
-from moeglot.adapter_proof import difference
+from moeglot.adapter_proof import LIMIT, changes, difference
 from moeglot.conventions import CONVENTIONS, READERS, Convention
 from moeglot.errors import NotVerified
 from moeglot.factors import fit, holds, join, lay, places, recognizes, shapes, take
@@ -175,6 +176,22 @@ def test_what_was_written_wrong_is_no_adapter(wrong, tmp_path, monkeypatch):
     with pytest.raises(NotVerified, match="differ by"):
         moeglot.convert_adapter(found, "tinker", tmp_path / "wrong")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "right"}
+
+
+def test_what_one_of_two_adapters_lacks_is_a_difference(tmp_path):
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "gpt-oss/transformers", {"e": 4, "h": 64, "i": 32}))
+    made = WRITERS["tinker"][2](Job("gpt-oss", 4, 64, 32, 3))
+    module = "base_model.model.model.layers.1.self_attn.k_proj."
+    made.tensors |= {module + "lora_A.weight": torch.randn(3, 64), module + "lora_B.weight": torch.randn(32, 3), module + "lora_B.bias": torch.randn(32)}
+    made.tensors["base_model.model.lm_head.weight"] = torch.randn(32, 64)
+    made.config |= {"lora_bias": True, "modules_to_save": ["lm_head"]}
+    found = moeglot.open_adapter(made.save(tmp_path / "adapter"), base)
+    assert max(changes(found, found)) <= LIMIT
+    unbiased = replace(found, dense={name: replace(module, bias_entry=None) for name, module in found.dense.items()})
+    lacking = [(found, unbiased), (unbiased, replace(found, dense={})), (found, replace(found, pairs={})), (found, replace(found, replaced={}))]
+    for more, less in lacking:
+        assert max(changes(more, less)) >= 1
+        assert max(changes(less, more)) >= 1
 
 
 def test_the_difference_of_two_changes():
