@@ -198,6 +198,12 @@ HALVES = {
         moeglot.HalfAdapter,
     ),
     "a layer of a 3-D adapter is missing": ("SGLang", lambda t: [t.pop(key) for key in [k for k in t if "layers.1." in k]], {}, moeglot.HalfAdapter),
+    "an expert is missing and nothing is named": (
+        "vLLM's keys",
+        lambda t: [drop("experts.2.up_proj.lora_A.weight")(t), drop("experts.2.up_proj.lora_B.weight")(t)],
+        {"target_modules": None},
+        moeglot.HalfAdapter,
+    ),
     "a tensor of nobody": ("PEFT", add("model.layers.0.mlp.experts.lora_C.weight"), {}, moeglot.HalfAdapter),
     "an expert too many": ("vLLM's keys", add("model.layers.0.mlp.experts.77.up_proj.lora_A.weight"), {}, moeglot.HalfAdapter),
     "a layer too many": ("PEFT", add("model.layers.7.mlp.experts.lora_A.weight"), {}, moeglot.HalfAdapter),
@@ -236,6 +242,29 @@ def test_never_half_applied(half, tmp_path):
     change_config(path, **config)
     with pytest.raises(error):
         moeglot.open_adapter(path, base, WRITERS[writer][0])
+
+
+@pytest.mark.parametrize(
+    ("whole", "half"),
+    [
+        ((["q_proj"], 2), (["q_proj", "gate_proj"], 2)),  # gate_proj is a module of each expert
+        (("all-linear", 2), ("all-linear", 1)),
+    ],
+    ids=["experts by their modules", "a layer of all-linear"],
+)
+def test_attention_alone_is_all_that_its_config_says(whole, half, tmp_path):
+    path, _, base = make(tmp_path, "PEFT", "qwen3-moe", "neither")
+    rows, columns = base.dense["model.layers.0.self_attn.q_proj.weight"].shape
+    for (targets, layers), holds in ((whole, True), (half, False)):
+        stems = [f"{PREFIX}model.layers.{layer}.self_attn.q_proj" for layer in range(layers)]
+        factors = {f"{stem}.lora_{of}.weight": torch.ones((3, columns) if of == "A" else (rows, 3)) for stem in stems for of in "AB"}
+        save_file(factors, path / "adapter_model.safetensors")
+        change_config(path, target_modules=targets, target_parameters=None)
+        if holds:
+            assert len(moeglot.open_adapter(path, base).dense) == layers
+            continue
+        with pytest.raises(moeglot.HalfAdapter, match="says that it is adapted"):
+            moeglot.open_adapter(path, base)
 
 
 def test_a_name_of_nothing_is_refused_whatever_the_adapter_holds(tmp_path):
