@@ -409,7 +409,7 @@ def test_a_role_that_is_touched_in_every_layer_can_stay_in_bfloat16(tmp_path, ba
 
 
 def test_quantized_attention_that_becomes_bfloat16(tmp_path):
-    """Its change is added before the sum is rounded; judged by float64 on the bytes of the base."""
+    """Its change is added before the sum is rounded, as was asked for; judged by float64 on the bytes of the base."""
     folder = base_of(tmp_path, "qwen3-moe", "fp8-block", "neither")
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     factors, wanted = {}, {}
@@ -435,6 +435,13 @@ def test_quantized_attention_that_becomes_bfloat16(tmp_path):
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert all(float((after[key].double() - sums).norm() / sums.norm()) < 3e-3 for key, sums in wanted.items())
     assert all(float((after[key].double() - sums.roll(1, 0)).norm() / sums.norm()) > 1 for key, sums in wanted.items())
+    assert all(float((after[key] == sums.bfloat16()).float().mean()) > 0.99 for key, sums in wanted.items())
+    for encode in ("bf16", None):
+        nearest, by_chance = (tmp_path / f"{encode}-{rounding}" for rounding in ("nearest", "stochastic"))
+        moeglot.merge(folder, tmp_path / "of-attention", nearest, encode=encode, allow_loss=True, threshold=0)
+        moeglot.merge(folder, tmp_path / "of-attention", by_chance, encode=encode, allow_loss=True, threshold=0, round="stochastic:1")
+        one, other = load_file(nearest / "model.safetensors"), load_file(by_chance / "model.safetensors")
+        assert all(0.1 < float((one[key].float() != other[key].float()).float().mean()) < 0.9 for key in wanted)
 
 
 def test_an_embedding_that_is_the_output_as_well_is_not_changed(tmp_path):
