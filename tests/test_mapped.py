@@ -160,7 +160,10 @@ def test_an_adapter_or_moments_that_were_replaced(what: str, source: Path, tmp_p
     assert plan.digest
     assert plan.change
     _ = plan.change.unmeasured  # what measures the moments opens them
+    plan.check_unchanged()
     replace(file)
+    with pytest.raises(BrokenFile, match=CHANGED):
+        plan.check_unchanged()
     from moeglot.convert import carry_out
 
     with pytest.raises(BrokenFile, match=CHANGED):
