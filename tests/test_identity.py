@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import moeglot
 from moeglot import Contradiction, identity
+from moeglot.shards import Entry
 
 TO = "qwen3-moe/megatron"
 SOURCE = "moeglot.source"
@@ -77,6 +78,22 @@ def test_a_sample_of_a_large_file_is_a_sample_of_all_of_it(tmp_path: Path) -> No
     touched = {e.name for e in found[0].entries.values() if any(start < e.end and e.start < end for start, end in places)}
     assert touched == tensors.keys()
     assert len(places) == identity.PLACES
+
+
+def test_a_sample_of_several_files_is_a_sample_of_each(tmp_path: Path) -> None:
+    """And what the headers say is in it, of which a sample sees little."""
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file in files:
+        file.write_bytes(bytes(500_000))
+    entry = Entry("t", "F32", (2, 3), files[0], 0, 24)
+    found = {identity.identity(files, {"t": one}) for one in (entry, entry._replace(name="u"), entry._replace(dtype="I32"), entry._replace(shape=(3, 2)))}
+    for file in files:
+        file.write_bytes(bytes(400_000) + b"1" * 100_000)
+        found.add(identity.identity(files, {"t": entry}))
+        file.write_bytes(bytes(500_000))
+    assert len(found) == 7
+    files[1].write_bytes(bytes(500_001))
+    assert identity.identity(files, {"t": entry}) not in found
 
 
 def test_folders_that_do_not_say_it_are_read_and_that_is_told(source: Path, tmp_path: Path) -> None:
