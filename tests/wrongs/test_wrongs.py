@@ -6,7 +6,7 @@ The corruptions are written here with plain tensor operations, so that no code o
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -17,7 +17,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot.checkpoint import Checkpoint
 from moeglot.demo import BUNDLED
-from moeglot.errors import UsageError
+from moeglot.errors import Contradiction, UsageError
 from moeglot.experts import Expert, relative_error
 from moeglot.floats import values
 from moeglot.misreadings import right
@@ -327,6 +327,16 @@ def test_each_channel_of_relu_shows_in_a_fingerprint(function, tmp_path):
     assert moeglot.verify(source, tmp_path / "print.json").verdict == "holds"
     with pytest.raises(UsageError, match="has 9 numbers for an expert, and 17 are compared"):
         moeglot.verify(source, tmp_path / "old.json")
+
+
+def test_a_fingerprint_of_another_model(tmp_path):
+    """Of another family or size, or of more or fewer layers: what both have may well agree."""
+    whole, cut = (write_checkpoint(tmp_path / str(layers), "qwen3-moe/hub", layers=layers) for layers in (2, 1))
+    of_whole, of_cut = map(moeglot.fingerprint, (whole, cut))
+    others = [(whole, replace(of_whole, family="mixtral")), (whole, replace(of_whole, sizes={**of_whole.sizes, "i": 32})), (whole, of_cut), (cut, of_whole)]
+    for checkpoint, frozen in others:
+        with pytest.raises(Contradiction, match="is the fingerprint of another model"):
+            moeglot.verify(checkpoint, frozen)
 
 
 @pytest.mark.parametrize("apart", [0, 1e-4])
