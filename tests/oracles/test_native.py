@@ -38,7 +38,8 @@ REFUSED = (
     *("dbrx", "jetmoe", "unlimited-ocr", "deepseek-ocr2", "kimi-k25", "mistral-large4", "step3p7"),
     *("inkling2", "inkling2-text", "dots3-note", "qwen3-omni-moe", "nemo-speechlm", "switch-transformers", "nllb-moe", "ernie4-5-vl-moe"),
     *(("granitemoe", "granitemoeshared", "granitemoehybrid", "aria", "aria-text") if VERSION < (5, 6) else ()),
-    *(("qwen3-omni-moe-thinker", "aria", "aria-text") if (5, 6) <= VERSION < (5, 23) else ()),  # as 5.17 has them
+    *(("aria", "aria-text") if (5, 6) <= VERSION < (5, 20) else ()),
+    *(("qwen3-omni-moe-thinker",) if (5, 6) <= VERSION < (5, 23) else ()),
 )
 """Families whose experts a release asks in a way of its own, names unlike any layout that moeglot knows, or has in more modules than one."""
 
