@@ -1,7 +1,8 @@
 # Two commands do everything: `make demo` and `make test`. Environments are made here, in .venv and .venvs, and nowhere else.
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles what is imported; all at once takes as long as installing.
+# Python compiles what is imported, and keeps it, whatever its environment says: torch and transformers anew take a process 10 s. All at once takes as long as installing.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 ENVIRONMENTS := triton transformers-5.5.4 transformers-4.57.6 megatron bitsandbytes ray trl torchao modelopt quark mlx s3
 BESIDE := bitsandbytes mlx trl triton ray s3 megatron quark
