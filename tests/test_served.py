@@ -115,6 +115,24 @@ def test_scales_that_the_output_does_not_declare_are_left_out_and_told(source, t
         assert all(step.moves_codes for step in plan.steps)  # what is left out costs no decode
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_a_scale_of_activations_of_the_attention_alone(static, tmp_path):
+    """Beside experts that are not quantized: what config.json says of the module that has it is why it is left out."""
+    source, name = write_checkpoint(tmp_path / "plain", HUB, SIZES, 2), "model.layers.1.self_attn.o_proj"
+    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    scale = tensors[f"{name}.weight"].float().abs().amax() / 448
+    tensors |= {f"{name}.weight": (tensors[f"{name}.weight"].float() / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+    save_file(tensors | {f"{name}.input_scale": torch.tensor(0.5)}, source / "model.safetensors", {"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    group = {"targets": ["re:.*o_proj$"], "weights": weights, "input_activations": {**weights, "dynamic": not static}}
+    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}, "ignore": ["re:.*layers.0.*"]}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    (told,) = plan_json(moeglot.plan(source, f"{HUB}+nf4"))["undeclared"]
+    assert (told["what"], told["tensors"]) == ("scales of activations", 1)
+    assert ("rounded under them" in told["why"]) == static
+    assert ("config.json does not use them" in told["why"]) == (not static)
+
+
 @pytest.mark.parametrize(("target", "method"), [("fp8-modelopt", "modelopt"), ("nvfp4-pack", "compressed-tensors"), ("int4-pack", "compressed-tensors")])
 @pytest.mark.parametrize(
     ("source", "cache"), [("fp8-tensor", CACHE["compressed-tensors"]), ("fp8-modelopt", CACHE["modelopt"]), ("fp8-modelopt", "FP8"), ("autofp8", "static")]
