@@ -58,6 +58,23 @@ def test_numbers_that_no_training_gives(plain):
     assert (found.figures["layer"], found.figures["expert"]) == (1, 3)
 
 
+def test_an_expert_of_zeros_hides_no_other(plain):
+    """Where one is the least that there is, the next one is what others are compared with; and none is compared with itself."""
+
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.experts.0.up_proj.weight"].zero_()
+        tensors["model.layers.1.mlp.experts.3.up_proj.weight"].mul_(700)
+        for expert in range(4):
+            tensors[f"model.layers.0.mlp.experts.{expert}.down_proj.weight"].fill_(4000)
+
+    change(plain, spoil)
+    told = [finding.what for finding in moeglot.lint(plain) if finding.about == "numbers"]
+    assert [what for what in told if "layer 1, expert 0: all weights are zero" in what]
+    assert [what for what in told if "layer 1, expert 3: the largest weight is" in what and "elsewhere" in what]
+    assert [what for what in told if "layer 0, expert 3: the largest weight is 4e+03; a scale" in what]
+    assert len(told) == 5
+
+
 def test_zero_scales(plain, tmp_path):
     moeglot.convert(plain, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
     change(tmp_path / "fp8", lambda tensors: tensors["model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"].zero_())
@@ -87,6 +104,27 @@ def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
     change_config(plain, num_nextn_predict_layers=1)
     change(plain, lambda tensors: tensors.update({"model.layers.2.mlp.experts.gate_up_proj": torch.ones(4, 256, 128).bfloat16()}))
     assert "model.layers.{n}.mlp.experts.gate_up_proj" in findings(plain)["mixed layouts"].what
+
+
+def test_a_layer_for_multi_token_prediction_that_is_stored_as_others_are(plain, tmp_path):
+    """The first layer is left in BF16, as producers do: such a layer is as most are, until it is left so, too, and none of the others is."""
+    moeglot.convert(plain, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
+    (tmp_path / "fp8" / "moeglot.json").unlink()
+    told, given = json.loads((tmp_path / "fp8" / "config.json").read_text()), load_file(plain / "model.safetensors")
+    change_config(tmp_path / "fp8", num_nextn_predict_layers=1)
+    coded = load_file(tmp_path / "fp8" / "model.safetensors")
+
+    def third(tensors):
+        return {key.replace("layers.1", "layers.2"): tensor.clone() for key, tensor in tensors.items() if "layers.1.mlp.experts" in key}
+
+    save_file(coded | third(given), tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    assert "experts of BF16, the others of F32 and F8_E4M3" in findings(tmp_path / "fp8")["mixed layouts"].what
+    kept = [*(told["quantization_config"].get("modules_to_not_convert") or []), "model.layers.0.mlp.experts"]
+    change_config(tmp_path / "fp8", quantization_config={**told["quantization_config"], "modules_to_not_convert": kept})
+    first = {key: tensor for key, tensor in given.items() if "layers.0.mlp.experts" in key}
+    rest = {key: tensor for key, tensor in coded.items() if "layers.0.mlp.experts" not in key}
+    save_file(rest | first | third(coded), tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    assert "mixed layouts" not in findings(tmp_path / "fp8")
 
 
 def test_such_a_layer_whose_name_begins_with_its_number(tmp_path):

@@ -121,7 +121,7 @@ def _mixed(c: Checkpoint) -> Iterator[Finding]:
             "mixed layouts", f"layers for multi-token prediction store their experts as {other[0]}, the others as {c.format.stored[0].key}", {"keys": other}
         )
     declared = {c.source.entries[key].dtype for key in here if c.format.match(key)}
-    main = {c.source.entries[key].dtype for line in c.format.lines(c.layers[0]) for key in line.keys(c.layers[0], 0).values()}
+    main = {c.source.entries[key].dtype for layer in c.layers for line in c.format.lines(layer) for key in line.keys(layer, 0).values()}
     if declared - main:
         yield Finding(
             "mixed layouts", f"layers for multi-token prediction have experts of {' and '.join(sorted(declared))}, the others of {' and '.join(sorted(main))}"
@@ -168,12 +168,13 @@ def _numbers(c: Checkpoint) -> Iterator[Finding]:
 
 
 def _absurd(line: Stored, layer: int, largest: Mapping[int, float]) -> Iterator[Finding]:
+    least = min((size for size in largest.values() if size), default=0.0)
     for expert, size in largest.items():
-        least = min(largest.values())
         if size == 0:
             yield Finding("numbers", f"{line.key}, layer {layer}, expert {expert}: all weights are zero", {"layer": layer, "expert": expert})
-        elif size > LOUD or size > APART * least > 0:
-            what = f"{line.key}, layer {layer}, expert {expert}: the largest weight is {size:.3g}, elsewhere {least:.3g}; a scale is wrong or missing"
+        elif size > LOUD or size > APART * least:
+            others = f", elsewhere {least:.3g}" if size > least else ""
+            what = f"{line.key}, layer {layer}, expert {expert}: the largest weight is {size:.3g}{others}; a scale is wrong or missing"
             yield Finding("numbers", what, {"layer": layer, "expert": expert, "largest": size})
 
 
