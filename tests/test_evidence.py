@@ -284,6 +284,17 @@ def test_gate_louder_than_up_is_no_residual_stream(form, tmp_path):
         assert {e.verdict for e in found.evidence} == {"cannot tell"}
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_numbers_that_have_no_size_decide_nothing(bad, tmp_path):
+    """One row of them in a file that was written turned: the layer without them shows it; with one in each layer, nothing does, and why is said."""
+    turned = copy(QWEN3, tmp_path / "turned", ("down_proj.weight", turn))
+    spoiled = [(f"layers.{n}.mlp.experts.2.down_proj.weight", lambda t: t.index_fill(0, torch.tensor(5), bad)) for n in (0, 1)]
+    assert decided(look(copy(turned, tmp_path / "one", spoiled[1]))) == {'down_proj is read as "i h"'}
+    found = look(copy(turned, tmp_path / "both", *spoiled))
+    assert found.verdict == "cannot tell"
+    assert {e.detail for e in found.evidence if "down_proj" in e.what and e.test != "grid"} == {"some numbers of the sample are NaN, infinite or too large"}
+
+
 def test_two_readings_that_both_fit_decide_nothing(tmp_path):
     """A gain of its own for each h of each expert, in all three matrices: read turned, these rise and fall together as well."""
     tensors = load_file(QWEN3 / "model.safetensors")

@@ -171,6 +171,8 @@ def _evidence(
     shown = sorted(scores, key=lambda name: (name != DECLARED, -scores[name][0]))[:3]
     detail = "correlation " + ", ".join(f"{scores[name][0]:.2f} {'' if name == DECLARED else 'if '}{name}" for name in shown)
     detail += f" (chance: ±{abs(scores[best][0] / scores[best][1] if scores[best][1] else 0):.2g})"
+    if any(r != r for r, _ in scores.values()):
+        detail = "some numbers of the sample are NaN, infinite or too large"
     told = {
         "correlation": {name: r for name, (r, _) in scores.items()},
         "z": {name: z for name, (_, z) in scores.items()},
