@@ -387,6 +387,7 @@ FAULTS = {
     "under which codes are infinite": lambda tensors: tensors[PROJECTION + "_scale_inv"].fill_(3e38),
     "scales of 0 beside codes": lambda tensors: tensors[PROJECTION + "_scale_inv"].zero_(),
     "which are NaN in E4M3": lambda tensors: tensors[PROJECTION].view(torch.uint8)[0, 0].fill_(0x7F),
+    f"{PROJECTION}_scale_inv is [3, 1], a matrix": lambda tensors: tensors.update({PROJECTION + "_scale_inv": torch.ones(3, 1)}),
     f"{PROJECTION}_scale_inv: missing": lambda tensors: tensors.pop(PROJECTION + "_scale_inv"),
     "e_score_correction_bias has NaN": lambda tensors: tensors["model.layers.0.mlp.gate.e_score_correction_bias"][1].fill_(torch.inf),
 }
@@ -431,6 +432,7 @@ def test_numbers_of_what_is_no_expert(fault, with_fp8_attention, tmp_path):
     found = moeglot.verify(source)
     assert [check.what for check in found.checks if check.verdict == "does not hold"] == ["finite numbers and scales"]
     assert fault in found.checks[1].detail
+    assert "(1 tensors that are no experts)" in found.checks[1].detail
     with pytest.raises(BadNumbers, match=re.escape(fault)):
         moeglot.convert(source, "deepseek-v3/hub+fp8-block", tmp_path / "out")
 
