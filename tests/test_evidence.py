@@ -4,6 +4,7 @@ Corruptions and quantizers are written here with plain tensor operations, so tha
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -293,6 +294,42 @@ def test_numbers_that_have_no_size_decide_nothing(bad, tmp_path):
     found = look(copy(turned, tmp_path / "both", *spoiled))
     assert found.verdict == "cannot tell"
     assert {e.detail for e in found.evidence if "down_proj" in e.what and e.test != "grid"} == {"some numbers of the sample are NaN, infinite or too large"}
+
+
+def _gains(folder: Path, out: Path, *, shared: float, change: Change = lambda t: t) -> Path:
+    """A copy in which each expert has a gain of its own for each h, in all three matrices, and all experts have one together."""
+    draw = lambda seed: torch.randn(64, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        layer, expert = (int(n) for n in re.findall(r"\.(\d+)\.", name))
+        gain = torch.exp(0.3 * draw(100 * layer + expert) + shared * draw(7))
+        tensors[name] = change(tensors[name].float() * (gain[:, None] if "down_proj" in name else gain)).to(torch.bfloat16)
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    shutil.copy(folder / "config.json", out)
+    return out
+
+
+def test_two_tests_that_answer_differently_contradict_nothing(tmp_path):
+    """An expert that likes some h more than others looks like one that was turned; that all experts agree along h shows that none was, and so does a grid."""
+    source = write_checkpoint(tmp_path / "random", "qwen3-moe/hub")
+    turned = {'gate_proj is read as "h i" and up_proj is read as "h i" and down_proj is read as "i h"'}
+    assert decided(look(_gains(source, tmp_path / "own", shared=0.0))) == turned
+    for name, change in (("both", lambda t: t), ("on a grid", mxfp4)):
+        found = look(_gains(source, tmp_path / name, shared=0.3, change=change))
+        assert {e.verdict for e in found.evidence if e.test == "residual stream"} == {"as declared"}
+        assert {str(e.fits) for e in found.evidence if e.test == "channel"} == turned
+        assert {verdict for verdict, _ in grids(found).values()} == {"as declared" if name == "on a grid" else "cannot tell"}
+        assert (found.verdict, found.against, found.exit_status) == ("cannot tell", (), 0)
+
+
+def test_what_says_more_is_said_alone(tmp_path):
+    """Of a reading of three lines that one test names, and those of each of them that another does, the first."""
+    each = [(f"{x}_proj.weight", lambda t: mxfp4(t).mT) for x in ("gate", "up", "down")]
+    found = look(copy(QWEN3, tmp_path / "turned", *each))
+    assert len(decided(found)) == 4
+    wrong = found.contradiction("known").wrong
+    assert wrong == 'the numbers fit another reading: gate_proj is read as "h i" and up_proj is read as "h i" and down_proj is read as "i h"'
 
 
 def test_two_readings_that_both_fit_decide_nothing(tmp_path):
