@@ -95,9 +95,9 @@ def convert_adapter(adapter: Adapter, to: str, out: str | Path) -> Conversion:
     plan = plan_conversion(adapter, to)
     with newfile.folder(out) as work:
         _write(plan, work)
-        worst = max(changes(adapter, open_adapter(work, adapter.base)), default=0.0)
-        if not worst <= LIMIT:
-            what = f"{out}: the changes differ by {worst:.1e}, and nothing is kept"
+        beyond = [off for off in changes(adapter, open_adapter(work, adapter.base)) if not off <= LIMIT]
+        if beyond:
+            what = f"{out}: the changes differ by {max(beyond):.1e}, and nothing is kept"
             raise NotVerified(what, f"at most {LIMIT:.0e} is rounding", f"keep the source, and report this with its {CONFIG}")
         work.rename(out)
     return plan

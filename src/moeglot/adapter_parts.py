@@ -56,8 +56,12 @@ def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float, what: str) ->
 
     left, right = left.to(torch.float32) * scale, right.to(torch.float32)
     if not bool(left.isfinite().all() and right.isfinite().all()):
-        raise BadNumbers(f"{what}: the factors are not finite", f"the scale is {scale:g}", "the training diverged; ask for an earlier checkpoint")
+        raise _diverged(f"{what}: the factors are not finite", scale)
     return left, right
+
+
+def _diverged(wrong: str, scale: float) -> BadNumbers:
+    return BadNumbers(wrong, f"the scale is {scale:g}", "the training diverged; ask for an earlier checkpoint")
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,15 @@ class Dense:
         return _scaled(*self.raw(), self.scale, self.alias)
 
     def bias(self) -> torch.Tensor | None:
-        """The change of the module's bias in float32, where lora_bias was on."""
+        """The change of the module's bias in float32, where lora_bias was on; raises `BadNumbers`."""
         import torch
 
-        return self.bias_entry.read().to(torch.float32) * self.scale if self.bias_entry else None
+        if not self.bias_entry:
+            return None
+        found = self.bias_entry.read().to(torch.float32) * self.scale
+        if not bool(found.isfinite().all()):
+            raise _diverged(f"{self.alias}: the bias of its factors is not finite", self.scale)
+        return found
 
     def changes(self, module: str) -> Iterator[tuple[str, Factors]]:
         """Hub name of each tensor of that module that changes -> (left [out, r], right [r, in]); of a bias, [out, 1] and [1, 1]."""

@@ -18,7 +18,7 @@ from moeglot import adapter_convert
 from moeglot.adapter_evidence import cluster
 from moeglot.adapter_proof import LIMIT, changes, difference
 from moeglot.conventions import CONVENTIONS, READERS, Convention
-from moeglot.errors import NotVerified
+from moeglot.errors import BadNumbers, NotVerified
 from moeglot.factors import fit, holds, join, lay, places, recognizes, shapes, take
 from moeglot.formats import FAMILIES
 
@@ -176,6 +176,23 @@ def test_what_was_written_wrong_is_no_adapter(wrong, tmp_path, monkeypatch):
     with pytest.raises(NotVerified, match="differ by"):
         moeglot.convert_adapter(found, "tinker", tmp_path / "wrong")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "right"}
+
+
+def test_a_change_that_is_no_number_is_one_that_differs(tmp_path, monkeypatch):
+    """NaN is larger than nothing and smaller than nothing, so that a maximum of others hides it. A bias that is NaN is told as such."""
+    base = moeglot.open(write_checkpoint(tmp_path / "base", "qwen3-moe/hub", {"e": 4, "h": 64, "i": 32}))
+    made = WRITERS["tinker"][2](Job("qwen3-moe", 4, 64, 32, 3))
+    module = "base_model.model.model.layers.1.self_attn.k_proj."
+    made.tensors |= {module + "lora_A.weight": torch.randn(3, 64), module + "lora_B.weight": torch.randn(32, 3)}
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_convert, "changes", lambda a, b: iter((0.0, float("nan"), 1e-9)))
+        with pytest.raises(NotVerified, match="differ by nan"):
+            moeglot.convert_adapter(moeglot.open_adapter(made.save(tmp_path / "adapter"), base), "tinker", tmp_path / "out")
+    made.tensors[module + "lora_B.bias"] = torch.full((32,), float("nan"))
+    made.config["lora_bias"] = True
+    with pytest.raises(BadNumbers, match=r"k_proj: the bias .* is not finite"):
+        moeglot.convert_adapter(moeglot.open_adapter(made.save(tmp_path / "biased"), base), "tinker", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_one_of_two_adapters_lacks_is_a_difference(tmp_path):
