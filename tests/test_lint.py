@@ -51,6 +51,32 @@ def test_experts_left_unquantized(tmp_path):
     assert found.figures["could_save"] == 2 * numbers - numbers // 2
 
 
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
+
+
+@pytest.mark.parametrize(
+    ("said", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, 8),
+        ({"quant_method": "gptq", "bits": 4}, 4),
+        ({"quant_method": "gptq", "bits": 8}, 8),
+        ({"quant_method": "awq", "w_bit": 4}, 4),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": GROUP}, "ignore": ["re:.*experts.*"]}, 4),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["*experts*"]}, 4),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*experts*"]}, 8),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["experts"]}, 8),
+    ],
+)
+def test_how_many_bits_would_do(said, bits, tmp_path):
+    folder = write_checkpoint(tmp_path / "a", STACKED, SIZES, 1)
+    change_config(folder, quantization_config=said)
+    found = findings(folder)["experts are not quantized"]
+    numbers = 4 * 3 * 128 * 128
+    assert (found.figures["bytes"], found.figures["could_save"]) == (2 * numbers, 2 * numbers - numbers * bits // 8)
+    assert f"{bits} bits a number" in found.what
+
+
 def test_numbers_that_no_training_gives(plain):
     change(plain, lambda tensors: tensors["model.layers.1.mlp.experts.3.up_proj.weight"].mul_(1153))
     found = findings(plain)["numbers"]

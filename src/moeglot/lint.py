@@ -20,7 +20,7 @@ from moeglot.errors import BadNumbers
 from moeglot.gathered import Gathered
 from moeglot.layout import Stored
 from moeglot.profiles import spread
-from moeglot.rules import method
+from moeglot.rules import Quantization, mapping, method
 
 ALIGNMENT = 16
 """Bytes: what vector loads and grouped GEMMs want of addresses and of rows."""
@@ -66,14 +66,20 @@ def _unquantized(c: Checkpoint) -> Iterator[Finding]:
         return
     keys = [key for layer, line in plain for expert in (range(c.sizes["e"]) if line.per_expert else (0,)) for key in line.keys(layer, expert).values()]
     held = sum(c.source.entries[key].nbytes for key in keys)
-    four = declared.get("load_in_4bit") or "4" in str(declared.get("quant_algo", "")) or method(declared) in ("mxfp4", "bitsandbytes")
-    bits = 4 if four or any(line.encoding.kind.endswith("4") for line in c.format.stored) else 8
+    bits = 4 if _says_four_bits(declared) or any(line.encoding.kind.endswith("4") for line in c.format.stored) else 8
     saved = held - sum(prod(c.source.entries[key].shape) * bits // 8 for key in keys)
     layers = dict.fromkeys(layer for layer, _ in plain)
     whose = "the experts" if len(layers) == len(c.layers) else f"those of {len(layers)} of {len(c.layers)} layers"
     stored = f"config.json says {method(declared)}, {whose} are {c.encoding(plain[0][1], plain[0][0]).name}"
     what = f"{stored}: {held / 1e9:.2f} GB, of which {bits} bits a number would save {saved / 1e9:.2f} GB"
     yield Finding("experts are not quantized", what, {"bytes": held, "could_save": saved, "quant_method": method(declared)})
+
+
+def _says_four_bits(declared: Quantization) -> bool:
+    """In the words of bitsandbytes, GPTQ, AWQ and AutoRound, compressed-tensors, ModelOpt, and MXFP4's own."""
+    weights = [mapping(mapping(group).get("weights")) for group in mapping(declared.get("config_groups")).values()]
+    bits = {declared.get("bits"), declared.get("w_bit"), *(said.get("num_bits") for said in weights)}
+    return 4 in bits or bool(declared.get("load_in_4bit")) or "4" in str(declared.get("quant_algo")) or method(declared) == "mxfp4"
 
 
 def _orphans(c: Checkpoint) -> Iterator[Finding]:
