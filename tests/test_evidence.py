@@ -3,6 +3,7 @@
 Corruptions and quantizers are written here with plain tensor operations, so that no code of ours is on both sides.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.demo import BUNDLED, write_turned
-from moeglot.evidence import MARGIN, Weighed, Z, weigh
+from moeglot.evidence import MARGIN, Evidence, Weighed, Z, decide, weigh
 from moeglot.formats import PLAIN, gpt_oss
 
 QWEN3 = Path(__file__).parent / "golden" / "king-james-qwen3"
@@ -151,7 +153,8 @@ def test_gpt_oss_written_another_way(fits, bf16, tmp_path):
     found = look(copy(bf16, tmp_path / "wrong", *GPT_OSS[fits]))
     assert found.verdict == "another reading"
     channel = next(e for e in found.evidence if e.test == "channel")
-    assert channel.fits == fits
+    assert (channel.what, channel.fits) == ("gate_up_proj and down_proj", fits)
+    assert all(channel.figures["by_layer"][fits][layer] > 0.4 for layer in found.layers)
     best, second, _ = figures(found)
     assert best > 10 * max(second, 0)
 
@@ -495,6 +498,16 @@ def test_numbers_decide_where_declarations_do_not(bf16, tmp_path, monkeypatch):
     assert "contradict gpt-oss/transformers" in other.evidence[-1]
     with pytest.raises(moeglot.AmbiguousFormat, match="nor can the numbers tell"):
         moeglot.open(copy(write_checkpoint(tmp_path / "random", "gpt-oss/transformers"), tmp_path / "neither"))
+
+
+@pytest.mark.parametrize("verdicts", list(itertools.product(("as declared", "another reading", "cannot tell"), repeat=3)))
+def test_one_of_several_is_chosen_where_all_others_are_contradicted(verdicts, monkeypatch):
+    found = [Weighed((Evidence("channel", "all", verdict, "", "another" if verdict == "another reading" else None),), (), (0,), (0,)) for verdict in verdicts]
+    candidates = [SimpleNamespace(n=n, format=SimpleNamespace(name=f"form {n}")) for n in range(3)]
+    monkeypatch.setattr(sys.modules["moeglot.evidence"], "weigh", lambda one: found[one.n])
+    chosen = decide(candidates)
+    assert (chosen is not None) == (sorted(verdicts) == ["another reading", "another reading", "as declared"])
+    assert chosen is None or verdicts[chosen[0]] == "as declared"
 
 
 # --- the command line ------------------------------------------------------------------------------------------------------------------------
