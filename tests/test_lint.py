@@ -180,6 +180,84 @@ def test_loaders_that_would_misread_it(make, reader, words, tmp_path):
     assert any(words in what for what in found), found
 
 
+STACKED_57 = ("transformers 4.57", "leaves the experts random")
+STACKED_23 = ("transformers 5.23", "decodes no stacked experts")
+DROPPED = ("transformers 5.5", "drops the FP8 scales")
+RAGGED = ("transformers 5.23", "ragged last block")
+QUARK = ("transformers 5.23", "without amd-quark")
+ZEROS = ("transformers 5.23", "with zero points")
+BYTES = ("transformers 5.23", "a byte each")
+ONE_BY_ONE = {("transformers 5.5", "packed bytes of 4-bit"), ("transformers 5.23", "stored one by one")}
+NATIVE = {("transformers 4.57", "forward of dequantized MXFP4"), ("transformers 5.5", "without a word"), ("transformers 5.23", "under the names of blocks")}
+BY_SHAPE = {("transformers 5", "decides by shape")}
+
+
+@pytest.mark.parametrize(
+    ("form", "coding", "encode", "h", "i", "told"),
+    [
+        (HUB, None, None, 128, 128, set()),
+        (STACKED, None, None, 128, 128, {STACKED_57}),
+        ("gpt-oss/transformers", None, None, 128, 128, set()),
+        ("gpt-oss/openai", None, None, 128, 128, NATIVE),
+        ("gpt-oss/original", None, None, 128, 128, set()),
+        (HUB, "fp8-block", None, 128, 128, {DROPPED}),
+        (HUB, "fp8-block", None, 128, 192, {DROPPED, RAGGED}),
+        (STACKED, "fp8-block", None, 128, 128, {DROPPED, STACKED_57, STACKED_23}),
+        (HUB, "fp8-channel", None, 72, 72, set()),
+        (HUB, "autofp8", None, 128, 128, {("transformers", "`weight_scale_inv` alone")}),
+        (HUB, "fp8-quark", None, 128, 128, {QUARK}),
+        (HUB, "int8-channel-quark", None, 128, 128, {QUARK}),
+        (HUB, "nvfp4-pack", None, 128, 128, {("transformers 5.23", "without their global scale")}),
+        (HUB, "nvfp4-modelopt", None, 128, 128, set()),
+        (STACKED, "nvfp4-modelopt", None, 128, 128, {STACKED_57, STACKED_23}),
+        (HUB, "int4-pack", None, 128, 128, set()),
+        (HUB, "int4-pack", "int4:32:asymmetric", 128, 128, {ZEROS}),
+        (HUB, "int8-pack", None, 128, 128, set()),
+        (HUB, "int8-pack", "int8-pack:128:asymmetric", 128, 128, {ZEROS}),
+        (HUB, "int8-channel", None, 128, 128, {BYTES}),
+        (STACKED, "int8-channel", None, 128, 128, {STACKED_57, STACKED_23}),
+        (HUB, "nf4", None, 128, 128, ONE_BY_ONE),
+        (HUB, "fp4", None, 72, 72, ONE_BY_ONE),
+        (HUB, "nf4", None, 128, 96, ONE_BY_ONE | {("bitsandbytes 0.50", "AVX512")}),
+        (STACKED, "fp4", None, 128, 128, {STACKED_57}),
+        ("qwen3-vl-moe/hub", None, None, 128, 128, BY_SHAPE),
+        ("qwen3-vl-moe/hub", None, None, 128, 64, BY_SHAPE),
+        ("qwen3-vl-moe/hub", None, None, 64, 128, set()),
+        ("inkling2/transformers-5", None, None, 128, 128, {STACKED_57, ("transformers 5.24", "leaves attention random")}),
+        ("inkling2-text/transformers-5", None, None, 128, 128, {STACKED_57, ("transformers 5.24", "leaves attention random")}),
+        ("inkling/transformers-5", None, None, 128, 128, {STACKED_57}),
+        ("inkling2/hub", None, None, 128, 128, set()),
+    ],
+)
+def test_each_loader_that_would_misread_it_is_told_and_no_other(form, coding, encode, h, i, told, tmp_path):
+    source = write_checkpoint(tmp_path / "source", form, {"e": 2, "h": h, "i": i}, 1)
+    if coding:
+        moeglot.convert(source, f"{form}+{coding}", tmp_path / "coded", encode=encode, allow_loss=True)
+    found = [(one.figures["reader"], one.what) for one in moeglot.lint(tmp_path / "coded" if coding else source, sample=False) if "reader" in one.figures]
+    assert len(found) == len(told)
+    assert all(any(reader == one and words in what for one, what in found) for reader, words in told), found
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "words"),
+    [
+        (HUB, {"num_experts": None, "num_local_experts": 4}, "does not know num_local_experts"),
+        (HUB, {"num_local_experts": 4}, None),
+        ("mixtral/hub", {}, None),
+        ("llama4/hub", {"architectures": ["Llama4ForConditionalGeneration"]}, "image_outputs"),
+        ("llama4/hub", {"architectures": ["Llama4ForCausalLM"]}, None),
+        ("llama4/hub", {"architectures": None}, None),
+    ],
+)
+def test_what_config_json_has_a_loader_misread(form, changes, words, tmp_path):
+    folder = write_checkpoint(tmp_path / "a", form, SIZES, 1)
+    told = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in told.items() if value is not None or key == "architectures"}))
+    found = [one.what for one in moeglot.lint(folder, sample=False) if "reader" in one.figures]
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
+
+
 def test_what_save_pretrained_writes_one_by_one_is_not_called_stacked(tmp_path):
     source = write_checkpoint(tmp_path / "a", "deepseek-v4/transformers", {"e": 2, "h": 64, "i": 64}, 2)
     assert not [found.what for found in moeglot.lint(moeglot.open(source), sample=False) if "stacked" in found.what]
