@@ -118,19 +118,23 @@ def test_scales_that_the_output_does_not_declare_are_left_out_and_told(source, t
 @pytest.mark.parametrize("static", [True, False])
 def test_a_scale_of_activations_of_the_attention_alone(static, tmp_path):
     """Beside experts that are not quantized: what config.json says of the module that has it is why it is left out."""
-    source, name = write_checkpoint(tmp_path / "plain", HUB, SIZES, 2), "model.layers.1.self_attn.o_proj"
+    source = write_checkpoint(tmp_path / "plain", HUB, SIZES, 2)
     tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
-    scale = tensors[f"{name}.weight"].float().abs().amax() / 448
-    tensors |= {f"{name}.weight": (tensors[f"{name}.weight"].float() / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
-    save_file(tensors | {f"{name}.input_scale": torch.tensor(0.5)}, source / "model.safetensors", {"format": "pt"})
+    for name in (f"model.layers.1.self_attn.{name}_proj" for name in "okv"):
+        scale = tensors[f"{name}.weight"].float().abs().amax() / 448
+        tensors |= {f"{name}.weight": (tensors[f"{name}.weight"].float() / scale).to(torch.float8_e4m3fn), f"{name}.weight_scale": scale}
+        tensors |= {f"{name}.input_scale": torch.tensor(0.5)} if "v_proj" not in name else {}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
     weights = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     group = {"targets": ["re:.*o_proj$"], "weights": weights, "input_activations": {**weights, "dynamic": not static}}
-    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}, "ignore": ["re:.*layers.0.*"]}
+    groups = {"group_0": group, "group_1": {"targets": ["re:.*[kv]_proj$"], "weights": weights, "input_activations": None}}
+    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups, "ignore": ["re:.*layers.0.*"]}
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
     (told,) = plan_json(moeglot.plan(source, f"{HUB}+nf4"))["undeclared"]
-    assert (told["what"], told["tensors"]) == ("scales of activations", 1)
+    assert (told["what"], told["tensors"]) == ("scales of activations", 2)
     assert ("rounded under them" in told["why"]) == static
     assert ("config.json does not use them" in told["why"]) == (not static)
+    assert not plan_json(moeglot.plan(source, "qwen3-moe/transformers-5")).get("undeclared")  # where the quantization stays, they do
 
 
 @pytest.mark.parametrize(("target", "method"), [("fp8-modelopt", "modelopt"), ("nvfp4-pack", "compressed-tensors"), ("int4-pack", "compressed-tensors")])
