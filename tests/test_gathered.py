@@ -71,6 +71,16 @@ def test_the_verbs(source: Path, ranks: Path, tmp_path: Path) -> None:
     assert differing(tmp_path / "again", source) == []
 
 
+def test_what_is_worth_knowing_of_each(ranks: Path) -> None:
+    """What is the case in all of them is told once, and what is in one too."""
+    for rank in ranks.iterdir():
+        change(rank, lambda found: (found[FIRST].fill_(5000), found[FIRST.replace("experts.0", "experts.1")].fill_(0.5)))
+    change(ranks / "rank1", lambda found: found[FIRST.replace("layers.1", "layers.0")].fill_(7000))
+    found = [one for one in moeglot.lint(ranks) if one.about == "numbers"]
+    assert sorted(one.figures["largest"] for one in found) == [4992, 7008]  # in bfloat16
+    assert not [one for one in moeglot.lint(ranks, sample=False) if one.about == "numbers"]
+
+
 def test_ranks_of_which_one_has_no_certificate(ranks: Path) -> None:
     """Nothing says what its files were; and what is said of the others stays so."""
     (ranks / "rank1" / "moeglot.json").unlink()

@@ -9,6 +9,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.demo import BUNDLED
+from moeglot.dtypes import DTYPES
 from moeglot.outline import outline
 from moeglot.source import read_source
 
@@ -101,6 +102,26 @@ def test_an_expert_of_zeros_hides_no_other(plain):
     assert len(told) == 5
 
 
+def test_experts_that_differ_as_trained_ones_do(plain):
+    """Ten times as loud, and quiet ones; and what is not looked at, the middle of a model."""
+    change(plain, lambda tensors: tensors["model.layers.1.mlp.experts.3.up_proj.weight"].mul_(10))
+    assert findings(plain) == {}
+
+
+def test_an_expert_that_is_not_read_hides_no_other(plain):
+    """Large numbers may all be negative."""
+
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.experts.0.up_proj.weight"][0, 0] = torch.nan
+        tensors["model.layers.1.mlp.experts.3.up_proj.weight"].abs_().mul_(-700)
+
+    change(plain, spoil)
+    first, second = (finding for finding in moeglot.lint(plain) if finding.about == "numbers")
+    assert (first.figures["expert"], "NaN" in first.what) == (0, True)
+    assert (second.figures["expert"], "elsewhere" in second.what) == (3, True)
+    assert moeglot.lint(plain, sample=False) == ()
+
+
 def test_zero_scales(plain, tmp_path):
     moeglot.convert(plain, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
     change(tmp_path / "fp8", lambda tensors: tensors["model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"].zero_())
@@ -114,16 +135,55 @@ def test_scales_that_belong_to_nothing(plain):
     assert "q_proj.weight_scale_inv is there" in findings(plain)["orphan tensor"].what
 
 
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("there", "about", "words"),
+    [
+        ({".weight_scale": "F32"}, "orphan tensor", f"none of {Q}.weight, {Q}.weight_packed"),
+        ({".weight_scale": "F32", ".weight": "BF16"}, "unused scales", f"{Q}.weight is BF16"),
+        ({".weight_scale": "F32", ".weight": "F8_E4M3"}, None, ""),
+        ({".weight_scale": "F32", ".weight_packed": "U8"}, None, ""),
+        ({".weight_packed": "U8"}, "orphan tensor", f"none of {Q}.weight_scale"),
+        ({".weight_scale_inv": "F32", ".weight": "F8_E4M3"}, None, ""),
+        ({"_blocks": "U8"}, "orphan tensor", f"{Q}_blocks is there, and none of {Q}_scales"),
+        ({"_scales": "U8"}, "orphan tensor", f"{Q}_scales is there, and none of {Q}_blocks"),
+        ({"_blocks": "U8", "_scales": "U8"}, None, ""),
+        ({".weight": "F8_E4M3"}, None, ""),
+    ],
+)
+def test_what_belongs_together_outside_the_experts(there, about, words, plain):
+    def put(tensors):
+        tensors.pop(f"{Q}.weight")
+        tensors.update({Q + suffix: torch.ones(64, 128, dtype=DTYPES[dtype].torch) for suffix, dtype in there.items()})
+
+    change(plain, put)
+    found = [(finding.about, words in finding.what) for finding in moeglot.lint(plain) if finding.about != "not aligned"]
+    assert found == ([(about, True)] if about else [])
+
+
 def test_tensors_that_are_not_aligned(plain):
     raw = (plain / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
     (plain / "model.safetensors").write_bytes((length + 4).to_bytes(8, "little") + raw[8 : 8 + length] + b"    " + raw[8 + length :])
-    assert findings(plain)["not aligned"].figures["tensors"] > 0
+    assert findings(plain)["not aligned"].figures["tensors"] == 2 * 4 * 3  # the experts' alone
+
+
+def test_a_scale_that_is_not_aligned_is_copied_anyway(plain, tmp_path):
+    moeglot.convert(plain, f"{HUB}+fp8-block", tmp_path / "fp8", allow_loss=True)
+    raw = (tmp_path / "fp8" / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    moved = (length + 8).to_bytes(8, "little") + raw[8 : 8 + length] + b" " * 8 + raw[8 + length :]
+    (tmp_path / "fp8" / "model.safetensors").write_bytes(moved)
+    assert findings(tmp_path / "fp8")["not aligned"].figures["tensors"] == 2 * 4 * 3  # 48 tensors start there, half of them scales of 4 bytes
 
 
 def test_rows_that_grouped_gemms_refuse(tmp_path):
     folder = write_checkpoint(tmp_path / "a", HUB, {"e": 2, "h": 64, "i": 36}, 1)
     assert findings(folder)["rows not aligned"].figures["row_bytes"] == 72
+    assert "down_proj" in findings(folder)["rows not aligned"].what
+    assert "rows not aligned" not in findings(write_checkpoint(tmp_path / "b", HUB, {"e": 2, "h": 64, "i": 36}, 1, dtype=torch.float32))
 
 
 def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
