@@ -75,7 +75,7 @@ def timed(made: Plan, out: Path) -> Seconds:
     if made.change:
         made = estimate(made)
         tell("planning")
-    carry_out(made, out, Carrying(allow_loss=True, workers=1, threshold=-1.0), tell)
+    carry_out(made, out, Carrying(allow_loss=True, workers=1, threshold=0), tell)
     tell("certificate")
     shutil.rmtree(out)
     return found

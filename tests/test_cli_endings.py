@@ -274,7 +274,7 @@ def test_what_python_may_pass(small, tmp_path):
     for name, value in {"shard_size": 1.5, "encode": "", "workers": 0, "convention": "peft", "threshold": 0.5, "keep_touched": "bf16"}.items():
         with pytest.raises(moeglot.UsageError):
             moeglot.convert(small, "qwen3-moe/hub", tmp_path / "out", **{name: value})
-    for value in (float("nan"), 1.5, "0.5"):
+    for value in (float("nan"), 1.5, -0.1, "0.5"):
         with pytest.raises(moeglot.UsageError, match=r"threshold.*\n.*\n.*0 to 1"):
             moeglot.write_part(moeglot.plan(small), tmp_path / "out", "1/1", threshold=value)
     with pytest.raises(moeglot.UsageError, match="no rounding"):

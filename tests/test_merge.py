@@ -4,12 +4,14 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
+from io import StringIO
 
 import pytest
 import torch
 from adapters import WRITERS, Job
 from cells import tried
 from reading import differing
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
@@ -20,7 +22,9 @@ from moeglot.beside import rounding as measured
 from moeglot.carrying import Carrying
 from moeglot.convert import carry_out
 from moeglot.floats import values
-from moeglot.kept import survived
+from moeglot.kept import refuse_lost, survived
+from moeglot.report import show_survival
+from moeglot.survival import Survival, percent
 from moeglot.units import make
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -338,6 +342,19 @@ def test_a_merge_that_is_found_lost_once_it_is_written(tmp_path):
     with pytest.raises(moeglot.OutputExists, match="rounding"):
         carry_out(planned("stochastic"), out, Carrying(resume=True))
     assert carry_out(planned("nearest"), out, Carrying(resume=True, threshold=0)).report.verdict == "holds"
+
+
+def test_what_points_the_other_way_by_next_to_nothing(tmp_path):
+    """It is told without a sign, and a threshold of 0 lets it pass."""
+    made = case(tmp_path, "gpt-oss", "mxfp4", "square")
+    plan, found = moeglot.plan(made.base, adapter=made.adapter), {"gate": Survival(-1e-4, 1.0, 1.0, 1.0, 100, 100)}
+    refuse_lost(plan, found, 0)
+    with pytest.raises(moeglot.LossRefused, match=r"^0\.0% of the adapter's change in gate"):
+        refuse_lost(plan, found, 0.5)
+    assert [percent(share) for share in (-0.0004, -0.0006, 0.0, -0.0, 1.0, -0.5)] == ["0.0%", "-0.1%", "0.0%", "0.0%", "100.0%", "-50.0%"]
+    merged = {"survived": {"gate": found["gate"].as_json()}, "layers": {}, "adapter": "a", "rounding": "nearest"}
+    show_survival(Console(file=(told := StringIO())), merged)
+    assert "\t0.0%\t" in told.getvalue()
 
 
 def test_what_is_touched_can_stay_in_bfloat16(tmp_path):

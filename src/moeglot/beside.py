@@ -20,7 +20,7 @@ from moeglot.mapped import let_go
 from moeglot.misreadings import right
 from moeglot.plan import Plan
 from moeglot.steps import ExpertUnit
-from moeglot.survival import OTHERS, Survival, added
+from moeglot.survival import OTHERS, Survival, added, percent
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def applied(found: Sequence[Kept], measured: Survived) -> Check:
     if wrong:
         detail = f"{wrong[0]} ({len(wrong)} of {sum(len(one.survived) for one in found)} matrices)"
         return Check("values", "does not hold", "the adapter's change", detail, figures, layers)
-    shares = ", ".join(f"{role} {survival.rec:.1%}" for role, survival in total.items())
+    shares = ", ".join(f"{role} {percent(survival.rec)}" for role, survival in total.items())
     return Check("values", "holds", "the adapter's change", f"of it is in the output: {shares}", figures, layers)
 
 
@@ -163,7 +163,7 @@ def applied_to_others(written: Checkpoint, source: Checkpoint, adapter: Adapter,
     if wrong:
         detail = f"{wrong[0]} ({len(wrong)} of {len(stored)} tensors)"
         return Check("values", "does not hold", "the adapter's change in other modules", detail, {OTHERS: total.as_json()})
-    return Check("values", "holds", "the adapter's change in other modules", f"of it is in the output: {total.rec:.1%}", {OTHERS: total.as_json()})
+    return Check("values", "holds", "the adapter's change in other modules", f"of it is in the output: {percent(total.rec)}", {OTHERS: total.as_json()})
 
 
 def _stored_name(tensor: DenseTensor) -> str:
@@ -193,7 +193,7 @@ def _otherwise(found: Survival, measured: Survival | None) -> str | None:
         return "none of it was added" if found.change else None
     if abs(found.rec - measured.rec) <= AGREEMENT * max(1.0, abs(measured.rec)):
         return None
-    return f"{found.rec:.1%} of it is in the output; while writing it was {measured.rec:.1%}"
+    return f"{percent(found.rec)} of it is in the output; while writing it was {percent(measured.rec)}"
 
 
 def live(found: Sequence[Kept], rounded: Mapping[tuple[int, int], float]) -> Check:
@@ -212,5 +212,5 @@ def live(found: Sequence[Kept], rounded: Mapping[tuple[int, int], float]) -> Che
     if beyond:
         detail = f"{beyond} of {len(found)} experts are further off than rounding explains; relative error up to {worst:.2g}"
         return Check("forward", "does not hold", "against the base with the adapter beside it", detail, figures, layers)
-    detail = f"relative error at most {worst:.2g}; of what the adapter does to the experts' outputs, {total.rec:.1%} is there (cosine {total.cosine:.3f})"
+    detail = f"relative error at most {worst:.2g}; of what the adapter does to the experts' outputs, {percent(total.rec)} is there (cosine {total.cosine:.3f})"
     return Check("forward", "holds", "against the base with the adapter beside it", detail, figures, layers)

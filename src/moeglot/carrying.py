@@ -29,7 +29,7 @@ class Carrying:
     def __post_init__(self) -> None:
         if self.workers is not None:
             check_workers(self.workers)
-        if not isinstance(self.threshold, (int, float)) or not self.threshold <= 1:  # nothing is less than NaN
+        if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold <= 1:  # nothing is less than NaN
             raise UsageError(f"threshold = {self.threshold!r}", "it is the share of a change that must survive", "pass a number from 0 to 1")
         if self.engine and not callable(self.engine):
             do = "pass moeglot.integrations.ray.engine(), or none"

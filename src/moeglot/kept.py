@@ -16,7 +16,7 @@ from moeglot.merging import Change
 from moeglot.plan import Plan
 from moeglot.remote import Location
 from moeglot.steps import DenseUnit
-from moeglot.survival import OTHERS, Survival, added
+from moeglot.survival import OTHERS, Survival, added, percent
 from moeglot.targets import in_floats
 
 if TYPE_CHECKING:
@@ -54,8 +54,11 @@ def by_layer(found: Survived) -> dict[int, dict[str, Survival]]:
 
 
 def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, written: Location | None = None) -> None:
-    """Raises `LossRefused` if less than `threshold` of the change survives in some role. `written`: the folder that holds all of it, if not a sample."""
-    lost = {role: survival for role, survival in found.items() if survival.change and survival.rec < threshold}
+    """Raises `LossRefused` if less than `threshold` of the change survives in some role; 0 lets everything pass.
+
+    `written`: the folder that holds all of it, if not a sample.
+    """
+    lost = {role: survival for role, survival in found.items() if survival.change and max(survival.rec, 0.0) < threshold}
     if not lost or plan.change is None:
         return
     role, worst = min(lost.items(), key=lambda item: item[1].rec)
@@ -64,7 +67,7 @@ def refuse_lost(plan: Plan, found: Mapping[str, Survival], threshold: float, wri
     ways = "; ".join(_ways_out(plan, all(isinstance(step.target, Plain) for step in steps), plan.change.rounding.kind))
     meant = "a lower --threshold, if that is meant"
     raise LossRefused(
-        f"{worst.rec:.1%} of the adapter's change in {role} survives rounding to {' and '.join(encodings)}; {threshold:.0%} is the least that passes",
+        f"{percent(worst.rec)} of the adapter's change in {role} survives rounding to {' and '.join(encodings)}; {threshold:.0%} is the least that passes",
         f"measured on {'all that was written' if written else 'a few of its experts'}; the change is {worst.rho:.2g} of the weights",
         f"remove {written}, then {ways}; or keep it, and pass --resume with {meant}" if written else f"{ways}; or {meant}",
     )

@@ -48,8 +48,8 @@ def merge(
     change are moved as `convert` moves them.
     `keep_touched`: in each layer, matrices that the adapter changes stay in that float type, where the target's config can say so.
     `allow_loss`, `shard_size`, `workers`, `resume`, `progress`, `device` and `engine` as in `convert`.
-    Raises `LossRefused` if less than `threshold`, from 0 to 1, of the change survives in some role, as what is there projects on it; and all that
-    `open_adapter` and `convert` do.
+    Raises `LossRefused` if less than `threshold`, from 0 for any to 1 for all, of the change survives in some role, as what is there projects on it; and all
+    that `open_adapter` and `convert` do.
     """
     if adapter is None:
         raise UsageError("merge without an adapter", "the adapter is what is folded in", "pass one, or call `convert`")

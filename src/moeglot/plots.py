@@ -11,6 +11,7 @@ from moeglot.checks import Check
 from moeglot.evidence import DECLARED, Weighed
 from moeglot.forward import LIMIT
 from moeglot.sizes import size
+from moeglot.survival import percent
 from moeglot.svg import BLUE, COLOURS, GREY, LEGEND, PALE, RED, Area, legend
 
 MOST_READINGS = 6
@@ -88,7 +89,7 @@ def shares(title: str, by_role: Mapping[str, Mapping[int, float]], threshold: fl
     shapes = [*area.names([str(layer) for layer in layers], "layer"), *(area.level(tick, f"{tick:.0%}") for tick in TICKS), area.limit(threshold)]
     for n, (role, of) in enumerate(by_role.items()):
         colour, more = COLOURS[n % len(COLOURS)], len(by_role) - 1 - n
-        points = [(layers.index(layer) + 0.5, value, f"layer {layer}, {role}: {value:.1%}") for layer, value in of.items()]
+        points = [(layers.index(layer) + 0.5, value, f"layer {layer}, {role}: {percent(value)}") for layer, value in of.items()]
         shapes.append(area.line([(at, value) for at, value, _ in points], colour, 1.5 + 3 * more))
         shapes += [area.point(at, value, colour, told, 4 + 2 * more) for at, value, told in points]
     shapes += legend([*((COLOURS[n % len(COLOURS)], role) for n, role in enumerate(by_role)), (RED, f"{threshold:.0%}, the least that passes")])

@@ -24,6 +24,7 @@ from moeglot.kept import notes
 from moeglot.loss import Loss
 from moeglot.plan import Plan
 from moeglot.sizes import size
+from moeglot.survival import percent
 from moeglot.undeclared import undeclared
 from moeglot.version import __version__
 
@@ -122,7 +123,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         told = "exact" if lost is None else f"loses: {lost.told}" if lost.changed else "exact on the sample; every tensor is checked"
         rows.append((verb, f"{count} tensors", told))
     for role, one in plan.expected_survival.items():
-        rows.append(("add the adapter's change", role, f"about {one.rec:.1%} of it survives, as measured on a few experts"))
+        rows.append(("add the adapter's change", role, f"about {percent(one.rec)} of it survives, as measured on a few experts"))
     for done, count in plan.dense_verbs.items():
         if done:
             lost = plan.expected_loss.get(done, Loss())
@@ -170,7 +171,7 @@ def show_survival(console: Console, merge: Mapping[str, Any]) -> None:
 def _survival_row(role: str, one: Mapping[str, Any]) -> tuple[str, ...]:
     more = " (more than there was)" if one["rec"] > 1.05 else ""
     changed = one["changed"] / one["values"] if one["values"] else 0.0
-    return role, f"{one['rec']:.1%}{more}", f"{one['cosine']:.3f}", f"{one['rho']:.2g}", f"{changed:.1%}", f"{one['clipped']:,}"
+    return role, f"{percent(one['rec'])}{more}", f"{one['cosine']:.3f}", f"{one['rho']:.2g}", f"{changed:.1%}", f"{one['clipped']:,}"
 
 
 def _loss_lines(loss: Loss) -> Iterable[str]:

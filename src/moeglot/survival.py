@@ -81,6 +81,12 @@ class Survival:
         }
 
 
+def percent(share: float) -> str:
+    """For people; what rounds to nothing has no sign."""
+    told = f"{share:.1%}"
+    return told.removeprefix("-") if float(told[:-1]) == 0 else told
+
+
 def added(a: Mapping[str, Survival], b: Mapping[str, Survival]) -> dict[str, Survival]:
     """Role -> the sum of both."""
     return {role: a.get(role, Survival()) + b.get(role, Survival()) for role in (*a, *(role for role in b if role not in a))}
