@@ -597,6 +597,17 @@ def test_numbers_that_cannot_be(tmp_path: Path, name: str, damage: Callable[[dic
     assert moeglot.verify(tmp_path / "m").exit_status == 1
 
 
+@pytest.mark.parametrize("work", [moeglot.verify, moeglot.compare])
+def test_which_of_two_has_numbers_that_cannot_be(tmp_path: Path, work: Callable[[Path, Path], object]) -> None:
+    """Both hold the same model under the same names."""
+    right, wrong = (write_checkpoint(tmp_path / side / "m", "gpt-oss/transformers") for side in ("right", "wrong"))
+    with edited(wrong) as found:
+        _nan_weight(found)
+    for pair in ((right, wrong), (wrong, right)):
+        with refused(BadNumbers, ("down_proj", "expert 3"), f"read from {wrong}; ", "fetch the file again"):
+            work(*pair)
+
+
 @pytest.mark.parametrize("name", ["gpt-oss/openai", "qwen3-moe/hub"])
 def test_placeholders_without_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Tensors on torch's meta device have a shape and no content; a file cannot hold one, a live model can."""

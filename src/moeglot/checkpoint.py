@@ -131,7 +131,7 @@ class Checkpoint:
             key = self.line(line, layer).keys(layer, expert)
             raise BadNumbers(
                 f"{next(iter(key.values()))}, expert {expert}: {problem}",
-                self.known,
+                f"read from {self.source.name}; {self.known}",
                 "fetch the file again from its producer; a model with it computes nothing",
             )
         return stored

@@ -30,8 +30,8 @@ def verify(
     `against`: another checkpoint, of which the tensors that are no experts and config.json are compared, too; a fingerprint (.json), a `Side`, or
     "transformers" for the modules of the installed library, which loads the whole model in float32.
     `workers`: threads. `progress`: told (what is checked, how many experts, of how many).
-    The report's `verdict` is "holds", "does not hold" or "cannot tell"; what is wrong with the numbers is a line of it. Raises what `open` raises, and
-    `Contradiction` where `against` is of another model.
+    The report's `verdict` is "holds", "does not hold" or "cannot tell"; what is wrong with the numbers is a line of it. Raises what `open` raises,
+    `Contradiction` where `against` is of another model, and with `against` `BadNumbers`, which names the side that has numbers no expert can have.
     """
     subject = checkpoint if isinstance(checkpoint, Checkpoint) else open(checkpoint)
     other = _side(subject, against)
