@@ -241,6 +241,9 @@ def test_a_part_that_is_being_written_is_waited_for(held: str, how: int, plan: m
         fcntl.flock(file, how)
         with pytest.raises(OutputExists, match=f"holds its {held}"):
             attempts[held]()
+        if how == fcntl.LOCK_EX:  # as a part that is being written has its own
+            with pytest.raises(OutputExists, match=f"is being written\n.*holds its {held}, "):
+                moeglot.convert(plan.source, TO, out, shard_size=SHARD_SIZE)
         moeglot.write_part(plan, out, "2/2")
 
 

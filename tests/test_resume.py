@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -443,7 +444,7 @@ def test_a_second_process_is_refused(source: Path, undisturbed: Undisturbed, tmp
         before = tree(partial(out))
         with pytest.raises(OutputExists, match="another moeglot holds its journal"):
             resume(source, out, shard_size=SHARD_SIZE)
-        with pytest.raises(OutputExists, match="--resume"):
+        with pytest.raises(OutputExists, match=r"is being written\n.*another moeglot holds its journal.*\n  wait for it"):
             moeglot.convert(source, TO, out, shard_size=SHARD_SIZE)
         assert tree(partial(out)) == before
     finally:
@@ -490,6 +491,19 @@ def test_without_resume_what_is_there_is_refused(small: Path, out: Path) -> None
         moeglot.convert(small, TO, out, shard_size=SMALL_SHARD_SIZE)
     assert tree(partial(out)) == before
     assert not out.exists()
+
+
+def test_where_no_file_can_be_locked(small: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no other process that is in the way."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for work in (lambda: moeglot.convert(small, TO, out.with_name("other")), lambda: resume(small, out)):
+        with pytest.raises(moeglot.OutputError, match=r"no file can be locked\n.*Function not implemented\n.*another disk") as refused:
+            work()
+        assert type(refused.value) is moeglot.OutputError
 
 
 def test_a_folder_of_somebody_else_is_refused(small: Path, tmp_path: Path) -> None:

@@ -23,10 +23,16 @@ def there_already(out: Location) -> OutputExists:
     return OutputExists(f"{out} exists", "moeglot overwrites nothing", "choose another OUT, or remove it yourself")
 
 
-def not_finished(folder: Location) -> OutputExists:
-    """A work folder, and nobody said --resume."""
-    known = "an earlier conversion to the same place did not finish"
-    return OutputExists(f"{folder} exists", known, "pass --resume to go on with it, or remove it yourself")
+def not_finished(folder: Location, locked: bool = True) -> OutputExists:
+    """A work folder, and nobody said --resume. `locked`: had somebody been writing it, a lock would have said so."""
+    known = "an earlier conversion to the same place did not finish" + ("" if locked else ", or goes on now: a store has no locks that would tell")
+    return OutputExists(f"{folder} exists", known, "pass --resume to go on with it, or remove it yourself" + ("" if locked else "; if it goes on, wait for it"))
+
+
+def being_written(folder: Location, held: str) -> OutputExists:
+    """A work folder in which another process holds the lock of this journal, which it loses when it ends, however it ends."""
+    known = f"another moeglot holds its {held}, so it works there now"
+    return OutputExists(f"{folder} is being written", known, "wait for it, or choose another OUT")
 
 
 def of_another(folder: Location) -> OutputExists:

@@ -55,7 +55,7 @@ class Store:
         self._digest = plan.digest
         if self.folder.exists():
             if not resume:
-                raise not_finished(self.folder)
+                raise not_finished(self.folder, locked=False)
             self._check_ours(plan)
         if self.out.exists() and not self.renamed(plan):
             raise there_already(self.out)

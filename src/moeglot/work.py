@@ -6,6 +6,7 @@ under the lock of `parts`, which says how many they are.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,10 +21,10 @@ from typing import Any
 from moeglot.certified import begins
 from moeglot.digests import CERTIFICATE, sha256
 from moeglot.direct import File, allocate, flush, no_space
-from moeglot.errors import OutputExists, UsageError
+from moeglot.errors import OutputError, OutputExists, UsageError
 from moeglot.loss import Loss
 from moeglot.mapped import forget_mappings
-from moeglot.outputs import damaged, is_output_of, not_finished, of_another, there_already
+from moeglot.outputs import being_written, damaged, is_output_of, not_finished, of_another, there_already
 from moeglot.parts import Part
 from moeglot.plan import Plan
 from moeglot.remote import Location, local_only
@@ -31,6 +32,8 @@ from moeglot.steps import Unit
 from moeglot.stream import Engine
 
 JOURNAL = re.compile(r"journal-\d+-of-\d+")
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+"""How the system says that another process has a lock."""
 
 
 class Work:
@@ -64,6 +67,7 @@ class Work:
         """The units that are already done; holds the journal's lock while it lasts."""
         if os.path.lexists(self.folder):
             if not resume:
+                self._refuse_written()
                 raise not_finished(self.folder)
             self._check_ours(plan)
         if not self.renamed(plan):
@@ -99,14 +103,27 @@ class Work:
         """A journal, open and locked."""
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise OutputExists(f"{self.folder} is being written", f"another moeglot holds its {path.name}", "wait for it") from error
-        try:
+            self._hold(descriptor, how, path.name)
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def _hold(self, descriptor: int, how: int, name: str) -> None:
+        """Raises `OutputExists` where another process has it, and `OutputError` where nobody can."""
+        try:
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                raise being_written(self.folder, name) from error
+            known = f"without one, two runs may write the same files; the system says: {error.strerror}"
+            raise OutputError(f"{self.folder} lies where no file can be locked", known, "choose an OUT on another disk, and copy it from there") from error
+
+    def _refuse_written(self) -> None:
+        """Raises `OutputExists` where another process writes all of it or a part; each journal is locked for a moment, beside others who only look."""
+        for path in (self.journal, *sorted(self.folder.glob("journal-*"))):
+            if path.is_file():
+                with path.open("rb") as file:
+                    self._hold(file.fileno(), fcntl.LOCK_SH, path.name)
 
     def parts_begun(self) -> int | None:
         """How many parts the work was divided into; None if it was not."""
