@@ -96,6 +96,10 @@ class Coding:
         return sorted(self.linear.items(), key=lambda item: -len(item[1]))
 
 
+TOLD = ("quant_method", "quant_algo", "moe_quant_algo", "format", "weight_block_size")
+"""Keys of quantization_config that say in a few words what it is about."""
+
+
 def said(config: Mapping[str, Any]) -> Quantization:
     """quantization_config of a config.json, wherever its producer keeps it; empty if nowhere."""
     text = config.get("text_config")
@@ -116,7 +120,7 @@ def told(quantization: Quantization) -> str:
 
 def brief(quantization: Quantization, module: str = "") -> str:
     """What it says in a few words, of Quark of one module."""
-    told = {key: quantization[key] for key in ("quant_method", "quant_algo", "format", "weight_block_size") if quantization.get(key) is not None}
+    told = {key: quantization[key] for key in TOLD if quantization.get(key) is not None}
     told |= dict(told_by_rules(quantization, module))
     if method(quantization) == "quark":
         told |= quark_briefly(quantization, module)

@@ -93,6 +93,39 @@ FP8_QSCALE = replace(
 )
 
 
+def _read_mxfp8(said: Quantization, module: str) -> Encoding | None:
+    other = said.get("moe_quant_algo") and ".experts." in f"{module}."  # MiniMax-M3.1 has its experts in another way
+    groups = list(said.get("weight_block_size") or (1, MX_GROUP)) == [1, MX_GROUP]  # who says nothing of them means those of the name
+    return FP8((1, MX_GROUP), "U8") if method(said) == "mxfp8" and groups and not other else None
+
+
+def _write_mxfp8(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
+    declared = {"quant_method": "mxfp8", "activation_scheme": "dynamic", "weight_block_size": [1, MX_GROUP], "scale_fmt": "ue8m0"}
+    return {**declared, "ignored_layers": list(kept)}
+
+
+MXFP8_MINIMAX = replace(
+    FP8_BLOCK,
+    name="mxfp8-minimax",
+    encoding=FP8((1, MX_GROUP), "U8"),
+    read=_read_mxfp8,
+    write=_write_mxfp8,
+    source="https://huggingface.co/MiniMaxAI/MiniMax-M3-MXFP8",
+    about="MXFP8 with `.weight_scale_inv`, MiniMax's name",
+    kept="ignored_layers",
+    spelled=True,
+)
+MXFP8_HUNYUAN = replace(
+    MXFP8_MINIMAX,
+    name="mxfp8-hunyuan",
+    linear=FP8_CHANNEL.linear,
+    stacked={"weight": "", "scale": "_scale"},
+    source="https://huggingface.co/tencent/Hy4-preview",
+    about="MXFP8 with `.weight_scale`, and `_scale` beside stacked experts, Tencent's names",
+    judges=("compressed-tensors",),
+)
+
+
 def _read_autofp8(said: Quantization, module: str) -> Encoding | None:
     declared = method(said) == "fp8" and "weight_block_size" not in said and said.get("activation_scheme") in ("static", "dynamic")
     return FP8((WHOLE, WHOLE)) if declared else None
@@ -246,7 +279,7 @@ def _bitsandbytes(kind: bnb4.Kind) -> Coding:
 NF4, FP4 = _bitsandbytes("nf4"), _bitsandbytes("fp4")
 
 CODINGS = (
-    *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, AUTOFP8_TENSOR, DEEPSEEK_FP4),
+    *(FP8_BLOCK, FP8_SCALE, FP8_QSCALE, MXFP8_MINIMAX, MXFP8_HUNYUAN, AUTOFP8_TENSOR, DEEPSEEK_FP4),
     *(FP8_CHANNEL, FP8_TENSOR, FP8_BLOCK_COMPRESSED, MXFP8, MXFP4_PACK, NVFP4_PACK, INT4_PACK),
     *(INT8_CHANNEL, INT8_TENSOR, INT8_GROUP, INT8_PACK),
     *(NVFP4_MODELOPT, FP8_MODELOPT, MXFP8_MODELOPT, MXFP4_MODELOPT),

@@ -15,7 +15,7 @@ import moeglot
 from moeglot.carrying import Carrying
 from moeglot.codings import CODINGS
 from moeglot.convert import carry_out
-from moeglot.errors import LossRefused
+from moeglot.errors import LossRefused, UnknownFormat
 from moeglot.formats import PLAIN, by_name, variants
 from moeglot.report import plan_json
 from moeglot.units import estimate
@@ -256,6 +256,38 @@ def test_other_names_of_the_same_scales(coding, tmp_path):
     moeglot.convert(tmp_path / "plain", f"{LAYOUTS[0]}+{coding}", tmp_path / "a", allow_loss=True)
     moeglot.convert(tmp_path / "a", f"{LAYOUTS[0]}+fp8-block", tmp_path / "b")
     assert moeglot.compare(tmp_path / "a", tmp_path / "b").verdict == "holds"
+
+
+MXFP8 = [
+    ("mxfp8-minimax", LAYOUTS[0], {"activation_scheme": "dynamic", "weight_block_size": [1, 32]}),
+    ("mxfp8-hunyuan", LAYOUTS[0], {"kv_cache_quant_algo": None}),
+    ("mxfp8-hunyuan", LAYOUTS[1], {}),
+]
+
+
+@pytest.mark.parametrize(("coding", "layout", "said"), MXFP8, ids=["minimax", "hunyuan", "hunyuan-stacked"])
+def test_mxfp8_by_its_own_name(coding, layout, said, tmp_path):
+    """What MiniMax and Tencent say of it; other groups, or experts that are coded otherwise, are not taken for it.
+
+    https://huggingface.co/MiniMaxAI/MiniMax-M3-MXFP8, https://huggingface.co/tencent/Hy4-preview
+    """
+    write_checkpoint(tmp_path / "plain", layout, {"e": 2, "h": 128, "i": 128}, 1)
+    moeglot.convert(tmp_path / "plain", f"{layout}+{coding}", tmp_path / "a", allow_loss=True)
+    without_marks(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    told, ignored = json.loads(path.read_text()), ["lm_head", "model.layers.0.mlp.gate"]
+
+    def declare(**more):
+        path.write_text(json.dumps(told | {"quantization_config": {"quant_method": "mxfp8", "ignored_layers": ignored, **said, **more}}))
+
+    declare()
+    assert moeglot.open(tmp_path / "a").format.name == f"{layout}+{coding}"
+    moeglot.convert(tmp_path / "a", f"{layout}+mxfp8", tmp_path / "b", allow_loss=True)  # compressed-tensors' name for them
+    assert moeglot.compare(tmp_path / "a", tmp_path / "b").verdict == "holds"
+    for more in ({"weight_block_size": [1, 64]}, {"moe_quant_algo": "NVFP4"}):
+        declare(**more)
+        with pytest.raises(UnknownFormat, match=next(iter(more))):
+            moeglot.open(tmp_path / "a")
 
 
 def test_a_quantization_config_of_the_text_model_counts(tmp_path):

@@ -45,7 +45,7 @@ def experts_of(folder, layer=1):
     return torch.cat([decoded["gate"], decoded["up"]], 1), decoded["down"]
 
 
-@pytest.mark.parametrize("coding", ["fp8-block", "fp8-channel", "fp8-tensor", "mxfp4-pack", "int4-pack"])
+@pytest.mark.parametrize("coding", ["fp8-block", "fp8-channel", "fp8-tensor", "mxfp4-pack", "int4-pack", "mxfp8-minimax"])
 def test_it_holds_the_numbers_that_we_decode(plain, coding, tmp_path):
     moeglot.convert(plain, f"{HUB}+{coding}", tmp_path / "coded", allow_loss=True)
     theirs = load(tmp_path / "coded").model.layers[1].mlp.experts
@@ -54,6 +54,23 @@ def test_it_holds_the_numbers_that_we_decode(plain, coding, tmp_path):
     assert torch.equal(theirs.down_proj.data, down.bfloat16())
     given, _ = experts_of(plain)
     assert float((gate_up - given).norm() / given.norm()) > 1e-3  # the power of it: quantized numbers are not the given ones
+
+
+def test_mxfp8_by_tencents_names(plain, tmp_path):
+    """compressed-tensors, that has the same names and another quantization_config, decodes such a matrix to the same numbers."""
+    from compressed_tensors.compressors.mxfp8.base import MXFP8QuantizationCompressor as Compressor
+    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+
+    moeglot.convert(plain, f"{HUB}+mxfp8-hunyuan", tmp_path / "coded", allow_loss=True)
+    assert json.loads((tmp_path / "coded" / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp8"
+    held, (gate_up, down) = load_file(tmp_path / "coded" / "model.safetensors"), experts_of(tmp_path / "coded")
+    for expert, whole in enumerate(gate_up):
+        ours = {"gate": whole[: len(whole) // 2], "up": whole[len(whole) // 2 :], "down": down[expert]}
+        for role, matrix in ours.items():
+            name = f"model.layers.1.mlp.experts.{expert}.{role}_proj.weight"
+            scheme = preset_name_to_scheme("MXFP8", targets=["Linear"])
+            theirs = Compressor.decompress({"weight": held[name], "weight_scale": held[f"{name}_scale"]}, scheme)["weight"]
+            assert torch.equal(theirs.float(), matrix)
 
 
 @pytest.mark.parametrize("coding", ["fp8-block", "fp8-channel", "fp8-modelopt", "mxfp8", "mxfp4-pack", "int4-pack"])
