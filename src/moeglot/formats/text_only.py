@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 from moeglot.family import SparseLayers
-from moeglot.formats.lines import CLAMPED, EXPERTS, KINDS, LAYER, NESTED, ROUTED, family, fused, hub, memory, release_5_5, separate
+from moeglot.format import Dense
+from moeglot.formats.lines import CLAMPED, EXPERTS, KINDS, LAYER, NESTED, ROUTED, each, family, fused, hub, memory, release_5_5, separate
 
+LARGER = {"model.language_model.{rest}": "model.{rest}"}
 BOTH = "what save_pretrained writes, and the experts module in memory: all experts in one tensor"
 
 MINIMAX_M3 = family(
@@ -38,7 +40,13 @@ FORMATS = (
         QWEN3_5_MEMORY,
         fused(NESTED + "mlp.experts."),
         "what save_pretrained of 5.5 writes: the names of the larger model",
-        {"model.language_model.{rest}": "model.{rest}"},
+        LARGER,
+    ),
+    replace(
+        each(QWEN3_5, separate(NESTED + "mlp.experts.")),
+        source="https://github.com/bryce-hoehn/Qwen3.5-25B-REAP-A3B-Coding",
+        about="derivatives with fewer experts: one matrix each, under the names of the larger model",
+        dense=tuple(Dense(key, (name,)) for key, name in LARGER.items()),
     ),
     hub(QWEN4, "Qwen/Qwen4-Exp", separate(LAYER + "mlp.experts.")),
     memory(QWEN4, fused(LAYER + "mlp.experts.")),
