@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-RUN = 1 << 17
+RUN = 1 << 18
 """Numbers that are summed at a time."""
 SAFE = (1e-25, 1e30)
 """Sums of squares in float32 that lost nothing to its range."""

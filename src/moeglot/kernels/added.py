@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +14,8 @@ from moeglot.survival import Survival
 NUMBERS = 1 << 18
 """At a time: enough that what torch does for each call is little, and few enough that numbers, the change and the sums stay near each other."""
 Added = tuple[torch.Tensor, torch.Tensor, Survival]
+ONES = 0x1111111111111111
+"""The lowest bit of each code in eight bytes."""
 REACH = 7.0
 """In units of a scale: above, a next level that the codes lack would be nearer."""
 
@@ -30,9 +32,12 @@ def added(packed: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, right: 
     if fast := backend.compiled("added", packed):
         found = fast.added(packed, scale, left, right, ties, to, to_scale)
         return None if found is None else (to, to_scale, Survival(*found))
-    total = Survival()
-    for some in _runs(*scale.shape):
-        block = _block(packed[some].contiguous(), scale[some].contiguous(), left[some] @ right, ties)
+    total, runs = Survival(), _runs(*scale.shape) if scale.numel() else []
+    room = _Room.of(runs[0].stop, scale.shape[1]) if runs else None
+    for some in runs:
+        assert room
+        torch.mm(left[some], right, out=(here := room.cut(some.stop - some.start)).change)
+        block = _block(packed[some].contiguous(), scale[some].contiguous(), here, ties)
         if block is None:
             return None
         to[some], to_scale[some] = block[:2]
@@ -40,33 +45,63 @@ def added(packed: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, right: 
     return to, to_scale, total
 
 
-def _runs(rows: int, groups: int) -> Iterator[slice]:
+class _Room(NamedTuple):
+    """Memory for a run of rows, used again for each: new memory costs as much as what is done in it. float32 [rows, 32 n], int32 [rows, 16 n]."""
+
+    weight: torch.Tensor
+    change: torch.Tensor
+    total: torch.Tensor
+    words: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: int, groups: int) -> _Room:
+        floats = (torch.empty(rows, groups * GROUP, dtype=torch.float32, device="cpu") for _ in range(3))
+        return cls(*floats, torch.empty(rows, groups * GROUP // 2, dtype=torch.int32, device="cpu"))
+
+    def cut(self, rows: int) -> _Room:
+        return _Room(*(one[:rows] for one in self))
+
+
+def _runs(rows: int, groups: int) -> list[slice]:
     step = max(1, NUMBERS // max(1, groups * GROUP))
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
-def _block(packed: torch.Tensor, scale: torch.Tensor, change: torch.Tensor, ties: str) -> Added | None:
-    """As `added`, of a few rows and their change [rows, 32 n]."""
-    by, grouped = powers(scale).unsqueeze(-1), (*scale.shape, GROUP)
-    weight = e2m1.unpack(packed.view(-1, GROUP // 2), torch.empty(scale.numel(), GROUP, dtype=torch.float32, device="cpu")).view(grouped).mul_(by)
-    total = weight + change.view(grouped)
-    amax = torch.maximum(total.amax(-1), -total.amin(-1))
-    beyond, clipped, fresh = amax > REACH * by.squeeze(-1), 0, None
-    if not bool((amax < torch.inf).all()):
-        return None
-    if bool(beyond.any()):
-        clipped = int((total.abs() > REACH * by).sum())
-        scale, fresh = torch.where(beyond, exponents(amax, "ceil").add_(BIAS).to(torch.uint8), scale), beyond.unsqueeze(-1)
+def _block(packed: torch.Tensor, scale: torch.Tensor, room: _Room, ties: str) -> Added | None:
+    """As `added`, of a few rows and their change."""
+    weight, change, total = (one.view(*scale.shape, GROUP) for one in room[:3])
+    by, clipped, fresh = powers(scale).unsqueeze(-1), 0, None
+    _numbers(packed, by, room.words, weight)
+    low, high = torch.add(weight, change, out=total).mul_(_reciprocal(scale)).aminmax()
+    if not -REACH <= float(low) <= float(high) <= REACH:
+        exact = weight + change
+        amax = torch.maximum(exact.amax(-1), -exact.amin(-1))
+        if not bool((amax < torch.inf).all()):
+            return None
+        beyond, clipped = amax.unsqueeze(-1) > REACH * by, int((exact.abs() > REACH * by).sum())
+        scale, fresh = torch.where(beyond.squeeze(-1), exponents(amax, "ceil").add_(BIAS).to(torch.uint8), scale), beyond
         by = powers(scale).unsqueeze(-1)
-    found = e2m1.packed(e2m1.nearest(total.mul_(powers(2 * BIAS - scale.int()).unsqueeze(-1)), ties))
-    after = e2m1.unpack(found.view(-1, GROUP // 2), total.view(-1, GROUP)).view(grouped).mul_(by)
-    return _signs_kept(found, packed, fresh), scale, Survival.of(weight, change.view(grouped), after, clipped)
+        torch.mul(exact, _reciprocal(scale), out=total)
+    found = e2m1.packed(e2m1.nearest(total, ties))
+    _numbers(found, by, room.words, total)
+    return _signs_kept(found, packed, fresh), scale, Survival.of(weight, change, total, clipped)
+
+
+def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """scale u8 [rows, n] -> what a group's numbers are multiplied by to be in units of it, [rows, n, 1]."""
+    return powers(2 * BIAS - scale.int()).unsqueeze(-1)
+
+
+def _numbers(packed: torch.Tensor, by: torch.Tensor, words: torch.Tensor, out: torch.Tensor) -> None:
+    """Codes u8 [rows, n, 16], two a byte, and what multiplies each group [rows, n, 1] -> out [rows, n, 32]; `words` has room for a word a byte."""
+    e2m1.look_up(words.copy_(packed.view(words.shape)), out).mul_(by)
 
 
 def _signs_kept(found: torch.Tensor, before: torch.Tensor, fresh: torch.Tensor | None) -> torch.Tensor:
     """Codes u8 [rows, n, 16], two a byte: what was zero and is zero keeps its sign, but for groups [rows, n, 1] under a `fresh` scale."""
-    low = (found | before).bitwise_and_(0x77)
-    other = (low | low >> 1 | low >> 2).bitwise_and_(0x11)  # one bit for each code that is no zero, before or now
-    keep = other.bitwise_xor_(0x11) << 3
+    now, was = found.view(torch.int64), before.view(torch.int64)
+    low = (now | was).bitwise_and_(0x7777777777777777)
+    other = (low >> 1).bitwise_or_(low).bitwise_or_(low >> 2).bitwise_and_(ONES)  # one bit for each code that is no zero, before or now
+    keep = other.bitwise_xor_(ONES).bitwise_left_shift_(3)
     keep = keep if fresh is None else keep.masked_fill_(fresh, 0)
-    return found ^ (keep & (found ^ before))
+    return keep.bitwise_and_(now ^ was).bitwise_xor_(now).view(torch.uint8)

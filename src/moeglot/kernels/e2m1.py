@@ -71,20 +71,29 @@ def thresholds(ties: str, device: torch.device) -> torch.Tensor:
     return torch.where(torch.tensor(TIES_UP, device=device, dtype=torch.bool), middle, after)
 
 
+KEPT = 21
+"""Bits of a float32 behind those that every threshold, tie included, is told apart by."""
+REST = (1 << KEPT) - 1
+
+
 @cache
 def _table(ties: str, device: torch.device) -> torch.Tensor:
-    """u8 [131072]: the code of a float32 whose first 16 bits, the next one or any after it make the index; no threshold but its successor has more bits."""
-    values = (torch.arange(1 << 17, device=device, dtype=torch.int64) << 15).to(torch.uint32).view(torch.float32)
-    index = torch.bucketize(values.abs(), thresholds(ties, device), right=True)  # more than 6 is 6
-    return (index | torch.signbit(values) << 3).to(torch.uint8)
+    """u8 [4096]: the code of a float32 whose first bits, and whether any other is set, are the index; where ties go away from zero, u8 [2048] of the first."""
+    index = torch.arange(1 << 12 if ties == "even" else 1 << 11, device=device, dtype=torch.int64)
+    bits = (index >> 1 << KEPT) + (index & 1) if ties == "even" else index << KEPT
+    values = bits.to(torch.uint32).view(torch.float32)
+    code = torch.bucketize(values.abs(), thresholds(ties, device), right=True)  # more than 6 is 6
+    return (code | torch.signbit(values) << 3).to(torch.uint8)
 
 
 def nearest(values: torch.Tensor, ties: str) -> torch.Tensor:
-    """float32 [...] of any size -> u8 codes; the last bit but three is the sign, of zero too."""
-    bits = values.contiguous().view(torch.int32)
-    more = (bits & 0x7FFF).add_(0x7FFF).bitwise_right_shift_(15)
-    index = (bits >> 15).bitwise_and_(0x1FFFF).bitwise_or_(more)
-    return _table(ties, values.device).index_select(0, index.view(-1)).view(values.shape)
+    """float32 [...] of any size, which may be overwritten -> u8 codes; the last bit but three is the sign, of zero too. NaN gets whichever code."""
+    index, table = values.contiguous().view(torch.int32), _table(ties, values.device)
+    more = (index + REST).bitwise_right_shift_(KEPT) if ties == "even" else None
+    index.bitwise_right_shift_(KEPT)
+    if more is not None:
+        index += more  # the same again, or one more where any other bit is set
+    return table.index_select(0, index.bitwise_and_(len(table) - 1).view(-1)).view(values.shape)
 
 
 @cache
@@ -106,4 +115,4 @@ def codes(packed: torch.Tensor) -> torch.Tensor:
 def packed(codes: torch.Tensor) -> torch.Tensor:
     """u8 [..., 2 k], one code a byte -> u8 [..., k]."""
     pairs = codes.contiguous().view(torch.int16)
-    return (pairs | pairs >> 4).to(torch.uint8)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)

@@ -199,7 +199,7 @@ def _fit(groups: torch.Tensor, by: torch.Tensor, rules: Rules) -> tuple[torch.Te
 def _reproduced(groups: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules) -> torch.Tensor:
     """groups [..., 16], scale [...] -> bool [...]: code × S is every number of the group."""
     factor = rules.factor(scale, by).unsqueeze(-1)
-    code = e2m1.nearest((groups / factor).abs(), "even")
+    code = e2m1.nearest((groups / factor).abs_(), "even")
     return (torch.tensor(e2m1.E2M1, dtype=torch.float32, device="cpu")[code.int()] * factor == groups.abs()).all(-1)
 
 
