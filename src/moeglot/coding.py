@@ -99,12 +99,19 @@ class Coding:
 TOLD = ("quant_method", "quant_algo", "moe_quant_algo", "format", "weight_block_size")
 """Keys of quantization_config that say in a few words what it is about."""
 
+BESIDE = ("expert_dtype",)
+"""Keys that belong to quantization_config, and that DeepSeek-V4 has beside it; V4.1 has them in it, as transformers looks for them.
+
+https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/deepseek_v4/configuration_deepseek_v4.py
+"""
+
 
 def said(config: Mapping[str, Any]) -> Quantization:
-    """quantization_config of a config.json, wherever its producer keeps it; empty if nowhere."""
+    """quantization_config of a config.json, wherever its producer keeps it, with what is said beside it; empty if nowhere."""
     text = config.get("text_config")
     places = (config.get("quantization_config"), config.get("compression_config"), text.get("quantization_config") if isinstance(text, Mapping) else None)
-    return next((place for place in places if isinstance(place, Mapping) and place), {})
+    found = next((place for place in places if isinstance(place, Mapping) and place), {})
+    return {**{key: config[key] for key in BESIDE if config.get(key) is not None}, **found} if found else {}
 
 
 def told_in(quantization: Quantization) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moeglot.coding import BESIDE
 from moeglot.errors import Contradiction
 from moeglot.family import Config, Family, dig
 from moeglot.format import ConfigForm, Format
@@ -43,8 +44,8 @@ def hub_config(config: Config, form: Format) -> dict[str, Any]:
                 _put(hub, path, config[key])
     for part in (hub, hub.get("text_config")):
         if isinstance(part, dict):
-            part.pop("quantization_config", None)
-            part.pop("compression_config", None)
+            for key in ("quantization_config", "compression_config", *BESIDE):
+                part.pop(key, None)
     for key in spec.told:
         hub.pop(key, None)
     _gather(hub, form.family)

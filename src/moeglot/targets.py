@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moeglot.checkpoint import Checkpoint
-from moeglot.coding import WEIGHT, by_compressed_tensors, leaves_alone, said
+from moeglot.coding import BESIDE, WEIGHT, by_compressed_tensors, leaves_alone, said
 from moeglot.codings import CODINGS
 from moeglot.config import declared_dtype
 from moeglot.dense import DenseTensor
@@ -134,7 +134,7 @@ def quantization(source: Checkpoint, target: Format, dense: Mapping[str, tuple[D
     if stays:
         if unsaid := [module for module in experts if not leaves_alone(declared, module)]:
             declared = sparing(declared, target.coding.kept, unsaid)
-        return {"quantization_config": declared}
+        return {"quantization_config": declared, **{key: declared[key] for key in BESIDE if key in source.source.config}}
     matrices = [(key, parts[0].name) for key, parts in dense.items() if key.endswith(WEIGHT) and len(parts[0].shape) == 2]
     named = {name: None for key, hub in matrices for name in (key, *aliases(hub, target.family)[1:])}  # readers look for modules, some by disk names
     others = [name.removesuffix(WEIGHT) for name in named]

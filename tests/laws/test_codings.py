@@ -15,7 +15,7 @@ import moeglot
 from moeglot.carrying import Carrying
 from moeglot.codings import CODINGS
 from moeglot.convert import carry_out
-from moeglot.errors import LossRefused, UnknownFormat
+from moeglot.errors import LossRefused, MoeglotError, UnknownFormat
 from moeglot.formats import PLAIN, by_name, variants
 from moeglot.report import plan_json
 from moeglot.units import estimate
@@ -248,6 +248,32 @@ def test_deepseek_v4_keeps_its_experts_in_mxfp4_and_the_rest_in_fp8(tmp_path):
     assert differing(tmp_path / "coded", tmp_path / "again") == []
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == told["quantization_config"]
     assert moeglot.compare(tmp_path / "coded", tmp_path / "back").verdict == "holds"
+
+
+def test_deepseek_v4_says_beside_quantization_config_that_its_experts_are_in_fp4(tmp_path):
+    """As in its release; what stays so says it there again, and what is coded otherwise says it nowhere.
+
+    https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash
+    """
+    hub = "deepseek-v4/hub"
+    write_checkpoint(tmp_path / "plain", hub, {"e": 4, "h": 128, "i": 128}, 1)
+    moeglot.convert(tmp_path / "plain", f"{hub}+fp4-experts", tmp_path / "coded", allow_loss=True)
+    without_marks(tmp_path / "coded")
+    told = json.loads((path := tmp_path / "coded" / "config.json").read_text())
+    told["expert_dtype"] = told["quantization_config"].pop("expert_dtype")
+    path.write_text(json.dumps(told))
+    assert moeglot.open(tmp_path / "coded").format.name == f"{hub}+fp4-experts"
+    for target, said in ((f"{hub}+fp4-experts", "fp4"), (hub, None), (f"{hub}+fp8-block-scale", None)):
+        out = tmp_path / target.replace("/", "-")
+        moeglot.convert(tmp_path / "coded", target, out, allow_loss=True)
+        without_marks(out)
+        assert json.loads((out / "config.json").read_text()).get("expert_dtype") == said
+        assert moeglot.open(out).format.name == target
+    assert differing(tmp_path / "coded", tmp_path / "deepseek-v4-hub+fp4-experts") == []
+    told["quantization_config"]["expert_dtype"] = "fp8"  # what is in it comes first
+    path.write_text(json.dumps(told))
+    with pytest.raises(MoeglotError):
+        moeglot.open(tmp_path / "coded")
 
 
 @pytest.mark.parametrize("coding", ["fp8-block-scale", "fp8-qscale"])
