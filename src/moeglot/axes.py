@@ -60,10 +60,12 @@ def halves(groups: Groups, rows: int) -> Groups:
 def taken_apart(tensor: torch.Tensor, groups: Groups, role: str, count: int, last: bool = False) -> torch.Tensor:
     """A tensor along `groups` -> [p, ...], each of the `count` projections along the letters of a role; other axes follow, or with `last` come before.
 
-    A view, unless rows take turns in blocks.
+    A view, unless rows take turns in blocks. One number for all that the tensor holds is that of each.
     """
     from einops import rearrange
 
+    if not tensor.ndim:
+        return tensor.expand(count)
     if count == 1:
         return rearrange(tensor, f"{_einops(groups)} ... -> {role} ...").unsqueeze(0)
     return rearrange(tensor, f"{_around(_einops(groups), last)} -> p {_around(_cut(role, groups), last)}", p=count, **_lengths(groups))

@@ -76,7 +76,7 @@ E4M3 = {"weight": ".weight", "scale": ".weight_scale", "input_scale": ".input_sc
 MXFP4_QUARK = _quark(
     "mxfp4-quark",
     MXFP4("even", "even", container="packed"),
-    {"packed": ".weight", "scale": ".weight_scale"},
+    {"packed": ".weight", "scale": ".weight_scale", "input_scale": ".input_scale"},
     {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"},
     {"observer_cls": "PerBlockMXObserver", "scale_type": "float", "scale_calculation_mode": "even"},
     "MXFP4",

@@ -268,7 +268,7 @@ class Stored:
     def _joined_shape(self, part: torch.Tensor) -> tuple[int, ...]:
         """Shape of a part of one expert's slice, from the shape that it has in one role."""
         shape, letters = tuple(part.shape), self.role_axes.split()
-        return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :]
+        return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :] if shape else shape
 
     @cached_property
     def out_group(self) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ _WORDS = {"compressed-tensors": {"strategy": "tensor", "symmetric": True}, "mode
 _SCALE = re.compile(r"\.(?:(?:q|k|v|kv|prob)_scale|[kv]_zero_point|[qkv]_proj\.output_scale)$")
 
 
-def is_static(quantization: Quantization, module: str) -> bool:
+def is_static(quantization: Quantization, module: str, alike: bool = True) -> bool:
     """Activations are rounded to the type of the weights under one scale for a matrix, which the file holds (of NVFP4, its second scale).
+    `alike`: as here; else to whichever type, as Quark rounds them to FP8 beside weights in MXFP4.
 
     https://github.com/vllm-project/vllm/tree/main/vllm/model_executor/layers/quantization (fp8.py, modelopt.py, compressed_tensors, quark)
     """
@@ -33,9 +34,11 @@ def is_static(quantization: Quantization, module: str) -> bool:
         how = inputs.get("strategy") or "tensor", inputs.get("dynamic") or False
         return alike and how == (("tensor", False) if inputs.get("num_bits") == 8 else ("tensor_group", "local"))
     if method(quantization) == "quark":
-        said = quark_layer(quantization, module).get("input_tensors") or {}
+        layer = quark_layer(quantization, module)
+        said, weight = (one if isinstance(one := layer.get(key), Mapping) else {} for key in ("input_tensors", "weight"))
         known = {"qscheme": "per_tensor", "is_dynamic": False}
-        return said.get("dtype") in ("fp8_e4m3", "int8") and all(said.get(key) == value for key, value in known.items())
+        fits = not alike or said.get("dtype") == weight.get("dtype")
+        return fits and said.get("dtype") in ("fp8_e4m3", "int8") and all(said.get(key) == value for key, value in known.items())
     return algorithm_of(quantization, module) in _STATIC
 
 

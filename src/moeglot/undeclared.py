@@ -17,7 +17,7 @@ def undeclared(plan: Plan) -> Iterator[dict[str, Any]]:
     others = {module: parts["input_scale"] for module, (_, parts) in source.matrices.items() if "input_scale" in parts}
     left = {module: 1 for module, name in others.items() if name not in written} | _of_experts(plan)
     if left:
-        static = any(is_static(declared, module) for module in left)
+        static = any(is_static(declared, module, alike=False) for module in left)
         why = f"{source.format.name} has activations rounded under them, and the output's config.json has not" if static else "config.json does not use them"
         yield {"what": "scales of activations", "tensors": sum(left.values()), "why": why}
     if has_cache(declared) and not has_cache(said(plan.config)):

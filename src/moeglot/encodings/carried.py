@@ -15,8 +15,14 @@ def single_of(shape: tuple[int, ...], leading: int) -> tuple[int, ...]:
 
 
 def carried_parts(found: Mapping[str, Stored], names: tuple[str, ...], leading: int) -> tuple[Part, ...]:
-    """The parts of these names that a file has, each one number for a matrix."""
-    return tuple(Part(name, (found[name][0],), (WHOLE, WHOLE), single=single_of(found[name][1], leading)) for name in names if name in found)
+    """The parts of these names that a file has, each one number for a matrix, or for all that a stored tensor holds."""
+    return tuple(_part(name, *found[name], leading) for name in names if name in found)
+
+
+def _part(name: str, dtype: str, shape: tuple[int, ...], leading: int) -> Part:
+    if len(shape) < leading:
+        return Part(name, (dtype,), (WHOLE, WHOLE), shape, shared=True)
+    return Part(name, (dtype,), (WHOLE, WHOLE), single=single_of(shape, leading))
 
 
 def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:

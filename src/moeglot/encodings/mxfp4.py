@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import Encoding, Part, Parts, Stored
+from moeglot.encodings.carried import carried_of, carried_parts, carried_problem, carries, without_carried
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
 from moeglot.survival import Survival
@@ -45,6 +46,8 @@ class MXFP4(Encoding):
     container: Container = "blocks"
     scale: Literal["U8", "F8_E8M0"] | None = None
     """Its type; None stands, in a spec, for whichever the file has, and means the container's usual one to `encode`."""
+    carried: tuple[Part, ...] = ()
+    """The scale of activations in FP8, which Quark stores beside such weights."""
 
     name = "mxfp4"
 
@@ -53,17 +56,23 @@ class MXFP4(Encoding):
         usual = ("F8_E8M0", "U8") if self.container == "int8" else ("U8",)
         scale = Part("scale", (self.scale,) if self.scale else usual, (1, GROUP))
         if self.container == "blocks":
-            return (Part("packed", ("U8",), (1, GROUP), (GROUP // 2,)), scale)
-        return (Part("packed", ("I8",) if self.container == "int8" else ("U8",), (1, 2)), scale)
+            return (Part("packed", ("U8",), (1, GROUP), (GROUP // 2,)), scale, *self.carried)
+        return (Part("packed", ("I8",) if self.container == "int8" else ("U8",), (1, 2)), scale, *self.carried)
 
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> MXFP4:
-        return replace(self, scale="F8_E8M0" if found["scale"][0] == "F8_E8M0" else "U8") if self.container == "int8" else self
+        carried = carried_parts(found, ("input_scale",), leading)
+        scale: Literal["U8", "F8_E8M0"] = "F8_E8M0" if found["scale"][0] == "F8_E8M0" else "U8"
+        return replace(self, scale=scale if self.container == "int8" else self.scale, carried=carried)
+
+    @property
+    def bare_of_carried(self) -> MXFP4:
+        return replace(self, carried=())
 
     def like(self, other: Encoding) -> Encoding:
         if not isinstance(other, MXFP4):
             return self
         scale = other.scale if other.container == self.container else self.scale
-        return replace(self, scale_rule=other.scale_rule, ties=other.ties, scale=scale)
+        return replace(self, scale_rule=other.scale_rule, ties=other.ties, scale=scale, carried=other.carried)
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows = parts["scale"].shape[0]
@@ -77,6 +86,7 @@ class MXFP4(Encoding):
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         from moeglot.kernels import mxfp4
 
+        without_carried(self, self.carried)
         packed, scale = mxfp4.encode(values, self.scale_rule, self.ties)
         return self._contained(packed, scale)
 
@@ -100,7 +110,7 @@ class MXFP4(Encoding):
             return "has scales that are all zero beside codes that are not, as in a file that was never filled"
         if (bad := mxfp4.infinite(packed, scale)) is not None:
             return f"has scales of {bad}, under which codes are infinite"
-        return None
+        return carried_problem(parts, self.carried)
 
     def fits_in(self, other: Encoding) -> bool:
         if isinstance(other, Plain):
@@ -109,13 +119,13 @@ class MXFP4(Encoding):
 
     def recodes(self, other: Encoding) -> bool:
         """To another container; to NVFP4, whose scales are E4M3 times one float32."""
-        return isinstance(other, MXFP4 | NVFP4)
+        return isinstance(other, MXFP4 | NVFP4) and carries(self, other)
 
     def recode(self, parts: Parts, other: Encoding) -> Parts | None:
         """The same codes. For NVFP4, None if the powers of two lie further apart than E4M3's (2^-9 to 2^8)."""
         assert isinstance(other, MXFP4 | NVFP4)
         packed, scale = _blocks(parts)
-        return other._contained(packed, scale) if isinstance(other, MXFP4) else other.from_powers(packed, scale)
+        return carried_of({**parts, **other._contained(packed, scale)}, other) if isinstance(other, MXFP4) else other.from_powers(packed, scale)
 
     def common_codes(self, matrices: Sequence[Parts], other: Encoding) -> Encoding | None:
         return other.common_of_powers([_blocks(parts) for parts in matrices]) if isinstance(other, NVFP4) else other
@@ -136,14 +146,14 @@ class MXFP4(Encoding):
     def rescaled(self, parts: Parts, values: torch.Tensor, beyond: torch.Tensor) -> Parts:
         from moeglot.kernels.lattice import any_in, chosen
 
-        fresh = replace(self, scale_rule="ceil").encode(values)  # the other rules may choose one that does not reach
+        fresh = replace(self, scale_rule="ceil", carried=()).encode(values)  # the other rules may choose one that does not reach
         return {**parts, "scale": chosen(any_in(beyond, (1, GROUP)), fresh["scale"], parts["scale"])}
 
     def added(self, parts: Parts, left: torch.Tensor, right: torch.Tensor) -> tuple[Parts, Survival] | None:
         from moeglot.kernels import added
 
         found = added.added(*_blocks(parts), left, right, self.ties)
-        return None if found is None else (self._contained(*found[:2]), found[2])
+        return None if found is None else ({**parts, **self._contained(*found[:2])}, found[2])
 
     def undetermined(self, parts: Parts) -> int:
         """Groups whose largest code is at most 3, or zero: a smaller scale with larger codes has the same values."""
@@ -157,7 +167,7 @@ class MXFP4(Encoding):
         from moeglot.kernels import mxfp4
 
         packed, scale = _blocks(parts)
-        return self._contained(packed, (254 - scale).clamp(max=mxfp4.LAST_FINITE))
+        return {**parts, **self._contained(packed, (254 - scale).clamp(max=mxfp4.LAST_FINITE))}
 
     def __str__(self) -> str:
         return f"mxfp4:{next(name for name, rule in RULES.items() if rule == (self.scale_rule, self.ties))}"

@@ -175,6 +175,21 @@ LLM_COMPRESSOR_0_14 = Format(
     wrapped=False,
 )
 
+QUARK = Format(
+    "gpt-oss/quark",
+    FAMILY,
+    (
+        Stored(NUMBERED + "gate_up_proj.weight", ("gate", "up"), "(i p) h"),
+        Stored(NUMBERED + "down_proj.weight", ("down",), "h i"),
+        Stored(NUMBERED + "gate_up_proj.bias", ("gate_bias", "up_bias"), "(i p)"),
+        Stored(NUMBERED + "down_proj.bias", ("down_bias",), "h"),
+    ),
+    source="https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/gpt_oss.py",  # _load_weights_quark
+    about="AMD's releases in MXFP4 with activations in FP8: one Linear an expert, gate and up interleaved as in OpenAI's",
+    reads="vLLM",
+    wrapped=False,
+)
+
 UNSLOTH = Format(
     "gpt-oss/unsloth",
     FAMILY,
@@ -191,4 +206,4 @@ UNSLOTH = Format(
     wrapped=False,
 )
 
-FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, LLM_COMPRESSOR_0_14, UNSLOTH, DEQUANTIZED)
+FORMATS = (OPENAI, ORIGINAL, TRANSFORMERS, LLM_COMPRESSOR, LLM_COMPRESSOR_0_14, QUARK, UNSLOTH, DEQUANTIZED)
