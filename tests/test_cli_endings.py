@@ -95,6 +95,7 @@ def test_a_file_that_does_not_fit_leaves_nothing(small, tmp_path):
 
     def least():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # Python would keep the part that fits, and every later process would fail on it
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
     told = refused("fingerprint", small, "-o", tmp_path / "print.json", error="OSError", preexec_fn=least)

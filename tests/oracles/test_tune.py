@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -387,12 +388,14 @@ def test_what_a_broken_disk_leaves_of_a_run_is_named(what, few, tmp_path):
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, kept = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    sys.dont_write_bytecode = True  # Python would keep the part of a module's that fits, and every later process would fail on it
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = kept
 
 
 @pytest.mark.parametrize(("size", "name"), [(20_000, "adapter_model"), (400_000, "state")])
