@@ -65,10 +65,10 @@ def _shares(tensor: torch.Tensor, experts: int) -> Sequence[float] | None:
 
     norms = tensor.to(torch.float32).norm(dim=0)
     rank = norms.numel() // experts
-    if rank < 2 or experts < 2 or not bool((norms > 0).all()):
+    if rank < 2 or experts < 2:
         return None
     logs = norms.log()
     spread = logs.var(correction=0)
-    if not spread > 0:
+    if not spread > 0:  # NaN where a column is zero or infinite
         return None
     return [float(rearrange(logs, f"{axes} -> e r", e=experts).mean(dim=1).var(correction=0) / spread) for axes in ("(r e)", "(e r)")]

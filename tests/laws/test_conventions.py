@@ -240,3 +240,44 @@ def test_columns_cluster_by_expert():
     assert "cannot tell" in str(noise[0])
     assert cluster([torch.zeros(64, e * r)], e) is None
     assert cluster([torch.randn(64, e)], e) is None
+
+
+@pytest.mark.parametrize(("e", "r"), [(4, 4), (8, 4), (2, 16), (32, 2)])
+@pytest.mark.parametrize("tensors", [1, 9])
+def test_what_chance_gives_is_what_is_said_of_it(e, r, tensors):
+    """For columns of no order the difference of both shares has a third of what is stated as its standard deviation, whatever the sizes and however many."""
+    random = torch.Generator().manual_seed(e * r + tensors)
+    found = [cluster([torch.randn(64, e * r, generator=random) for _ in range(tensors)], e) for _ in range(300)]
+    spread = torch.tensor([one.rank_major - one.grouped for one in found]).std()
+    stated = found[0].chance / 3
+    assert 0.8 < float(spread) / stated < 1.25
+    assert {one.chance for one in found} == {found[0].chance}
+
+
+def test_one_that_lies_otherwise_is_counted():
+    """Norms of experts that differ, in eight tensors by rank and in one by expert; in what dtype, and with how many rows, is the same."""
+    e, r = 8, 4
+    loud = torch.exp(torch.randn(e, generator=torch.Generator().manual_seed(1)))
+    noise = torch.randn(16, e, r, generator=torch.Generator().manual_seed(2))
+    grouped = (noise * loud[:, None]).flatten(1)
+    rank_major = (noise * loud[:, None]).transpose(1, 2).flatten(1)
+    for major, fewer in ((rank_major, grouped), (grouped, rank_major)):
+        found = cluster([*[major] * 8, fewer], e)
+        assert (found.agreed, found.tensors, found.better) == (8, 9, "rank-major" if major is rank_major else "grouped")
+        assert found.json()["agreed"] == 8
+        assert f"{found.better} on 8 of 9 tensors" in str(found)
+    half = cluster([grouped.half()], e)
+    assert half.grouped == pytest.approx(cluster([grouped], e).grouped, abs=1e-3)
+    assert cluster([grouped * 1e-4], e).grouped == pytest.approx(cluster([grouped], e).grouped, abs=1e-3)  # how large they are says nothing
+    dead = grouped.clone()
+    dead[:, 5] = 0
+    assert cluster([dead], e) is None  # a column of zeros has no size
+    assert cluster([torch.randn(64, r)], 1) is None
+    assert cluster([torch.full((64, e * r), float("inf"))], e) is None
+    alike = cluster([torch.ones(64, e * r)], e)
+    assert alike is None or "cannot tell" in str(alike)
+    outlier = grouped.clone()
+    outlier[:, 9] *= 1e3
+    found = cluster([outlier], e)
+    assert found.better == "grouped"
+    assert found.margin > 0.1
