@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.digests import CHUNK, REQUEST, digests
 from moeglot.errors import BrokenFile, CheckpointError, NotVerified, OutputError, OutputExists, PickleRefused, UsageError
 from moeglot.remote import Remote, local_only, location
 from moeglot.source import read_source
@@ -46,6 +48,19 @@ def store(source: Path) -> Iterator[str]:
     READ.clear()
     yield "counted://models/gpt-oss"
     fs.rm("/models", recursive=True)
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, REQUEST, 2 * REQUEST + CHUNK // 2 + 1])
+def test_the_digest_of_a_file_is_that_of_all_of_its_bytes(size: int, tmp_path: Path) -> None:
+    """Whatever is read of it at a time, here and in a store."""
+    data = (b"moeglot" * (size // 7 + 1))[:size]
+    expected = hashlib.sha256(data).hexdigest()
+    (tmp_path / "file").write_bytes(data)
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/digests/file", data)
+    places = [location(tmp_path / "file"), location("memory://digests/file")]
+    assert digests(places, 2) == dict.fromkeys(places, expected)
+    fs.rm("/digests", recursive=True)
 
 
 def headers(source: Path) -> int:
