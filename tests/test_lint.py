@@ -341,6 +341,37 @@ def test_a_rope_that_an_older_release_takes_by_default(form, theta, tmp_path):
     assert "rope_theta" in findings(_with_rope_parameters(tmp_path / "c", 5e5, form))["misread by transformers 4.57"].figures["takes"]
 
 
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("form", "rope", "beside", "takes"),
+    [
+        ("gpt-oss/transformers", {"rope_type": "default", "rope_theta": 150_000}, {}, {"rope_scaling": YARN}),
+        ("gpt-oss/transformers", {**YARN, "rope_theta": 150_000}, {}, {}),
+        (HUB, {"rope_type": "default", "rope_theta": 10_000, "partial_rotary_factor": 0.5}, {}, {"partial_rotary_factor": 1.0}),
+        ("glm4-moe/hub", {"rope_type": "default", "rope_theta": 10_000, "partial_rotary_factor": 0.5}, {}, {}),
+        ("glm4-moe/hub", {"rope_type": "default", "rope_theta": 10_000, "partial_rotary_factor": 1.0}, {}, {"partial_rotary_factor": 0.5}),
+        (HUB, {"rope_type": "default", "rope_theta": 5e6}, {"rope_theta": 5e6}, {}),  # as one may write it for both
+        (HUB, {"rope_type": "default", "rope_theta": 5e6}, {"rope_theta": 1e6}, {"rope_theta": 1e6}),
+        ("qwen3-vl-moe/hub", {"rope_type": "default", "rope_theta": 1e6}, {}, {"rope_theta": 5e6}),
+        ("qwen3-vl-moe/hub", {"rope_type": "default", "rope_theta": 5e6}, {}, {}),
+        ("granitemoehybrid/hub", {"rope_type": "default", "rope_theta": 1e6}, {"position_embedding_type": "rope"}, {"rope_theta": 1e4}),
+        ("granitemoehybrid/hub", {"rope_type": "default", "rope_theta": 1e6}, {"position_embedding_type": "nope"}, {}),
+    ],
+)
+def test_what_an_older_release_takes_for_a_rope(form, rope, beside, takes, tmp_path):
+    folder = write_checkpoint(tmp_path / "a", form, SIZES, 1)
+    told = json.loads((folder / "config.json").read_text())
+    part = told.get("text_config", told)
+    for key in ("rope_theta", "rope_scaling"):
+        part.pop(key, None)
+    part |= {"rope_parameters": rope, **beside}
+    (folder / "config.json").write_text(json.dumps(told))
+    found = [one.figures["takes"] for one in moeglot.lint(folder, sample=False) if "takes" in one.figures]
+    assert found == ([takes] if takes else [])
+
+
 def _coded(path, coding, sizes, encode=None):
     moeglot.convert(write_checkpoint(path.parent / "before", HUB, sizes, 1), f"{HUB}+{coding}", path, encode=encode, allow_loss=True)
     return path
