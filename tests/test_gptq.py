@@ -223,6 +223,40 @@ def test_servers_find_what_is_left_alone_by_the_names_that_they_ask_for(target, 
     assert not any(".experts.0" in str(name) for name in said.get("modules_to_not_convert", said["dynamic"]))
 
 
+@pytest.mark.parametrize("target", ["awq", "gptq", "fp8-block"])
+def test_what_servers_make_of_several_matrices_is_listed_where_they_ask_for_it(target, tmp_path):
+    """DeepSeek's two first matrices of attention, and those of its shared experts; of three that make qkv_proj it has none. Others ask for each."""
+    source = write_checkpoint(tmp_path / "plain", "deepseek-v3/hub", {"e": 3, "h": 128, "i": 128, "q": 6}, 2)
+    said = moeglot.plan(source, f"deepseek-v3/hub+{target}").config["quantization_config"]
+    names = [f"model.layers.{n}.{name}" for n in range(2) for name in ("self_attn.fused_qkv_a_proj_with_mqa", "mlp.shared_experts.gate_up_proj")]
+    if target == "fp8-block":
+        assert not set(names) & set(said["modules_to_not_convert"])
+        assert all(leaves_alone(said, f"model.layers.1.self_attn.{name}") for name in ("q_a_proj", "kv_a_proj_with_mqa"))
+        return
+    assert all(skipped_by_servers(said, name) for name in names)
+    assert not skipped_by_servers(said, "model.layers.1.self_attn.qkv_proj")
+    assert not any(skipped_by_servers(said, f"model.layers.{n}.mlp.experts") for n in range(2))
+
+
+@pytest.mark.parametrize("target", ["awq", "gptq"])
+def test_one_matrix_of_each_expert_that_is_left_alone(target, tmp_path):
+    """What holds the experts is not, so that it is not named; each is."""
+    alone = re.compile(r".*layers\.1\..*down_proj")
+    where, meant = folder(tmp_path / "in", GPTQ | {"dynamic": {f"-:{alone.pattern}.*": {}}}, layers=2)
+    given, plain = load_file(where / "model.safetensors"), load_file(write_checkpoint(tmp_path / "plain", HUB, SIZES, 2) / "model.safetensors")
+    kept = {name: tensor for name, tensor in plain.items() if alone.match(name)}
+    assert len(kept) == SIZES["e"]
+    save_file({name: one for name, one in given.items() if not alone.match(name)} | kept, where / "model.safetensors", {"format": "pt"})
+    moeglot.convert(where, f"{HUB}+awq", tmp_path / "awq", allow_loss=True)
+    if target == "gptq":
+        moeglot.convert(tmp_path / "awq", f"{HUB}+gptq", tmp_path / "gptq", allow_loss=True)
+    assert agrees(tmp_path / target, meant | {name: one.float() for name, one in kept.items()})
+    said = json.loads((tmp_path / target / "config.json").read_text())["quantization_config"]
+    assert not any(skipped_by_servers(said, f"model.layers.{n}.mlp.experts") for n in range(2))
+    named = [f"model.layers.{n}.mlp.experts.{e}.{role}_proj" for n in range(2) for e in range(3) for role in ("gate", "up", "down")]
+    assert [name for name in named if skipped_by_servers(said, name)] == [f"model.layers.1.mlp.experts.{e}.down_proj" for e in range(3)]
+
+
 def test_awq_in_its_older_words(tmp_path):
     where, meant = folder(tmp_path / "in", OLD_AWQ | {"quant_method": "awq"}, awq=True, symmetric=False)
     assert agrees(where, meant)
