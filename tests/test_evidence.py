@@ -445,6 +445,27 @@ def test_a_grid_proves_the_orientation_of_random_weights(name, tmp_path):
     assert shares['down_proj is read as "i h"'] == 1
 
 
+def test_a_grid_that_is_nearly_met_is_not_lossless(tmp_path):
+    """One number of each row is off by the last bit of bfloat16."""
+    source = write_checkpoint(tmp_path / "random", "qwen3-moe/hub", {"h": 128, "i": 128})
+
+    def nearly(values: torch.Tensor) -> torch.Tensor:
+        found = mxfp4(values)
+        found[:, 7] = (found[:, 7].view(torch.int16) ^ (found[:, 7] != 0)).view(torch.bfloat16)
+        return found
+
+    found = look(copy(source, tmp_path / "nearly", ("down_proj.weight", nearly)))
+    assert not any(e.figures.get("lossless") for e in found.evidence)
+    assert grids(found)["down_proj"][1] != "mxfp4"
+
+
+@pytest.mark.parametrize(("name", "group", "levels", "top"), [("nvfp4", 16, [0.5, 1, 1.5, 2, 3, 4], 4), ("int4", 32, list(range(1, 9)), 8)])
+def test_a_grid_whose_largest_level_another_quantizer_does_not_use(name, group, levels, top, tmp_path):
+    source = write_checkpoint(tmp_path / "random", "qwen3-moe/hub", {"h": 128, "i": 128})
+    change = lambda t: rounded(t, group, levels, lambda amax: (amax / top).to(torch.bfloat16).float())  # noqa: E731
+    assert grids(look(copy(source, tmp_path / "decoded", ("down_proj.weight", change))))["down_proj"] == ("as declared", name)
+
+
 def test_a_grid_along_an_axis_that_no_reading_sums_over(tmp_path):
     """Sizes differ, so that no shape allows the other orientation: a producer may have quantized so, and nothing is contradicted."""
     source = write_checkpoint(tmp_path / "random", "qwen3-moe/hub", {"h": 128, "i": 64})

@@ -102,6 +102,15 @@ def test_an_expert_of_zeros_hides_no_other(plain):
     assert len(told) == 5
 
 
+def test_either_of_two_in_one_tensor_and_no_bias(tmp_path):
+    stacked = write_checkpoint(tmp_path / "a", STACKED, SIZES, 1)
+    change(stacked, lambda tensors: tensors["model.layers.0.mlp.experts.gate_up_proj"][3, 128:].mul_(700))
+    assert findings(stacked)["numbers"].figures["expert"] == 3
+    biased = write_checkpoint(tmp_path / "b", "gpt-oss/transformers", SIZES, 1)
+    change(biased, lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if name.endswith("proj_bias")])
+    assert "numbers" not in findings(biased)
+
+
 def test_experts_that_differ_as_trained_ones_do(plain):
     """Ten times as loud, and quiet ones; and what is not looked at, the middle of a model."""
     change(plain, lambda tensors: tensors["model.layers.1.mlp.experts.3.up_proj.weight"].mul_(10))
@@ -184,6 +193,7 @@ def test_rows_that_grouped_gemms_refuse(tmp_path):
     assert findings(folder)["rows not aligned"].figures["row_bytes"] == 72
     assert "down_proj" in findings(folder)["rows not aligned"].what
     assert "rows not aligned" not in findings(write_checkpoint(tmp_path / "b", HUB, {"e": 2, "h": 64, "i": 36}, 1, dtype=torch.float32))
+    assert "rows not aligned" not in findings(_coded(tmp_path / "c", "fp8-channel", {"e": 2, "h": 72, "i": 72}))  # in 16 bits, 144 bytes
 
 
 def test_a_layer_of_another_layout_for_multi_token_prediction(plain):
@@ -211,6 +221,11 @@ def test_a_layer_for_multi_token_prediction_that_is_stored_as_others_are(plain, 
     rest = {key: tensor for key, tensor in coded.items() if "layers.0.mlp.experts" not in key}
     save_file(rest | first | third(coded), tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
     assert "mixed layouts" not in findings(tmp_path / "fp8")
+
+
+def test_such_a_layer_that_is_counted_apart(plain):
+    change(plain, lambda tensors: tensors.update({"mtp.layers.0.mlp.experts.gate_up_proj": torch.ones(4, 256, 128).bfloat16()}))
+    assert "mtp.layers.{n}.mlp.experts.gate_up_proj" in findings(plain)["mixed layouts"].what
 
 
 def test_such_a_layer_whose_name_begins_with_its_number(tmp_path):
