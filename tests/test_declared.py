@@ -388,6 +388,7 @@ FAULTS = {
     "scales of 0 beside codes": lambda tensors: tensors[PROJECTION + "_scale_inv"].zero_(),
     "which are NaN in E4M3": lambda tensors: tensors[PROJECTION].view(torch.uint8)[0, 0].fill_(0x7F),
     f"{PROJECTION}_scale_inv is [3, 1], a matrix": lambda tensors: tensors.update({PROJECTION + "_scale_inv": torch.ones(3, 1)}),
+    f"{PROJECTION}: missing, and {PROJECTION}_scale_inv means nothing": lambda tensors: tensors.pop(PROJECTION),
     f"{PROJECTION}_scale_inv: missing": lambda tensors: tensors.pop(PROJECTION + "_scale_inv"),
     "e_score_correction_bias has NaN": lambda tensors: tensors["model.layers.0.mlp.gate.e_score_correction_bias"][1].fill_(torch.inf),
 }

@@ -8,7 +8,6 @@ from moeglot.checkpoint import Checkpoint
 from moeglot.coding import said
 from moeglot.declared import dense_encoding
 from moeglot.dense import DecodedTensor, HubTensor
-from moeglot.dtypes import WEIGHT_DTYPES
 from moeglot.errors import BadNumbers, TensorMismatch
 from moeglot.mapped import let_go
 
@@ -36,8 +35,8 @@ def unsound(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _lacking(checkpoint: Checkpoint, name: str, tensor: HubTensor) -> str | None:
-    """The first part that codes of this name, declared in config.json, do not have beside them."""
-    for coding in checkpoint.codings if tensor.dtype not in WEIGHT_DTYPES else ():
+    """The first part that codes or scales of this name, declared in config.json, do not have beside them."""
+    for coding in checkpoint.codings:
         module, mine = coding.module(name) or ("", "")
         encoding = dense_encoding(said(checkpoint.source.config), coding, module, checkpoint.format.family) if module else None
         if encoding and any(part.name == mine and tensor.dtype in part.dtypes for part in encoding.parts):
