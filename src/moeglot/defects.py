@@ -13,6 +13,7 @@ from moeglot.encodings.bnb4 import BNB4
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.int4 import INT4
 from moeglot.encodings.int8 import INT8
+from moeglot.family import dig
 from moeglot.rules import method
 
 
@@ -82,6 +83,13 @@ DEFECTS = (
         "transformers 5.23",
         "save_pretrained after loading writes bfloat16 under the names of blocks, without scales; save_original_format=False is right",
         lambda c: _native(c),
+    ),
+    Defect(
+        "transformers 5.5",
+        "it and 4.57 compute with alpha 1.702 and limit 7 whatever config.json says, without a word; `moeglot.load` refuses it there, but for native=True",
+        lambda c: (
+            c.format.family.name == "gpt-oss" and any(dig(c.config, key) not in (None, usual) for key, usual in c.format.family.activation.numbers.values())
+        ),
     ),
     Defect(
         "transformers 5.5", "on a CPU it drops the FP8 scales: after .to(bfloat16) the experts are too large by their inverse", lambda c: _coded(c, "fp8-block")

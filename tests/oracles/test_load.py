@@ -231,6 +231,32 @@ def test_4_57_leaves_fused_experts_random(tmp_path):
     assert relative(logits(moeglot.load(folder)), logits(live)) <= LIMIT
 
 
+@pytest.mark.parametrize(("key", "value"), [("swiglu_limit", 1.5), ("swiglu_alpha", 1.0)])
+def test_gpt_oss_with_other_numbers_than_the_release(key, value, tmp_path):
+    """Before 5.23 its modules have numbers of their own: the model that transformers loads alone answers as if config.json said nothing."""
+    live, out = folder_of("gpt-oss", "transformers", tmp_path)
+    for parameter in live.parameters():
+        parameter.data.mul_(2)  # or nothing is clamped
+    live.save_pretrained(out)
+    assert not any("whatever config.json says" in finding.what for finding in moeglot.lint(out))
+    said = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**said, key: value}))
+    assert any("whatever config.json says" in finding.what for finding in moeglot.lint(out))
+    stock = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
+    native = moeglot.load(out, "float32", native=True)
+    if VERSION < (5, 23):
+        assert relative(stock, logits(live)) <= LIMIT
+        with pytest.raises(
+            UsageError, match=rf"computes gpt-oss with {key.removeprefix('swiglu_')} (7|1.702), config.json says {value:g}\n.*GptOssExperts.*\n.*native=True"
+        ):
+            moeglot.load(out, "float32")
+        assert relative(logits(native), stock) > POWER
+    else:
+        assert relative(stock, logits(live)) > POWER
+        assert relative(logits(moeglot.load(out, "float32")), stock) <= LIMIT
+        assert relative(logits(native), stock) <= LIMIT
+
+
 def test_fp8_with_a_short_last_block_on_a_cpu(tmp_path):
     """192 rows under blocks of 128: 4.57 refuses a CPU, 5.5 wants kernels that a CPU has not, 5.23 takes the block for 96, in silence.
 

@@ -19,10 +19,11 @@ from moeglot.certificate import write_json
 from moeglot.checkpoint import Checkpoint, open
 from moeglot.dtypes import DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
+from moeglot.experts import Expert
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
-from moeglot.integrations.transformers import BUILDING, READS, in_our_words, key_name, model_class
+from moeglot.integrations.transformers import BUILDING, READS, experts_of, in_our_words, key_name, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.share import Rank
@@ -64,6 +65,8 @@ def load(
     cls = model_class(config)
     with torch.device("meta"), BUILDING, in_our_words(checkpoint):
         empty = cls(config)
+    if not native:
+        _check_numbers(checkpoint, empty)
     modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     chosen = layout(checkpoint, modules, kind)
     state = state_dict(chosen, kind)
@@ -108,6 +111,17 @@ def _check_native(chosen: Plan, modules: Mapping[str, tuple[int, ...]], device: 
         raise UsageError(f"device_map={places['device_map']} with ep_size", "each process has a device of its own", "pass device=")
     _one_of(device, places)
     transformers_placement.check(places["device_map"], [transformers_native.path_of(chosen, layer) for layer in chosen.source.layers], modules)
+
+
+def _check_numbers(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Raises `UsageError` where the modules compute with other numbers than config.json says: gpt-oss's before 5.23 have their own."""
+    for layer, (module, *_) in experts_of(model).items():
+        said = Expert.of(checkpoint.format.family, checkpoint.config, layer).numbers
+        for name, number in said.items():
+            if (found := getattr(module, name, None) or number) != number:
+                wrong = f"{INSTALLED} computes {checkpoint.format.family.name} with {name} {found:g}, config.json says {number:g}"
+                known = f"its {type(module).__name__} has a number of its own; the experts of layer {layer} would answer otherwise, without a word"
+                raise UsageError(wrong, known, "pass native=True, install a newer transformers (5.23 reads it), or check config.json against the producer's")
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> DType:
