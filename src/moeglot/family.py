@@ -115,6 +115,7 @@ class Family:
     `words`: config key -> a word that transformers 5 writes in its list -> the release's word, which every version reads. `parts`: config key -> the
     only keys that the readers of that part know, where they refuse any other. `elsewhere`: a part that config.json may lack -> the parts and keys that then
     say the same, or none where its keys are at the top.
+    `idle`: the config key of how many more ids the router has, which stand for experts without numbers: a token that is sent there stays as it is.
     `second`: which layers have the second group of experts, where a rule of its own says so; they must be the same layers.
     `unverified`: why nobody could compare this family with a real module or file, if so.
     """
@@ -131,6 +132,7 @@ class Family:
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    idle: str = ""
     second: SparseLayers | None = None
     unverified: str = ""
 
@@ -153,6 +155,11 @@ class Family:
     def count(self, config: Config) -> int:
         """How many layers the model has, with and without experts."""
         return int(dig(config, self.sparse.count))
+
+    def idle_experts(self, config: Config) -> int:
+        """How many ids stand for experts without numbers."""
+        found = dig(config, self.idle) if self.idle else None
+        return found if isinstance(found, int) else 0
 
     def held_layers(self, config: Config, share: Share | None) -> tuple[int, ...]:
         """Numbers of the layers that have experts in the files of one process, or of all; raises `Contradiction` where share and config cannot both be."""

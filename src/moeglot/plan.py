@@ -34,7 +34,21 @@ from moeglot.share import Asked, Share
 from moeglot.sizes import parse_size
 from moeglot.steps import DenseUnit, ExpertUnit, Step, Unit
 from moeglot.survival import Survival
-from moeglot.targets import arranged, dtype_note, encoding_named, encoding_of, keeping, keeps, own, quantization, rounds_inputs, shared, twin, variant
+from moeglot.targets import (
+    arranged,
+    dtype_note,
+    encoding_named,
+    encoding_of,
+    keeping,
+    keeps,
+    own,
+    quantization,
+    refuse_short,
+    rounds_inputs,
+    shared,
+    twin,
+    variant,
+)
 from moeglot.torch_dist.writing import DistFile, plan_files
 
 if TYPE_CHECKING:
@@ -149,6 +163,7 @@ def plan(
     if target.alone != source.format.alone:
         reason = target.alone or source.format.alone
         raise UsageError(f"{source.format.name} cannot become {target.name}", reason, "have the library that reads both load the one and save the other")
+    refuse_short(source, target)
     Expert.of(source.format.family, source.config)  # what it computes is known, or the output could not be verified
     source = shared(source, target, share)
     target, kept = arranged(source, target), None

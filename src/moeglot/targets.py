@@ -74,6 +74,22 @@ def own(form: Format, wanted: Encoding | None) -> Format:
     return able[0]
 
 
+def short_of(source: Checkpoint, target: Format) -> int:
+    """For how many experts without numbers transformers' modules have rows of gate and up, too, where the target stacks those that have some."""
+    return 0 if all(line.per_expert for line in target.stored) else target.family.idle_experts(source.config)
+
+
+def refuse_short(source: Checkpoint, target: Format) -> None:
+    """Raises `UsageError` for stacked experts that transformers would load no fewer of."""
+    if idle := short_of(source, target):
+        known = (
+            f"config.json says {target.family.idle} = {idle}; the experts module of transformers 5 has rows for these, too, which no file has and nothing reads"
+        )
+        able = [form.name for form in of_family(target.family) if form.is_plain and not short_of(source, form)]
+        do = f"pass --to {able[0]}, which moeglot.load and transformers 4.57 read"
+        raise UsageError(f"transformers would not load {target.name} of this model", known, do)
+
+
 def shared(source: Checkpoint, target: Format, share: Share | None) -> Checkpoint:
     """The source, or what of it the share that is asked for holds; raises `UsageError` where the target is for whole models, or has no such file."""
     if not (mine := share or source.share):

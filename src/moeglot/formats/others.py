@@ -35,7 +35,9 @@ DOTS3 = replace(family("dots3-note", under="text_config", e=ROUTED, sparse=first
 DOTS3_TEXT = family("dots3-note-text", folder="dots3_note", e=ROUTED, sparse=first_dense(default=1))
 OMNI = family("qwen3-omni-moe", under="thinker_config.text_config", e=EXPERTS, sparse=QWEN)
 THINKER = family("qwen3-omni-moe-thinker", folder="qwen3_omni_moe", under="text_config", e=EXPERTS, sparse=QWEN)
-LONGCAT = family("longcat-flash", e=ROUTED, i=("expert_ffn_hidden_size", "moe_intermediate_size"), sparse=SparseLayers(count="num_layers"))
+LONGCAT = replace(
+    family("longcat-flash", e=ROUTED, i=("expert_ffn_hidden_size", "moe_intermediate_size"), sparse=SparseLayers(count="num_layers")), idle="zero_expert_num"
+)
 SPEECH = nested(replace(nemotron_h.FAMILY, name="nemo-speechlm", model_types=("nemo_speechlm",)), "text_config")
 
 SPEECH_HUB, SPEECH_MEMORY = "llm.model.layers.{layer}.mixer.experts.", NESTED + "mixer.experts."

@@ -24,11 +24,11 @@ from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
 from moeglot.integrations.transformers import BUILDING, READS, experts_of, in_our_words, key_name, model_class
-from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, refusal, state_dict
+from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, idle_rows, refusal, state_dict
 from moeglot.plan import Plan, plan
 from moeglot.share import Rank
 from moeglot.source import read_json
-from moeglot.targets import float_type
+from moeglot.targets import float_type, short_of
 
 SHOWN = 3
 LOADED = ("float32", "bfloat16", "float16")
@@ -69,7 +69,7 @@ def load(
         _check_numbers(checkpoint, empty)
     modules = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     chosen = layout(checkpoint, modules, kind)
-    state = state_dict(chosen, kind)
+    state = state_dict(chosen, kind) | idle_rows(chosen, modules, kind)
     places = {name: options[name] for name in transformers_placement.PLACING if native and name in options}
     if native:
         transformers_native.check(chosen, modules, empty, native.encode, native.kept)
@@ -146,7 +146,7 @@ def layout(checkpoint: Checkpoint, modules: Mapping[str, tuple[int, ...]], dtype
 
     `modules`: name -> shape of the live tensors.
     """
-    plans = [plan(checkpoint, form.name, encode=dtype.torch_name) for form in layouts(checkpoint.format)]
+    plans = [plan(checkpoint, form.name, encode=dtype.torch_name) for form in layouts(checkpoint.format) if not short_of(checkpoint, form)]
     if not plans:
         raise UsageError(
             f"{INSTALLED} reads no format of {checkpoint.format.family.name} that {checkpoint.format.name} can become",

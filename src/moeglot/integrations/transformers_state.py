@@ -21,6 +21,7 @@ from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, MoeglotError
 from moeglot.floats import values
+from moeglot.formats import of_family
 from moeglot.plan import Plan
 from moeglot.steps import Step
 
@@ -91,6 +92,21 @@ def _experts(source: Checkpoint, step: Step, dtype: DType) -> list[Lazy]:
         return [Lazy(line.keys(step.layer, expert)["value"], shape, dtype, partial(_slice, source, step, expert, dtype)) for expert in range(sizes["e"])]
     some = partial(_stacked, source, step, dtype)
     return [Lazy(line.keys(step.layer)["value"], torch.Size(line.shape(sizes)), dtype, lambda: some(range(sizes["e"])), some)]
+
+
+def idle_rows(plan: Plan, modules: Mapping[str, tuple[int, ...]], dtype: DType) -> dict[str, Lazy]:
+    """Name -> zeros, for experts without numbers of which the live modules hold some matrices all the same, which nothing reads. `modules`: name -> shape."""
+    family, sizes = plan.target.family, plan.source.sizes
+    idle = range(sizes["e"], sizes["e"] + family.idle_experts(plan.source.config))
+    stacked = [line for form in of_family(family) if form.is_plain for line in form.stored if not line.per_expert and idle]
+    lines = [(line, modules.get(line.keys(layer)["value"], (0,))[0]) for line in stacked for layer in plan.source.layers]
+    held = {role for line, rows in lines if rows == idle.stop for role in line.roles}
+    found = {}
+    for step in plan.steps:
+        shape = step.line.expert_shape(sizes)
+        for name in [step.line.keys(step.layer, expert)["value"] for expert in idle if held >= set(step.line.roles)]:
+            found[name] = Lazy(name, torch.Size(shape), dtype, partial(torch.zeros, shape, dtype=dtype.torch, device="cpu"))
+    return found
 
 
 def _slice(source: Checkpoint, step: Step, expert: int, dtype: DType) -> torch.Tensor:
