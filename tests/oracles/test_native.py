@@ -195,9 +195,10 @@ def test_a_state_dict_is_assigned_to_placeholders(whole, tmp_path):
         assert torch.equal(families.logits(model), expected)
 
 
+@pytest.mark.parametrize("away", [0, 7, -1, -9], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_experts_that_live_elsewhere_are_skipped(backend, tmp_path):
-    """The contract of expert parallelism: local ids, and num_experts for all others; the parts add up to the whole."""
+def test_experts_that_live_elsewhere_are_skipped(backend, away, tmp_path):
+    """The contract of expert parallelism: local ids, and num_experts for all others; any id that is none of ours means that. The parts add up to the whole."""
     from moeglot.nn import Experts
 
     live = model_of("gpt-oss", "square")
@@ -212,7 +213,13 @@ def test_experts_that_live_elsewhere_are_skipped(backend, tmp_path):
         here = (index >= some.start) & (index < some.stop)
         module = Experts.of(checkpoint, layer, experts=some, backend=backend)
         assert module.num_experts == len(some)
-        parts.append(module(hidden, torch.where(here, index - some.start, len(some)), torch.where(here, weights, torch.nan)))
+        ids = torch.where(here, index - some.start, len(some) + away if away >= 0 else away)
+        parts.append(module(hidden, ids, torch.where(here, weights, torch.nan)))
+        if backend != "reference":
+            given = hidden.clone().requires_grad_()
+            module(given, ids.int(), torch.where(here, weights, torch.nan)).sum().backward()
+            assert bool(given.grad.isfinite().all())
+            assert torch.equal(given.grad.any(-1), here.any(-1))
     assert relative(sum(parts), whole) <= LIMIT
     assert relative(parts[0], whole) > POWER
 

@@ -103,7 +103,11 @@ class Experts(torch.nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch types it not; a compiler has nothing to gain in kernels that are compiled
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """hidden_states [..., h], top_k_index int [t, k], top_k_weights [t, k] -> [..., h]; raises `UsageError` for other shapes."""
+        """hidden_states [..., h], top_k_index int [t, k], top_k_weights [t, k] -> [..., h]; raises `UsageError` for other shapes.
+
+        An id that none of these experts has, below 0 or num_experts and above, stands for one that lives elsewhere, whatever the backend: it adds nothing, and
+        its weight is not read. Nothing looks whether any is there, since a GPU would have to be waited for.
+        """
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         index, weights = top_k_index.flatten(0, -2), top_k_weights.flatten(0, -2)
         if index.shape != weights.shape or len(index) != len(flat):
