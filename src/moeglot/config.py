@@ -167,6 +167,28 @@ def differing(mine: Config, theirs: Config, path: str = "") -> Iterator[tuple[st
             yield f"{path}{key}", here, there
 
 
+def against_default(mine: Config, theirs: Config, family: Family) -> Iterator[tuple[str, Any, Any]]:
+    """As `differing`, of what experts compute with, where one config alone says it: the other means the family's default."""
+    said = family.activation
+    for key, default in (said.function, *said.numbers.values()):
+        here, there = (dig(config, key) if key else None for config in (mine, theirs))
+        if key and (here is None) != (there is None):
+            value = here if there is None else there
+            each = [one or float("inf") for one in value] if isinstance(value, list) else [value]  # 0 and null are no limit
+            if any(one != default for one in each):
+                yield key, default if here is None else here, default if there is None else there
+
+
+def alone(mine: Config, theirs: Config, path: str = "") -> Iterator[str]:
+    """The keys that one of two configs in the Hub's form says and the other does not, whatever the other's reader takes then."""
+    for key in [key for key in {**mine, **theirs} if key not in BOOKKEEPING]:
+        here, there = mine.get(key), theirs.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from alone(here, there, f"{path}{key}.")
+        elif (here is None) != (there is None):
+            yield f"{path}{key}"
+
+
 def declared_dtype(config: Config) -> str | None:
     """config.json's own word on its float type."""
     return config.get("dtype") or config.get("torch_dtype")

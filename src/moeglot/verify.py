@@ -10,7 +10,7 @@ from moeglot.checkpoint import Checkpoint, open
 from moeglot.checks import Check, Progress, Report, each_expert
 from moeglot.coding import said
 from moeglot.compared import compared
-from moeglot.config import differing
+from moeglot.config import against_default, alone, differing
 from moeglot.dense import DecodedTensor, DenseTensor, HubTensor
 from moeglot.divided import alongside
 from moeglot.errors import BadNumbers, Contradiction, MoeglotError, TensorMismatch
@@ -19,6 +19,9 @@ from moeglot.forward import Side, checkpoint_side, forward
 from moeglot.gathered import Gathered
 from moeglot.served import has_cache, is_of_cache
 from moeglot.unsound import unsound
+
+SHOWN = 4
+"""Keys of config.json that a line names."""
 
 
 def verify(
@@ -170,11 +173,17 @@ def _same(a: DenseTensor, b: DenseTensor) -> bool:
 
 
 def settings(subject: Checkpoint, other: Checkpoint) -> Check:
-    """What both config.json say, under the Hub's keys, is the same; a key that only one of them has is taken for the other's default."""
-    found = [f"{key} is {here!r}, there {there!r}" for key, here, there in differing(subject.config, other.config)]
+    """What both config.json say, under the Hub's keys, is the same, and what experts compute with is the other's default where only one says it.
+
+    Of other keys that only one has nobody here knows the default: they are told, and do no harm.
+    """
+    both, family = (subject.config, other.config), subject.format.family
+    found = [f"{key} is {here!r}, there {there!r}" for key, here, there in (*differing(*both), *against_default(*both, family))]
     if found:
         return Check("structure", "does not hold", "config.json", f"{found[0]} ({len(found)} key{'s' * (len(found) > 1)})", {"unequal": len(found)})
-    return Check("structure", "holds", "config.json", "what both say is the same", {"unequal": 0})
+    keys = sorted(alone(*both))
+    told = f"; {len(keys)} that one alone says are taken for the other's defaults: {', '.join(keys[:SHOWN])}{' …' * (len(keys) > SHOWN)}" if keys else ""
+    return Check("structure", "holds", "config.json", f"what both say is the same{told}", {"unequal": 0, "alone": keys})
 
 
 def compare(a: Checkpoint | str | Path, b: Checkpoint | str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:

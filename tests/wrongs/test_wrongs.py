@@ -201,6 +201,23 @@ def test_a_config_that_computes_something_else(tmp_path, key, value):
         assert wrong.detail.endswith("(1 key)")
 
 
+@pytest.mark.parametrize(("key", "default", "value"), [("swiglu_limit", 7.0, 3.0), ("swiglu_alpha", 1.702, 1.0)])
+def test_a_config_that_does_not_say_what_the_other_says(tmp_path, key, default, value):
+    """The experts of the one compute with the family's default: no tensor tells, and comparing values sees it in config.json alone."""
+    shutil.copytree(BUNDLED, tmp_path / "a")
+    shutil.copytree(BUNDLED, tmp_path / "b")
+    config = {name: said for name, said in json.loads((tmp_path / "a" / "config.json").read_text()).items() if name != key}
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "rope_theta": None}))
+    for said, verdict in ((value, "does not hold"), (default, "holds")):
+        (tmp_path / "a" / "config.json").write_text(json.dumps({**config, key: said}))
+        for pair in (("a", "b"), ("b", "a")):
+            report = moeglot.compare(*(tmp_path / name for name in pair))
+            (check,) = (check for check in report.checks if check.what == "config.json")
+            assert (report.verdict, check.verdict) == (verdict, verdict)
+            assert verdict == "holds" or check.detail.startswith(f"{key} is {value if pair[0] == 'a' else default}, there ")
+            assert verdict != "holds" or ("rope_theta" in check.figures["alone"] and f"defaults: rope_theta, {key}" in check.detail)
+
+
 def saturating_rule(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """axolotl 0.19's floor(log2(amax / 6)): the largest numbers of nearly every group are clipped."""
     groups = values.float().unflatten(-1, (-1, 32))
