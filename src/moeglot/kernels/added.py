@@ -55,11 +55,11 @@ class _Room(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, groups: int) -> _Room:
-        floats = (torch.empty(rows, groups * GROUP, dtype=torch.float32, device="cpu") for _ in range(3))
-        return cls(*floats, torch.empty(rows, groups * GROUP // 2, dtype=torch.int32, device="cpu"))
+        weight, change, total = torch.empty(3, rows, groups * GROUP, dtype=torch.float32, device="cpu")
+        return cls(weight, change, total, torch.empty(rows, groups * GROUP // 2, dtype=torch.int32, device="cpu"))
 
     def cut(self, rows: int) -> _Room:
-        return _Room(*(one[:rows] for one in self))
+        return _Room(self.weight[:rows], self.change[:rows], self.total[:rows], self.words[:rows])
 
 
 def _runs(rows: int, groups: int) -> list[slice]:

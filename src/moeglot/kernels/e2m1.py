@@ -88,12 +88,26 @@ def _table(ties: str, device: torch.device) -> torch.Tensor:
 
 def nearest(values: torch.Tensor, ties: str) -> torch.Tensor:
     """float32 [...] of any size, which may be overwritten -> u8 codes; the last bit but three is the sign, of zero too. NaN gets whichever code."""
-    index, table = values.contiguous().view(torch.int32), _table(ties, values.device)
+    return _found(values, ties, _table(ties, values.device))
+
+
+def rounded(values: torch.Tensor, ties: str) -> torch.Tensor:
+    """As `nearest` -> the numbers of the codes, float32."""
+    return _found(values, ties, _numbers(ties, values.device))
+
+
+def _found(values: torch.Tensor, ties: str, table: torch.Tensor) -> torch.Tensor:
+    index = values.contiguous().view(torch.int32)
     more = (index + REST).bitwise_right_shift_(KEPT) if ties == "even" else None
     index.bitwise_right_shift_(KEPT)
     if more is not None:
         index += more  # the same again, or one more where any other bit is set
     return table.index_select(0, index.bitwise_and_(len(table) - 1).view(-1)).view(values.shape)
+
+
+@cache
+def _numbers(ties: str, device: torch.device) -> torch.Tensor:
+    return _levels().to(device)[_table(ties, device).int()]
 
 
 @cache

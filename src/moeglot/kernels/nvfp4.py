@@ -165,8 +165,8 @@ def _global(groups: Sequence[torch.Tensor], rules: Rules) -> tuple[torch.Tensor,
     while True:
         for witness in witnesses:
             guesses = guesses[_fit(witness.unsqueeze(0), guesses, rules)[1][0]]
-        if not len(guesses):
-            return usual, False
+            if not len(guesses):
+                return usual, False
         witnesses = _refuting(groups, guesses[0], rules)
         if not len(witnesses):
             return guesses[0], True
@@ -186,21 +186,35 @@ def _fit(groups: torch.Tensor, by: torch.Tensor, rules: Rules) -> tuple[torch.Te
     """groups float32 [n, 16], globals [k] -> scales [n, k] that reproduce a group, the usual ones where none does, and bool [n, k]: whether one does."""
     amax = groups.abs().amax(-1, keepdim=True)
     scale = rules.group(amax, by)
-    done = _reproduced(groups.unsqueeze(1), scale, by, rules)
+    done = _reproduced_among(groups, amax, scale, by, rules, None)
     for code in reversed(e2m1.E2M1[1:]):
         if bool(done.all()):
             break
         other = rounded(amax * by / code if rules.divides else amax / by / code)
-        better = ~done & (other > 0) & _reproduced(groups.unsqueeze(1), other, by, rules)
+        better = _reproduced_among(groups, amax, other, by, rules, ~done & (other > 0))
         scale, done = torch.where(better, other, scale), done | better
     return scale, done
+
+
+def _reproduced_among(
+    groups: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules, wanted: torch.Tensor | None
+) -> torch.Tensor:
+    """groups [n, 16], their largest magnitudes [n, 1], scale [n, k], globals [k] -> bool [n, k]; the largest alone rules out nearly all that fail."""
+    factor = rules.factor(scale, by)
+    likely = e2m1.rounded(amax / factor, "even").mul_(factor) == amax
+    likely = likely if wanted is None else likely & wanted
+    if wanted is None and bool(likely.all()):
+        return _reproduced(groups.unsqueeze(1), scale, by, rules)
+    group, guess = likely.nonzero().unbind(1)
+    return likely if not len(group) else likely.index_put((group, guess), _reproduced(groups[group], scale[group, guess], by[guess], rules))
 
 
 def _reproduced(groups: torch.Tensor, scale: torch.Tensor, by: torch.Tensor, rules: Rules) -> torch.Tensor:
     """groups [..., 16], scale [...] -> bool [...]: code × S is every number of the group."""
     factor = rules.factor(scale, by).unsqueeze(-1)
-    code = e2m1.nearest((groups / factor).abs_(), "even")
-    return (torch.tensor(e2m1.E2M1, dtype=torch.float32, device="cpu")[code.int()] * factor == groups.abs()).all(-1)
+    wrong = e2m1.rounded(groups / factor, "even").mul_(factor) != groups
+    eight, others = wrong.view(torch.int64).unbind(-1)  # eight at a time
+    return (eight | others) == 0
 
 
 def power_of(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], rules: Rules) -> float | None:
