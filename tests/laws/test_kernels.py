@@ -21,7 +21,7 @@ from moeglot.encodings.mxfp4 import RULES, mxfp4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, UsageError
-from moeglot.kernels import backend, bits, threads
+from moeglot.kernels import added, backend, bits, threads
 from moeglot.kernels import mxfp4 as kernel
 from moeglot.kernels.alternate import widen
 
@@ -134,6 +134,22 @@ def test_mxfp4_multiplies_out_of_its_codes(shape, count):
     assert half.dtype == torch.bfloat16
     assert ((half - x.bfloat16().double() @ weight.mT).abs() <= 2**-8 * expected.abs().amax() + 1e-6 * magnitude).all()
     assert not ((wrong - expected).abs() <= 1e-4 * magnitude).all()
+
+
+@pytest.mark.parametrize("name", [name for name in backend.NAMES if name == "torch" or backend.installed()])
+def test_codes_are_taken_from_any_byte_on(name):
+    """Eight at a time where that is fast; a slice may begin between."""
+    random = torch.Generator().manual_seed(4)
+    packed, scale = torch.randint(0, 256, (40, 2, 16), generator=random, dtype=torch.uint8), torch.full((40, 2), 121, dtype=torch.uint8)
+    packed[:7, 1] &= 0xDD  # no code is 6 or 7
+    left, right = 0.01 * torch.randn(40, 3, generator=random), torch.randn(3, 64, generator=random)
+    shifted = torch.cat([packed.new_zeros(5), packed.flatten()])[5:].view(packed.shape)
+    groups = int((torch.maximum(packed & 7, packed >> 4 & 7).amax(-1) <= 5).sum())
+    with backend.using(name):
+        assert kernel.undetermined(packed.view(-1, 16)) == kernel.undetermined(shifted.view(-1, 16)) == groups
+        assert groups >= 7
+        for one, other in zip(added.added(packed, scale, left, right, "away"), added.added(shifted, scale, left, right, "away"), strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @needs_numba

@@ -37,7 +37,8 @@ def added(packed: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, right: 
     for some in runs:
         assert room
         torch.mm(left[some], right, out=(here := room.cut(some.stop - some.start)).change)
-        block = _block(packed[some].contiguous(), scale[some].contiguous(), here, ties)
+        codes = packed[some].clone(memory_format=torch.contiguous_format)  # they may lie at any byte, and are taken eight at a time
+        block = _block(codes, scale[some].contiguous(), here, ties)
         if block is None:
             return None
         to[some], to_scale[some] = block[:2]
