@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from streaming import SIZES, device, write_gpt_oss
 
 import moeglot
-from moeglot.carrying import Carrying
-from moeglot.convert import carry_out
+from moeglot.conversion.carrying import Carrying
+from moeglot.conversion.convert import carry_out
 from moeglot.kernels import backend
-from moeglot.plan import Plan, plan
-from moeglot.units import estimate
+from moeglot.planning.plan import Plan, plan
+from moeglot.planning.units import estimate
 
 RANK, STRENGTH = 16, 0.03
 """Of the adapter: its rank, and the size of its change relative to the weights."""

@@ -26,10 +26,10 @@ import torch  # noqa: E402
 from synthetic import write_checkpoint  # noqa: E402
 
 import moeglot  # noqa: E402
-from moeglot.convert import threads  # noqa: E402
+from moeglot.conversion.convert import threads  # noqa: E402
+from moeglot.conversion.stream import Engine  # noqa: E402
+from moeglot.conversion.work import Work  # noqa: E402
 from moeglot.integrations.ray import engine, memory_of  # noqa: E402
-from moeglot.stream import Engine  # noqa: E402
-from moeglot.work import Work  # noqa: E402
 
 TO = "gpt-oss/transformers"
 ROUNDS = 3

@@ -25,8 +25,8 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.checks import keep_heap_small
-from moeglot.stream import threads
-from moeglot.work import Work
+from moeglot.conversion.stream import threads
+from moeglot.conversion.work import Work
 
 
 @dataclass(frozen=True)

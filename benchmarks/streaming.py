@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 
 import moeglot
 from moeglot import scratch
-from moeglot.direct import Output
+from moeglot.files.direct import Output
 from moeglot.format import Format
 from moeglot.formats import by_name
 
@@ -253,7 +253,7 @@ def peer(source: Path, out: Path) -> float:
 
 def convert(source: Path, out: Path, workers: int, to: str) -> tuple[float, int, dict[str, tuple[int, float]]]:
     """Seconds, the peak of resident memory, and phase -> (peak of anonymous memory, seconds)."""
-    command = [sys.executable, "-m", "moeglot.cli", "convert", str(source), str(out), "--to", to, "--workers", str(workers), "--allow-loss"]
+    command = [sys.executable, "-m", "moeglot.cli.main", "convert", str(source), str(out), "--to", to, "--workers", str(workers), "--allow-loss"]
     os.sync()
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -333,7 +333,7 @@ def inspect(folder: Path) -> tuple[float, float]:
 
     Our modules are compiled once, as those of an installed package are, also where the environment says that Python writes no bytecode.
     """
-    command, found = [sys.executable, "-m", "moeglot.cli", "inspect", str(folder)], []
+    command, found = [sys.executable, "-m", "moeglot.cli.main", "inspect", str(folder)], []
     for _ in range(5):
         began, used = time.monotonic(), _processor_seconds()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})

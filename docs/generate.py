@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import moeglot
-from moeglot.coding import Coding
 from moeglot.codings import CODINGS
+from moeglot.codings.coding import Coding
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
 from moeglot.encodings import NAMES
 from moeglot.encodings.mxfp4 import RULES

@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-RUN = [sys.executable, "-m", "moeglot.cli"]
+RUN = [sys.executable, "-m", "moeglot.cli.main"]
 
 
 def run(*arguments, status: int = 0) -> subprocess.CompletedProcess:
@@ -21,7 +21,7 @@ def run(*arguments, status: int = 0) -> subprocess.CompletedProcess:
 
 def told(*arguments, status: int = 0) -> dict:
     """What --json prints, in this process: a new one imports torch anew."""
-    from moeglot.cli import main
+    from moeglot.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

@@ -69,7 +69,7 @@ def _die() -> None:
 
 
 def _child(job: dict[str, Any], answer: int) -> None:
-    from moeglot import cli
+    from moeglot.cli import main as cli
 
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -88,7 +88,7 @@ def _child(job: dict[str, Any], answer: int) -> None:
 
 def _serve() -> None:
     """Everything is imported once and no thread is started, so that a fork is a fresh process that need not import torch again."""
-    for name in ("torch", "einops", "moeglot.cli", "moeglot.kernels.mxfp4"):
+    for name in ("torch", "einops", "moeglot.cli.main", "moeglot.kernels.mxfp4"):
         importlib.import_module(name)
     for line in sys.stdin:
         reading, writing = os.pipe()

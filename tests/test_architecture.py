@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,59 +11,27 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "moeglot"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
-    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "remote", "share", "newfile", "sizes", "svg"},
-    {"encoding", "kernels", "grids", "rules"},
+    {"errors", "version", "dtypes", "rounding", "survival", "scratch", "share", "sizes"},
+    {"encoding", "kernels"},
     {"encoded"},
     {"encodings"},
     {"floats", "folding"},
     {"axes"},
     {"layout"},
-    {"straddled"},
-    {"coding", "family", "hf_quant_config", "said_again", "served"},
+    {"straddled", "family", "codings"},
     {"format"},
-    {"codings_compressed", "codings_quark", "codings_gptq"},
-    {"codings"},
     {"formats", "conventions"},
-    {"factors"},
-    {"mapped"},
-    {"shards", "config", "hub"},
-    {"direct", "views", "digests", "identity"},
-    {"torch_dist"},
-    {"foreign"},
-    {"source", "dense"},
-    {"hub_names", "declared"},
-    {"identify", "structure", "profiles", "outline"},
-    {"evidence"},
-    {"checkpoint", "gathered", "adapter_config", "adapter_evidence"},
-    {"divided"},
-    {"adapter_identify", "adapter_parts"},
-    {"adapter_targets"},
-    {"adapter"},
-    {"adapter_written", "adapter_proof"},
-    {"adapter_convert", "merging"},
-    {"checks", "experts", "loss", "unsound", "ropes"},
-    {"certified"},
-    {"misreadings", "left_alone", "targets", "defects"},
-    {"lint"},
-    {"dense_plan", "dist_plan", "steps"},
-    {"plan"},
-    {"forward", "compared", "pairs", "units", "parts", "undeclared", "outputs"},
-    {"stream"},
-    {"work"},
-    {"fingerprint"},
-    {"verify", "kept"},
-    {"beside"},
-    {"certificate"},
-    {"store", "carrying"},
-    {"convert"},
-    {"merge"},
-    {"report"},
-    {"cli_options", "nn", "curves"},
-    {"integrations", "inspection", "plots"},
+    {"factors", "experts"},
+    {"files"},
+    {"checkpoints"},
+    {"checks", "adapters"},
+    {"planning"},
+    {"verification"},
+    {"conversion"},
+    {"nn", "reports"},
+    {"integrations", "inspection"},
     {"live"},
-    {"demo", "cli_run", "cli_progress", "cli_where", "cli_ending"},
-    {"cli_tune", "cli_moments"},
-    {"cli_adapter", "cli_merge"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 )
@@ -70,32 +39,44 @@ LAYERS = (
 
 
 def module(path: Path) -> str:
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    """A file's name as an import says it, without `moeglot.`."""
+    return ".".join(part.removesuffix(".py") for part in path.relative_to(SOURCE).parts if part != "__init__.py")
+
+
+MODULES = {module(path) for path in FILES}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """(module of ours, whether only on demand inside a function) for every import of a file."""
+    """(module of ours, whether only on demand inside a function, or for types alone) for every import of a file."""
     tree = ast.parse(path.read_text())
-    inner = {id(node) for outer in ast.walk(tree) if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer) if node is not outer}
-    return [
-        (node.module.split(".")[1], id(node) in inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("moeglot.")
-    ]
+    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    inner = {id(node) for outer in later for node in ast.walk(outer) if node is not outer}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "moeglot":
+            within = node.module.split(".")[1:]
+            named = {".".join((*within, one.name)) for one in node.names} & MODULES
+            found += [(name, id(node) in inner) for name in named or ({".".join(within)} - {""})]
+    return found
 
 
 def test_imports_point_one_way():
     rank = {name: n for n, row in enumerate(LAYERS) for name in row}
     wrong = []
     for path in FILES:
-        if path.name == "__init__.py" and path.parent == SOURCE:
-            continue
-        for name, on_demand in imports(path):
-            allowed = on_demand and name in ("integrations", "kernels", "demo", "dtypes", "nn")
-            if rank[name] > rank[module(path)] and not allowed:
+        mine = module(path).split(".")[0]
+        for name, on_demand in imports(path) if mine else ():
+            allowed = on_demand and name.split(".")[0] == "integrations"
+            if rank[name.split(".")[0]] > rank[mine] and not allowed:
                 wrong.append(f"{path.relative_to(SOURCE)} imports {name}")
     assert not wrong
-    assert {module(path) for path in FILES} <= rank.keys() | {"__init__"}
+    assert {name.split(".")[0] for name in MODULES} - {""} == rank.keys()
+
+
+def test_no_file_needs_itself():
+    """Within a row and a package, too: what a file imports when it is imported never leads back to it."""
+    needs = {module(path): {name for name, on_demand in imports(path) if not on_demand} for path in FILES}
+    TopologicalSorter(needs).prepare()
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "formats" and p.name not in ("__init__.py", "lines.py")], ids=lambda p: p.stem)
@@ -103,7 +84,7 @@ def test_a_format_file_is_data(path):
     tree = ast.parse(path.read_text())
     logic = [type(node).__name__ for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.If, ast.While, ast.ClassDef, ast.Lambda, ast.Try))]
     assert not logic
-    assert {name for name, _ in imports(path)} <= {"encodings", "layout", "family", "format", "formats"}
+    assert {name.split(".")[0] for name, _ in imports(path)} <= {"encodings", "layout", "family", "format", "formats"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -11,7 +11,7 @@ from terminal import shown
 
 import moeglot
 from moeglot.demo import BUNDLED
-from moeglot.units import estimate
+from moeglot.planning.units import estimate
 
 
 @pytest.fixture(scope="module")

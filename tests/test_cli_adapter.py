@@ -10,9 +10,9 @@ from commands import run, told
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.adapter_config import AdapterConfig
+from moeglot.adapters.config import AdapterConfig
+from moeglot.checkpoints.structure import runs
 from moeglot.encodings.plain import Plain
-from moeglot.structure import runs
 
 
 @pytest.fixture(scope="module")

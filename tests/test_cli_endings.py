@@ -21,7 +21,7 @@ from terminal import shown
 
 import moeglot
 from moeglot.demo import BUNDLED
-from moeglot.fingerprint import Fingerprint
+from moeglot.verification.fingerprint import Fingerprint
 
 RUN = [sys.executable, "-m", "moeglot"]
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
@@ -48,7 +48,7 @@ def refused(*arguments, error, status=2, **elsewhere):
 
 def here(*arguments, status):
     """(standard output, standard error) of a command in this process."""
-    from moeglot.cli import main
+    from moeglot.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -223,7 +223,7 @@ def _saved(path, told):
 
 def test_labels_of_a_plot_lie_apart():
     """Two losses that are nearly the same, as after a short run."""
-    from moeglot.curves import drawn
+    from moeglot.reports.curves import drawn
 
     for losses, levels in (
         ([2.0, 1.0], {"before": 1.5, "after": 1.5001}),

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.checkpoints.identify import identify
 from moeglot.demo import BUNDLED
 from moeglot.encodings.fp8 import FP8
 from moeglot.errors import BadNumbers, BrokenFile, Contradiction, MoeglotError, TensorMismatch, UnknownFormat, UsageError
 from moeglot.experts import Expert
+from moeglot.files.source import read_source
 from moeglot.formats import FAMILIES
-from moeglot.identify import identify
-from moeglot.inspection import inspect_json
-from moeglot.report import dump
-from moeglot.source import read_source
+from moeglot.inspection.inspection import inspect_json
+from moeglot.reports.report import dump
 
 SIZES = {"e": 3, "h": 128, "i": 128}
 ATTENTION = "model.layers.0.self_attn.q_proj"

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import moeglot
-from moeglot import scratch, stream
+from moeglot import scratch
+from moeglot.checkpoints.dense import HubTensor
+from moeglot.conversion import stream
 from moeglot.demo import BUNDLED
-from moeglot.dense import HubTensor
-from moeglot.direct import LARGE, PIECE, Output
-from moeglot.mapped import let_go
-from moeglot.shards import Entry
+from moeglot.files.direct import LARGE, PIECE, Output
+from moeglot.files.mapped import let_go
+from moeglot.files.shards import Entry
 
 PAGE = 4096
 

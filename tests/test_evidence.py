@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.checkpoints.evidence import MARGIN, Evidence, Weighed, Z, decide, weigh
 from moeglot.demo import BUNDLED, write_turned
-from moeglot.evidence import MARGIN, Evidence, Weighed, Z, decide, weigh
 from moeglot.formats import PLAIN, gpt_oss
 
 QWEN3 = Path(__file__).parent / "golden" / "king-james-qwen3"
@@ -528,7 +528,7 @@ TWIN = replace(
 
 def test_numbers_decide_where_declarations_do_not(bf16, tmp_path, monkeypatch):
     """A format with the same keys, dtypes and shapes, concatenated where gpt-oss is interleaved."""
-    monkeypatch.setattr(sys.modules["moeglot.identify"], "PLAIN", (*PLAIN, TWIN))
+    monkeypatch.setattr(sys.modules["moeglot.checkpoints.identify"], "PLAIN", (*PLAIN, TWIN))
     one = moeglot.open(copy(bf16, tmp_path / "one"))
     assert one.format.name == "gpt-oss/transformers"
     assert "the numbers fit it and contradict gpt-oss/twin (" in one.evidence[-1]
@@ -543,7 +543,7 @@ def test_numbers_decide_where_declarations_do_not(bf16, tmp_path, monkeypatch):
 def test_one_of_several_is_chosen_where_all_others_are_contradicted(verdicts, monkeypatch):
     found = [Weighed((Evidence("channel", "all", verdict, "", "another" if verdict == "another reading" else None),), (), (0,), (0,)) for verdict in verdicts]
     candidates = [SimpleNamespace(n=n, format=SimpleNamespace(name=f"form {n}")) for n in range(3)]
-    monkeypatch.setattr(sys.modules["moeglot.evidence"], "weigh", lambda one: found[one.n])
+    monkeypatch.setattr(sys.modules["moeglot.checkpoints.evidence"], "weigh", lambda one: found[one.n])
     chosen = decide(candidates)
     assert (chosen is not None) == (sorted(verdicts) == ["another reading", "another reading", "as declared"])
     assert chosen is None or verdicts[chosen[0]] == "as declared"
@@ -553,7 +553,7 @@ def test_one_of_several_is_chosen_where_all_others_are_contradicted(verdicts, mo
 
 
 def inspect(*arguments: object, status: int) -> subprocess.CompletedProcess:
-    found = subprocess.run([sys.executable, "-m", "moeglot.cli", "inspect", *map(str, arguments), "--deep"], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-m", "moeglot.cli.main", "inspect", *map(str, arguments), "--deep"], capture_output=True, text=True)
     assert found.returncode == status, (found.stdout, found.stderr)
     return found
 

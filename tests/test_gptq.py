@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.coding import leaves_alone
+from moeglot.codings.coding import leaves_alone
+from moeglot.codings.rules import sparing, telling_apart
 from moeglot.errors import Contradiction, TensorMismatch, UnknownFormat
-from moeglot.rules import sparing, telling_apart
 
 HUB = "qwen3-moe/hub"
 SIZES = {"e": 3, "h": 64, "i": 64}

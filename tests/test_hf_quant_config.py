@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.coding import leaves_alone
+from moeglot.codings.coding import leaves_alone
 from moeglot.errors import Contradiction
 
 SIZES = {"e": 4, "h": 64, "i": 64}

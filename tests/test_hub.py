@@ -239,7 +239,7 @@ def test_inspect_fetches_headers_alone(hub: Hub, tmp_path: Path) -> None:
     """Two range requests for the weights, of a hundredth of their bytes or less in a real model; the report is that of the folder."""
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGINGFACE_")) and not key.upper().endswith("_PROXY")}
     told = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "moeglot.cli", "inspect", "--json"]
+    command = [sys.executable, "-m", "moeglot.cli.main", "inspect", "--json"]
     there = subprocess.run([*command, NAME], env={**kept, **told}, capture_output=True, text=True, check=True)
     here = subprocess.run([*command, str(BUNDLED)], capture_output=True, text=True, check=True)
     assert json.loads(there.stdout) | {"path": ""} == json.loads(here.stdout) | {"path": ""}

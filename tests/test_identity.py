@@ -16,8 +16,9 @@ from refusing import refused
 from safetensors.torch import load_file, save_file
 
 import moeglot
-from moeglot import Contradiction, identity
-from moeglot.shards import Entry
+from moeglot import Contradiction
+from moeglot.files import identity
+from moeglot.files.shards import Entry
 
 TO = "qwen3-moe/megatron"
 SOURCE = "moeglot.source"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.report import plan_json
+from moeglot.reports.report import plan_json
 
 QUARK, OPENAI, APART = "gpt-oss/quark+mxfp4-quark", "gpt-oss/openai", "gpt-oss/llm-compressor-0.14+mxfp4-quark"
 INPUTS = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "ch_axis": None, "is_dynamic": False, "symmetric": True, "observer_cls": "PerTensorMinMaxObserver"}

@@ -12,7 +12,7 @@ import torch
 from adapters import WRITERS, Job
 from synthetic import write_checkpoint
 
-from moeglot.cli import main
+from moeglot.cli.main import main
 from moeglot.layout import ROLES
 
 SECTION = re.compile(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)

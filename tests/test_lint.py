@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.checkpoints.outline import outline
 from moeglot.demo import BUNDLED
 from moeglot.dtypes import DTYPES
-from moeglot.outline import outline
-from moeglot.source import read_source
+from moeglot.files.source import read_source
 
 HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
 SIZES = {"e": 4, "h": 128, "i": 128}

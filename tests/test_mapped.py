@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.conversion.stream import Engine, threads
 from moeglot.errors import BrokenFile
-from moeglot.mapped import State
-from moeglot.merging import moments_key
-from moeglot.stream import Engine, threads
+from moeglot.files.mapped import State
+from moeglot.planning.merging import moments_key
 
 TO = "qwen3-moe/transformers-5"
 CHANGED = "not the file any more whose header was read"
@@ -95,8 +95,8 @@ def test_a_source_that_is_replaced_once_all_of_it_is_compared(check: Callable[..
         replace(source / "model.safetensors")
         return settings(*both)
 
-    settings = sys.modules["moeglot.verify"].settings
-    monkeypatch.setattr(sys.modules["moeglot.verify"], "settings", last)
+    settings = sys.modules["moeglot.verification.verify"].settings
+    monkeypatch.setattr(sys.modules["moeglot.verification.verify"], "settings", last)
     with pytest.raises(BrokenFile, match=CHANGED):
         check(source, source)
 
@@ -134,7 +134,7 @@ def test_a_torch_dist_folder_of_which_a_file_was_replaced(tmp_path: Path) -> Non
 
 
 def test_a_source_that_is_replaced_while_it_is_hashed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeglot import certificate
+    from moeglot.verification import certificate
 
     def meanwhile(*files: Any) -> Any:
         replace(source / "model.safetensors")
@@ -164,7 +164,7 @@ def test_an_adapter_or_moments_that_were_replaced(what: str, source: Path, tmp_p
     replace(file)
     with pytest.raises(BrokenFile, match=CHANGED):
         plan.check_unchanged()
-    from moeglot.convert import carry_out
+    from moeglot.conversion.convert import carry_out
 
     with pytest.raises(BrokenFile, match=CHANGED):
         carry_out(plan, tmp_path / "out")

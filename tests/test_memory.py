@@ -15,7 +15,7 @@ from synthetic import write_checkpoint
 import moeglot
 from moeglot.demo import BUNDLED
 from moeglot.kernels import backend
-from moeglot.units import estimate
+from moeglot.planning.units import estimate
 
 SIZES = {"e": 4, "h": 2880, "i": 2880, "q": 64, "k": 8, "d": 64, "v": 256}
 LARGEST = 2 * SIZES["i"] * SIZES["h"] * 2
@@ -33,7 +33,7 @@ def anonymous(pid: int) -> int:
 
 def peak_of(*command: object, **environment: str) -> int:
     """The peak of anonymous memory of a conversion, in bytes."""
-    whole = [sys.executable, "-m", "moeglot.cli", "convert", *map(str, command)]
+    whole = [sys.executable, "-m", "moeglot.cli.main", "convert", *map(str, command)]
     process, peak = subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment}), 0
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))

@@ -17,15 +17,15 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot import Plan
-from moeglot.beside import read_again
-from moeglot.beside import rounding as measured
-from moeglot.carrying import Carrying
-from moeglot.convert import carry_out
+from moeglot.conversion.carrying import Carrying
+from moeglot.conversion.convert import carry_out
 from moeglot.floats import values
-from moeglot.kept import refuse_lost, survived
-from moeglot.report import show_survival
+from moeglot.planning.units import make
+from moeglot.reports.report import show_survival
 from moeglot.survival import Survival, percent
-from moeglot.units import make
+from moeglot.verification.beside import read_again
+from moeglot.verification.beside import rounding as measured
+from moeglot.verification.kept import refuse_lost, survived
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 EXPERTS, RANK = 3, 4
@@ -100,7 +100,7 @@ def test_its_certificate_makes_each_expert_once(tmp_path, monkeypatch):
         counts[unit.key] += 1
         return make(plan, unit)
 
-    monkeypatch.setattr("moeglot.certificate.make", counted)
+    monkeypatch.setattr("moeglot.verification.certificate.make", counted)
     report = moeglot.merge(made.base, made.adapter, tmp_path / "out", threshold=0).report
     assert [(check.level, check.verdict) for check in report.checks if check.what in ("canonical tensors", "power of the check")] == [
         ("values", "holds"),

@@ -20,8 +20,8 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot import OutputExists, Unfinished, UsageError
-from moeglot.parts import Part, parted
-from moeglot.work import Work
+from moeglot.conversion.parts import Part, parted
+from moeglot.conversion.work import Work
 
 TO, SHARD_SIZE = "gpt-oss/transformers", 60_000
 
@@ -110,7 +110,7 @@ def test_what_is_no_part(text: str, environment: dict[str, str], match: str) -> 
 
 
 def command(source: Path, out: Path, *more: str) -> list[str]:
-    return ["-m", "moeglot.cli", "convert", str(source), str(out), "--to", TO, "--shard-size", f"{SHARD_SIZE}B", "--workers", "1", *more]
+    return ["-m", "moeglot.cli.main", "convert", str(source), str(out), "--to", TO, "--shard-size", f"{SHARD_SIZE}B", "--workers", "1", *more]
 
 
 def test_two_processes_of_torchrun(source: Path, local: dict[str, bytes], tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot import Contradiction, identity
+from moeglot import Contradiction
+from moeglot.files import identity
 from moeglot.formats import PLAIN
 
 LIMIT = 1e-5

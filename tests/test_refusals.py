@@ -37,11 +37,11 @@ from moeglot import (
     UnknownFormat,
     UsageError,
 )
+from moeglot.files.shards import Entry
 from moeglot.format import Format
 from moeglot.formats import PLAIN, by_name
-from moeglot.shards import Entry
 
-IDENTIFY = importlib.import_module("moeglot.identify")  # the package has a function of that name
+IDENTIFY = importlib.import_module("moeglot.checkpoints.identify")  # the package has a function of that name
 GPT_OSS = "model.layers.{}.mlp.experts."
 TURNED = {"h": 128, "i": 64}
 """Sizes with which a shape does refute a wrong orientation."""

@@ -306,7 +306,7 @@ def blocks(page: str) -> dict[tuple[str, int], re.Match[str]]:
 
 def printed(key: tuple[str, int]) -> str:
     """What the command prints, plans and progress aside."""
-    from moeglot.cli import main
+    from moeglot.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

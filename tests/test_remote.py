@@ -22,12 +22,12 @@ from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.digests import CHUNK, REQUEST, digests
+from moeglot.conversion.store import Store, shards_of
+from moeglot.conversion.stream import Engine, stream, threads
 from moeglot.errors import BrokenFile, CheckpointError, NotVerified, OutputError, OutputExists, PickleRefused, UsageError
-from moeglot.remote import Remote, local_only, location
-from moeglot.source import read_source
-from moeglot.store import Store, shards_of
-from moeglot.stream import Engine, stream, threads
+from moeglot.files.digests import CHUNK, REQUEST, digests
+from moeglot.files.remote import Remote, local_only, location
+from moeglot.files.source import read_source
 
 TO, SHARD_SIZE, SMALL = "gpt-oss/transformers", 100_000, 30_000
 """The small one cuts between the parts of a layer."""
@@ -372,7 +372,7 @@ def test_parts_are_not_written_to_a_url(out: str | Path, source: Path) -> None:
 
 
 def test_the_command_line_takes_the_url_as_it_is(source: Path) -> None:
-    ran = subprocess.run([sys.executable, "-m", "moeglot.cli", "convert", str(source), "nowhere://bucket/out", "--to", TO], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "moeglot.cli.main", "convert", str(source), "nowhere://bucket/out", "--to", TO], capture_output=True, text=True)
     assert ran.returncode == 2
     assert "nowhere://bucket/out" in ran.stderr
     assert not Path("nowhere:").exists()

@@ -23,7 +23,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot import OutputExists
-from moeglot.digests import sha256
+from moeglot.files.digests import sha256
 
 TO = "gpt-oss/transformers"
 SHARD_SIZE, SMALL_SHARD_SIZE = 250_000, 20_000
@@ -44,7 +44,7 @@ def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def command(*given: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "moeglot.cli", *map(str, given)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "moeglot.cli.main", *map(str, given)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> list[str]:

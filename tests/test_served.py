@@ -10,7 +10,7 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.codings import CODINGS
-from moeglot.report import plan_json
+from moeglot.reports.report import plan_json
 
 HUB = "qwen3-moe/hub"
 SIZES = {"e": 3, "h": 128, "i": 128}

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from moeglot import BrokenFile, UsageError
-from moeglot.direct import allocate
 from moeglot.dtypes import DTYPES
-from moeglot.shards import ALIGNMENT, MAX_HEADER, Entry, Slot, _describe, describe, plan_shards, read_header, tensor_bytes, write_at
+from moeglot.files.direct import allocate
+from moeglot.files.shards import ALIGNMENT, MAX_HEADER, Entry, Slot, _describe, describe, plan_shards, read_header, tensor_bytes, write_at
 from moeglot.sizes import parse_size
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -348,8 +348,8 @@ def test_threads_that_open_several_files_at_once_each_read_their_own(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
 
-    from moeglot.mapped import forget_mappings
-    from moeglot.shards import read_header
+    from moeglot.files.mapped import forget_mappings
+    from moeglot.files.shards import read_header
 
     entries = []
     for n in range(8):

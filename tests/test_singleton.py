@@ -17,10 +17,10 @@ from torch.distributed.checkpoint import FileSystemReader, save
 
 import moeglot
 from moeglot import BrokenFile, TensorMismatch, UnknownFormat
-from moeglot.shards import Slot
-from moeglot.torch_dist import writing
-from moeglot.torch_dist.keys import Stack
-from moeglot.torch_dist.writing import plan_files
+from moeglot.files.shards import Slot
+from moeglot.files.torch_dist import writing
+from moeglot.files.torch_dist.keys import Stack
+from moeglot.files.torch_dist.writing import plan_files
 
 HUB, TARGET = "deepseek-v3/hub", "deepseek-v3/megatron-torch-dist-singleton"
 EXPERT = "decoder.layers.{}.mlp.experts.experts.{}."

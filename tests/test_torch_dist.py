@@ -26,12 +26,12 @@ from torch.serialization import set_crc32_options
 
 import moeglot
 from moeglot.errors import MoeglotError
-from moeglot.shards import tensor_bytes
-from moeglot.torch_dist import writing
-from moeglot.torch_dist.blobs import find_numbers, frame
-from moeglot.torch_dist.boxes import Box, overlapping
-from moeglot.torch_dist.inert import look_at
-from moeglot.torch_dist.reading import ChunkedEntry
+from moeglot.files.shards import tensor_bytes
+from moeglot.files.torch_dist import writing
+from moeglot.files.torch_dist.blobs import find_numbers, frame
+from moeglot.files.torch_dist.boxes import Box, overlapping
+from moeglot.files.torch_dist.inert import look_at
+from moeglot.files.torch_dist.reading import ChunkedEntry
 
 TARGET = "qwen3-moe/megatron-torch-dist"
 HUB = "qwen3-moe/hub"

@@ -31,25 +31,25 @@ from moeglot.errors import (
 )
 
 # isort: split
-from moeglot.certificate import Certificate
-from moeglot.checkpoint import Checkpoint, open
+from moeglot.checkpoints.checkpoint import Checkpoint, open
+from moeglot.checkpoints.identify import Identification, identify
 from moeglot.checks import Report
-from moeglot.convert import convert, finalize, write_part
-from moeglot.fingerprint import Fingerprint, fingerprint
+from moeglot.conversion.convert import convert, finalize, write_part
+from moeglot.conversion.merge import merge
 from moeglot.formats import formats
-from moeglot.identify import Identification, identify
-from moeglot.lint import Finding, lint
+from moeglot.inspection.lint import Finding, lint
 from moeglot.live import load, save
-from moeglot.merge import merge
-from moeglot.plan import Plan, plan
-from moeglot.verify import compare, verify
+from moeglot.planning.plan import Plan, plan
+from moeglot.verification.certificate import Certificate
+from moeglot.verification.fingerprint import Fingerprint, fingerprint
+from moeglot.verification.verify import compare, verify
 from moeglot.version import __version__
 
 if TYPE_CHECKING:
-    from moeglot.adapter import Adapter, open_adapter
-    from moeglot.adapter_convert import convert_adapter
+    from moeglot.adapters.adapter import Adapter, open_adapter
+    from moeglot.adapters.convert import convert_adapter
 
-_WAITING = {"Adapter": "moeglot.adapter", "open_adapter": "moeglot.adapter", "convert_adapter": "moeglot.adapter_convert"}
+_WAITING = {"Adapter": "moeglot.adapters.adapter", "open_adapter": "moeglot.adapters.adapter", "convert_adapter": "moeglot.adapters.convert"}
 
 
 def __getattr__(name: str) -> Any:

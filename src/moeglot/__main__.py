@@ -1,6 +1,6 @@
 """`python -m moeglot`: the command line, for an interpreter whose scripts are not on the path."""
 
-from moeglot.cli import main
+from moeglot.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
 from moeglot.errors import UsageError
-from moeglot.mapped import let_go
+from moeglot.files.mapped import let_go
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moeglot import inspection, report
-from moeglot.checkpoint import Checkpoint, open
+from moeglot.checkpoints.checkpoint import Checkpoint, open
 from moeglot.checks import Report
-from moeglot.convert import convert
+from moeglot.conversion.convert import convert
 from moeglot.errors import OutputExists, UsageError
+from moeglot.files.shards import tensor_bytes
+from moeglot.inspection import inspection
 from moeglot.layout import Stored
-from moeglot.shards import tensor_bytes
-from moeglot.verify import verify
+from moeglot.reports import report
+from moeglot.verification.verify import verify
 
 BUNDLED = Path(__file__).parent / "bundled" / "king-james"
 PROMPT = "And God said"

@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
-from moeglot.coding import Coding
+from moeglot.codings.coding import Coding
 from moeglot.encoding import Encoding, Part
 from moeglot.errors import Contradiction
 from moeglot.family import Config, Family, dig

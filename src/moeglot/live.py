@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeglot.certificate import Certificate
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
 from moeglot.checks import Progress
 from moeglot.errors import UsageError
 from moeglot.format import Format
-from moeglot.plan import SHARD_SIZE
+from moeglot.planning.plan import SHARD_SIZE
+from moeglot.verification.certificate import Certificate
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from synthetic import write_checkpoint
 from typer.testing import CliRunner
 
 import moeglot
-from moeglot.cli import app
+from moeglot.cli.main import app
 from moeglot.errors import UsageError
 from moeglot.kernels.backend import has_triton
 from moeglot.nn import Experts

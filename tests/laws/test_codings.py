@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.carrying import Carrying
 from moeglot.codings import CODINGS
-from moeglot.convert import carry_out
+from moeglot.conversion.carrying import Carrying
+from moeglot.conversion.convert import carry_out
 from moeglot.errors import LossRefused, MoeglotError, UnknownFormat
 from moeglot.formats import PLAIN, by_name, variants
-from moeglot.report import plan_json
-from moeglot.units import estimate
+from moeglot.planning.units import estimate
+from moeglot.reports.report import plan_json
 
 LAYOUTS = ("qwen3-moe/hub", "qwen3-moe/transformers-5")
 QWEN = [coding for coding in CODINGS if not coding.families]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot import adapter_convert
-from moeglot.adapter_evidence import cluster
-from moeglot.adapter_proof import LIMIT, changes, difference
+from moeglot.adapters import convert as adapter_convert
+from moeglot.adapters.evidence import cluster
+from moeglot.adapters.proof import LIMIT, changes, difference
 from moeglot.conventions import CONVENTIONS, READERS, Convention
 from moeglot.errors import BadNumbers, NotVerified
 from moeglot.factors import fit, holds, join, lay, places, recognizes, shapes, take

@@ -9,8 +9,8 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.encodings.plain import Plain
+from moeglot.files.shards import tensor_bytes
 from moeglot.formats import PLAIN
-from moeglot.shards import tensor_bytes
 
 SIZES = {"square": (2, 64, 64), "h=2i": (2, 64, 32), "2h=i": (3, 32, 64), "e=h=i": (32, 32, 32), "one": (1, 32, 32)}
 THOROUGH = ("gpt-oss", "qwen3-moe", "mixtral")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
+from moeglot.checkpoints.evidence import weigh
 from moeglot.encodings import by_name
 from moeglot.errors import BadNumbers
-from moeglot.evidence import weigh
 from moeglot.experts import relative_error
 from moeglot.folding import Piece, fold
 from moeglot.nn import Experts

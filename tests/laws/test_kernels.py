@@ -440,12 +440,12 @@ def test_a_compiled_kernel_is_not_entered_with_other_memory():
 
 IN_OTHER_MEMORY = """
 import os, sys, torch
-from moeglot.direct import Output
+from moeglot.files.direct import Output
 from moeglot.encodings.quant_state import QuantState
 from moeglot.experts import relative_error
 from moeglot.kernels import mxfp4
 from moeglot.kernels.compiled import jit
-from moeglot.shards import Piece
+from moeglot.files.shards import Piece
 
 path = sys.argv[1]
 open(path, "wb").write(bytes(16))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.misreadings import combined, misreadings, right
+from moeglot.verification.misreadings import combined, misreadings, right
 
 HUB = "qwen3-moe/hub"
 ROLES = ("gate", "up", "down")

@@ -13,10 +13,10 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.codings import CODINGS
+from moeglot.codings.rules import sparing
 from moeglot.errors import LossRefused, MoeglotError, TensorMismatch
-from moeglot.report import plan_json
-from moeglot.rules import sparing
-from moeglot.units import estimate
+from moeglot.planning.units import estimate
+from moeglot.reports.report import plan_json
 
 HUB, STACKED = "qwen3-moe/hub", "qwen3-moe/transformers-5"
 SIZES = {"e": 3, "h": 128, "i": 128}

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 import moeglot
-from moeglot import ropes
 from moeglot.formats import FAMILIES, PLAIN
+from moeglot.inspection import ropes
 from moeglot.integrations.transformers import VERSION, model_class
 
 transformers.logging.set_verbosity_error()

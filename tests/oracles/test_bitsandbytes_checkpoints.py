@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import moeglot
 from moeglot.encodings.bnb4 import names
-from moeglot.loss import Loss
+from moeglot.planning.loss import Loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from adapters import WRITERS, Job

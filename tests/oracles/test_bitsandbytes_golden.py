@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
+from moeglot.checkpoints.identify import Identification
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import agree
 from moeglot.encodings.bnb4 import BNB4, names
 from moeglot.errors import MoeglotError
 from moeglot.family import Activation, Family
+from moeglot.files.source import read_source
 from moeglot.format import Format
-from moeglot.identify import Identification
 from moeglot.layout import Stored
-from moeglot.source import read_source
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("bitsandbytes-*.safetensors"))

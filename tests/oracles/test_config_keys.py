@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.activations import ACT2FN
 
-from moeglot.config import hub_config
+from moeglot.checkpoints.config import hub_config
 from moeglot.experts import FUNCTIONS
 from moeglot.formats import FAMILIES, by_name
 from moeglot.integrations.transformers import VERSION

@@ -469,7 +469,7 @@ class Written(io.StringIO):
 
 
 def test_run_continues_a_text_from_any_format(tmp_path, monkeypatch):
-    from moeglot.cli_run import run
+    from moeglot.cli.run import run
     from moeglot.integrations.transformers import continue_text
 
     moeglot.convert(BUNDLED, "gpt-oss/original", folder := tmp_path / "original")

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import moeglot
-from moeglot.shards import tensor_bytes
+from moeglot.files.shards import tensor_bytes
 
 LIMIT = 1e-5
 SIZES = {"h=i": (64, 64), "h=2i": (64, 32), "neither": (96, 32)}

@@ -19,7 +19,7 @@ from test_megatron import HUB, LIMIT, WHOLE_QUERIES, apart, hub_logits, hub_mode
 from torch.distributed.checkpoint import FileSystemReader
 
 import moeglot
-from moeglot.shards import tensor_bytes
+from moeglot.files.shards import tensor_bytes
 
 CASES = [
     ("gpt-oss", "h=i", 1, {}),

@@ -14,8 +14,8 @@ from synthetic import write_checkpoint
 
 import moeglot
 from moeglot.experts import Expert, relative_error
-from moeglot.forward import loud_tokens
-from moeglot.misreadings import right
+from moeglot.verification.forward import loud_tokens
+from moeglot.verification.misreadings import right
 
 mx = pytest.importorskip("mlx.core", reason="installed in an environment of its own")
 

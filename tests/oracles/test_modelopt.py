@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import moeglot
+from moeglot.codings.hf_quant_config import told_beside
 from moeglot.encoding import WHOLE
 from moeglot.encodings.fp8 import FP8
 from moeglot.encodings.mxfp4 import MXFP4
 from moeglot.encodings.nvfp4 import NVFP4
 from moeglot.errors import UnknownFormat
-from moeglot.hf_quant_config import told_beside
 
 pytest.importorskip("modelopt.torch", reason="installed in an environment of its own")
 

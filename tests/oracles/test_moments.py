@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import moeglot
-from moeglot.cli import app
+from moeglot.cli.main import app
 from moeglot.formats import FAMILIES
 from moeglot.integrations.transformers import VERSION
 from moeglot.nn.data import read

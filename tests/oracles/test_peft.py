@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_models import logits, model_of
 
 import moeglot
-from moeglot.adapter_proof import changes
+from moeglot.adapters.proof import changes
 from moeglot.conventions import CONVENTIONS
 
 peft = pytest.importorskip("peft")

@@ -17,7 +17,7 @@ from reading import tree
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.steps import ExpertUnit, Unit
+from moeglot.planning.steps import ExpertUnit, Unit
 
 ray = pytest.importorskip("ray")
 
@@ -170,7 +170,7 @@ def test_without_retries_a_killed_worker_is_the_end_of_the_run_and_resume_goes_o
 def test_a_refusal_of_a_task_is_the_refusal_of_the_conversion(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     """In its own words: numbers that are lost, found while writing."""
     plan = moeglot.plan(write_checkpoint(tmp_path / "plain", "qwen3-moe/hub"), "qwen3-moe/hub", encode="fp8-block")
-    from moeglot.work import Work
+    from moeglot.conversion.work import Work
 
     work = Work(tmp_path / "out")
     with work.session(plan, resume=False):
@@ -194,7 +194,7 @@ def test_a_task_that_fits_on_no_node_is_refused(cluster: Cluster, source: Path, 
 
 def test_the_command_line(cluster: Cluster, source: Path, local: dict[str, bytes], tmp_path: Path) -> None:
     """With a relative path, on a cluster that runs already."""
-    command = [sys.executable, "-m", "moeglot.cli", "convert", source.name, str(tmp_path / "out"), "--to", TO, "--shard-size", f"{SHARD_SIZE}B"]
+    command = [sys.executable, "-m", "moeglot.cli.main", "convert", source.name, str(tmp_path / "out"), "--to", TO, "--shard-size", f"{SHARD_SIZE}B"]
     ran = subprocess.run([*command, "--engine", "ray", "--ray-address", cluster.address], capture_output=True, text=True, cwd=source.parent, timeout=SECONDS)
     assert ran.returncode == 0, ran.stderr
     assert tree(tmp_path / "out") == local

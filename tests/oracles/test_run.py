@@ -11,7 +11,7 @@ from devices import DEVICE
 from typer.testing import CliRunner
 
 import moeglot
-from moeglot.cli import app
+from moeglot.cli.main import app
 from moeglot.demo import BUNDLED
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}, and he said,{% endfor %}{% if add_generation_prompt %} I{% endif %}"

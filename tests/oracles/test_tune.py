@@ -19,8 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typer.testing import CliRunner
 
 import moeglot
-from moeglot import cli_tune, curves
-from moeglot.cli import app
+from moeglot.cli import tune as cli_tune
+from moeglot.cli.main import app
 from moeglot.demo import BUNDLED
 from moeglot.errors import BadNumbers, BrokenFile, HalfAdapter, MoeglotError, OutputExists, UsageError
 from moeglot.integrations.transformers import VERSION
@@ -28,6 +28,7 @@ from moeglot.nn import add_lora, experts_of, load_adapter
 from moeglot.nn.data import Data, Rows, read
 from moeglot.nn.moments import gather
 from moeglot.nn.tune import Recipe, _Run, tune
+from moeglot.reports import curves
 from moeglot.survival import Survival
 
 transformers.logging.set_verbosity_error()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.adapter_config import AdapterConfig
+from moeglot.adapters.config import AdapterConfig
 from moeglot.conventions import CONVENTIONS
 
 LIMIT = 1e-5

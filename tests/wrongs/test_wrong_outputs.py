@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot import beside, certificate, merging, stream
-from moeglot.convert import carry_out
+from moeglot.conversion import stream
+from moeglot.conversion.convert import carry_out
 from moeglot.errors import LossRefused, NotVerified
-from moeglot.merging import Change
-from moeglot.steps import DenseUnit, ExpertUnit
+from moeglot.planning import merging
+from moeglot.planning.merging import Change
+from moeglot.planning.steps import DenseUnit, ExpertUnit
+from moeglot.verification import beside, certificate
 
 SIZES = {"e": 4, "h": 64, "i": 64}
 

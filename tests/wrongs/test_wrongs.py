@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_checkpoint
 
 import moeglot
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
 from moeglot.demo import BUNDLED
 from moeglot.errors import Contradiction, UsageError
 from moeglot.experts import Expert, relative_error
 from moeglot.floats import values
-from moeglot.misreadings import right
+from moeglot.verification.misreadings import right
 
 Tensors = dict[str, torch.Tensor]
 LIMIT = 1e-5

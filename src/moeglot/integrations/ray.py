@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moeglot.checks import keep_heap_small, one_thread
+from moeglot.conversion.stream import Engine, Files, carry_out_unit
 from moeglot.errors import MoeglotError, Unfinished, UsageError
-from moeglot.loss import Loss
-from moeglot.plan import Plan
-from moeglot.steps import Unit
-from moeglot.stream import Engine, Files, carry_out_unit
+from moeglot.planning.loss import Loss
+from moeglot.planning.plan import Plan
+from moeglot.planning.steps import Unit
 
 try:
     import ray

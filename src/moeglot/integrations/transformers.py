@@ -18,11 +18,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
 from moeglot.errors import NotVerified, UsageError
 from moeglot.experts import Expert, Matrix
-from moeglot.forward import loud_tokens
-from moeglot.remote import on_disk
+from moeglot.files.remote import on_disk
+from moeglot.verification.forward import loud_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

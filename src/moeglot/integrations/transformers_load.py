@@ -15,20 +15,20 @@ from typing import Any
 import torch
 import transformers
 
-from moeglot.certificate import write_json
-from moeglot.checkpoint import Checkpoint, open
+from moeglot.checkpoints.checkpoint import Checkpoint, open
 from moeglot.dtypes import DType, by_torch_name
 from moeglot.errors import MoeglotError, NotVerified, UsageError
 from moeglot.experts import Expert
+from moeglot.files.source import read_json
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_native, transformers_options, transformers_parallel, transformers_placement
 from moeglot.integrations.transformers import BUILDING, READS, experts_of, in_our_words, key_name, model_class
 from moeglot.integrations.transformers_state import Lazy, expert_names, give_back, idle_rows, refusal, state_dict
-from moeglot.plan import Plan, plan
+from moeglot.planning.plan import Plan, plan
+from moeglot.planning.targets import float_type, short_of
 from moeglot.share import Rank
-from moeglot.source import read_json
-from moeglot.targets import float_type, short_of
+from moeglot.verification.certificate import write_json
 
 SHOWN = 3
 LOADED = ("float32", "bfloat16", "float16")

@@ -11,14 +11,14 @@ import torch
 import transformers
 
 from moeglot.axes import written
-from moeglot.checkpoint import Checkpoint
-from moeglot.coding import WEIGHT, leaves_alone, said
+from moeglot.checkpoints.checkpoint import Checkpoint
 from moeglot.codings import CODINGS
+from moeglot.codings.coding import WEIGHT, leaves_alone, said
 from moeglot.encoding import Encoding
 from moeglot.encodings import by_name
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError
-from moeglot.foreign import HELD
+from moeglot.files.foreign import HELD
 from moeglot.format import Format
 from moeglot.formats import of_family
 from moeglot.integrations import transformers_peft
@@ -26,7 +26,7 @@ from moeglot.integrations.transformers import READS, VERSION
 from moeglot.integrations.transformers_state import Lazy, expert_names
 from moeglot.layout import Stored
 from moeglot.nn.module import Experts
-from moeglot.plan import Plan
+from moeglot.planning.plan import Plan
 
 INSTALLED = f"transformers {transformers.__version__}"
 DECODED = "leave native out: moeglot.load then decodes the experts into the library's own modules"

@@ -16,25 +16,25 @@ from typing import Any
 import torch
 import transformers
 
-from moeglot.certificate import Certificate
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
+from moeglot.checkpoints.config import hub_config
+from moeglot.checkpoints.identify import Identification, identify
 from moeglot.checks import Progress
-from moeglot.coding import WEIGHT, leaves_alone
 from moeglot.codings import CODINGS
-from moeglot.config import hub_config
-from moeglot.convert import convert
+from moeglot.codings.coding import WEIGHT, leaves_alone
+from moeglot.conversion.convert import convert
 from moeglot.dtypes import dtype_of
 from moeglot.errors import NotVerified, UsageError
-from moeglot.foreign import HELD
+from moeglot.files.foreign import HELD
+from moeglot.files.shards import Entry
+from moeglot.files.source import Source
 from moeglot.format import Format
 from moeglot.formats import by_name
-from moeglot.identify import Identification, identify
 from moeglot.integrations.transformers_load import INSTALLED, layouts
 from moeglot.layout import Stored
 from moeglot.nn.held import Held
 from moeglot.nn.module import Experts, experts_in
-from moeglot.shards import Entry
-from moeglot.source import Source
+from moeglot.verification.certificate import Certificate
 
 
 class HeldEntry(Entry):

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from moeglot.checkpoint import Checkpoint
-from moeglot.dense import DecodedTensor, DenseTensor
+from moeglot.checkpoints.checkpoint import Checkpoint
+from moeglot.checkpoints.dense import DecodedTensor, DenseTensor
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
 from moeglot.errors import BadNumbers, MoeglotError
 from moeglot.floats import values
 from moeglot.formats import of_family
-from moeglot.plan import Plan
-from moeglot.steps import Step
+from moeglot.planning.plan import Plan
+from moeglot.planning.steps import Step
 
 
 @dataclass(eq=False)

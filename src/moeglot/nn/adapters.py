@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moeglot import newfile
-from moeglot.adapter import Adapter, open_adapter
-from moeglot.adapter_config import CONFIG, PREFIX, TENSORS, AdapterConfig
-from moeglot.adapter_convert import convert_adapter
-from moeglot.adapter_parts import EMBEDDING, LINEAR
-from moeglot.adapter_proof import LIMIT, difference
-from moeglot.adapter_written import Module, module_name, whole_name, written_config
-from moeglot.checkpoint import Checkpoint
-from moeglot.checkpoint import open as open_checkpoint
+from moeglot.adapters.adapter import Adapter, open_adapter
+from moeglot.adapters.config import CONFIG, PREFIX, TENSORS, AdapterConfig
+from moeglot.adapters.convert import convert_adapter
+from moeglot.adapters.parts import EMBEDDING, LINEAR
+from moeglot.adapters.proof import LIMIT, difference
+from moeglot.adapters.written import Module, module_name, whole_name, written_config
+from moeglot.checkpoints.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import open as open_checkpoint
 from moeglot.conventions import PEFT, target
 from moeglot.errors import AdapterError, HalfAdapter, NotVerified, OutputExists, UsageError
 from moeglot.factors import Place, holds, join, lay, places, stacked_form
+from moeglot.files import newfile
 from moeglot.nn.lora import Lora, experts_of, freeze, peft_active, peft_configs, peft_layers, plain
 from moeglot.nn.module import Experts
 from moeglot.nn.unsaved import check_saved, check_whole

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moeglot.adapter_config import AdapterConfig
+from moeglot.adapters.config import AdapterConfig
 from moeglot.errors import UnsupportedAdapter, UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moeglot.checkpoint import Checkpoint
+from moeglot.checkpoints.checkpoint import Checkpoint
 from moeglot.encoding import Encoding
 from moeglot.encodings.plain import Plain
 from moeglot.errors import UsageError

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from moeglot import newfile
 from moeglot.checks import Progress
 from moeglot.errors import UsageError
-from moeglot.merging import moments_key
+from moeglot.files import newfile
 from moeglot.nn.data import check_fits
 from moeglot.nn.module import Experts, experts_in
+from moeglot.planning.merging import moments_key
 
 MARK = "moeglot.moments"
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moeglot import newfile
 from moeglot.errors import BadNumbers, BrokenFile, OutputExists, UsageError
+from moeglot.files import newfile
 from moeglot.nn.adapters import save_adapter
 from moeglot.nn.data import READ, Data, Rows, check_fits, check_seed, read
 from moeglot.nn.lora import TARGETS, add_lora, check, experts_of

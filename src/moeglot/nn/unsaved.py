@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from moeglot.adapter_config import PREFIX
-from moeglot.adapter_parts import INPUT, OUTPUT
-from moeglot.checkpoint import Checkpoint
-from moeglot.dense import DenseTensor
+from moeglot.adapters.config import PREFIX
+from moeglot.adapters.parts import INPUT, OUTPUT
+from moeglot.checkpoints.checkpoint import Checkpoint
+from moeglot.checkpoints.dense import DenseTensor
 from moeglot.errors import UsageError
 from moeglot.factors import aliases
 from moeglot.nn.lora import Lora

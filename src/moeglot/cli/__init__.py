@@ -1,0 +1,1 @@
+"""The command line; `python -m moeglot` and the script enter at `main`."""

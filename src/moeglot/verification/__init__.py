@@ -1,0 +1,1 @@
+"""Proofs: structure, values, forward, fingerprints, and the certificate of an output."""
