@@ -165,6 +165,6 @@ def test_what_is_left_to_a_default_is_seen(line):
 
 
 def test_nothing_foreign_is_imported_with_us():
-    code = "import sys, moeglot, moeglot.cli; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub', 'einops') if m in sys.modules])"
+    code = "import sys, moeglot, moeglot.cli.main; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub', 'einops') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -19,6 +19,7 @@ import moeglot
 from moeglot import Contradiction
 from moeglot.files import identity
 from moeglot.files.shards import Entry
+from moeglot.files.source import read_source
 
 TO = "qwen3-moe/megatron"
 SOURCE = "moeglot.source"
@@ -72,7 +73,7 @@ def test_a_sample_of_a_large_file_is_a_sample_of_all_of_it(tmp_path: Path) -> No
     for out, factor in (("a", 1.0), ("b", 1.001)):
         (tmp_path / out).mkdir()
         save_file({name: tensor * factor for name, tensor in tensors.items()}, tmp_path / out / "model.safetensors")
-        found.append(moeglot.source.read_source(tmp_path / out))
+        found.append(read_source(tmp_path / out))
     assert found[0].nbytes > 10 * identity.PLACES * identity.PIECE
     assert found[0].identity != found[1].identity
     places = [(at, at + count) for _, at, count in identity._places(found[0].shards, [found[0].shards[0].stat().st_size])]
