@@ -57,15 +57,15 @@ def halves(groups: Groups, rows: int) -> Groups:
     return tuple(("p", group[0]) if group[-1] == str(rows) else group for group in groups)
 
 
-def taken_apart(tensor: torch.Tensor, groups: Groups, role: str, count: int, last: bool = False) -> torch.Tensor:
+def taken_apart(tensor: torch.Tensor, groups: Groups, role: str, count: int, last: bool = False, joint: bool = False) -> torch.Tensor:
     """A tensor along `groups` -> [p, ...], each of the `count` projections along the letters of a role; other axes follow, or with `last` come before.
 
-    A view, unless rows take turns in blocks. One number for all that the tensor holds is that of each.
+    A view, unless rows take turns in blocks. What is `joint` is each one's.
     """
     from einops import rearrange
 
-    if not tensor.ndim:
-        return tensor.expand(count)
+    if joint:
+        return tensor.expand(count, *tensor.shape)
     if count == 1:
         return rearrange(tensor, f"{_einops(groups)} ... -> {role} ...").unsqueeze(0)
     return rearrange(tensor, f"{_around(_einops(groups), last)} -> p {_around(_cut(role, groups), last)}", p=count, **_lengths(groups))

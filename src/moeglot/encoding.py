@@ -34,6 +34,7 @@ class Part:
     `ragged`: the last block of an axis may be short. WHOLE in `block`: one entry, whatever the axis' size. If both are WHOLE (`is_single`), a file
     has the shape `single` in place of the two axes: none, or ones; if one is, a `bare` part has no axis there in a file.
     `flat`: the axes are flattened, and each entry codes so many numbers.
+    `joint`: gate and up have one between them where a stored tensor holds both, so that neither can be cut off in its codes.
     `shared`: one [*trailing] for the whole stored tensor, whatever experts and projections it holds; `trailing` may be ANY there.
     """
 
@@ -46,6 +47,12 @@ class Part:
     flat: int = 0
     shared: bool = False
     bare: bool = False
+    joint: bool = False
+
+    @property
+    def apart(self) -> str:
+        """The letters of a stored tensor's axes for which it has an entry each, whatever its blocks: experts, and which projection."""
+        return "e" if self.joint else "ep"
 
     @property
     def is_single(self) -> bool:
@@ -109,6 +116,11 @@ class Encoding(ABC):
     @property
     @abstractmethod
     def parts(self) -> tuple[Part, ...]: ...
+
+    @property
+    def joint_parts(self) -> frozenset[str]:
+        """Names of the parts that gate and up have in common where a stored tensor holds both."""
+        return frozenset(part.name for part in self.parts if part.joint or (part.shared and not part.trailing))
 
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> Encoding:
         """This encoding with what a spec leaves open (a scale's dtype, an input scale) settled by a file's tensors: part -> (dtype, shape).

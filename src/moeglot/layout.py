@@ -168,8 +168,7 @@ class Stored:
                 "choose a format that stores one tensor for each expert",
             )
         if part.is_single and not part.shared:
-            letters = [letter for group in self.groups for letter in group if letter in "ep"]
-            return (*self._shape(((letter,) for letter in letters), sizes), *part.single, *part.trailing)
+            return (*self._shape(((letter,) for group in self.groups for letter in group if letter in part.apart), sizes), *part.single, *part.trailing)
         shape = self._part_shape(groups := parse_axes(self.shaped or self.axes), part, sizes)
         return tuple(size for size, block in zip(shape, part.blocks(len(groups)), strict=True) if block) if part.bare else shape
 
@@ -183,14 +182,14 @@ class Stored:
             raise TensorMismatch(wrong, f'their rows take turns: "{self.axes}"', "choose a format in which they do not")
         if part.flat or part.shared:
             return part.shape(self._shape(groups, sizes))
-        kept = [tuple(letter for letter in group if block or letter in "ep") for group, block in zip(groups, part.blocks(len(groups)), strict=True)]
+        kept = [tuple(letter for letter in group if block or letter in part.apart) for group, block in zip(groups, part.blocks(len(groups)), strict=True)]
         blocked = part if all(part.block) else replace(part, block=(part.block[0] or 1, part.block[1] or 1))
         return blocked.shape(self._shape(kept, sizes))
 
     def movable(self, encoding: Encoding, sizes: Sizes) -> bool:
         """Codes of this encoding can be split into roles (and joined from them) as they are: no block would straddle a cut or be turned."""
         held = encoding.lying(self.upright)
-        return all(self._part_moves(part, self.upright or held.is_turned, sizes) for part in held.parts)
+        return all(self._part_moves(part, self.upright or held.is_turned, sizes) for part in held.parts if not (part.joint and part in held.carried))
 
     def _part_moves(self, part: Part, upright: bool, sizes: Sizes) -> bool:
         if part.flat:
@@ -198,7 +197,8 @@ class Stored:
         if not upright and (part.trailing or part.block[0] != part.block[1]):
             return False
         for group, rows in zip(self.expert_groups, part.blocks(len(self.expert_groups)), strict=True):
-            if "p" in group and (rows != 1 if self.block else rows > 1 and (group[-1] == "p" or prod(sizes[one] for one in group if one != "p") % rows)):
+            cut = rows != 1 if self.block else rows > 1 and (group[-1] == "p" or prod(sizes[one] for one in group if one != "p") % rows)
+            if "p" in group and (cut or part.joint):
                 return False
         return True
 
@@ -210,7 +210,8 @@ class Stored:
         if any(part.flat for part in stored.encoding.parts):
             assert self.movable(stored.encoding, sizes)
             return {self.roles[0]: stored}
-        moved = {name: taken_apart(part, self.expert_groups, self.role_axes, len(self.roles)) for name, part in stored.parts.items()}
+        joint, count = stored.encoding.joint_parts, len(self.roles)
+        moved = {name: taken_apart(part, self.expert_groups, self.role_axes, count, joint=name in joint) for name, part in stored.parts.items()}
         return {role: Encoded(stored.encoding.upright, {name: part[n] for name, part in moved.items()}, shape) for n, role in enumerate(self.roles)}
 
     def join(self, role: Callable[[str], Encoded]) -> Encoded:
@@ -223,10 +224,10 @@ class Stored:
             if any(part.flat for part in encoded.encoding.parts):
                 assert len(self.roles) == 1
                 return encoded
-            letters = self.role_axes.split()
             if joined is None:
-                parts = {part: scratch.empty(self._joined_shape(tensor), tensor.dtype) for part, tensor in encoded.parts.items()}
-                shape = self._shape(self.expert_groups, dict(zip(letters, encoded.shape, strict=True)))
+                joint = encoded.encoding.joint_parts
+                parts = {part: scratch.empty(self._joined_shape(tensor, part in joint), tensor.dtype) for part, tensor in encoded.parts.items()}
+                shape = self._shape(self.expert_groups, dict(zip(self.role_axes.split(), encoded.shape, strict=True)))
                 joined = Encoded(encoded.encoding.lying(self.upright), parts, shape)
                 places = self.split(joined)
             for part, tensor in encoded.parts.items():
@@ -265,10 +266,10 @@ class Stored:
         """One expert's slice of a line that this `turns_into`, as a view with its axes."""
         return tensor.permute([other.expert_groups.index(group) for group in self.expert_groups])
 
-    def _joined_shape(self, part: torch.Tensor) -> tuple[int, ...]:
+    def _joined_shape(self, part: torch.Tensor, joint: bool) -> tuple[int, ...]:
         """Shape of a part of one expert's slice, from the shape that it has in one role."""
         shape, letters = tuple(part.shape), self.role_axes.split()
-        return self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :] if shape else shape
+        return shape if joint else self._shape(self.expert_groups, dict(zip(letters, shape, strict=False))) + shape[len(letters) :]
 
     @cached_property
     def out_group(self) -> tuple[str, ...]:

@@ -140,12 +140,15 @@ BEFORE_5: dict[str, dict[str, Any]] = {
 """The same for transformers 4, which has no default for it."""
 
 
+WITHIN = {"mistral-small4": "mistral4"}
+"""Family -> the model_type of its language model, where the config class has another by default."""
 PARTS = {"step3p5": "transformers has its config as a part of Step-3.7's, and no model of its own; test_mlx.py judges it"}
 
 
 def why_not(family: Family) -> str | None:
     """Why the installed library has no model of a family that it has a config of."""
-    return family.unverified or PARTS.get(family.name)
+    inner = WITHIN.get(family.name)
+    return family.unverified or PARTS.get(family.name) or (f"it has no {inner}" if inner and inner not in CONFIG_MAPPING else None)
 
 
 def small(cls: type) -> dict[str, Any]:
@@ -170,6 +173,8 @@ def config_of(family: Family, sizes: Mapping[str, int]) -> Any:
     """The tiny config of a family, with these sizes under the family's own keys."""
     cls = CONFIG_MAPPING[family.model_types[0]]
     options = small(cls)
+    if inner := WITHIN.get(family.name):
+        options["text_config"] = {**small(CONFIG_MAPPING[inner]), "model_type": inner}
     for letter, keys in family.sizes.items():
         if letter in sizes and (letter != "j" or keys != family.sizes["i"]):
             put(options, keys[0], sizes[letter])

@@ -68,26 +68,32 @@ def _write_fp8_block(encoding: Encoding, kept: Sequence[str]) -> dict[str, Any]:
 FP8_BLOCK = Coding(
     "fp8-block",
     FP8(),
-    linear={"weight": ".weight", "scale": ".weight_scale_inv"},
-    stacked={"weight": "", "scale": "_scale_inv"},
+    linear={"weight": ".weight", "scale": ".weight_scale_inv", "input_scale": ".activation_scale"},
+    stacked={"weight": "", "scale": "_scale_inv", "input_scale": "_activation_scale"},
     read=_read_fp8_block,
     write=_write_fp8_block,
     source=DEEPSEEK,
     about="FP8 E4M3 with a scale for each block of 128 × 128",
     judges=("transformers",),
     kept="modules_to_not_convert",
+    inputs=True,
 )
 
 
 FP8_SCALE = replace(
-    FP8_BLOCK, name="fp8-block-scale", linear={"weight": ".weight", "scale": ".scale"}, stacked={}, source=DEEPSEEK_4, about="FP8 E4M3 in blocks, with `.scale`"
+    FP8_BLOCK,
+    name="fp8-block-scale",
+    linear={"weight": ".weight", "scale": ".scale"},
+    stacked={},
+    source=DEEPSEEK_4,
+    about="FP8 E4M3 in blocks, with `.scale`",
+    inputs=False,
 )
 FP8_QSCALE = replace(
     FP8_BLOCK,
     name="fp8-qscale",
     linear={"weight": ".weight", "scale": ".qscale_weight", "input_scale": ".qscale_act"},
     stacked={},
-    inputs=True,
     source="https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_finegrained_fp8.py",
     about="FP8 E4M3 with `.qscale_weight`, Mistral's name",
 )
@@ -108,6 +114,9 @@ MXFP8_MINIMAX = replace(
     FP8_BLOCK,
     name="mxfp8-minimax",
     encoding=FP8((1, MX_GROUP), "U8"),
+    linear={"weight": ".weight", "scale": ".weight_scale_inv"},
+    stacked={"weight": "", "scale": "_scale_inv"},
+    inputs=False,
     read=_read_mxfp8,
     write=_write_mxfp8,
     source="https://huggingface.co/MiniMaxAI/MiniMax-M3-MXFP8",

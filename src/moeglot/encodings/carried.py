@@ -14,15 +14,21 @@ def single_of(shape: tuple[int, ...], leading: int) -> tuple[int, ...]:
     return rest if set(rest) <= {1} else ()
 
 
+def is_joint(shape: tuple[int, ...], leading: int) -> bool:
+    """A file has one for gate and up of an expert, where a tensor holds both for all: [e] or [e, 1, 1] in place of [e, p] or [e, p, 1]."""
+    return leading == 2 and (len(shape) < leading or shape[1] == 1)
+
+
 def carried_parts(found: Mapping[str, Stored], names: tuple[str, ...], leading: int) -> tuple[Part, ...]:
     """The parts of these names that a file has, each one number for a matrix, or for all that a stored tensor holds."""
     return tuple(_part(name, *found[name], leading) for name in names if name in found)
 
 
 def _part(name: str, dtype: str, shape: tuple[int, ...], leading: int) -> Part:
-    if len(shape) < leading:
+    if len(shape) < leading == 1:
         return Part(name, (dtype,), (WHOLE, WHOLE), shape, shared=True)
-    return Part(name, (dtype,), (WHOLE, WHOLE), single=single_of(shape, leading))
+    joint = is_joint(shape, leading)
+    return Part(name, (dtype,), (WHOLE, WHOLE), single=single_of(shape, leading - joint), joint=joint)
 
 
 def carried_problem(parts: Parts, carried: tuple[Part, ...]) -> str | None:

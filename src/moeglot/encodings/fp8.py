@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moeglot.dtypes import DTYPES
 from moeglot.encoding import WHOLE, Encoding, Part, Parts, Stored
-from moeglot.encodings.carried import carried_of, carried_parts, carried_problem, carries, single_of, without_carried
+from moeglot.encodings.carried import carried_of, carried_parts, carried_problem, carries, is_joint, single_of, without_carried
 from moeglot.encodings.plain import Plain
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class FP8(Encoding):
     from shapes: 192 rows have two scales under 128, and under 96 as well.
 
     `scale`: its type; None stands, in a spec, for whichever the file has, and means F32 to `encode`. `single`: a matrix's one scale as a file has it;
-    `bare`: the scales of channels are a vector there.
+    `bare`: the scales of channels are a vector there; `joint`: gate and up have one scale where a tensor holds both.
     `carried`: parts beside these that a file may have (an activation's scale): moved, never made.
     Encoding: the scale is amax / 448, to the nearest bfloat16 if it is BF16, up to the next power of two if it is E8M0 or U8; a block whose numbers
     are codes × a scale of that type already gets such a scale, so that every value returns.
@@ -48,6 +48,7 @@ class FP8(Encoding):
     single: tuple[int, ...] = ()
     carried: tuple[Part, ...] = ()
     bare: bool = False
+    joint: bool = False
 
     @property
     def name(self) -> str:
@@ -64,13 +65,15 @@ class FP8(Encoding):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        scale = Part("scale", (self.scale,) if self.scale else SCALES, self.block, ragged=True, single=self.single, bare=self.bare)
+        scale = Part("scale", (self.scale,) if self.scale else SCALES, self.block, ragged=True, single=self.single, bare=self.bare, joint=self.joint)
         return (Part("weight", ("F8_E4M3",)), scale, *self.carried)
 
     def as_stored(self, found: Mapping[str, Stored], leading: int = 0) -> FP8:
         dtype, shape = found["scale"]
-        single = single_of(shape, leading) if self.block == (WHOLE, WHOLE) else ()
-        return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried_parts(found, ("input_scale",), leading))
+        one = self.block == (WHOLE, WHOLE)
+        joint = one and is_joint(shape, leading)
+        single, carried = single_of(shape, leading - joint) if one else (), carried_parts(found, ("input_scale",), leading)
+        return replace(self, scale=next(name for name in SCALES if name == dtype), single=single, carried=carried, joint=joint)
 
     @property
     def bare_of_carried(self) -> FP8:

@@ -56,6 +56,7 @@ MINIMAX_M3 = family(
     activation=CLAMPED,
     others={"s": "shared_intermediate_size", "f": "dense_intermediate_size"},
 )
+MISTRAL_SMALL4 = family("mistral-small4", model_type="mistral3", folder="mistral4", under=TEXT, e=ROUTED, sparse=first_dense())
 MISTRAL_LARGE4 = family("mistral-large4", under=TEXT, e=(*ROUTED, "num_experts"), sparse=first_dense(default=1))
 
 LANGUAGE = {"model.language_model.{rest}": "language_model.model.{rest}", "lm_head.{rest}": "language_model.lm_head.{rest}"}
@@ -116,6 +117,8 @@ FORMATS = (
             Dense(NESTED + "mlp.gate_up_proj.weight", tuple(INNER + f"mlp.{x}_proj.weight" for x in ("gate", "up")), ("f", "f")),
         ),
     ),
+    hub(MISTRAL_SMALL4, "mistralai/Mistral-Small-4-119B-2603", fused(INNER + "mlp.experts."), "the release on the Hub: all experts in one tensor"),
+    memory(MISTRAL_SMALL4, fused(NESTED + "mlp.experts."), ARIA_NAMES),
     hub(MISTRAL_LARGE4, "mistralai/Mistral-Large-4-1T-A52B", numbered("layers.{layer}.experts.")),
     memory(MISTRAL_LARGE4, fused(NESTED + "mlp.experts."), alone=VISION),
 )

@@ -116,7 +116,7 @@ def held_format(checkpoint: Checkpoint, encode: str) -> Format:
 
 def _check_holdable(line: Stored, checkpoint: Checkpoint, encode: str) -> None:
     """Raises `UsageError` where a part has entries of several projections at once, and another is said of each projection by itself."""
-    own = [part.name for part in line.encoding.parts if part.is_single and not part.shared]
+    own = [part.name for part in line.encoding.parts if part.is_single and not (part.shared or part.joint)]
     if own and not line.movable(line.encoding, checkpoint.sizes):
         raise UsageError(
             f"{line.short} of {checkpoint.format.name} cannot be held as {encode}: what is packed would belong to {' and '.join(line.roles)} at once",

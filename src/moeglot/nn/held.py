@@ -179,7 +179,7 @@ class Held(torch.nn.Module):
         return self._memory(Encoded(self.encoding, parts, (count, *self.shape)), dtype)
 
     def _decoded(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        if len(self.line.roles) > 1 and any(part.is_single and not part.shared for part in self.encoding.parts):  # each projection has its own
+        if len(self.line.roles) > 1 and any(part.is_single and not (part.shared or part.joint) for part in self.encoding.parts):  # each projection has its own
             roles = self.roles(expert)
             found = self.line.join(lambda role: values(roles[role].decode(dtype).cpu())).parts["value"]
         else:

@@ -222,7 +222,9 @@ def encoding_of(source: Checkpoint, target: Format, line: Stored, sources: tuple
         if wanted and wanted.kind != line.encoding.kind:
             raise cannot_hold(target, line.encoding, wanted)
         found = line.encoding.like(wanted) if wanted else line.encoding
-        lent = {encoding.lent(line.encoding) for encoding in sources}
+        mine, theirs = source.format.coding, target.coding
+        same = mine is not None and theirs is not None and mine.name == theirs.name  # its own blocks, too, whatever a new file would get
+        lent = {line.encoding.like(encoding) if same else encoding.lent(line.encoding) for encoding in sources}
         return lent.pop() if len(lent) == 1 and not wanted else found
     if isinstance(wanted, Plain):
         return wanted

@@ -111,7 +111,9 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
 
 def _has_scales_by_role(line: Stored, encoding: Encoding) -> bool:
     """Some part has one entry for the rows of each role, so that a slice of several is no one matrix."""
-    blocks = [(group, rows) for part in encoding.parts for group, rows in zip(line.expert_groups, part.blocks(len(line.expert_groups)), strict=True)]
+    blocks = [
+        (group, rows) for part in encoding.parts if not part.joint for group, rows in zip(line.expert_groups, part.blocks(len(line.expert_groups)), strict=True)
+    ]
     return any("p" in group and rows == WHOLE for group, rows in blocks)
 
 
