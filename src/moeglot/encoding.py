@@ -34,7 +34,7 @@ class Part:
     `ragged`: the last block of an axis may be short. WHOLE in `block`: one entry, whatever the axis' size. If both are WHOLE (`is_single`), a file
     has the shape `single` in place of the two axes: none, or ones; if one is, a `bare` part has no axis there in a file.
     `flat`: the axes are flattened, and each entry codes so many numbers.
-    `joint`: gate and up have one between them where a stored tensor holds both, so that neither can be cut off in its codes.
+    `joint`: gate and up have one between them where a stored tensor holds both, so that neither has codes of its own, unless it is carried beside them.
     `shared`: one [*trailing] for the whole stored tensor, whatever experts and projections it holds; `trailing` may be ANY there.
     """
 
