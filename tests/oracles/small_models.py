@@ -49,9 +49,9 @@ def readable(family: str) -> list[str]:
     }[family]
 
 
-def mostly_experts(folder: Path) -> int:
-    """Writes gpt-oss in MXFP4, nearly all of it experts; how many bytes these take in bfloat16: 400 MB."""
-    e, h, i, layers = 32, 512, 512, 8
+def mostly_experts(folder: Path, layers: int) -> int:
+    """Writes gpt-oss in MXFP4, nearly all of it experts; how many bytes these take in bfloat16: 50 MB for each of the layers."""
+    e, h, i = 32, 512, 512
     config = GptOssConfig(hidden_size=h, intermediate_size=i, num_local_experts=e, num_hidden_layers=layers, vocab_size=96, head_dim=16)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config).state_dict()

@@ -507,10 +507,10 @@ print((peak - base) / sum(p.nbytes for p in model.parameters()), sum(p.nbytes fo
 
 
 def test_memory_holds_the_model_and_little_more(tmp_path):
-    """MXFP4 blocks to bfloat16; RssAnon, so that mapped files do not count."""
-    mostly_experts(tmp_path)
+    """MXFP4 blocks to bfloat16; RssAnon, so that mapped files do not count. What the loader's threads hold, up to 50 MB, does not grow with the model."""
+    mostly_experts(tmp_path, layers=16)
     command = [sys.executable, "-c", PEAK, str(tmp_path), str(BUNDLED), "bfloat16"]
     environment = {**os.environ, backend.VARIABLE: backend.current()}  # asked for by name, numba is imported before the count begins
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
-    assert float(found[1]) > 4e8
+    assert float(found[1]) > 8e8
     assert 0.9 < float(found[0]) <= 1.1, found

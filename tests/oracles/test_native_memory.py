@@ -76,7 +76,7 @@ def run(code, *arguments):
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    return folder, mostly_experts(folder)
+    return folder, mostly_experts(folder, layers=8)
 
 
 def test_an_mxfp4_load_takes_mxfp4s_memory(large):
