@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moeglot import scratch
 from moeglot.encoded import Encoded
 from moeglot.encodings.plain import Plain
+from moeglot.survival import SAFE
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,9 @@ def row_pairs(a: Encoded, b: Encoded, numbers: int = 1 << 18) -> Iterator[tuple[
 
 
 def squares(numbers: torch.Tensor) -> float:
-    """The sum of their squares in float64, whose range no square of a float32 leaves."""
+    """The sum of their squares; in float64, whose range no square of a float32 leaves, where float32 may have lost something."""
     import torch
 
+    if numbers.dtype == torch.float32 and SAFE[0] < (found := float((flat := numbers.flatten()).dot(flat))) < SAFE[1]:
+        return found
     return float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2

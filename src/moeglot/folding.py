@@ -38,8 +38,10 @@ class Piece:
     @cached_property
     def sum(self) -> torch.Tensor:
         """Weight and change, float32 [out, in]. Raises `BadNumbers` if it is not finite."""
+        from moeglot.kernels.finite import all_finite
+
         found = self.weight + self.change
-        if not bool(found.isfinite().all()):
+        if not all_finite(found):
             what = ", ".join(map(str, self.place))
             raise BadNumbers(f"{what}: weight and change are not finite together", "both are finite alone", "the adapter diverged; ask for an earlier one")
         return found

@@ -183,3 +183,21 @@ def test_rounding_on_the_way_is_rounding_before(form, tmp_path):
     moeglot.convert(source, "qwen3-moe/hub", tmp_path / "first", encode="bfloat16", allow_loss=True)
     moeglot.convert(tmp_path / "first", form, tmp_path / "then")
     assert same_tensors(tmp_path / "at once", tmp_path / "then") == []
+
+
+@pytest.mark.parametrize(("encode", "back"), [("mxfp4", "bfloat16"), ("fp8-block", "float32"), ("nvfp4", "float32"), ("int4:32", "float32")])
+def test_bytes_that_may_not_return_are_counted_of_the_first_expert(encode, back, tmp_path):
+    """Whether codes are written or read; what changes of numbers is measured of all."""
+    sizes = {"e": 3, "h": 64, "i": 64}
+    source = write_checkpoint(tmp_path / "a", "qwen3-moe/hub", sizes, 2)
+    there = moeglot.convert(source, "qwen3-moe/hub", tmp_path / "b", encode=encode, allow_loss=True)
+    again = moeglot.convert(tmp_path / "b", "qwen3-moe/hub", tmp_path / "c", encode=back, allow_loss=True)
+    written = moeglot.open(tmp_path / "b")
+    looked = [written.stored(line, layer, 0) for line in written.format.stored for layer in written.layers]
+    for certificate in (there, again):
+        (loss,) = certificate.losses.values()
+        assert loss.blocks == sum(stored.parts["scale"].numel() for stored in looked) > 0
+        assert loss.undetermined == sum(stored.encoding.undetermined(stored.parts) for stored in looked)
+    (loss,) = there.losses.values()
+    assert loss.values == 3 * 3 * 64 * 64 * len(written.layers)
+    assert 0 < loss.changed <= loss.values

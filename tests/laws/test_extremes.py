@@ -16,7 +16,10 @@ from moeglot.checkpoints.evidence import weigh
 from moeglot.encodings import by_name
 from moeglot.errors import BadNumbers
 from moeglot.experts import relative_error
+from moeglot.floats import squares
 from moeglot.folding import Piece, fold
+from moeglot.kernels import fp8
+from moeglot.kernels.finite import all_finite
 from moeglot.nn import Experts
 from moeglot.rounding import Rounding
 
@@ -199,3 +202,45 @@ def test_numbers_of_64_bits(tmp_path):
     assert found.report.verdict == "holds"
     assert [loss.relative for loss in found.losses.values() if loss.changed] == [pytest.approx(float((experts.float() - experts).norm() / experts.norm()))]
     assert moeglot.compare(source, tmp_path / "single").exit_status == 1
+
+
+# --- looked at in one pass ------------------------------------------------------------------------------------------------------------
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_lies(bad, dtype):
+    for shape, cut in (((1,), lambda t: t), ((37, 130), lambda t: t), ((37, 130), lambda t: t.mT), ((37, 130), lambda t: t[::2, 1::3])):
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        numbers.view(-1)[0] = torch.finfo(dtype).max
+        view = cut(numbers)
+        assert all_finite(view)
+        for place in {0, view.numel() // 2, view.numel() - 1}:
+            broken = view.clone()  # strides as they were
+            broken[tuple(torch.unravel_index(torch.tensor(place), view.shape))] = bad
+            assert not all_finite(broken)
+    assert all_finite(torch.empty(0, 3, dtype=dtype))
+
+
+def test_one_code_that_is_nan_is_found_among_all_others():
+    """Bytes of every other value, 0x7e and 0xfe and both zeros among them; the two that are NaN alone, first, last and amid, also in views."""
+    sound = torch.tensor([byte for byte in range(256) if byte & 0x7F != 0x7F], dtype=torch.uint8).repeat(9).view(18, 127)
+    for view in (sound, sound.mT, sound[::2, 1::3], sound[:0]):
+        assert not fp8.has_nan(view.view(torch.float8_e4m3fn))
+    for byte in (0x7F, 0xFF):
+        for row, column in ((0, 0), (9, 63), (17, 126)):
+            broken = sound.clone()
+            broken[row, column] = byte
+            for view in (broken, broken.mT, broken[row % 2 :: 2, column % 3 :: 3]):
+                assert fp8.has_nan(view.view(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e-6, 1.0, 1e12, 1e18, 1e37])
+def test_sums_of_squares_leave_no_range(size):
+    """float32 has no square of 1e-30 and none of 1e37; whatever a sum is made in, it is float64's."""
+    numbers = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * size
+    assert squares(numbers) == pytest.approx(float(numbers.double().square().sum()), rel=1e-5)
+    assert squares(numbers.mT) == pytest.approx(squares(numbers), rel=1e-5)
+    assert squares(torch.zeros(3, 4)) == squares(torch.empty(0, 4)) == 0

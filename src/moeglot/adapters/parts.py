@@ -54,8 +54,10 @@ class Pair:
 def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float, what: str) -> Factors:
     import torch
 
+    from moeglot.kernels.finite import all_finite
+
     left, right = left.to(torch.float32) * scale, right.to(torch.float32)
-    if not bool(left.isfinite().all() and right.isfinite().all()):
+    if not (all_finite(left) and all_finite(right)):
         raise _diverged(f"{what}: the factors are not finite", scale)
     return left, right
 

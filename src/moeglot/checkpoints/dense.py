@@ -43,7 +43,9 @@ def taking_turns(tensors: list[torch.Tensor], groups: int) -> torch.Tensor:
 
 
 def _all_finite(numbers: torch.Tensor) -> bool:
-    return bool(_in_numbers(numbers).isfinite().all())
+    from moeglot.kernels.finite import all_finite
+
+    return all_finite(_in_numbers(numbers))
 
 
 def _in_numbers(numbers: torch.Tensor) -> torch.Tensor:

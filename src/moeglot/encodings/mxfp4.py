@@ -104,9 +104,10 @@ class MXFP4(Encoding):
         from moeglot.kernels import mxfp4
 
         packed, scale = _blocks(parts)
-        if bool((scale == 255).any()):
+        largest = int(scale.amax()) if scale.numel() else 0
+        if largest == 255:
             return "has scales of 255, which is NaN in E8M0"
-        if bool((scale == 0).all()) and bool((packed & 0x77).any()):
+        if not largest and bool((packed & 0x77).any()):
             return "has scales that are all zero beside codes that are not, as in a file that was never filled"
         if (bad := mxfp4.infinite(packed, scale)) is not None:
             return f"has scales of {bad}, under which codes are infinite"

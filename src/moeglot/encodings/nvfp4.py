@@ -127,18 +127,18 @@ class NVFP4(Encoding):
     def _problem(self, parts: Parts) -> str | None:
         import torch
 
-        from moeglot.kernels import nvfp4
+        from moeglot.kernels import fp8, nvfp4
 
         packed, scale, whole = parts["packed"], parts["scale"], parts["global"]
-        byte = scale.view(torch.uint8)
-        if bool(((byte & 0x7F) == 0x7F).any()):
+        if fp8.has_nan(scale):
             return "has scales of 0x7f or 0xff, which are NaN in E4M3"
-        if bool((byte > 0x80).any()):
+        largest = int(scale.view(torch.uint8).amax()) if scale.numel() else 0
+        if largest > 0x80:
             return "has negative scales"
         if not bool(whole.isfinite().all()) or bool((whole < 0).any()):
             return f"has a global scale of {whole.min().item():g}"
         lowest, highest = (1 / nvfp4.MOST, 1 / nvfp4.LEAST) if self._rules.divides else (nvfp4.LEAST, nvfp4.MOST)
-        empty = bool(((whole < lowest) | (whole > highest)).any()) or bool((byte == 0).all())
+        empty = bool(((whole < lowest) | (whole > highest)).any()) or not largest
         # A single scale of zero beside codes is what some exports of small groups hold: its values are zeros.
         if empty and bool((packed & 0x77).any()):
             return f"has scales of zero or a global of {whole.min().item():g} beside codes that are not zero, as in a file that was never filled"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING
 
 from moeglot.dtypes import DTYPES, WEIGHT_DTYPES
@@ -44,8 +43,10 @@ class Plain(Encoding):
 
     def encode(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.dtype, "a spec's 'any float' is no encoding to write"
+        from moeglot.kernels.finite import all_finite
+
         coded = values.to(DTYPES[self.dtype].torch)
-        if coded.dtype != values.dtype and not bool(coded.isfinite().all()):
+        if coded.dtype != values.dtype and not all_finite(coded):
             raise BadNumbers(
                 f"a value is not finite as {self.name}",
                 f"the largest magnitude here is {values.abs().max().item():g}, the largest {self.name} is smaller",
@@ -54,9 +55,9 @@ class Plain(Encoding):
         return {"value": coded}
 
     def _problem(self, parts: Parts) -> str | None:
-        value = parts["value"]
-        finite = not value.numel() or all(isfinite(number.item()) for number in value.aminmax())  # one pass; NaN is both the least and the most
-        return None if finite else "holds NaN or infinite numbers"
+        from moeglot.kernels.finite import all_finite
+
+        return None if all_finite(parts["value"]) else "holds NaN or infinite numbers"
 
     def matrix_shape(self, parts: Parts) -> tuple[int, int]:
         rows, columns = parts["value"].shape

@@ -176,8 +176,9 @@ def _groups(values: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def infinite(packed: torch.Tensor, scale: torch.Tensor) -> int | None:
     """packed u8 [..., n, 16], scale u8 [..., n] below 255 -> a scale under which some code of its group is infinite; None if there is none."""
-    if not bool((large := scale > LAST_FINITE).any()):
+    if not scale.numel() or int(scale.amax()) <= LAST_FINITE:
         return None
+    large = scale > LAST_FINITE
     some, factors = packed[large], scale[large]
     largest = torch.tensor(e2m1.E2M1, device=packed.device, dtype=torch.float32)[torch.maximum(some & 7, (some >> 4) & 7).amax(-1).int()]
     bad = (largest * powers(factors)).isinf()

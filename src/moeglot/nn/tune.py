@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from moeglot.errors import BadNumbers, BrokenFile, OutputExists, UsageError
 from moeglot.files import newfile
+from moeglot.kernels.finite import all_finite
 from moeglot.nn.adapters import save_adapter
 from moeglot.nn.data import READ, Data, Rows, check_fits, check_seed, read
 from moeglot.nn.lora import TARGETS, add_lora, check, experts_of
@@ -207,7 +208,7 @@ class _Run:
                 raise self._diverged(f"the loss is {total}, and the norm of its gradient {norm}")
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if not all(bool(parameter.isfinite().all()) for parameter in self.trained):
+            if not all(all_finite(parameter) for parameter in self.trained):
                 raise self._diverged("the adapter is not finite")
             self.record.losses.append(total)
             if (n + 1) % self.recipe.save_every == 0 and n + 1 < self.recipe.steps:

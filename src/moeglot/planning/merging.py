@@ -90,13 +90,15 @@ class Change:
 
     def _moments(self, layer: int, role: str, expert: int) -> torch.Tensor | None:
         """float32 [in, in] of the inputs of one matrix; None for an expert that no token reached. Raises `UsageError` for a layer that was not measured."""
+        from moeglot.kernels.finite import all_finite
+
         if found := self._measured.get(key := moments_key(layer, expert, role)):
             base = self.adapter.base
             width = base.sizes[base.format.line_of(role).role_axes.split()[-1]]
             if found.shape != (width, width):
                 wrong = f"{self.rounding.moments}: {key} is {list(found.shape)}, the matrix has {width} inputs"
                 raise TensorMismatch(wrong, f"it was gathered on another model than {base.source.name}", "gather them again on this base")
-            if not bool((moments := found.read()).isfinite().all()):
+            if not all_finite(moments := found.read()):
                 raise BadNumbers(f"{self.rounding.moments}: {key} has numbers that are not finite", "no text has such inputs", "gather them again on this base")
             return moments
         if not any(key.startswith(f"layers.{layer}.") for key in self._measured):

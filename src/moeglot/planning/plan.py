@@ -75,6 +75,8 @@ class Plan:
     expected_survival: Mapping[str, Survival] = field(default_factory=dict)
     estimated: bool = False
     """Its losses and what survives were measured on a few experts."""
+    measures: bool = True
+    """Whether it is told what a unit loses as it is made; to compare what is written already, its bytes are enough."""
     settled: dict[tuple[str, int], Encoding] = field(default_factory=dict, compare=False, repr=False)
     """(key of a stored line, layer) -> its encoding, where that takes a look at all experts and one has been taken."""
 

@@ -19,7 +19,7 @@ from moeglot.encodings.plain import Plain
 from moeglot.floats import exact_dtype, exactly, row_pairs, values
 from moeglot.layout import Stored
 from moeglot.planning import pairs
-from moeglot.planning.loss import Loss, blocks_of, measure
+from moeglot.planning.loss import Loss, measure, of_bytes
 from moeglot.planning.merging import Merged, MergedPart
 from moeglot.planning.plan import Plan
 from moeglot.planning.steps import DenseUnit, Step, Unit
@@ -90,9 +90,9 @@ def _slice(plan: Plan, step: Step, expert: int) -> tuple[Parts, Loss]:
     if step.moves_codes:
         recoded = {role: found for role, encoded in roles.items() if (found := _recoded(encoded, step.target))}
         if len(recoded) == len(roles):
-            losses = [] if step.exact else [_moved(roles[role], found) for role, found in recoded.items()]
+            losses = [] if step.exact else [_moved(plan, roles[role], found, expert) for role, found in recoded.items()]
             return dict(step.line.join(recoded.__getitem__).parts), sum(losses, Loss())
-    return _encoded(plan, step, roles)
+    return _encoded(plan, step, roles, expert)
 
 
 def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tensor], Loss] | None:
@@ -106,7 +106,7 @@ def _straight(plan: Plan, step: Step, expert: int) -> tuple[dict[str, torch.Tens
         return None
     value = scratch.empty(step.line.expert_shape(source.sizes), by_torch_name(step.target.name).torch)
     stored.decode(value.dtype, line.turned(step.line, value))
-    return {"value": value}, _same_numbers(stored)
+    return {"value": value}, _of_bytes(plan, stored, expert)
 
 
 def _has_scales_by_role(line: Stored, encoding: Encoding) -> bool:
@@ -117,19 +117,24 @@ def _has_scales_by_role(line: Stored, encoding: Encoding) -> bool:
     return any("p" in group and rows == WHOLE for group, rows in blocks)
 
 
-def _same_numbers(encoded: Encoded) -> Loss:
-    """Of a step that keeps every number as it is."""
-    return Loss(blocks=blocks_of(encoded), undetermined=encoded.encoding.undetermined(encoded.parts))
+def _measured(plan: Plan, before: torch.Tensor, after: Encoded) -> Loss:
+    return measure(before, after) if plan.measures else Loss()
 
 
-def _moved(before: Encoded, after: Encoded) -> Loss:
+def _of_bytes(plan: Plan, encoded: Encoded, expert: int) -> Loss:
+    """Of a layer's first expert alone: to look at all would take longer than the rest of a conversion."""
+    return of_bytes(encoded) if plan.measures and not expert else Loss()
+
+
+def _moved(plan: Plan, before: Encoded, after: Encoded, expert: int) -> Loss:
     """Of codes that are moved. Where other slices of a step may lose something, the size of this one counts in what the step loses."""
     import torch
 
-    return _same_numbers(after) if before.encoding.fits_in(after.encoding) else measure(before.decode(torch.float32), after)
+    lost = Loss() if before.encoding.fits_in(after.encoding) else _measured(plan, before.decode(torch.float32), after)
+    return lost + _of_bytes(plan, after, expert)
 
 
-def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict[str, torch.Tensor], Loss]:
+def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded], expert: int) -> tuple[dict[str, torch.Tensor], Loss]:
     """The roles in the target's encoding: each by itself where it codes them so, else all together as they are stored."""
     if isinstance(step.target, Plain) and not step.exact:
         return _rounded(plan, step, roles)
@@ -142,11 +147,11 @@ def _encoded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
     def encode(found: Encoded, near: Encoded | None = None) -> Encoded:
         coded = near or Encoded(own, own.encode(found.parts["value"]), found.shape)
         if not step.exact:
-            lost.append(measure(found.parts["value"], coded))
+            lost.append(_measured(plan, found.parts["value"], coded) + _of_bytes(plan, coded, expert))
         return coded
 
     if step.exact:
-        lost += map(_same_numbers, roles.values())
+        lost += (_of_bytes(plan, encoded, expert) for encoded in roles.values())
     if step.exact and isinstance(step.target, Plain):
         return {"value": step.line.decoded(roles.__getitem__, by_torch_name(step.target.name).torch)}, sum(lost, Loss())
     if step.line.movable(step.target, plan.source.sizes):
@@ -165,7 +170,7 @@ def _rounded(plan: Plan, step: Step, roles: Mapping[str, Encoded]) -> tuple[dict
             given = before.decode(exact_dtype(roles[role]))
             coded = Encoded(step.target, step.target.encode(given), before.shape)
             there.parts["value"].copy_(coded.parts["value"])
-            lost += measure(given, coded)
+            lost += _measured(plan, given, coded)
         return place
 
     if step.line.block:  # rows that take turns in blocks have no places that strides can say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeglot.checkpoints.checkpoint import Checkpoint, open
@@ -102,7 +102,7 @@ class Rounded:
     """The source as the plan's encodings round it: where nothing was lost, the source itself."""
 
     def __init__(self, plan: Plan, verbs: Mapping[str, Loss], losses: Mapping[str, Loss]) -> None:
-        self.plan = plan
+        self.plan = replace(plan, measures=False)
         self.lossy = {verb for verb, loss in verbs.items() if loss.changed}
         self.steps = {(step.layer, role): step for step in plan.steps if self._rounds(step) for role in step.line.roles}
         self.stated = sum((verbs[verb] for verb in self.lossy & {step.verb for step in self.steps.values()}), Loss()).relative
