@@ -83,6 +83,7 @@ bench: .venv/ready .venvs/bitsandbytes/ready .venvs/ray/ready
 	.venvs/bitsandbytes/bin/python benchmarks/kernels.py --only nf4 --results benchmarks/results/kernels-bitsandbytes.json
 	$(BIN)/python benchmarks/streaming.py --peers
 	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/coded.py
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/sizing.py
 	$(BIN)/python benchmarks/experts.py

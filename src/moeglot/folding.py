@@ -72,7 +72,7 @@ def fold(
     kept = torch.ones(shape, dtype=torch.bool, device="cpu")
     if isinstance(grid, Lattice) and moved:
         before, beyond = grid, grid.clips(total)
-        if bool(beyond.any()):
+        if beyond is not None:
             parts = encoding.rescaled(parts, total, beyond)
             grid = encoding.grid(parts, shape)
             assert isinstance(grid, Lattice)

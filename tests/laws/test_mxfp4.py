@@ -54,6 +54,24 @@ def test_check_knows_which_codes_are_infinite(container):
         assert (found is None) == (abs(slow_decode(code, scale)[0]) < 2.0**128), (scale, code)
 
 
+@pytest.mark.parametrize("container", ["blocks", "packed", "int8"])
+def test_check_names_the_cause(container):
+    """One scale that is NaN, also of zeros; scales that are all zero beside codes that are not, and neither zeros of either sign nor one other scale."""
+    encoding = mxfp4("openai", container)
+    for scales, codes, cause in (
+        ((120, 255, 120, 120), (0, 0, 0, 0), "255, which is NaN"),
+        ((0, 0, 0, 0), (0, 0, 0, 1), "all zero"),
+        ((0, 0, 0, 0), (0, 0x88, 8, 0), None),  # zeros of either sign
+        ((0, 0, 0, 1), (0, 0, 0, 1), None),
+    ):
+        parts = make_parts(encoding, (2, 64), 1).parts
+        power, packed = parts["scale"].clone(), parts["packed"].clone()
+        power.view(torch.uint8).copy_(torch.tensor(scales, dtype=torch.uint8).view(2, 2))
+        packed.view(torch.uint8).view(4, 16).copy_(torch.tensor(codes, dtype=torch.uint8).view(4, 1))
+        found = encoding.check({"packed": packed, "scale": power})
+        assert cause in found if cause else found is None, (scales, codes)
+
+
 def slow_encode(values: list[float], scale_rule: str, ties: str) -> tuple[int, list[int]]:
     """Biased scale and 32 codes, by search over exact fractions."""
     amax = max(abs(Fraction(v)) for v in values)

@@ -216,7 +216,8 @@ class NVFP4(Encoding):
         new, by = any_in(beyond, (1, GROUP)), parts["global"]
         scale = self._rules.group(largest(values, (1, GROUP)), by)
         found = {**parts, "scale": chosen(new, scale.to(torch.float8_e4m3fn), parts["scale"])}
-        if bool(self.grid(found, tuple(values.shape)).clips(values)[beyond].any()):
+        clipped = self.grid(found, tuple(values.shape)).clips(values)
+        if clipped is not None and bool(clipped[beyond].any()):
             return {**parts, **self.bare_of_carried.encode(values)}
         return found
 
