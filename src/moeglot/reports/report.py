@@ -181,7 +181,7 @@ def _loss_lines(loss: Loss) -> Iterable[str]:
     elif loss.values:
         yield f"no value of {loss.values:,} changed"
     if loss.undetermined:
-        of = f"{loss.undetermined:,} of {loss.blocks:,} blocks, in each layer those of the first expert,"
+        of = f"{loss.undetermined:,} of {loss.blocks:,} blocks of the first experts of all layers"
         yield f"{of} have values that other codes and scales give as well, so their bytes may not return"
 
 
