@@ -59,7 +59,7 @@ def spent(call: Callable[[], Any]) -> float:
 
 
 def alone(folder: Path, encoding: str) -> tuple[float, float]:
-    """Seconds of encoding all matrices of the checkpoint one after the other, and of decoding them to bfloat16."""
+    """Seconds of encoding all matrices of the checkpoint, each once, and of decoding one of them to bfloat16, times as many."""
     checkpoint = moeglot.open(folder)
     matrices = [role[n].decode(torch.bfloat16) for role in checkpoint.experts(0).values() for n in range(checkpoint.sizes["e"])]
     coded = by_name(encoding)
